@@ -1,0 +1,35 @@
+# make demo   draws a contact sheet with the mini weights (SEED=1 draws another)
+# make test   runs ruff, mypy and all tests
+# make weights   trains the mini world from nothing (hours; a stopped run goes on)
+PYTHON ?= python3
+SEED ?= 0
+BIN := .venv/bin
+
+.PHONY: demo test weights world clean
+
+demo: .venv/ready
+	$(BIN)/python -m sampling.demo --seed $(SEED)
+
+test: .venv/tests
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+weights: .venv/tests
+	$(BIN)/python -m train all
+	$(BIN)/python -m eval judge
+
+world: .venv/tests
+	$(BIN)/python -m eval world
+
+.venv/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+.venv/tests: .venv/ready
+	$(BIN)/python -m pip install -q -e '.[world,test]'
+	touch $@
+
+clean:
+	rm -rf .venv runs out

@@ -1,0 +1,203 @@
+"""The one place where a picture meets the text.
+
+Cross-attention reads from *sources*: pairs of keys and values. The text is one source; each image prompt is another.
+`decoupled` (the paper's Eq. 5) gives each source a softmax of its own and adds what they read; `concatenated` (the
+ablation) lets all keys compete in one softmax. Both have the same signature, so an experiment swaps one name.
+
+Axes: `b n c` tokens, `b h n d` heads; `n` queries, `m` keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Scale = float | Tensor | Mapping[int, Tensor]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt d + bias) V  (Eq. 3), for `b h n d`, `b h m d`, `b h m d`, and a bias that broadcasts to `b h n m`."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Keys and values that cross-attention can read, and lambda, how strongly it reads them.
+
+    `k`, `v`: `b h m d`. `scale` is lambda of Eq. 8: a number, a tensor that broadcasts to `b h n d` (one value a picture,
+    say), or a map over the picture as `pyramid` makes it: {number of queries: `b 1 n 1`}.
+    """
+
+    k: Tensor
+    v: Tensor
+    scale: Scale = 1.0
+
+    @property
+    def off(self) -> bool:
+        return isinstance(self.scale, int | float) and self.scale == 0
+
+    def weight(self, q: Tensor) -> float | Tensor:
+        """lambda for the queries `q`: a number, or a tensor that broadcasts to `b h n d`.
+
+        Raises ValueError when the map over the picture has no level with that many queries.
+        """
+        if not isinstance(self.scale, Mapping):
+            return self.scale.to(q) if isinstance(self.scale, Tensor) else self.scale
+        n = q.shape[-2]
+        if n not in self.scale:
+            raise ValueError(
+                f"this mask was made for levels of {sorted(self.scale)} queries, but a layer asks with {n}: give pyramid() the latents' true (h, w)"
+            )
+        return self.scale[n].to(q)
+
+
+def decoupled(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
+    """Z = softmax(Q K^T / sqrt d) V  +  lambda * softmax(Q K'^T / sqrt d) V'     (Eq. 5, with lambda of Eq. 8)
+
+    `q`: `b h n d`. Every source of `image` adds one such term. Returns `b h n d`.
+    """
+    z = attention(q, text.k, text.v)
+    for source in image:
+        if not source.off:
+            z = z + source.weight(q) * attention(q, source.k, source.v)
+    return z
+
+
+def concatenated(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
+    """Z = softmax(Q [K; K']^T / sqrt d) [V; V']: the ablation (section 4.4.1), one softmax over all keys.
+
+    lambda multiplies exp(logit) of K', that is, adds log lambda to its logits, so lambda >= 0; 0 leaves the source out.
+    For one query this is `g A_text + (1 - g) A_image` with
+    `g = sigmoid(logsumexp(Q K^T / sqrt d) - logsumexp(Q K'^T / sqrt d) - log lambda)`: text and picture compete.
+    """
+    image = [source for source in image if not source.off]
+    k = torch.cat([text.k, *(source.k for source in image)], dim=-2)
+    v = torch.cat([text.v, *(source.v for source in image)], dim=-2)
+    weights = [source.weight(q) for source in image]
+    if all(isinstance(weight, int | float) and weight == 1 for weight in weights):
+        return attention(q, k, v)
+    log_odds = [q.new_zeros(1, 1, 1, text.k.shape[-2])]
+    for weight, source in zip(weights, image, strict=True):
+        weight = torch.as_tensor(weight, dtype=q.dtype, device=q.device)
+        if (weight < 0).any():
+            raise ValueError("the joint softmax takes log lambda, so lambda must not be negative")
+        column = weight if weight.ndim == 4 else weight.reshape(-1, 1, 1, 1)
+        log_odds.append(column.log().expand(*column.shape[:-1], source.k.shape[-2]))
+    shape = torch.broadcast_shapes(*(part.shape[:-1] for part in log_odds))
+    return attention(q, k, v, torch.cat([part.expand(*shape, part.shape[-1]) for part in log_odds], dim=-1))
+
+
+Fuse = Callable[[Tensor, Source, Sequence[Source]], Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What cross-attention reads: text tokens `b m c`, and for each image prompt one Source a layer, in execution order.
+
+    Immutable: an adapter maps a Context to a new Context, so adapters chain and nothing is stored on a module.
+    """
+
+    text: Tensor
+    image: tuple[tuple[Source, ...], ...] = ()
+    fuse: Fuse = decoupled
+
+    def at(self, layer: int) -> tuple[Source, ...]:
+        """The image sources of one cross-attention layer."""
+        return tuple(prompt[layer] for prompt in self.image)
+
+
+def _cat_scale(a: Source, b: Source) -> Scale:
+    if isinstance(a.scale, int | float) and isinstance(b.scale, int | float) and a.scale == b.scale:
+        return a.scale
+
+    def rows(source: Source, n: int | None) -> Tensor:
+        scale = source.scale[n] if isinstance(source.scale, Mapping) and n is not None else source.scale
+        value = torch.as_tensor(scale, dtype=source.k.dtype, device=source.k.device)
+        value = value if value.ndim == 4 else value.reshape(-1, 1, 1, 1)
+        return value.expand(source.k.shape[0], *value.shape[1:])
+
+    def cat(n: int | None) -> Tensor:
+        top, bottom = rows(a, n), rows(b, n)
+        shape = torch.broadcast_shapes(top.shape[1:], bottom.shape[1:])
+        return torch.cat([top.expand(-1, *shape), bottom.expand(-1, *shape)])
+
+    levels = next((tuple(s.scale) for s in (a, b) if isinstance(s.scale, Mapping)), None)
+    return cat(None) if levels is None else {n: cat(n) for n in levels}
+
+
+def stack(uncond: Context, cond: Context) -> Context:
+    """One Context for a guidance batch: the rows of `uncond`, then those of `cond`. Both need as many image prompts."""
+    if len(uncond.image) != len(cond.image):
+        raise ValueError(
+            f"one side has {len(uncond.image)} image prompts, the other {len(cond.image)}: give the missing one its null image, or scale 0"
+        )
+    image = tuple(
+        tuple(Source(torch.cat([a.k, b.k]), torch.cat([a.v, b.v]), _cat_scale(a, b)) for a, b in zip(u, c, strict=True))
+        for u, c in zip(uncond.image, cond.image, strict=True)
+    )
+    return replace(cond, text=torch.cat([uncond.text, cond.text]), image=image)
+
+
+def pyramid(mask: Tensor, h: int, w: int, levels: int = 4) -> dict[int, Tensor]:
+    """A mask as lambda over the picture, for every level of a UNet whose latents are `h x w`.
+
+    `mask`: `H W` or `b H W`, values are lambda (0 = the prompt has no say there, soft values allowed); averaged over the area
+    of each query. Returns {number of queries: `b 1 n 1`}. Levels halve with rounding up, as the UNet's strided
+    convolutions do, so the grid is exact at any size.
+    """
+    mask = mask if mask.ndim == 3 else mask[None]
+    grids = {}
+    for _ in range(levels):
+        grids[h * w] = rearrange(F.interpolate(mask[:, None].float(), (h, w), mode="area"), "b 1 h w -> b 1 (h w) 1")
+        h, w = (h + 1) // 2, (w + 1) // 2
+    return grids
+
+
+class Attention(nn.Module):
+    """Projections of multi-head attention: Q = x W_q, K = c W_k, V = c W_v, and the output projection `to_out`."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, bias: bool = False) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {dim}")
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim, dim, bias=bias)
+        self.to_out = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+
+    def merge(self, z: Tensor) -> Tensor:
+        """Joins the heads, then W_out. The sum over sources comes before it."""
+        out: Tensor = self.to_out(rearrange(z, "b h n d -> b n (h d)"))
+        return out
+
+
+class SelfAttention(Attention):
+    """Attention of tokens `b n c` to themselves."""
+
+    def __init__(self, dim: int, heads: int, bias: bool = False) -> None:
+        super().__init__(dim, dim, heads, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(attention(self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))))
+
+
+class CrossAttention(Attention):
+    """Attention of tokens `b n c` to a Context. `layer` is its index in execution order (down, mid, up)."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, layer: int) -> None:
+        super().__init__(dim, context_dim, heads)
+        self.layer = layer
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q = self.split(self.to_q(x))
+        text = Source(self.split(self.to_k(context.text)), self.split(self.to_v(context.text)))
+        return self.merge(context.fuse(q, text, context.at(self.layer)))

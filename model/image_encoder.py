@@ -1,0 +1,116 @@
+"""CLIP's image tower, on open_clip's modules: a picture to the image embedding that an adapter reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import QuickGELU, VisionTransformer
+from PIL import Image
+from torch import Tensor, nn
+
+Fit = Literal["crop", "squash", "pad"]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalise(rgb: Tensor) -> Tensor:
+    """RGB in [0, 1], `... 3 h w`, to CLIP's pixels: minus the mean of its training pictures, over their deviation."""
+    return (rgb - rgb.new_tensor(MEAN)[:, None, None]) / rgb.new_tensor(STD)[:, None, None]
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Sizes of the tower; the default is OpenCLIP ViT-H/14, which the released SD 1.5 adapters read."""
+
+    kind: Literal["vit", "resnet"] = "vit"
+    image_size: int = 224
+    patch: int = 14
+    width: int = 1280
+    layers: tuple[int, ...] = (32,)  # a ResNet has four
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    activation: Literal["quick_gelu", "gelu"] = "gelu"
+    output_dim: int = 1024
+
+    @property
+    def fine_dim(self) -> int:
+        return self.width * (32 if self.kind == "resnet" else 1)
+
+
+VIT_H = ImageConfig()
+VIT_BIGG = ImageConfig(width=1664, layers=(48,), mlp_ratio=8192 / 1664, output_dim=1280)
+VIT_L = ImageConfig(width=1024, layers=(24,), activation="quick_gelu", output_dim=768)
+MINI_IMAGE = ImageConfig(kind="resnet", image_size=64, width=24, layers=(1, 1, 1, 1), heads=12, output_dim=256)
+
+
+class ImageEncoder(nn.Module):
+    """Pixels, `b 3 s s` as `preprocess` makes them, to CLIP image features."""
+
+    def __init__(self, config: ImageConfig = VIT_H) -> None:
+        super().__init__()
+        self.config = config
+        self.clip: VisionTransformer | ModifiedResNet
+        if config.kind == "vit":
+            act = QuickGELU if config.activation == "quick_gelu" else nn.GELU
+            self.clip = VisionTransformer(
+                config.image_size,
+                config.patch,
+                config.width,
+                config.layers[0],
+                config.heads,
+                config.mlp_ratio,
+                output_dim=config.output_dim,
+                act_layer=act,
+            )
+        else:
+            self.clip = ModifiedResNet(
+                list(config.layers), config.output_dim, config.heads, config.image_size, config.width
+            )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The global embedding `b e`: class token after the last norm and projection, or attention pooling. **Not** normalised."""
+        out: Tensor = self.clip(pixels)
+        return out
+
+    def fine(self, pixels: Tensor) -> Tensor:
+        """Fine-grained features `b n c`: all tokens of a ViT's penultimate layer, no norm after; or the grid before pooling."""
+        if self.config.kind == "resnet":
+            grid: Tensor = self.clip.forward_intermediates(pixels, indices=1, intermediates_only=True)[
+                "image_intermediates"
+            ][0]
+            return grid.flatten(2).transpose(1, 2)
+        layer = self.config.layers[0] - 2
+        parts = self.clip.forward_intermediates(
+            pixels,
+            indices=[layer],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        return torch.cat([parts["image_intermediates_prefix"][0], parts["image_intermediates"][0]], dim=1)
+
+    def preprocess(self, image: Image.Image, fit: Fit = "crop") -> Tensor:
+        """An RGB picture to pixels `3 s s`, by the arithmetic of CLIP's processor.
+
+        `crop` (official): short side to s, bicubic, then the centre square, the margin rounded down. `squash` resizes to a
+        square, `pad` first adds bars of the mean colour, so that nothing is lost.
+        """
+        size = self.config.image_size
+        if fit == "pad":
+            side = max(image.size)
+            canvas = Image.new("RGB", (side, side), tuple(round(255 * m) for m in MEAN))
+            canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = canvas
+        if fit == "squash":
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        else:
+            short = min(image.size)
+            wide = (int(size * image.width / short), int(size * image.height / short))
+            image = image.resize(wide, Image.Resampling.BICUBIC)
+            left, top = (image.width - size) // 2, (image.height - size) // 2
+            image = image.crop((left, top, left + size, top + size))
+        return normalise(torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1))

@@ -1,0 +1,149 @@
+"""Draws pictures from an image prompt, a text prompt, or both.
+
+python -m sampling --image cat.png --prompt "on a pink background" --scale 0.7 --seed 0 --out out.png
+python -m sampling --again out.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import weights_convert
+from sampling import images
+from sampling.pipeline import WEIGHTS, Pipeline, load
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCH = 16
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m sampling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        help="image prompt; several make one prompt of several pictures",
+    )
+    p.add_argument(
+        "--fit",
+        choices=("crop", "squash", "pad"),
+        default="crop",
+        help="how a picture that is not square becomes one (default: crop, as CLIP does)",
+    )
+    p.add_argument("--prompt", default="", help="text prompt")
+    p.add_argument("--negative-prompt", default="", help="text of the unconditional pass")
+    p.add_argument("--scale", type=float, default=1.0, help="lambda, the weight of the image prompt (Eq. 8; default 1)")
+    p.add_argument("--guidance", type=float, default=7.5, help="w, the guidance weight (Eq. 7; default 7.5)")
+    p.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
+    p.add_argument("--eta", type=float, default=0.0, help="0 is DDIM, 1 is DDPM (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="picture i uses seed + i (default 0)")
+    p.add_argument("--num", type=int, default=1, help="number of pictures (default 1)")
+    p.add_argument("--width", type=int, help="in pixels (default: what the base model was trained at)")
+    p.add_argument("--height", type=int, help="in pixels")
+    p.add_argument("--dtype", choices=DTYPES, default="float32")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--checkpoint", type=Path, default=WEIGHTS, help="folder of weights (default: the mini weights)")
+    p.add_argument("--ip-adapter", type=Path, help="adapter file (default: the one in the folder)")
+    p.add_argument("--image-encoder", type=Path, help="image encoder file (default: the one in the folder)")
+    p.add_argument(
+        "--out", type=Path, default=Path("out.png"), help="PNG to write; with --num N, out-0.png ... (default out.png)"
+    )
+    p.add_argument(
+        "--again", type=Path, help="a PNG that this program wrote: draws it again from its own settings, to --out"
+    )
+    return p
+
+
+def files(args: argparse.Namespace) -> dict[str, str]:
+    """The hash of every file that decides the picture."""
+    folder = args.checkpoint
+    names = [folder / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder")]
+    if args.image:
+        names += [
+            args.ip_adapter or folder / "ip_adapter.safetensors",
+            args.image_encoder or folder / "image_encoder.safetensors",
+            *args.image,
+        ]
+    return {str(name): weights_convert.sha256(name) for name in names}
+
+
+def recall(path: Path, out: Path) -> argparse.Namespace:
+    """The arguments of a picture, checked against the files as they are now."""
+    settings = images.read_settings(path)
+    args = argparse.Namespace(**settings["arguments"])
+    args.image = [Path(image) for image in args.image]
+    for name in ("checkpoint", "ip_adapter", "image_encoder"):
+        setattr(args, name, Path(value) if (value := getattr(args, name)) else None)
+    for name, digest in settings["sha256"].items():
+        if not Path(name).exists():
+            raise ValueError(f"{path} was drawn with {name}, which is not there")
+        if weights_convert.sha256(Path(name)) != digest:
+            raise ValueError(f"{path} was drawn with another {name}: the file has changed since")
+    args.out = out
+    return args
+
+
+def draw(pipeline: Pipeline, args: argparse.Namespace) -> list[Any]:
+    """The pictures that the arguments ask for."""
+    height, width = pipeline.native_size
+    embedding = pipeline.embed([images.open_image(path) for path in args.image], args.fit) if args.image else None
+    pictures = []
+    with tqdm(total=args.steps * -(-args.num // BATCH), desc="drawing", unit="step", disable=None) as bar:
+        for first in range(0, args.num, BATCH):
+            seeds = [args.seed + i for i in range(first, min(first + BATCH, args.num))]
+            drawn = pipeline.draw(
+                [args.prompt] * len(seeds),
+                seeds,
+                embedding,
+                [args.negative_prompt] * len(seeds),
+                scale=args.scale,
+                guidance=args.guidance,
+                steps=args.steps,
+                eta=args.eta,
+                size=(args.height or height, args.width or width),
+                watch=lambda _: bar.update() and None,
+            )
+            pictures += images.to_images(drawn)
+    return pictures
+
+
+def run(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.again:
+        args = recall(args.again, args.out)
+    if args.num < 1:
+        raise ValueError(f"--num must be at least 1, not {args.num}")
+    for path in args.image:
+        images.open_image(path)  # refuse a bad picture before the weights are read
+    pipeline = load(args.checkpoint, args.ip_adapter, args.image_encoder, DTYPES[args.dtype], args.device)
+    settings = {"arguments": {k: v for k, v in vars(args).items() if k not in ("out", "again")}, "sha256": files(args)}
+    settings["arguments"] |= {k: str(v) for k, v in settings["arguments"].items() if isinstance(v, Path)} | {
+        "image": [str(path) for path in args.image]
+    }
+    for i, picture in enumerate(draw(pipeline, args)):
+        path = args.out if args.num == 1 else args.out.with_stem(f"{args.out.stem}-{i}")
+        one = settings | {"arguments": settings["arguments"] | {"seed": args.seed + i, "num": 1}}
+        images.save_image(picture, path, one)
+        print(path)
+
+
+def main() -> None:
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        run()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

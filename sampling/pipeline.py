@@ -1,0 +1,132 @@
+"""From prompts to pictures: the parts of Figure 2, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import weights_convert
+from model.adapter import IPAdapter
+from model.attention import Context, Fuse, Scale, decoupled
+from model.image_encoder import Fit, ImageEncoder
+from model.text_encoder import TextEncoder
+from model.unet import UNet
+from model.vae import VAE
+from sampling.ddim import State, ddim, randn
+from sampling.guidance import guided
+from sampling.schedule import Schedule
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A base model and, to read image prompts, an image encoder with its adapter. Immutable; its modules are never changed."""
+
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+    schedule: Schedule
+    image: ImageEncoder | None = None
+    adapter: IPAdapter | None = None
+
+    @torch.no_grad()
+    def embed(self, pictures: Sequence[Image.Image], fit: Fit = "crop") -> Tensor:
+        """The embeddings of RGB pictures that make up one prompt, `1 k e`."""
+        if self.image is None or self.adapter is None:
+            raise ValueError("an image prompt needs an image encoder and an adapter")
+        pixels = torch.stack([self.image.preprocess(picture, fit) for picture in pictures])
+        like = next(self.image.parameters())
+        return self.image(pixels.to(like))[None]
+
+    @torch.no_grad()
+    def contexts(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str],
+        embedding: Tensor | None = None,
+        scale: Scale | Sequence[Scale] = 1.0,
+        fuse: Fuse = decoupled,
+    ) -> tuple[Context, Context]:
+        """(uncond, cond) for b prompts. `embedding`: `1 k e` or `b k e`; the unconditional side has the null image, zeros."""
+        device = next(self.unet.parameters()).device
+        text = self.text(self.text.tokenize([*negatives, *prompts]).to(device))
+        uncond, cond = (Context(half, fuse=fuse) for half in text.split([len(negatives), len(prompts)]))
+        if embedding is None:
+            return uncond, cond
+        if self.adapter is None:
+            raise ValueError("an image prompt needs an adapter")
+        embedding = embedding.expand(len(prompts), -1, -1)
+        return self.adapter(uncond, torch.zeros_like(embedding), scale), self.adapter(cond, embedding, scale)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        embedding: Tensor | None = None,
+        negatives: Sequence[str] | None = None,
+        scale: Scale | Sequence[Scale] = 1.0,
+        guidance: float = 7.5,
+        steps: int = 50,
+        eta: float = 0.0,
+        size: tuple[int, int] | None = None,
+        fuse: Fuse = decoupled,
+        watch: Callable[[State], None] | None = None,
+    ) -> Tensor:
+        """One picture for each prompt and seed, `b 3 H W`, about [-1, 1].
+
+        `scale` is lambda (Eq. 8), `guidance` is w (Eq. 7), `size` is (height, width) in pixels, multiples of the VAE's factor.
+        Picture i's noise comes from a CPU generator seeded `seeds[i]` alone. `watch` is called after every step.
+        """
+        uncond, cond = self.contexts(prompts, negatives or [""] * len(prompts), embedding, scale, fuse)
+        factor = self.vae.config.factor
+        height, width = size or self.native_size
+        if height % factor or width % factor or min(height, width) <= 0:
+            raise ValueError(f"width and height must be positive multiples of {factor}, not {width} x {height}")
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (self.unet.config.out_channels, height // factor, width // factor)
+        x = randn(shape, generators).to(cond.text.device)  # the solver stays in float32
+        for state in ddim(guided(self.unet, uncond, cond, guidance), x, self.schedule, steps, eta, generators):
+            x = state.x
+            if watch is not None:
+                watch(state)
+        return self.vae.decode(x.to(next(self.vae.parameters())))
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the base model was trained at."""
+        side = self.unet.config.sample_size * self.vae.config.factor
+        return side, side
+
+
+def load(
+    folder: Path = WEIGHTS,
+    adapter: Path | None = None,
+    image_encoder: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Pipeline:
+    """The pipeline of a folder with unet, vae, text_encoder, image_encoder and ip_adapter (.safetensors, each with its card).
+
+    Raises FileNotFoundError, naming the command that makes them, when weights are missing.
+    """
+    unet = weights_convert.load_unet(folder / "unet.safetensors")
+    own = folder / "ip_adapter.safetensors"
+    adapter = adapter or (own if own.exists() else None)
+    parts = {
+        "unet": unet,
+        "vae": weights_convert.load_vae(folder / "vae.safetensors"),
+        "text": weights_convert.load_text_encoder(folder / "text_encoder.safetensors"),
+        "image": weights_convert.load_image_encoder(image_encoder or folder / "image_encoder.safetensors"),
+        "adapter": weights_convert.load_adapter(adapter, unet) if adapter else None,
+    }
+    for part in parts.values():
+        if part is not None:
+            part.to(device, dtype)
+    return Pipeline(schedule=Schedule(prediction=unet.config.prediction), **parts)  # type: ignore[arg-type]

@@ -1,0 +1,150 @@
+"""Stage 2: the mini CLIP, whose towers become the text encoder and the image encoder.  `python -m train clip`
+
+Symmetric contrastive loss (arXiv 2103.00020); captions that repeat in a batch share the target. CLIP reads richer captions
+than the UNet (both colours by 48 names, size, place), because a contrastive loss keeps only what captions ask for. The gate
+for the stages after it is a linear probe of the pooled image embedding: concept, background and palette.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import weights_convert
+from model.image_encoder import MINI_IMAGE, ImageConfig, ImageEncoder, normalise
+from model.text_encoder import END, START, TextConfig, TextEncoder, words_of
+from train.colour import NAMES
+from train.loop import Plan, card, run
+from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, Split, World, pictures
+
+PLAN = Plan("clip", steps=1500, batch=128, lr=1e-3, weight_decay=0.05, decay=0.7, validate_every=300)
+GATE = {"concept": 0.90, "background": 0.95, "palette_r2": 0.80}
+
+
+def vocabulary() -> tuple[int, ...]:
+    """The CLIP tokens of every word that a caption of the mini world can hold, sorted; END is the last."""
+    words = [
+        *CONCEPT_NAMES,
+        *BACKGROUND_NAMES,
+        *NAMES,
+        "a an on in and , background small middling large light dark top middle bottom left centre right",
+    ]
+    return tuple(sorted({START, END} | {token for text in words for _, pieces in words_of(text) for token in pieces}))
+
+
+MINI_TEXT = TextConfig(width=128, layers=4, heads=4, output_dim=256, vocabulary=vocabulary())
+
+
+class CLIP(nn.Module):
+    def __init__(self, text: TextConfig = MINI_TEXT, image: ImageConfig = MINI_IMAGE) -> None:
+        super().__init__()
+        self.text, self.image = TextEncoder(text), ImageEncoder(image)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+Batch = tuple[Tensor, Tensor]
+
+
+def batch_of(text: TextEncoder, split: Split, batch: int, step: int) -> Batch:
+    """Pixels and tokens; three captions in four are the rich ones. Tokens are cut after the longest caption."""
+    world = World(split)
+    scenes = [world[i] for i in range(step * batch, (step + 1) * batch)]
+    pixels = normalise(torch.from_numpy(pictures(scenes)).permute(0, 3, 1, 2).float() / 255)
+    tokens = text.tokenize([scene.caption if i % 4 == 0 else scene.rich_caption for i, scene in enumerate(scenes)])
+    end = tokens[:, -1:]
+    return pixels, tokens[:, : int((tokens == end).int().argmax(dim=1).max()) + 1]
+
+
+def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, same: Tensor) -> Tensor:
+    """Mean of the two cross-entropies over cosine similarities; `same[i, j]` says that captions i and j are equal."""
+    logits = logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    target = same.float() / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def clip_loss(clip: CLIP, batch: Batch, _: torch.Generator) -> dict[str, Tensor]:
+    pixels, tokens = batch
+    same = (tokens[:, None] == tokens[None]).all(dim=-1)
+    image = clip.image(pixels.contiguous(memory_format=torch.channels_last)).float()
+    return {"loss": contrastive(image, clip.text.pooled(tokens).float(), clip.logit_scale, same)}
+
+
+@functools.cache
+def probe_data(train: int = 6000, test: int = 1500) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Pixels of training pictures, then of held-out ones, and their truth; the number of the first."""
+    scenes = [World("train")[10_000_000 + i] for i in range(train)] + [World("val")[i] for i in range(test)]
+    truth = {
+        "concept": torch.tensor([scene.concept for scene in scenes]),
+        "background": torch.tensor([scene.background for scene in scenes]),
+        "palette": torch.stack([torch.from_numpy(scene.palette).flatten() for scene in scenes]).float(),
+    }
+    return normalise(torch.from_numpy(pictures(scenes)).permute(0, 3, 1, 2).float() / 255), truth, train
+
+
+def classify(x: Tensor, y: Tensor, train: int) -> float:
+    """Held-out accuracy of multinomial logistic regression on the first `train` rows."""
+    linear = nn.Linear(x.shape[1], int(y.max()) + 1)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(x[:train]), y[:train]) + 1e-4 * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[arg-type]
+    return float((linear(x[train:]).argmax(dim=1) == y[train:]).float().mean())
+
+
+def regress(x: Tensor, y: Tensor, train: int, ridge: float = 1.0) -> float:
+    """Held-out R^2 of ridge regression, the mean over columns."""
+    x = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
+    w = torch.linalg.solve(x[:train].T @ x[:train] + ridge * torch.eye(x.shape[1]), x[:train].T @ y[:train].double())
+    residual, total = (
+        (x[train:] @ w - y[train:]).square().sum(dim=0),
+        (y[train:] - y[train:].mean(dim=0)).square().sum(dim=0),
+    )
+    return float((1 - residual / total).mean())
+
+
+@torch.no_grad()
+def probe(image: ImageEncoder) -> dict[str, float]:
+    """What the pooled embedding tells a linear probe about a held-out picture."""
+    image.eval()
+    pixels, truth, train = probe_data()
+    x = torch.cat([image(part.contiguous(memory_format=torch.channels_last)) for part in pixels.split(250)])
+    image.train()
+    x = (x - x[:train].mean(dim=0)) / x[:train].std(dim=0)
+    return {
+        "concept": classify(x, truth["concept"], train),
+        "background": classify(x, truth["background"], train),
+        "palette_r2": regress(x, truth["palette"], train),
+    }
+
+
+def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
+    torch.manual_seed(plan.seed)
+    clip = CLIP()
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, CLIP)
+        return probe(module.image)
+
+    _, log = run(
+        plan,
+        clip,
+        functools.partial(batch_of, clip.text, "train", plan.batch),
+        functools.partial(clip_loss, clip),
+        validate,
+        folder,
+    )
+    written = card(plan, log, "python -m train clip") | {"gate": GATE}
+    weights_convert.save(clip.text, weights / "text_encoder.safetensors", written)
+    weights_convert.save(clip.image, weights / "image_encoder.safetensors", written)

@@ -1,0 +1,67 @@
+"""sRGB and CIELAB (D65, 2 degrees), and the colour words of the mini world."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+_TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+_TO_RGB = np.linalg.inv(_TO_XYZ)
+_WHITE = _TO_XYZ.sum(axis=1)
+_EPS, _KAPPA = 216 / 24389, 24389 / 27
+
+# hue angle in CIELAB (degrees) where each coarse name begins; pink wraps around zero
+HUES = {"red": 15, "orange": 50, "yellow": 82, "green": 112, "teal": 165, "blue": 230, "purple": 290, "pink": 330}
+NAMES = tuple(HUES)
+_EDGES = np.array(list(HUES.values()))
+
+
+def srgb_to_lab(rgb: Array) -> Array:
+    """sRGB in [0, 1], `... 3`, to CIELAB: L in [0, 100], a and b about [-100, 100] (IEC 61966-2-1, CIE 15)."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ _TO_XYZ.T / _WHITE
+    f = np.where(xyz > _EPS, np.cbrt(xyz), (_KAPPA * xyz + 16) / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+
+
+def lab_to_srgb(lab: Array) -> Array:
+    """CIELAB `... 3` to sRGB. Values outside [0, 1] are outside the gamut; nothing is clipped."""
+    fy = (lab[..., 0] + 16) / 116
+    f = np.stack([fy + lab[..., 1] / 500, fy, fy - lab[..., 2] / 200], axis=-1)
+    xyz = np.where(f**3 > _EPS, f**3, (116 * f - 16) / _KAPPA) * _WHITE
+    linear = xyz @ _TO_RGB.T
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 0.0031308) ** (1 / 2.4) - 0.055)
+
+
+def lch(lightness: float, chroma: float, hue: float) -> Array:
+    """The CIELAB colour of this lightness and hue (degrees) whose chroma is as given, or the largest that sRGB can show."""
+    direction = np.array([0.0, np.cos(np.radians(hue)), np.sin(np.radians(hue))])
+    base = np.array([lightness, 0.0, 0.0])
+    while chroma > 0:
+        rgb = lab_to_srgb(base + chroma * direction)
+        if rgb.min() >= 0 and rgb.max() <= 1:
+            break
+        chroma -= 1.0
+    return base + max(chroma, 0.0) * direction
+
+
+def hue_of(lab: Array) -> float:
+    return float(np.degrees(np.arctan2(lab[2], lab[1])) % 360)
+
+
+def coarse_name(lab: Array) -> str:
+    """One of eight names, by hue alone: "teal"."""
+    return NAMES[int(np.searchsorted(_EDGES, hue_of(lab), side="right")) - 1]
+
+
+def fine_name(lab: Array) -> str:
+    """One of 48 names, by hue and lightness: "dark greenish teal". Only CLIP's captions use them."""
+    i = int(np.searchsorted(_EDGES, hue_of(lab), side="right")) - 1
+    start, end = _EDGES[i], _EDGES[i + 1] if 0 <= i < 7 else _EDGES[0] + 360
+    late = (hue_of(lab) - start) % 360 > ((end - start) % 360) / 2
+    tone = "dark " if lab[0] < 60 else "light " if lab[0] > 70 else ""
+    return f"{tone}{NAMES[(i + (1 if late else -1)) % 8]} {NAMES[i]}"

@@ -1,0 +1,192 @@
+"""The training loop: flat, resumable, seeded. Everything random in step s comes from (seed, s), so a run that is stopped
+anywhere and started again computes the same numbers to the last digit (same machine, same number of threads)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from train import checkpoint
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of one run. The rate rises for `warmup` steps, stays, and falls to zero over the last `decay` of them."""
+
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 100
+    decay: float = 0.4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+    ema: float = 0.0
+    bf16: bool = False
+    seed: int = 0
+    accumulate: int = 1
+    save_every: int = 100
+    validate_every: int = 250
+
+    def rate(self, step: int) -> float:
+        falling = min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
+        return self.lr * min(1.0, (step + 1) / self.warmup, falling)
+
+
+class _Batches(Dataset[T]):
+    def __init__(self, make: Callable[[int], T], steps: int) -> None:
+        self.make, self.steps = make, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> T:
+        return self.make(step)
+
+
+def stream(make: Callable[[int], T], start: int, steps: int, workers: int) -> Iterator[T]:
+    """make(start), ..., make(steps - 1), in order, made ahead of time in worker processes."""
+
+    def ignore_interrupt(_: int) -> None:  # Ctrl-C reaches the workers too, but the loop decides when to stop
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    loader = DataLoader(
+        _Batches(make, steps),
+        batch_size=None,
+        sampler=range(start, steps),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_interrupt,
+    )
+    return iter(loader)
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step."""
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
+class _Interrupt:
+    """Turns Ctrl-C and SIGTERM into a flag that is read between two steps."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+
+@torch.no_grad()
+def _ema_update(ema: nn.Module, module: nn.Module, decay: float) -> None:
+    for slow, fast in zip(ema.state_dict().values(), module.state_dict().values(), strict=True):
+        if slow.is_floating_point():
+            slow.lerp_(fast, 1 - decay)
+        else:
+            slow.copy_(fast)
+
+
+def run(
+    plan: Plan,
+    module: nn.Module,
+    make: Callable[[int], T],
+    loss: Callable[[T, torch.Generator], dict[str, Tensor]],
+    validate: Callable[[nn.Module], dict[str, float]],
+    folder: Path,
+    workers: int = 1,
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Trains `module` (its parameters that require gradients) and returns what to keep (the EMA, if there is one) and the log.
+
+    `make(s)` builds the data of step s, `loss(data, generator)` returns named scalars, of which "loss" is minimised,
+    `validate(module)` returns named numbers. State and log live in `folder`; a run that finds its state goes on from it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state_file, log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
+    ema = copy.deepcopy(module) if plan.ema else None
+    start, log = 0, []
+    if state := checkpoint.load(state_file):
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+        start, log = state["step"], state["log"]
+
+    interrupt, bar = _Interrupt(), tqdm(total=plan.steps, initial=start, desc=plan.name, dynamic_ncols=True)
+    batches, began = stream(make, start, plan.steps * plan.accumulate, workers), time.time()
+    for step in range(start, plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(step)
+        for _ in range(plan.accumulate):
+            with torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16):
+                values = loss(next(batches), generator(plan.seed, step))
+            (values["loss"] / plan.accumulate).backward()
+        norm = nn.utils.clip_grad_norm_(parameters, plan.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            _ema_update(ema, module, min(plan.ema, (1 + step) / (10 + step)))
+        row = {
+            "step": step + 1,
+            "lr": plan.rate(step),
+            "grad_norm": float(norm),
+            **{k: float(v) for k, v in values.items()},
+        }
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"the loss of {plan.name} is {row['loss']} at step {step + 1}; the last checkpoint is {state_file}"
+            )
+        last = step + 1 == plan.steps
+        if last or (step + 1) % plan.validate_every == 0:
+            row |= {"seconds": time.time() - began, **validate(ema if ema is not None else module)}
+        log.append(row)
+        bar.update()
+        bar.set_postfix(
+            {k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "lr", "grad_norm", "seconds")}, refresh=False
+        )
+        if last or interrupt.asked or (step + 1) % plan.save_every == 0:
+            kept = {"ema": ema.state_dict()} if ema is not None else {}
+            checkpoint.save(
+                state_file,
+                {
+                    "module": module.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "log": log,
+                    **kept,
+                },
+            )
+            log_file.write_text("".join(json.dumps(r) + "\n" for r in log))
+        if interrupt.asked and not last:
+            bar.close()
+            raise SystemExit(f"{plan.name}: stopped after step {step + 1}; the same command goes on from there")
+    bar.close()
+    return ema if ema is not None else module, log
+
+
+def card(plan: Plan, log: list[dict[str, Any]], command: str) -> dict[str, Any]:
+    """What is written beside the weights: how they were made and the last validation."""
+    results = next((row for row in reversed(log) if "seconds" in row), {})
+    return {
+        "command": command,
+        "settings": asdict(plan),
+        "results": results,
+        "licence": "CC BY-SA 4.0, trained on drawings by OpenMoji (https://openmoji.org)",
+    }

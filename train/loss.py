@@ -1,0 +1,37 @@
+"""The diffusion loss, shared by the base model and the adapter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.attention import Context
+from model.unet import UNet
+from sampling.schedule import Schedule
+
+
+def min_snr(schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
+    """Weight of ||eps - eps_theta||^2: min(SNR_t, gamma) / SNR_t, SNR_t = a_t / (1 - a_t)  (arXiv 2303.09556). `b` -> `b`."""
+    a = schedule.alphas.to(t.device)[t]
+    snr = a / (1 - a)
+    weight = snr.clamp(max=gamma) / snr
+    return weight if schedule.prediction == "epsilon" else weight * snr / (snr + 1)
+
+
+def diffusion_loss(
+    unet: UNet, schedule: Schedule, x0: Tensor, context: Context, t: Tensor, eps: Tensor, gamma: float | None = None
+) -> Tensor:
+    """|| eps - eps_theta(x_t, t, c) ||^2, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps  (Eq. 1; Eq. 6 when c holds a picture).
+
+    `x0`, `eps`: `b c h w`; `t`: `b`. The mean over everything but the batch, in float32: `b`. With v-prediction the target is
+    v. `gamma` applies the min-SNR weight; the paper uses none.
+    """
+    x_t = schedule.add_noise(x0, eps, t)
+    error = unet(x_t, t, context).float() - schedule.target(x0, eps, t)
+    loss = error.square().mean(dim=tuple(range(1, error.ndim)))
+    return loss if gamma is None else loss * min_snr(schedule, t, gamma)
+
+
+def noise_for(x0: Tensor, generator: torch.Generator, timesteps: int = 1000) -> tuple[Tensor, Tensor]:
+    """(t, eps): t uniform in [0, T), eps ~ N(0, I)."""
+    return torch.randint(timesteps, (len(x0),), generator=generator), torch.randn(x0.shape, generator=generator)

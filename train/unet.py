@@ -1,0 +1,67 @@
+"""Stage 3: the text-to-image base model.  `python -m train unet`
+
+Eq. 1 with min-SNR weights (they only balance the timesteps; the paper's base model was given). One caption in ten is empty,
+for classifier-free guidance. The EMA is what is kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import weights_convert
+from model.attention import Context
+from model.unet import MINI, UNet
+from sampling.schedule import Schedule
+from train.data import Pairs, world_pairs
+from train.loop import Plan, card, generator, run
+from train.loss import diffusion_loss, noise_for
+
+PLAN = Plan("unet", steps=6000, batch=32, lr=1e-3, ema=0.999, decay=0.3, validate_every=500)
+PICTURES, HELD_OUT, GAMMA, DROP = 48_000, 512, 5.0, 0.1
+
+
+def rows_of(pairs: Pairs, plan: Plan, step: int) -> Tensor:
+    """Which pictures step `step` sees: every epoch is another permutation."""
+    per_epoch = len(pairs) // plan.batch
+    order = torch.randperm(len(pairs), generator=generator(plan.seed + 1, step // per_epoch))
+    return order[step % per_epoch * plan.batch :][: plan.batch]
+
+
+@torch.no_grad()
+def held_out_loss(unet: UNet, schedule: Schedule, pairs: Pairs, seed: int = 1) -> float:
+    """The unweighted loss on held-out pictures, at noise and timesteps that never change."""
+    losses = []
+    for i, rows in enumerate(torch.arange(len(pairs)).split(64)):
+        g = generator(seed, i)
+        x0 = pairs.latents(rows, g)
+        t, eps = noise_for(x0, g)
+        losses.append(diffusion_loss(unet, schedule, x0, Context(pairs.texts[pairs.caption[rows]].float()), t, eps))
+    return float(torch.cat(losses).mean())
+
+
+def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
+    torch.manual_seed(plan.seed)
+    vae = weights_convert.load_vae(weights / "vae.safetensors")
+    text = weights_convert.load_text_encoder(weights / "text_encoder.safetensors")
+    image = weights_convert.load_image_encoder(weights / "image_encoder.safetensors")
+    pairs = world_pairs(vae, text, image, "train", PICTURES, folder / "train.safetensors")
+    held_out = world_pairs(vae, text, image, "val", HELD_OUT, folder / "val.safetensors")
+    unet, schedule = UNet(MINI), Schedule(prediction=MINI.prediction)
+
+    def loss(step: int, g: torch.Generator) -> dict[str, Tensor]:
+        rows = rows_of(pairs, plan, step)
+        x0 = pairs.latents(rows, g)
+        t, eps = noise_for(x0, g)
+        caption = torch.where(torch.rand(len(rows), generator=g) < DROP, 0, pairs.caption[rows])
+        each = diffusion_loss(unet, schedule, x0, Context(pairs.texts[caption].float()), t, eps, GAMMA)
+        return {"loss": each.mean()}
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, UNet)
+        return {"held_out": held_out_loss(module, schedule, held_out)}
+
+    kept, log = run(plan, unet, lambda step: step, loss, validate, folder, workers=0)
+    weights_convert.save(kept, weights / "unet.safetensors", card(plan, log, "python -m train unet"))
