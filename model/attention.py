@@ -50,8 +50,10 @@ class Source:
             return self.scale.to(q) if isinstance(self.scale, Tensor) else self.scale
         n = q.shape[-2]
         if n not in self.scale:
+            levels = sorted(self.scale)
             raise ValueError(
-                f"this mask was made for levels of {sorted(self.scale)} queries, but a layer asks with {n}: give pyramid() the latents' true (h, w)"
+                f"this mask was made for levels of {levels} queries, but a layer asks with {n}: "
+                "give pyramid() the latents' true (h, w)"
             )
         return self.scale[n].to(q)
 

@@ -21,6 +21,14 @@ def normalise(rgb: Tensor) -> Tensor:
     return (rgb - rgb.new_tensor(MEAN)[:, None, None]) / rgb.new_tensor(STD)[:, None, None]
 
 
+def centre_square(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    """The picture with its short side at `size`, then the centre square, the margin rounded down."""
+    short = min(image.size)
+    image = image.resize((int(size * image.width / short), int(size * image.height / short)), resample)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
 @dataclass(frozen=True)
 class ImageConfig:
     """Sizes of the tower; the default is OpenCLIP ViT-H/14, which the released SD 1.5 adapters read."""
@@ -108,9 +116,5 @@ class ImageEncoder(nn.Module):
         if fit == "squash":
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         else:
-            short = min(image.size)
-            wide = (int(size * image.width / short), int(size * image.height / short))
-            image = image.resize(wide, Image.Resampling.BICUBIC)
-            left, top = (image.width - size) // 2, (image.height - size) // 2
-            image = image.crop((left, top, left + size, top + size))
+            image = centre_square(image, size, Image.Resampling.BICUBIC)
         return normalise(torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1))

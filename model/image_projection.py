@@ -19,7 +19,8 @@ class ImageProjection(nn.Module):
         """`b e` -> `b n c`. Raises ValueError when the embedding comes from another encoder."""
         if embedding.shape[-1] != self.image_dim:
             raise ValueError(
-                f"this adapter reads image embeddings of width {self.image_dim}, the image encoder gives {embedding.shape[-1]}: use its own encoder"
+                f"this adapter reads image embeddings of width {self.image_dim}, but the image encoder gives "
+                f"{embedding.shape[-1]}: use the encoder that it was trained with"
             )
         out: Tensor = self.norm(rearrange(self.proj(embedding), "b (n c) -> b n c", n=self.tokens))
         return out

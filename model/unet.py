@@ -6,6 +6,8 @@ Sizes follow LDM's `openaimodel.py`; parity with diffusers' `UNet2DConditionMode
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import Context, CrossAttention
 from model.layers import Downsample, ResBlock, SpatialTransformer, Upsample, keep_channels_last, timestep_embedding
@@ -140,6 +143,7 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self.checkpointing = False  # recompute the stages in the backward pass: slower, far less memory
         keep_channels_last(self)
 
     def cross_attentions(self) -> list[CrossAttention]:
@@ -171,21 +175,22 @@ class UNet(nn.Module):
         hidden = residuals.hidden or {}
         if residuals.skips and len(residuals.skips) != len(self.down) + 1:
             raise ValueError(f"this UNet has {len(self.down) + 1} skips, the residuals {len(residuals.skips)}")
+        run = functools.partial(checkpoint, use_reentrant=False) if self.checkpointing else operator.call
         emb = self.embed(torch.as_tensor(t, device=x.device).expand(x.shape[0]), added, x.dtype)
 
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x := x + hidden.get(0, 0)]
         for i, stage in enumerate(self.down, 1):
-            x = stage(x, emb, context) + hidden.get(i, 0)
+            x = run(stage, x, emb, context) + hidden.get(i, 0)
             skips.append(x)
         if residuals.skips:
             skips = [skip + r for skip, r in zip(skips, residuals.skips, strict=True)]
         for stage in self.mid:
-            x = stage(x, emb, context)
+            x = run(stage, x, emb, context)
         if residuals.mid is not None:
             x = x + residuals.mid
         for stage in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, emb, context, skips[-1].shape[-2:] if skips else None)
+            x = run(stage, x, emb, context, skips[-1].shape[-2:] if skips else None)
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return out

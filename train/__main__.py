@@ -1,6 +1,9 @@
 """Trains one part of the mini world, or all of them in order: vae, clip, unet, adapter.
 
 A run that is stopped (Ctrl-C) goes on when the same command is given again, to the same numbers.
+
+The adapter can also be trained on other weights and your own pictures, for example on a GPU:
+  python -m train adapter --base FOLDER --data data.json --batch 8 --accumulate 8 --lr 1e-4 --bf16 --checkpointing --device cuda
 """
 
 from __future__ import annotations
@@ -9,30 +12,52 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from train import adapter, clip, unet, vae
+import torch
 
-STAGES = {"vae": vae, "clip": clip, "unet": unet, "adapter": adapter}
+from train import adapter, clip, unet, vae
+from train.loop import Plan
+
+STAGES = {"vae": vae, "clip": clip, "unet": unet}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("stage", choices=(*STAGES, "adapter", "all"))
+    p.add_argument("--state", type=Path, default=Path("runs"), help="checkpoints and logs (default: runs)")
+    p.add_argument("--weights", type=Path, default=Path("weights"), help="finished weights (default: weights)")
+    for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int), ("accumulate", int)):
+        p.add_argument(f"--{name}", type=kind, help="instead of the stage's own")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--bf16", action="store_true", help="bfloat16 autocast; the adapter's base is held in bfloat16 too")
+    only = p.add_argument_group("adapter only")
+    only.add_argument("--base", type=Path, help="folder of the base model and the encoders (default: --weights)")
+    only.add_argument("--data", type=Path, help='JSON list [{"image_file": ..., "text": ...}], or pictures with .txt')
+    only.add_argument("--side", type=int, help="of the training pictures (default: the base model's own)")
+    only.add_argument("--checkpointing", action="store_true", help="recompute the UNet's stages: less memory, slower")
+    return p
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("stage", choices=(*STAGES, "all"))
-    parser.add_argument(
-        "--state", type=Path, default=Path("runs"), help="where checkpoints and logs live (default: runs)"
-    )
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        default=Path("weights"),
-        help="where finished weights go and earlier stages' are read (default: weights)",
-    )
-    parser.add_argument("--steps", type=int, help="instead of the stage's own number")
-    args = parser.parse_args()
-    for stage in STAGES.values() if args.stage == "all" else (STAGES[args.stage],):
-        plan = stage.PLAN if args.steps is None else replace(stage.PLAN, steps=args.steps)
-        stage.train(args.state, args.weights, plan)
+    args = parser().parse_args()
+
+    def plan_of(default: Plan) -> Plan:
+        given = {k: v for k in ("steps", "batch", "lr", "seed", "accumulate") if (v := getattr(args, k)) is not None}
+        return replace(default, device=args.device, bf16=args.bf16 or default.bf16, **given)
+
+    for name, stage in STAGES.items():
+        if args.stage in (name, "all"):
+            stage.train(args.state, args.weights, plan_of(stage.PLAN))
+    if args.stage in ("adapter", "all"):
+        source = adapter.Source(
+            args.base or args.weights,
+            args.data,
+            args.side,
+            torch.bfloat16 if args.bf16 else torch.float32,
+            args.checkpointing,
+        )
+        adapter.train(args.state, args.weights, plan_of(adapter.PLAN), source)
 
 
 if __name__ == "__main__":

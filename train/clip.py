@@ -22,7 +22,7 @@ from train.colour import NAMES
 from train.loop import Plan, card, run
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, Split, World, pictures
 
-PLAN = Plan("clip", steps=1500, batch=128, lr=1e-3, weight_decay=0.05, decay=0.7, validate_every=300)
+PLAN = Plan("clip", steps=1000, batch=128, lr=1e-3, weight_decay=0.05, decay=0.7, validate_every=250)
 GATE = {"concept": 0.90, "background": 0.95, "palette_r2": 0.80}
 
 

@@ -38,6 +38,7 @@ class Plan:
     clip: float = 1.0
     ema: float = 0.0
     bf16: bool = False
+    device: str = "cpu"
     seed: int = 0
     accumulate: int = 1
     save_every: int = 100
@@ -102,6 +103,22 @@ def _ema_update(ema: nn.Module, module: nn.Module, decay: float) -> None:
             slow.copy_(fast)
 
 
+def _gradients(
+    plan: Plan, step: int, batches: Iterator[T], loss: Callable[[T, torch.Generator], dict[str, Tensor]]
+) -> dict[str, float]:
+    """Adds up the gradients of a step's parts; returns the mean of the named scalars. Raises FloatingPointError on NaN."""
+    means: dict[str, float] = {}
+    for part in range(step * plan.accumulate, (step + 1) * plan.accumulate):
+        with torch.autocast(plan.device.split(":")[0], torch.bfloat16, enabled=plan.bf16):
+            values = loss(next(batches), generator(plan.seed, part))
+        (values["loss"] / plan.accumulate).backward()
+        for name, value in values.items():
+            means[name] = means.get(name, 0.0) + float(value.detach()) / plan.accumulate
+    if not math.isfinite(means["loss"]):
+        raise FloatingPointError(f"the loss of {plan.name} is {means['loss']} at step {step + 1}: try a lower rate")
+    return means
+
+
 def run(
     plan: Plan,
     module: nn.Module,
@@ -111,74 +128,53 @@ def run(
     folder: Path,
     workers: int = 1,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Trains `module` (its parameters that require gradients) and returns what to keep (the EMA, if there is one) and the log.
+    """Trains `module` (its parameters that require gradients); returns what to keep (the EMA, if any) and the log.
 
-    `make(s)` builds the data of step s, `loss(data, generator)` returns named scalars, of which "loss" is minimised,
-    `validate(module)` returns named numbers. State and log live in `folder`; a run that finds its state goes on from it.
+    `make(i)` builds batch i (one a step, or `plan.accumulate`), `loss(batch, generator)` returns named scalars, of which
+    "loss" is minimised, `validate(module)` returns named numbers. State and log live in `folder`; a run that finds its
+    state goes on from it. Raises SystemExit when it was interrupted, after saving.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file, log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
     ema = copy.deepcopy(module) if plan.ema else None
+    kept = module if ema is None else ema
     start, log = 0, []
     if state := checkpoint.load(state_file):
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
+        kept.load_state_dict(state["kept"])
         start, log = state["step"], state["log"]
 
-    interrupt, bar = _Interrupt(), tqdm(total=plan.steps, initial=start, desc=plan.name, dynamic_ncols=True)
-    batches, began = stream(make, start, plan.steps * plan.accumulate, workers), time.time()
-    for step in range(start, plan.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
-        for _ in range(plan.accumulate):
-            with torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16):
-                values = loss(next(batches), generator(plan.seed, step))
-            (values["loss"] / plan.accumulate).backward()
-        norm = nn.utils.clip_grad_norm_(parameters, plan.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema is not None:
-            _ema_update(ema, module, min(plan.ema, (1 + step) / (10 + step)))
-        row = {
-            "step": step + 1,
-            "lr": plan.rate(step),
-            "grad_norm": float(norm),
-            **{k: float(v) for k, v in values.items()},
-        }
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"the loss of {plan.name} is {row['loss']} at step {step + 1}; the last checkpoint is {state_file}"
-            )
-        last = step + 1 == plan.steps
-        if last or (step + 1) % plan.validate_every == 0:
-            row |= {"seconds": time.time() - began, **validate(ema if ema is not None else module)}
-        log.append(row)
-        bar.update()
-        bar.set_postfix(
-            {k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "lr", "grad_norm", "seconds")}, refresh=False
-        )
-        if last or interrupt.asked or (step + 1) % plan.save_every == 0:
-            kept = {"ema": ema.state_dict()} if ema is not None else {}
-            checkpoint.save(
-                state_file,
-                {
-                    "module": module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step + 1,
-                    "log": log,
-                    **kept,
-                },
-            )
-            log_file.write_text("".join(json.dumps(r) + "\n" for r in log))
-        if interrupt.asked and not last:
-            bar.close()
-            raise SystemExit(f"{plan.name}: stopped after step {step + 1}; the same command goes on from there")
-    bar.close()
-    return ema if ema is not None else module, log
+    def save(step: int) -> None:
+        states = {"module": module.state_dict(), "kept": kept.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoint.save(state_file, {"step": step, "log": log, **states})
+        log_file.write_text("".join(json.dumps(row) + "\n" for row in log))
+
+    interrupt, began = _Interrupt(), time.time()
+    batches = stream(make, start * plan.accumulate, plan.steps * plan.accumulate, workers)
+    with tqdm(total=plan.steps, initial=start, desc=plan.name, dynamic_ncols=True) as bar:
+        for step in range(start, plan.steps):
+            row: dict[str, Any] = {"step": step + 1, "lr": plan.rate(step), **_gradients(plan, step, batches, loss)}
+            row["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, plan.clip))
+            for group in optimizer.param_groups:
+                group["lr"] = row["lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                _ema_update(ema, module, min(plan.ema, (1 + step) / (10 + step)))
+            last = step + 1 == plan.steps
+            if last or (step + 1) % plan.validate_every == 0:
+                row |= {"seconds": time.time() - began, **validate(kept)}
+            log.append(row)
+            bar.set_postfix({k: f"{row[k]:.4g}" for k in row if k not in ("step", "lr", "seconds")}, refresh=False)
+            bar.update()
+            if last or interrupt.asked or (step + 1) % plan.save_every == 0:
+                save(step + 1)
+            if interrupt.asked and not last:
+                raise SystemExit(f"{plan.name}: stopped after step {step + 1}; the same command goes on from there")
+    return kept, log
 
 
 def card(plan: Plan, log: list[dict[str, Any]], command: str) -> dict[str, Any]:
