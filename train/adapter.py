@@ -9,7 +9,7 @@ with another picture's embedding minus that with its own. Before step 1 the gate
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from model.image_projection import ImageProjection
 from model.unet import UNet
 from sampling.pipeline import Pipeline, load
 from sampling.schedule import Schedule
+from train import preview
 from train.data import Pairs, captioned_files, file_pairs, world_pairs
 from train.loop import Plan, card, generator, run
 from train.loss import diffusion_loss, noise_for
@@ -56,6 +57,7 @@ def batch_of(pairs: Pairs, rows: Tensor, g: torch.Generator, device: str, droppi
     t, eps = noise_for(x0, g)
     drop_text, drop_image = drops(len(rows), g) if dropping else (torch.zeros(len(rows), dtype=torch.bool),) * 2
     text = pairs.texts[torch.where(drop_text, 0, pairs.caption[rows])].float()
+    assert pairs.images is not None
     image = pairs.images[rows].float() * ~drop_image[:, None]
     return Batch(*(tensor.to(device) for tensor in (x0, t, eps, text, image)))
 
@@ -115,15 +117,10 @@ def load_pairs(pipeline: Pipeline, source: Source, folder: Path) -> tuple[Pairs,
     assert pipeline.image is not None
     parts = pipeline.vae, pipeline.text, pipeline.image
     if source.data is None:
-        pairs = world_pairs(*parts, "train", PICTURES, folder / "train.safetensors")
-        return pairs, world_pairs(*parts, "val", HELD_OUT, folder / "val.safetensors")
-    files = captioned_files(source.data)
-    side = source.side or pipeline.native_size[0]
-    held_out, kept = files[::50], [f for i, f in enumerate(files) if i % 50] or files
-    return (
-        file_pairs(*parts, kept, side, folder / f"{source.data.stem}-{side}.safetensors"),
-        file_pairs(*parts, held_out, side, folder / f"{source.data.stem}-{side}-val.safetensors"),
-    )
+        return world_pairs(*parts, "train", PICTURES, folder), world_pairs(*parts, "val", HELD_OUT, folder)
+    files, side = captioned_files(source.data), source.side or pipeline.native_size[0]
+    kept = [f for i, f in enumerate(files) if i % 50] or files
+    return file_pairs(*parts, kept, side, folder), file_pairs(*parts, files[::50], side, folder)
 
 
 def train(
@@ -139,6 +136,7 @@ def train(
     pipeline = load(source.base, device=plan.device)
     unet, schedule = pipeline.unet, pipeline.schedule
     pairs, held_out = load_pairs(pipeline, source, folder)
+    assert pairs.images is not None
     image_dim = pairs.images.shape[1]
     adapter = IPAdapter(unet, ImageProjection(image_dim, unet.config.context_dim, TOKENS), own_projections).to(
         plan.device
@@ -153,6 +151,8 @@ def train(
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, IPAdapter)
+        if source.data is None:
+            preview.prompts(replace(pipeline, adapter=module), folder / f"{plan.name}.png")
         with torch.autocast(plan.device.split(":")[0], torch.bfloat16, enabled=plan.bf16):
             return held_out_losses(unet, module, schedule, held_out, fuse, plan.device)
 

@@ -1,8 +1,10 @@
 """Stage 2: the mini CLIP, whose towers become the text encoder and the image encoder.  `python -m train clip`
 
-Symmetric contrastive loss (arXiv 2103.00020); captions that repeat in a batch share the target. CLIP reads richer captions
-than the UNet (both colours by 48 names, size, place), because a contrastive loss keeps only what captions ask for. The gate
-for the stages after it is a linear probe of the pooled image embedding: concept, background and palette.
+Symmetric contrastive loss (arXiv 2103.00020); captions that repeat in a batch share the target. A contrastive loss keeps only
+what captions ask for and what tells a batch apart, so CLIP reads richer captions than the UNet (both colours by 48 names, size,
+place), eight pictures of a batch at a time share concept and background, and a second loss, as in CoCa (arXiv 2205.01917), asks
+that the words of the caption can be read from the image embedding, here by one linear layer. The gate for the stages after it
+is a linear probe of the pooled image embedding: concept, background and palette.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import functools
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,9 +23,10 @@ from model.image_encoder import MINI_IMAGE, ImageConfig, ImageEncoder, normalise
 from model.text_encoder import END, START, TextConfig, TextEncoder, words_of
 from train.colour import NAMES
 from train.loop import Plan, card, run
-from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, Split, World, pictures
+from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, SLOTS, Scene, Split, World, pictures, random_scene
 
-PLAN = Plan("clip", steps=1000, batch=128, lr=1e-3, weight_decay=0.05, decay=0.7, validate_every=250)
+PLAN = Plan("clip", steps=1300, batch=128, lr=1e-3, weight_decay=0.05, decay=0.6)
+GROUP = 8
 GATE = {"concept": 0.90, "background": 0.95, "palette_r2": 0.80}
 
 
@@ -44,21 +48,31 @@ class CLIP(nn.Module):
     def __init__(self, text: TextConfig = MINI_TEXT, image: ImageConfig = MINI_IMAGE) -> None:
         super().__init__()
         self.text, self.image = TextEncoder(text), ImageEncoder(image)
+        self.words = nn.Linear(image.output_dim, sum(SLOTS))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def scenes_of(split: Split, batch: int, step: int) -> list[Scene]:
+    """The scenes of a batch; `GROUP` at a time have the concept and background of the first."""
+    scenes = [World(split)[i] for i in range(step * batch, (step + 1) * batch)]
+    firsts = [scenes[i - i % GROUP] for i in range(batch)]
+    return [
+        scene if scene is first else random_scene(np.random.default_rng((step, i)), first.concept, first.background)
+        for i, (scene, first) in enumerate(zip(scenes, firsts, strict=True))
+    ]
 
 
 def batch_of(text: TextEncoder, split: Split, batch: int, step: int) -> Batch:
-    """Pixels and tokens; three captions in four are the rich ones. Tokens are cut after the longest caption."""
-    world = World(split)
-    scenes = [world[i] for i in range(step * batch, (step + 1) * batch)]
+    """Pixels, tokens (of four captions three are rich; cut after the longest) and the rich captions' slots."""
+    scenes = scenes_of(split, batch, step)
     pixels = normalise(torch.from_numpy(pictures(scenes)).permute(0, 3, 1, 2).float() / 255)
     tokens = text.tokenize([scene.caption if i % 4 == 0 else scene.rich_caption for i, scene in enumerate(scenes)])
-    end = tokens[:, -1:]
-    return pixels, tokens[:, : int((tokens == end).int().argmax(dim=1).max()) + 1]
+    length = int((tokens == tokens[:, -1:]).int().argmax(dim=1).max()) + 1
+    return pixels, tokens[:, :length], torch.tensor([scene.slots for scene in scenes])
 
 
 def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, same: Tensor) -> Tensor:
@@ -69,10 +83,13 @@ def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, same: Tensor) 
 
 
 def clip_loss(clip: CLIP, batch: Batch, _: torch.Generator) -> dict[str, Tensor]:
-    pixels, tokens = batch
+    pixels, tokens, slots = batch
     same = (tokens[:, None] == tokens[None]).all(dim=-1)
-    image = clip.image(pixels.contiguous(memory_format=torch.channels_last)).float()
-    return {"loss": contrastive(image, clip.text.pooled(tokens).float(), clip.logit_scale, same)}
+    image = clip.image(pixels.contiguous(memory_format=torch.channels_last))
+    pairs = contrastive(image, clip.text.pooled(tokens), clip.logit_scale, same)
+    logits = clip.words(F.normalize(image, dim=-1) * image.shape[-1] ** 0.5).split(SLOTS, dim=1)
+    words = torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, slots.T, strict=True)]).mean()
+    return {"loss": pairs + words, "pairs": pairs, "words": words}
 
 
 @functools.cache
@@ -137,14 +154,8 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
         assert isinstance(module, CLIP)
         return probe(module.image)
 
-    _, log = run(
-        plan,
-        clip,
-        functools.partial(batch_of, clip.text, "train", plan.batch),
-        functools.partial(clip_loss, clip),
-        validate,
-        folder,
-    )
+    batches = functools.partial(batch_of, clip.text, "train", plan.batch)
+    _, log = run(plan, clip, batches, functools.partial(clip_loss, clip), validate, folder)
     written = card(plan, log, "python -m train clip") | {"gate": GATE}
     weights_convert.save(clip.text, weights / "text_encoder.safetensors", written)
     weights_convert.save(clip.image, weights / "image_encoder.safetensors", written)

@@ -58,10 +58,15 @@ def coarse_name(lab: Array) -> str:
     return NAMES[int(np.searchsorted(_EDGES, hue_of(lab), side="right")) - 1]
 
 
-def fine_name(lab: Array) -> str:
-    """One of 48 names, by hue and lightness: "dark greenish teal". Only CLIP's captions use them."""
+def fine_bin(lab: Array) -> tuple[int, int]:
+    """(tone, sector): dark, middling or light; and which half of which coarse name, 0 .. 15."""
     i = int(np.searchsorted(_EDGES, hue_of(lab), side="right")) - 1
     start, end = _EDGES[i], _EDGES[i + 1] if 0 <= i < 7 else _EDGES[0] + 360
     late = (hue_of(lab) - start) % 360 > ((end - start) % 360) / 2
-    tone = "dark " if lab[0] < 60 else "light " if lab[0] > 70 else ""
-    return f"{tone}{NAMES[(i + (1 if late else -1)) % 8]} {NAMES[i]}"
+    return (0 if lab[0] < 60 else 2 if lab[0] > 70 else 1), 2 * (i % 8) + int(late)
+
+
+def fine_name(lab: Array) -> str:
+    """One of 48 names, by hue and lightness: "dark green teal" is a dark teal on the green side. Only CLIP reads them."""
+    tone, sector = fine_bin(lab)
+    return f"{('dark ', '', 'light ')[tone]}{NAMES[(sector // 2 + (1 if sector % 2 else -1)) % 8]} {NAMES[sector // 2]}"

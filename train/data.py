@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +26,13 @@ from train.world import Scene, Split, World, pictures
 @dataclass(frozen=True)
 class Pairs:
     """Picture-text pairs. `mean`, `std`: `n c h w` of q(z|x), scaled; `caption`: row of `texts` for each picture;
-    `texts`: `m 77 c`, the different captions' text tokens, the empty one first; `images`: `n e` embeddings."""
+    `texts`: `m 77 c`, the different captions' text tokens, the empty one first; `images`: `n e` embeddings, if asked for."""
 
     mean: Tensor
     std: Tensor
     caption: Tensor
     texts: Tensor
-    images: Tensor
+    images: Tensor | None
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -43,21 +44,38 @@ class Pairs:
 
 
 @torch.no_grad()
-def encode(
-    vae: VAE, image: ImageEncoder, batches: Callable[[int], tuple[Tensor, Tensor]], count: int, name: str
+def _computed(
+    cache: Path, batches: Callable[[int], Tensor], count: int, encode: Callable[[Tensor], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Latents and image embeddings of `count` batches, in half precision.
+    """encode(batches(0)), ..., joined, in half precision; kept in the file `cache` and read from it the next time."""
+    if not cache.exists():
+        found: dict[str, list[Tensor]] = {}
+        for batch in tqdm(stream(batches, 0, count, workers=2), total=count, desc=cache.stem):
+            for key, value in encode(batch).items():
+                found.setdefault(key, []).append(value.half().cpu())
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part = cache.with_suffix(".part")
+        save_file({key: torch.cat(parts).contiguous() for key, parts in found.items()}, part)
+        part.rename(cache)
+    return load_file(cache)
 
-    A batch holds pictures `b 3 h w` in [-1, 1] for the VAE and pixels `b 3 s s` for the image encoder.
-    """
-    found: dict[str, list[Tensor]] = {"mean": [], "std": [], "images": []}
-    v, e = next(vae.parameters()), next(image.parameters())
-    for x, pixels in tqdm(stream(batches, 0, count, workers=2), total=count, desc=name):
-        mean, logvar = vae.moments(x.to(v))
-        found["mean"].append((mean * vae.config.scale).half().cpu())
-        found["std"].append(((0.5 * logvar).exp() * vae.config.scale).half().cpu())
-        found["images"].append(image(pixels.to(e).contiguous(memory_format=torch.channels_last)).half().cpu())
-    return {key: torch.cat(parts).contiguous() for key, parts in found.items()}
+
+def latents(vae: VAE, batches: Callable[[int], Tensor], count: int, cache: Path) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of q(z|x), scaled, for `count` batches of pictures `b 3 h w` in [-1, 1]."""
+    weight = next(vae.parameters())
+
+    def encode(x: Tensor) -> dict[str, Tensor]:
+        mean, logvar = vae.moments(x.to(weight))
+        return {"mean": mean * vae.config.scale, "std": (0.5 * logvar).exp() * vae.config.scale}
+
+    found = _computed(cache, batches, count, encode)
+    return found["mean"], found["std"]
+
+
+def embeddings(image: ImageEncoder, batches: Callable[[int], Tensor], count: int, cache: Path) -> Tensor:
+    """Image embeddings `n e` for `count` batches of pixels `b 3 s s`."""
+    weight = next(image.parameters())
+    return _computed(cache, batches, count, lambda x: {"images": image(x.to(weight))})["images"]
 
 
 @torch.no_grad()
@@ -71,26 +89,24 @@ def encode_texts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor
     return hidden, torch.tensor([row[caption] for caption in captions])
 
 
-def _cached(cache: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    if not cache.exists():
-        part = cache.with_suffix(".part")
-        save_file(compute(), part)
-        part.rename(cache)
-    return load_file(cache)
-
-
-def world_pairs(vae: VAE, text: TextEncoder, image: ImageEncoder, split: Split, count: int, cache: Path) -> Pairs:
-    """The first `count` pictures of a split; what is slow to compute is kept in the file `cache`."""
+def world_pairs(
+    vae: VAE, text: TextEncoder, image: ImageEncoder | None, split: Split, count: int, folder: Path
+) -> Pairs:
+    """The first `count` pictures of a split; what is slow to compute is kept in `folder`. Embeddings only with `image`."""
     world, size = World(split), 100
     scenes: list[Scene] = [world[i] for i in range(count)]
+    steps = -(-count // size)
 
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        rgb = torch.from_numpy(pictures(scenes[step * size : (step + 1) * size])).permute(0, 3, 1, 2).float() / 255
-        return 2 * rgb - 1, normalise(rgb)
+    def rgb(step: int) -> Tensor:
+        return torch.from_numpy(pictures(scenes[step * size : (step + 1) * size])).permute(0, 3, 1, 2).float() / 255
 
-    found = _cached(cache, lambda: encode(vae, image, batches, -(-count // size), f"{count} pictures"))
+    mean, std = latents(vae, lambda step: 2 * rgb(step) - 1, steps, folder / f"{split}-{count}-latents.safetensors")
+    images = None
+    if image is not None:
+        cache = folder / f"{split}-{count}-images.safetensors"
+        images = embeddings(image, lambda step: normalise(rgb(step)), steps, cache)
     texts, caption = encode_texts(text, [scene.caption for scene in scenes])
-    return Pairs(found["mean"], found["std"], caption, texts, found["images"])
+    return Pairs(mean, std, caption, texts, images)
 
 
 def captioned_files(data: Path) -> list[tuple[Path, str]]:
@@ -119,15 +135,19 @@ def captioned_files(data: Path) -> list[tuple[Path, str]]:
 
 
 def file_pairs(
-    vae: VAE, text: TextEncoder, image: ImageEncoder, files: list[tuple[Path, str]], side: int, cache: Path
+    vae: VAE, text: TextEncoder, image: ImageEncoder, files: list[tuple[Path, str]], side: int, folder: Path
 ) -> Pairs:
-    """A user's pictures, short side to `side` and centre crop as the paper does; what is slow is kept in `cache`."""
+    """A user's pictures, short side to `side` and centre crop as the paper does; what is slow is kept in `folder`."""
 
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        rgb = open_image(files[step][0])
-        square = np.array(centre_square(rgb, side, Image.Resampling.BILINEAR), dtype=np.float32)
-        return torch.from_numpy(square).permute(2, 0, 1)[None] / 127.5 - 1, image.preprocess(rgb)[None]
+    def square(step: int) -> Tensor:
+        picture = centre_square(open_image(files[step][0]), side, Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
 
-    found = _cached(cache, lambda: encode(vae, image, batches, len(files), f"{len(files)} pictures"))
+    def pixels(step: int) -> Tensor:
+        return image.preprocess(open_image(files[step][0]))[None]
+
+    listed = hashlib.sha256(repr([str(file) for file, _ in files]).encode()).hexdigest()[:16]
+    mean, std = latents(vae, square, len(files), folder / f"{listed}-{side}-latents.safetensors")
+    images = embeddings(image, pixels, len(files), folder / f"{listed}-images.safetensors")
     texts, caption = encode_texts(text, [words for _, words in files])
-    return Pairs(found["mean"], found["std"], caption, texts, found["images"])
+    return Pairs(mean, std, caption, texts, images)

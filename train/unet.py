@@ -13,14 +13,26 @@ from torch import Tensor, nn
 
 import weights_convert
 from model.attention import Context
+from model.layers import ResBlock, SpatialTransformer
 from model.unet import MINI, UNet
+from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
+from train import preview
 from train.data import Pairs, world_pairs
 from train.loop import Plan, card, generator, run
 from train.loss import diffusion_loss, noise_for
 
 PLAN = Plan("unet", steps=6000, batch=32, lr=1e-3, ema=0.999, decay=0.3, validate_every=500)
-PICTURES, HELD_OUT, GAMMA, DROP = 48_000, 512, 5.0, 0.1
+PICTURES, HELD_OUT, GAMMA, DROP = 24_000, 512, 5.0, 0.1
+
+
+def initialise(unet: UNet) -> None:
+    """Zeroes the last layer of every residual branch, and the output: each block starts as the identity (LDM's rule)."""
+    for module in unet.modules():
+        last = {ResBlock: "conv2", SpatialTransformer: "proj_out", UNet: "conv_out"}.get(type(module))
+        if last:
+            nn.init.zeros_(getattr(module, last).weight)
+            nn.init.zeros_(getattr(module, last).bias)
 
 
 def rows_of(pairs: Pairs, plan: Plan, step: int) -> Tensor:
@@ -46,10 +58,10 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
     torch.manual_seed(plan.seed)
     vae = weights_convert.load_vae(weights / "vae.safetensors")
     text = weights_convert.load_text_encoder(weights / "text_encoder.safetensors")
-    image = weights_convert.load_image_encoder(weights / "image_encoder.safetensors")
-    pairs = world_pairs(vae, text, image, "train", PICTURES, folder / "train.safetensors")
-    held_out = world_pairs(vae, text, image, "val", HELD_OUT, folder / "val.safetensors")
+    pairs = world_pairs(vae, text, None, "train", PICTURES, folder)
+    held_out = world_pairs(vae, text, None, "val", HELD_OUT, folder)
     unet, schedule = UNet(MINI), Schedule(prediction=MINI.prediction)
+    initialise(unet)
 
     def loss(step: int, g: torch.Generator) -> dict[str, Tensor]:
         rows = rows_of(pairs, plan, step)
@@ -61,6 +73,7 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, UNet)
+        preview.texts(Pipeline(module, vae, text, schedule), folder / f"{plan.name}.png")
         return {"held_out": held_out_loss(module, schedule, held_out)}
 
     kept, log = run(plan, unet, lambda step: step, loss, validate, folder, workers=0)

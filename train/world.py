@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from train.colour import Array, coarse_name, fine_name, lab_to_srgb, lch, srgb_to_lab
+from train.colour import Array, coarse_name, fine_bin, fine_name, lab_to_srgb, lch, srgb_to_lab
 
 SIZE = 64
 Split = Literal["train", "val", "test"]
@@ -54,6 +54,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }  # fmt: skip
 BACKGROUND_NAMES = tuple(BACKGROUNDS)
 
+SLOTS = (len(CONCEPTS), len(BACKGROUNDS), 3, 16, 3, 16, 3, 3, 3)  # concept, background, tone and hue twice, size, place
 HELD_OUT_HUES = (196.0, 220.0)
 _SPLITS = {"train": 0, "val": 1, "test": 2}
 _COLOUR = re.compile(r"#(?:[0-9A-Fa-f]{6}|[0-9A-Fa-f]{3})\b")
@@ -94,15 +95,30 @@ class Scene:
         return caption(concept, colour, background)
 
     @property
+    def slots(self) -> tuple[int, ...]:
+        """What the rich caption says, as numbers below those of `SLOTS`."""
+        room = max(SIZE - self.size, 1)
+        across, along = (min(3 * at // room, 2) for at in (self.x, self.y))
+        size = 0 if self.size < 52 else 2 if self.size > 57 else 1
+        return (
+            self.concept,
+            self.background,
+            *fine_bin(self.palette[0]),
+            *fine_bin(self.palette[1]),
+            size,
+            along,
+            across,
+        )
+
+    @property
     def rich_caption(self) -> str:
         """What only CLIP is told: both colours by their fine names, background, size and place."""
-        size = "small" if self.size < 52 else "large" if self.size > 57 else "middling"
-        room = max(SIZE - self.size, 1)
-        across = ("left", "centre", "right")[min(int(3 * self.x / room), 2)]
-        along = ("top", "middle", "bottom")[min(int(3 * self.y / room), 2)]
+        *_, size, along, across = self.slots
         first, second = (fine_name(colour) for colour in self.palette)
         name, background = CONCEPT_NAMES[self.concept], BACKGROUND_NAMES[self.background]
-        return f"{article(size)} {name} in {first} and {second} on {article(background)} background, {along} {across}"
+        place = f"{('top', 'middle', 'bottom')[along]} {('left', 'centre', 'right')[across]}"
+        words = f"{article(('small', 'middling', 'large')[size])} {name} in {first} and {second}"
+        return f"{words} on {article(background)} background, {place}"
 
 
 def article(words: str) -> str:

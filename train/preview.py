@@ -1,0 +1,42 @@
+"""Sheets of fixed prompts, drawn at every validation: the loss alone does not tell whether pictures are good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from sampling.images import to_images
+from sampling.pipeline import Pipeline
+from train.world import World, caption, pictures
+
+ROWS, COLUMNS = 4, 8
+
+
+def _sheet(images: list[Image.Image], columns: int) -> Image.Image:
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def texts(pipeline: Pipeline, path: Path) -> None:
+    """The captions of the first validation scenes."""
+    prompts = [World("val")[i].caption for i in range(ROWS * COLUMNS)]
+    drawn = pipeline.draw(prompts, list(range(len(prompts))), guidance=4.0, steps=12)
+    _sheet(to_images(drawn), COLUMNS).save(path)
+    path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
+
+
+def prompts(pipeline: Pipeline, path: Path) -> None:
+    """A row for each image prompt: the prompt, two variations, and lambda 0.4, 0.6, 0.8, 1 with a text."""
+    scales, rows = [1.0, 1.0, 0.4, 0.6, 0.8, 1.0], []
+    for i in range(ROWS):
+        prompt = Image.fromarray(pictures([World("val")[i]])[0])
+        text = ["", "", *[caption("fox", None, "pink")] * 4]
+        lam = torch.tensor(scales).view(-1, 1, 1, 1)
+        drawn = pipeline.draw(text, [0, 1, 0, 0, 0, 0], pipeline.embed([prompt]), scale=lam, guidance=4.0, steps=12)
+        rows += [prompt, *to_images(drawn)]
+    _sheet(rows, 1 + len(scales)).save(path)
