@@ -1,0 +1,401 @@
+"""The command line, end to end, on a folder of tiny random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import weights_convert
+from model.adapter import IPAdapter
+from model.image_encoder import ImageConfig, ImageEncoder
+from model.image_projection import ImageProjection
+from model.text_encoder import TextEncoder
+from model.unet import UNet, UNetConfig
+from model.vae import VAE, VAEConfig
+from sampling import __main__ as cli
+from sampling.images import read_settings, save_image
+from train.clip import MINI_TEXT
+
+UNET = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4, sample_size=4)
+VAE_CONFIG = VAEConfig(channels=(8, 8, 8), res_blocks=1, groups=4, scale=1.0)
+TEXT = replace(MINI_TEXT, width=8, layers=1, heads=2, output_dim=8)
+IMAGE = ImageConfig(image_size=16, patch=8, width=8, layers=(1,), heads=2, output_dim=12)
+PARTS = ("unet", "vae", "text_encoder", "image_encoder", "ip_adapter")
+
+
+def loud(module: nn.Module) -> nn.Module:
+    """Weights large enough for a prompt to show in 8-bit pixels."""
+    with torch.no_grad():
+        for weight in module.parameters():
+            if weight.ndim > 1:
+                weight.mul_(2.0)
+    return module
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny weights. Shared: a test that changes it makes its own copy."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    unet = UNet(UNET)
+    adapter = IPAdapter(unet, ImageProjection(IMAGE.output_dim, UNET.context_dim, 4))
+    modules = (unet, VAE(VAE_CONFIG), TextEncoder(TEXT), ImageEncoder(IMAGE), adapter)
+    for part, module in zip(PARTS, modules, strict=True):
+        weights_convert.save(loud(module), folder / f"{part}.safetensors", {"command": "a test"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture that is not square: red on the left, then a gradient."""
+    pixels = np.zeros((16, 48, 3), np.uint8)
+    pixels[:, :12, 0] = 255
+    pixels[:, 12:] = np.linspace(0, 255, 36)[None, :, None]
+    path = tmp_path_factory.mktemp("images") / "wide.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "blue.png"
+    Image.new("RGB", (20, 20), "blue").save(path)
+    return path
+
+
+def draw(weights: Path, out: Path, *options: object) -> np.ndarray:
+    """The pixels that the command draws."""
+    steps = [] if "--steps" in options else ["--steps", "3"]
+    cli.run(["--checkpoint", str(weights), "--out", str(out), *steps, *map(str, options)])
+    return pixels_of(out) if out.exists() else np.empty(0)
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    assert a.shape == b.shape
+    return int(np.abs(a - b).max())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_text_only(weights: Path, tmp_path: Path) -> None:
+    a = draw(weights, tmp_path / "a.png", "--prompt", "a fox")
+    b = draw(weights, tmp_path / "b.png", "--prompt", "an owl on a pink background")
+    assert a.shape == (16, 16, 3)
+    assert difference(a, b) > 1
+    assert names(tmp_path) == ["a.png", "b.png"]
+
+
+def test_image_only_and_both(weights: Path, tmp_path: Path, image: Path) -> None:
+    nothing = draw(weights, tmp_path / "nothing.png")
+    alone = draw(weights, tmp_path / "alone.png", "--image", image)
+    both = draw(weights, tmp_path / "both.png", "--image", image, "--prompt", "a fox")
+    text = draw(weights, tmp_path / "text.png", "--prompt", "a fox")
+    pictures = [nothing, alone, both, text]
+    assert all(difference(a, b) > 1 for i, a in enumerate(pictures) for b in pictures[:i])
+
+
+def test_scale_zero_is_the_text_alone(weights: Path, tmp_path: Path, image: Path) -> None:
+    off = draw(weights, tmp_path / "a.png", "--image", image, "--prompt", "a fox", "--scale", 0)
+    assert difference(off, draw(weights, tmp_path / "b.png", "--prompt", "a fox")) == 0
+    half = draw(weights, tmp_path / "c.png", "--image", image, "--prompt", "a fox", "--scale", 0.5)
+    assert difference(off, half) > 1
+
+
+def test_several_images_are_one_prompt(weights: Path, tmp_path: Path, image: Path, second: Path) -> None:
+    one, other = (draw(weights, tmp_path / f"{path.stem}.png", "--image", path) for path in (image, second))
+    two = draw(weights, tmp_path / "two.png", "--image", image, "--image", second)
+    twice = draw(weights, tmp_path / "twice.png", "--image", image, "--image", image)
+    assert difference(two, one) > 1 and difference(two, other) > 1
+    assert difference(twice, one) <= 1  # the same keys twice leave a softmax's mean as it is
+    assert read_settings(tmp_path / "two.png")["arguments"]["image"] == [str(image), str(second)]
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_three_pictures_are_three_single_ones(weights: Path, tmp_path: Path, image: Path, eta: float) -> None:
+    options = ("--image", image, "--prompt", "a fox", "--eta", eta)
+    draw(weights, tmp_path / "many.png", *options, "--seed", 5, "--num", 3)
+    assert names(tmp_path) == ["many-0.png", "many-1.png", "many-2.png"]
+    many = [pixels_of(tmp_path / f"many-{i}.png") for i in range(3)]
+    for i in range(3):
+        assert difference(many[i], draw(weights, tmp_path / "one.png", *options, "--seed", 5 + i)) <= 1
+    assert difference(many[0], many[1]) > 1
+
+
+def test_more_pictures_than_a_batch(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(weights, tmp_path / "a.png", "--num", 3)
+    monkeypatch.setattr(cli, "BATCH", 2)
+    draw(weights, tmp_path / "b.png", "--num", 3)
+    assert all(
+        difference(pixels_of(tmp_path / f"a-{i}.png"), pixels_of(tmp_path / f"b-{i}.png")) <= 1 for i in range(3)
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(24, 16), (12, 32), (20, 28), (4, 4)])
+def test_sizes(weights: Path, tmp_path: Path, image: Path, width: int, height: int) -> None:
+    drawn = draw(weights, tmp_path / "a.png", "--image", image, "--width", width, "--height", height)
+    assert drawn.shape == (height, width, 3)
+
+
+@pytest.mark.parametrize("size", [("--width", 18), ("--height", 15), ("--width", -8), ("--width", 0), ("--height", 0)])
+def test_wrong_sizes_are_refused(weights: Path, tmp_path: Path, size: tuple[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"multiples of 4, not .*{size[1]}"):
+        draw(weights, tmp_path / "a.png", *size)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("option", [("--steps", 0), ("--steps", 1001), ("--num", 0), ("--eta", 2)])
+def test_wrong_numbers_are_refused(weights: Path, tmp_path: Path, option: tuple[str, int]) -> None:
+    with pytest.raises(ValueError, match=option[0].removeprefix("--")):
+        draw(weights, tmp_path / "a.png", *option)
+    assert names(tmp_path) == []
+
+
+def test_negative_prompt(weights: Path, tmp_path: Path) -> None:
+    plain, negative = (
+        draw(weights, tmp_path / "a.png"),
+        draw(weights, tmp_path / "b.png", "--negative-prompt", "a purple owl"),
+    )
+    assert difference(plain, negative) > 1
+    one = [
+        draw(weights, tmp_path / "d.png", "--guidance", 1, "--negative-prompt", text) for text in ("", "a purple owl")
+    ]
+    assert difference(*one) == 0  # at w = 1 the unconditional pass has no weight
+
+
+def test_fits_differ_for_a_picture_that_is_not_square(weights: Path, tmp_path: Path, image: Path, second: Path) -> None:
+    wide = [draw(weights, tmp_path / "a.png", "--image", image, "--fit", fit) for fit in ("crop", "squash", "pad")]
+    assert all(difference(a, b) > 1 for i, a in enumerate(wide) for b in wide[:i])
+    square = [draw(weights, tmp_path / "a.png", "--image", second, "--fit", fit) for fit in ("crop", "squash", "pad")]
+    assert all(difference(square[0], other) <= 1 for other in square[1:])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(weights: Path, tmp_path: Path, image: Path, dtype: str) -> None:
+    options = ("--image", image, "--prompt", "a fox", "--guidance", 2)
+    full, half = (
+        draw(weights, tmp_path / "a.png", *options),
+        draw(weights, tmp_path / "b.png", *options, "--dtype", dtype),
+    )
+    assert np.abs(full - half).mean() < 8
+
+
+def test_other_files_than_the_folders_own(weights: Path, tmp_path: Path, image: Path) -> None:
+    moved, bare = tmp_path / "moved", tmp_path / "bare"
+    shutil.copytree(weights, bare)
+    moved.mkdir()
+    for part in ("ip_adapter", "image_encoder"):
+        for suffix in (".safetensors", ".json"):
+            shutil.move(bare / f"{part}{suffix}", moved / f"{part}{suffix}")
+    options = ("--ip-adapter", moved / "ip_adapter.safetensors", "--image-encoder", moved / "image_encoder.safetensors")
+    own = draw(weights, tmp_path / "a.png", "--image", image)
+    assert difference(own, draw(bare, tmp_path / "b.png", "--image", image, *options)) == 0
+    recorded = read_settings(tmp_path / "b.png")["sha256"]
+    assert {str(path) for path in (*options[1::2], image, bare / "unet.safetensors")} < set(recorded)
+
+
+# --again
+
+
+def again(path: Path, out: Path) -> np.ndarray:
+    cli.run(["--again", str(path), "--out", str(out)])
+    return pixels_of(out)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_again_draws_the_same_picture(weights: Path, tmp_path: Path, image: Path, eta: float) -> None:
+    prompts = ("--image", image, "--fit", "pad", "--prompt", "a fox", "--negative-prompt", "an owl")
+    options = (*prompts, "--scale", 0.6, "--guidance", 3, "--width", 20)
+    first = draw(weights, tmp_path / "a.png", *options, "--seed", 3, "--eta", eta, "--steps", 4)
+    assert difference(first, again(tmp_path / "a.png", tmp_path / "b.png")) == 0
+    assert read_settings(tmp_path / "a.png") == read_settings(tmp_path / "b.png")
+    assert difference(first, again(tmp_path / "b.png", tmp_path / "c.png")) == 0
+
+
+def test_again_of_one_of_several(weights: Path, tmp_path: Path) -> None:
+    draw(weights, tmp_path / "many.png", "--num", 3, "--seed", 5)
+    assert difference(pixels_of(tmp_path / "many-2.png"), again(tmp_path / "many-2.png", tmp_path / "b.png")) <= 1
+    assert names(tmp_path) == ["b.png", "many-0.png", "many-1.png", "many-2.png"]
+
+
+@pytest.fixture
+def drawn(weights: Path, tmp_path: Path, image: Path) -> tuple[Path, Path, Path]:
+    """A copy of the weights, a copy of the image, and the picture drawn from them."""
+    shutil.copytree(weights, tmp_path / "weights")
+    shutil.copy(image, tmp_path / "image.png")
+    draw(tmp_path / "weights", tmp_path / "a.png", "--image", tmp_path / "image.png")
+    return tmp_path / "weights", tmp_path / "image.png", tmp_path / "a.png"
+
+
+def refuses(picture: Path, message: str) -> None:
+    before = names(picture.parent)
+    with pytest.raises(ValueError, match=message):
+        again(picture, picture.parent / "b.png")
+    assert names(picture.parent) == before
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_again_refuses_other_weights(drawn: tuple[Path, Path, Path], part: str) -> None:
+    folder, _, picture = drawn
+    path = folder / f"{part}.safetensors"
+    save_file({name: tensor + 1 for name, tensor in weights_convert.read_tensors(path).items()}, path)
+    refuses(picture, f"{part}.safetensors: the file has changed")
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "image_encoder"])
+def test_again_refuses_another_config(drawn: tuple[Path, Path, Path], part: str) -> None:
+    """A card decides the picture as much as the weights: the VAE's scale, what the UNet predicts."""
+    folder, _, picture = drawn
+    card = json.loads((folder / f"{part}.json").read_text())
+    card["config"] |= {
+        "vae": {"scale": 2.0},
+        "unet": {"prediction": "v"},
+        "image_encoder": {"activation": "quick_gelu"},
+    }[part]
+    weights_convert.write_json(folder / f"{part}.json", card)
+    refuses(picture, part)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_again_refuses_missing_weights(drawn: tuple[Path, Path, Path], part: str) -> None:
+    folder, _, picture = drawn
+    (folder / f"{part}.safetensors").unlink()
+    refuses(picture, f"{part}.safetensors, which is not there")
+
+
+def test_again_refuses_another_image(drawn: tuple[Path, Path, Path]) -> None:
+    _, image, picture = drawn
+    Image.new("RGB", (9, 9), "green").save(image)
+    refuses(picture, r"image\.png: the file has changed")
+    image.unlink()
+    refuses(picture, r"image\.png, which is not there")
+
+
+DEMO, OLD = {"command": "python -m sampling.demo --seed 0"}, {"arguments": {"prompt": "a fox"}, "sha256": {}}
+
+
+@pytest.mark.parametrize("settings", [None, DEMO, OLD], ids=["none", "demo", "old"])
+def test_again_refuses_what_it_did_not_draw(tmp_path: Path, settings: dict[str, object] | None) -> None:
+    path, image = tmp_path / "foreign.png", Image.new("RGB", (8, 8))
+    if settings is None:
+        image.save(path)
+    else:
+        save_image(image, path, settings)
+    refuses(path, r"foreign\.png")
+
+
+# what goes wrong
+
+
+def test_missing_folder_names_the_command(tmp_path: Path, image: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="make weights"):
+        draw(tmp_path / "none", tmp_path / "a.png", "--image", image)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_missing_part_names_the_command(weights: Path, tmp_path: Path, image: Path, part: str) -> None:
+    shutil.copytree(weights, tmp_path / "weights")
+    (tmp_path / "weights" / f"{part}.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{part}\.safetensors.*make weights"):
+        draw(tmp_path / "weights", tmp_path / "a.png", "--image", image)
+    assert names(tmp_path) == ["weights"]
+
+
+def test_cut_weights_are_refused(weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(weights, tmp_path / "weights")
+    path = tmp_path / "weights" / "unet.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"unet\.safetensors"):
+        draw(tmp_path / "weights", tmp_path / "a.png")
+    assert names(tmp_path) == ["weights"]
+
+
+@pytest.mark.parametrize("content", [None, b"text"])
+def test_bad_image_is_refused_before_the_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("the weights were read"))
+    if content:
+        (tmp_path / "bad.png").write_bytes(content)
+    before = names(tmp_path)
+    with pytest.raises(ValueError, match=r"bad\.png"):
+        draw(tmp_path / "none", tmp_path / "a.png", "--image", tmp_path / "bad.png")
+    assert names(tmp_path) == before
+
+
+def test_adapter_of_another_encoder_is_refused(weights: Path, tmp_path: Path, image: Path) -> None:
+    weights_convert.save(ImageEncoder(replace(IMAGE, output_dim=20)), tmp_path / "image_encoder.safetensors", {})
+    with pytest.raises(ValueError, match=r"width 12.* encoder gives 20"):
+        draw(weights, tmp_path / "a.png", "--image", image, "--image-encoder", tmp_path / "image_encoder.safetensors")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_failed_save_leaves_nothing(weights: Path, tmp_path: Path) -> None:
+    """`--out` names a folder."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises((ValueError, OSError), match="folder"):
+        draw(weights, tmp_path / "folder")
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == []
+
+
+def test_unknown_words_are_named(weights: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="zeppelin"):
+        known = draw(weights, tmp_path / "a.png", "--prompt", "a zeppelin fox")
+    assert difference(known, draw(weights, tmp_path / "b.png", "--prompt", "a fox")) == 0
+
+
+MISTAKES = {
+    "image": ["--image", "no-such.png"],
+    "weights": ["--checkpoint", "none"],
+    "again": ["--again", "no-such.png"],
+    "seed": ["--seed", str(2**70)],
+    "folder": ["--out", ".."],
+    "device": ["--device", "nonsense"],
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES.values(), ids=MISTAKES)
+def test_errors_are_one_sentence(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    """`main` ends with "error: ..." and status 1, never with a traceback."""
+    monkeypatch.chdir(tmp_path)
+    folder = [] if "--checkpoint" in arguments else ["--checkpoint", str(weights)]
+    monkeypatch.setattr(sys, "argv", ["sampling", *folder, "--steps", "1", *arguments])
+    with pytest.raises(SystemExit, match=r"^error: .+"):
+        cli.main()
+    assert names(tmp_path) == []
+
+
+def test_help_names_every_option() -> None:
+    found = cli.parser().format_help()
+    for option in (
+        "--image",
+        "--prompt",
+        "--scale",
+        "--guidance",
+        "--steps",
+        "--eta",
+        "--seed",
+        "--num",
+        "--again",
+        "--checkpoint",
+    ):
+        assert option in found

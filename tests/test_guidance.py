@@ -1,0 +1,91 @@
+"""Guidance: Eq. 7 from two separate passes, and which halves are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.adapter import IPAdapter
+from model.attention import Context
+from model.image_projection import ImageProjection
+from model.unet import UNet, UNetConfig
+from sampling.guidance import guided
+
+CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=6, groups=4)
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(CONFIG).double().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def contexts(unet: UNet) -> tuple[Context, Context]:
+    """(uncond, cond), with the null image and a picture."""
+    torch.manual_seed(1)
+    adapter = IPAdapter(unet, ImageProjection(10, CONFIG.context_dim, 4)).double().requires_grad_(False)
+    embedding = randn(2, 10, seed=2)
+    uncond, cond = Context(randn(2, 5, 6, seed=3)), Context(randn(2, 5, 6, seed=4))
+    return adapter(uncond, torch.zeros_like(embedding), 0.7), adapter(cond, embedding, 0.7)
+
+
+class Counting:
+    """Counts the calls of a UNet, and the rows of each."""
+
+    def __init__(self, unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []
+        forward = unet.forward
+
+        def count(x: Tensor, *rest: object) -> Tensor:
+            self.rows.append(len(x))
+            return forward(x, *rest)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(unet, "forward", count)
+
+
+@pytest.mark.parametrize("w", [-1.0, 0.0, 0.5, 1.0, 1.5, 7.5])
+def test_equals_two_separate_passes(unet: UNet, contexts: tuple[Context, Context], w: float) -> None:
+    uncond, cond = contexts
+    x, t = randn(2, 4, 8, 8, seed=5), 500
+    eps_u, eps_c = unet(x, t, uncond), unet(x, t, cond)
+    assert float((eps_u - eps_c).abs().max()) > 1e-3
+    torch.testing.assert_close(guided(unet, uncond, cond, w)(x, t), eps_u + w * (eps_c - eps_u), atol=1e-12, rtol=0)
+
+
+def test_without_a_picture_it_is_eq_2(unet: UNet) -> None:
+    uncond, cond, x = Context(randn(1, 5, 6, seed=6)), Context(randn(1, 5, 6, seed=7)), randn(1, 4, 8, 8, seed=8)
+    expected = 3.0 * unet(x, 9, cond) - 2.0 * unet(x, 9, uncond)
+    torch.testing.assert_close(guided(unet, uncond, cond, 3.0)(x, 9), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("w", "rows"), [(1.0, [2]), (1, [2]), (0.0, [4]), (7.5, [4])])
+def test_which_rows_are_computed(
+    unet: UNet, contexts: tuple[Context, Context], monkeypatch: pytest.MonkeyPatch, w: float, rows: list[int]
+) -> None:
+    counting = Counting(unet, monkeypatch)
+    guided(unet, *contexts, w)(randn(2, 4, 8, 8, seed=5), 500)
+    assert counting.rows == rows
+
+
+def test_weight_one_is_the_conditional_pass(unet: UNet, contexts: tuple[Context, Context]) -> None:
+    x = randn(2, 4, 8, 8, seed=5)
+    assert torch.equal(guided(unet, *contexts, 1.0)(x, 3), unet(x, 3, contexts[1]))
+
+
+def test_weight_zero_is_the_unconditional_pass(unet: UNet, contexts: tuple[Context, Context]) -> None:
+    x = randn(2, 4, 8, 8, seed=5)
+    torch.testing.assert_close(guided(unet, *contexts, 0.0)(x, 3), unet(x, 3, contexts[0]), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("w", [1.0, 7.5])
+def test_solver_keeps_its_own_type(w: float) -> None:
+    """A half-precision UNet is fed its own type, and gives back the solver's."""
+    unet = UNet(CONFIG).bfloat16().requires_grad_(False)
+    uncond, cond = (Context(randn(1, 5, 6, seed=seed).bfloat16()) for seed in (6, 7))
+    assert guided(unet, uncond, cond, w)(randn(1, 4, 8, 8, seed=8).float(), 3).dtype == torch.float32

@@ -1,0 +1,140 @@
+"""The image tower against transformers' CLIPVisionModelWithProjection, and preprocessing against its processor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peers import clip_tensors, max_error, number_of, randn, randomise
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from model.image_encoder import MEAN, MINI_IMAGE, STD, VIT_BIGG, VIT_H, VIT_L, ImageConfig, ImageEncoder, normalise
+
+TOLERANCE = 1e-12  # measured: 2e-14 and less
+GREY = 1 / 255 / min(STD)  # one grey level, normalised
+SMALL_VIT = ImageConfig(image_size=32, patch=8, width=24, layers=(3,), heads=3, mlp_ratio=3.0, output_dim=10)
+
+
+def vision_pair(activation: str) -> tuple[Any, ImageEncoder]:
+    config = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=72,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=32,
+        patch_size=8,
+        projection_dim=10,
+        hidden_act=activation,
+    )
+    peer = randomise(CLIPVisionModelWithProjection(config))
+    ours = ImageEncoder(ImageConfig(**{**vars(SMALL_VIT), "activation": activation})).double().eval()
+    ours.load_state_dict(clip_tensors(peer.state_dict()))
+    return peer, ours.requires_grad_(False)
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Noise over a slope: every pixel matters."""
+    rng = np.random.default_rng(width * height)
+    slope = np.linspace(0, 155, width)[None, :, None] + np.zeros((height, 1, 3))
+    return Image.fromarray((slope + rng.integers(0, 100, (height, width, 3))).astype(np.uint8))
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_features_equal_transformers(activation: str) -> None:
+    """The embedding is not normalised; fine features are the penultimate layer's, class token first, without the last norm."""
+    peer, ours = vision_pair(activation)
+    pixels = randn(2, 3, 32, 32)
+    want = peer(pixels, output_hidden_states=True)
+    assert max_error(ours(pixels), want.image_embeds) < TOLERANCE
+    assert max_error(ours.fine(pixels), want.hidden_states[-2]) < TOLERANCE
+    assert (ours(pixels).norm(dim=-1) - 1).abs().min() > 0.1
+    assert ours.fine(pixels).shape == (2, 17, ours.config.fine_dim)
+
+
+def test_resnet_features() -> None:
+    """Fine features are the last stage's grid, row by row; the embedding is CLIP's attention pooling of it.
+
+    There the grid's mean asks, and mean and cells answer.
+    """
+    ours = randomise(
+        ImageEncoder(ImageConfig(kind="resnet", image_size=64, width=8, layers=(1, 1, 1, 1), heads=4, output_dim=10))
+    )
+    seen: list[torch.Tensor] = []
+    ours.clip.layer4.register_forward_hook(lambda _, __, out: seen.append(out))
+    pixels = randn(2, 3, 64, 64)
+    embedding, fine = ours(pixels), ours.fine(pixels)
+    assert torch.equal(fine, torch.stack([seen[0][:, :, i, j] for i in range(2) for j in range(2)], dim=1))
+    assert fine.shape == (2, 4, ours.config.fine_dim)
+    pool = ours.clip.attnpool
+    tokens = torch.cat([fine.mean(1, keepdim=True), fine], dim=1) + pool.positional_embedding
+    q, k, v = (
+        proj(x).unflatten(-1, (4, -1))
+        for proj, x in ((pool.q_proj, tokens[:, 0]), (pool.k_proj, tokens), (pool.v_proj, tokens))
+    )
+    weights = (torch.einsum("bhd,bmhd->bhm", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+    want = pool.c_proj(torch.einsum("bhm,bmhd->bhd", weights, v).flatten(1))
+    assert max_error(embedding, want) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(633, 450), (450, 633), (65, 224), (17, 900), (224, 224), (301, 300)])
+@pytest.mark.parametrize("side", [224, 64])
+def test_preprocess_equals_transformers(size: tuple[int, int], side: int) -> None:
+    picture = photo(*size)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    want = processor(picture, return_tensors="pt")["pixel_values"][0]
+    got = encoder(side).preprocess(picture)
+    assert got.dtype == torch.float32
+    assert max_error(got, want) < 1e-6  # measured: 0; one grey level would be 1.5e-2
+
+
+def encoder(side: int) -> ImageEncoder:
+    with torch.device("meta"):
+        return ImageEncoder(ImageConfig(kind="resnet", image_size=side, width=8, layers=(1, 1, 1, 1), heads=4))
+
+
+def test_squash_keeps_everything_and_not_the_shape() -> None:
+    picture = photo(90, 40)
+    want = normalise(
+        torch.from_numpy(np.array(picture.resize((64, 64), Image.Resampling.BICUBIC))).permute(2, 0, 1).float() / 255
+    )
+    assert torch.equal(encoder(64).preprocess(picture, "squash"), want)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_pad_keeps_the_shape_and_adds_bars_of_the_mean(wide: bool) -> None:
+    """The mean colour is 0 after normalisation, so bars say nothing."""
+    picture = Image.new("RGB", (128, 64) if wide else (64, 128), "white")
+    pixels = encoder(64).preprocess(picture, "pad")
+    pixels = pixels if wide else pixels.mT
+    assert pixels.shape == (3, 64, 64)
+    bars, middle = torch.cat([pixels[:, :14], pixels[:, -14:]], dim=1), pixels[:, 18:46]
+    assert bars.abs().max() < GREY
+    white = (1 - torch.tensor(MEAN)) / torch.tensor(STD)
+    assert max_error(middle, white[:, None, None].expand_as(middle)) < GREY
+
+
+def test_fits_agree_on_a_square() -> None:
+    crop, squash, pad = (encoder(64).preprocess(photo(100, 100), fit) for fit in ("crop", "squash", "pad"))
+    assert torch.equal(crop, squash) and torch.equal(crop, pad)
+
+
+def test_normalise_is_the_processors() -> None:
+    processor = CLIPImageProcessorPil()
+    assert tuple(processor.image_mean) == MEAN and tuple(processor.image_std) == STD
+    rgb = randn(2, 3, 4, 5).sigmoid()
+    want = torch.stack([(rgb[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
+    assert max_error(normalise(rgb), want) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"), [(VIT_H, 632_076_800), (VIT_BIGG, 1_844_907_264), (VIT_L, 303_966_208)]
+)
+def test_official_sizes(config: ImageConfig, parameters: int) -> None:
+    with torch.device("meta"):
+        assert number_of(ImageEncoder(config))[0] == parameters
+    assert config.fine_dim == config.width
+    assert MINI_IMAGE.fine_dim == 24 * 32

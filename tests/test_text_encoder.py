@@ -1,0 +1,164 @@
+"""The text tower against transformers' CLIPTextModel, and the tokeniser against open_clip's and known ids."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from peers import clip_tensors, max_error, number_of, randomise
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from model.text_encoder import END, SD15_TEXT, SD21_TEXT, START, TextConfig, TextEncoder, words_of
+
+TOLERANCE = 1e-12  # measured: 2e-14 and less
+WIDTH, LAYERS, HEADS, OUTPUT = 16, 3, 2, 10
+CAT = [START, 320, 1125, 539, 320, 2368, END]  # "a photo of a cat"
+
+
+def text_pair(activation: str, projection: bool = False, vocabulary: tuple[int, ...] = ()) -> tuple[Any, TextEncoder]:
+    size = len(vocabulary) or 49408
+    config = CLIPTextConfig(
+        vocab_size=size, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        projection_dim=OUTPUT, hidden_act=activation, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1,
+    )  # fmt: skip
+    peer = randomise((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
+    ours = (
+        TextEncoder(
+            TextConfig(WIDTH, LAYERS, HEADS, OUTPUT if projection else 0, activation=activation, vocabulary=vocabulary)
+        )
+        .double()
+        .eval()
+    )  # type: ignore[arg-type]
+    ours.load_state_dict(clip_tensors(peer.state_dict()))
+    return peer, ours.requires_grad_(False)
+
+
+def tokens() -> Tensor:
+    return torch.tensor([[START, *[7 * i for i in range(40)], END, *[END] * 35], [*CAT, *[END] * 70]])
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_hidden_states_equal_transformers(activation: str) -> None:
+    peer, ours = text_pair(activation)
+    want = peer(tokens(), output_hidden_states=True)
+    assert max_error(ours(tokens()), want.last_hidden_state) < TOLERANCE
+    penultimate, norm = (
+        want.hidden_states[-2],
+        next(m for name, m in peer.named_modules() if name.endswith("final_layer_norm")),
+    )
+    assert max_error(ours.hidden(tokens(), skip=1, final_norm=False), penultimate) < TOLERANCE  # SDXL
+    assert max_error(ours.hidden(tokens(), skip=1, final_norm=True), norm(penultimate)) < TOLERANCE  # SD 2
+    assert max_error(penultimate, want.last_hidden_state) > 0.1
+
+
+def test_forward_reads_what_the_config_says() -> None:
+    _, ours = text_pair("gelu")
+    for skip, final_norm in ((0, True), (1, True), (1, False), (2, False)):
+        other = (
+            TextEncoder(TextConfig(WIDTH, LAYERS, HEADS, activation="gelu", skip=skip, final_norm=final_norm))
+            .double()
+            .eval()
+        )
+        other.load_state_dict(ours.state_dict())
+        assert max_error(other(tokens()), ours.hidden(tokens(), skip, final_norm)) < TOLERANCE
+
+
+@pytest.mark.parametrize("vocabulary", [(), (*range(48), START, END)], ids=["whole", "small"])
+def test_pooled_equals_transformers(vocabulary: tuple[int, ...]) -> None:
+    """Read at the first end token, by a projection that open_clip stores transposed."""
+    peer, ours = text_pair("gelu", projection=True, vocabulary=vocabulary)
+    ids = torch.tensor([[48, 3, 9, 49, 49, 49], [48, 3, 9, 7, 1, 49]]) if vocabulary else tokens()
+    assert max_error(ours.pooled(ids), peer(ids).text_embeds) < TOLERANCE
+
+
+def test_a_shorter_prompt_gives_the_same_states() -> None:
+    _, ours = text_pair("quick_gelu")
+    whole = ours(tokens())
+    for n in (1, 8, 76):
+        assert max_error(ours(tokens()[:, :n]), whole[:, :n]) < TOLERANCE
+
+
+def encoder(**changes: Any) -> TextEncoder:
+    with torch.device("meta"):
+        return TextEncoder(TextConfig(WIDTH, 1, HEADS, **changes))
+
+
+PROMPTS = [
+    "",
+    "a photo of a cat",
+    "An astronaut, riding a HORSE; 8k!!",
+    "naïve café 🦊 東京",
+    "it's  supercalifragilistic &amp; co.\n",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_tokens_equal_open_clip(prompt: str) -> None:
+    """open_clip pads with 0, as SD 2 and SDXL do; SD 1.5 repeats the end token."""
+    want = open_clip.tokenize([prompt, "a cat"])
+    assert torch.equal(encoder(pad=0).tokenize([prompt, "a cat"]), want)
+    ended = (want == END).cumsum(dim=1) > 0
+    assert torch.equal(encoder().tokenize([prompt, "a cat"]), torch.where(ended, END, want))
+
+
+def test_known_ids() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert encoder().tokenize(["a photo of a cat"]).tolist() == [CAT + [END] * 70]
+    assert SD15_TEXT.pad == END and SD21_TEXT.pad == 0
+
+
+def test_words_are_whole() -> None:
+    assert [word for word, _ in words_of("A photo of supercalifragilistic foxes!")] == [
+        "a",
+        "photo",
+        "of",
+        "supercalifragilistic",
+        "foxes",
+        "!",
+    ]
+    assert len(words_of("supercalifragilistic")[0][1]) > 1
+
+
+def test_a_long_prompt_is_cut_with_a_warning_that_names_the_words() -> None:
+    prompt = "cat " * 75 + "fox teapot"
+    with pytest.warns(UserWarning, match="longer than 75 tokens; cut off: fox teapot$"):
+        row = encoder(pad=0).tokenize([prompt])
+    assert torch.equal(row, open_clip.tokenize([prompt]))
+    assert row.shape == (1, 77) and row[0, -1] == END
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder().tokenize(["cat " * 75])
+
+
+def test_a_small_vocabulary_leaves_out_unknown_words_and_names_them() -> None:
+    """Its rows are in the order of `vocabulary`; the end token is the last, where a pooled embedding is read."""
+    small = encoder(vocabulary=(320, 2368, 539, START, END))
+    with pytest.warns(UserWarning, match="left out: photo, zebra$"):
+        rows = small.tokenize(["a photo of a cat zebra"])
+    assert rows.tolist() == [[3, 0, 2, 0, 1, 4, *[4] * 71]]
+    assert small.clip.token_embedding.weight.shape == (5, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "keys"), [(SD15_TEXT, 123_060_480, 148), (SD21_TEXT, 352_984_064, 292)]
+)
+def test_official_sizes(config: TextConfig, parameters: int, keys: int) -> None:
+    """As many parameters as transformers counts, in four tensors a layer less, because q, k and v are one.
+
+    SD 2 leaves its last layer unread, but it is there.
+    """
+    sizes = {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": 4 * config.width,
+    }
+    with torch.device("meta"):
+        ours, peer = TextEncoder(config), CLIPTextModel(CLIPTextConfig(**sizes))
+    assert number_of(ours) == (parameters, keys)
+    assert number_of(peer) == (parameters, keys + 4 * config.layers)

@@ -1,0 +1,296 @@
+"""The adapter's training: Eq. 1 and 6 by hand, condition dropping, its gates, and that it learns while the base stays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.adapter import IPAdapter
+from model.attention import Context, Source, attention, concatenated, decoupled
+from model.image_encoder import ImageConfig, ImageEncoder
+from model.image_projection import ImageProjection
+from model.text_encoder import TextEncoder
+from model.unet import UNet, UNetConfig
+from model.vae import VAE, VAEConfig
+from sampling.schedule import Prediction, Schedule
+from train.adapter import check_gates, drops, held_out_losses
+from train.clip import MINI_TEXT
+from train.data import Pairs, encode_texts, world_pairs
+from train.loop import Plan
+from train.loss import diffusion_loss, min_snr, noise_for
+from train.unet import rows_of
+from train.world import World
+
+CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4)
+EMBEDDING = 10
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parts(prediction: Prediction = "epsilon", own_projections: bool = True, tokens: int = 4) -> tuple[UNet, IPAdapter]:
+    """A frozen random base, and a fresh adapter for it."""
+    torch.manual_seed(0)
+    unet = UNet(replace(CONFIG, prediction=prediction)).eval().requires_grad_(False)
+    return unet, IPAdapter(unet, ImageProjection(EMBEDDING, CONFIG.context_dim, tokens), own_projections)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    n = 6
+    return Pairs(
+        randn(n, 4, 8, 8, seed=1),
+        0.1 * torch.ones(n, 4, 8, 8),
+        torch.arange(n) % 3,
+        randn(3, 5, 8, seed=2),
+        randn(n, EMBEDDING, seed=3),
+    )
+
+
+# dropping
+
+
+def test_drops_are_exclusive_and_five_percent_each() -> None:
+    text, image = drops(100_000, torch.Generator().manual_seed(0))
+    for share in (text & ~image, image & ~text, text & image):
+        assert float(share.float().mean()) == pytest.approx(0.05, abs=0.003)
+    assert float((~text & ~image).float().mean()) == pytest.approx(0.85, abs=0.005)
+
+
+def test_drops_come_from_the_generator() -> None:
+    a, b = (drops(1000, torch.Generator().manual_seed(7)) for _ in range(2))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+# the loss
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr(gamma: float) -> None:
+    t = torch.arange(1000)
+    a = Schedule().alphas.double()
+    snr = a / (1 - a)
+    torch.testing.assert_close(min_snr(Schedule(), t, gamma).double(), snr.clamp(max=gamma) / snr, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        min_snr(Schedule(prediction="v"), t, gamma).double(), snr.clamp(max=gamma) / (snr + 1), rtol=1e-5, atol=0
+    )
+
+
+def test_min_snr_weighs_the_same_error_for_both_predictions() -> None:
+    """||v - v'||^2 = (SNR + 1) ||eps - eps'||^2 for one x_t, so weights that differ by that factor are one weight."""
+    t = torch.tensor([1, 100, 500, 981])
+    x0, eps, wrong = randn(4, 4, 2, 2, seed=1), randn(4, 4, 2, 2, seed=2), randn(4, 4, 2, 2, seed=3)
+    a = Schedule().alphas[t].view(-1, 1, 1, 1)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
+    wrong_x0 = (x_t - (1 - a).sqrt() * wrong) / a.sqrt()
+    v, wrong_v = a.sqrt() * eps - (1 - a).sqrt() * x0, a.sqrt() * wrong - (1 - a).sqrt() * wrong_x0
+    weigh = [min_snr(Schedule(prediction=p), t) for p in ("epsilon", "v")]
+    errors = [(eps - wrong).square().mean(dim=(1, 2, 3)), (v - wrong_v).square().mean(dim=(1, 2, 3))]
+    torch.testing.assert_close(weigh[0] * errors[0], weigh[1] * errors[1], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_diffusion_loss_is_eq_1(prediction: Prediction, gamma: float | None) -> None:
+    unet, _ = parts(prediction)
+    schedule, t = Schedule(prediction=prediction), torch.tensor([0, 500, 999])
+    x0, eps, text = randn(3, 4, 8, 8, seed=1), randn(3, 4, 8, 8, seed=2), Context(randn(3, 5, 8, seed=3))
+    found = diffusion_loss(unet, schedule, x0, text, t, eps, gamma)
+    assert found.shape == (3,) and found.dtype == torch.float32
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
+    for i, step in enumerate(t.tolist()):
+        a = float(alphas[step])
+        x_t = a**0.5 * x0[i] + (1 - a) ** 0.5 * eps[i]
+        target = eps[i] if prediction == "epsilon" else a**0.5 * eps[i] - (1 - a) ** 0.5 * x0[i]
+        expected = float((unet(x_t[None], step, Context(text.text[i : i + 1]))[0] - target).square().mean())
+        if gamma is not None:
+            snr = a / (1 - a)
+            expected *= min(snr, gamma) / (snr if prediction == "epsilon" else snr + 1)
+        assert float(found[i]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_eq_6_is_eq_1_with_a_picture() -> None:
+    unet, adapter = parts()
+    x0, eps, t, text = (
+        randn(2, 4, 8, 8, seed=1),
+        randn(2, 4, 8, 8, seed=2),
+        torch.tensor([3, 700]),
+        Context(randn(2, 5, 8, seed=3)),
+    )
+    context = adapter(text, randn(2, EMBEDDING, seed=4))
+    found = diffusion_loss(unet, Schedule(), x0, context, t, eps)
+    expected = (unet(Schedule().add_noise(x0, eps, t), t, context) - eps).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, diffusion_loss(unet, Schedule(), x0, text, t, eps))
+
+
+def test_loss_is_summed_in_float32_for_a_half_precision_base() -> None:
+    unet, _ = parts()
+    unet = unet.bfloat16()
+    x0, eps, text = (
+        randn(2, 4, 8, 8, seed=1).bfloat16(),
+        randn(2, 4, 8, 8, seed=2).bfloat16(),
+        Context(randn(2, 5, 8, seed=3).bfloat16()),
+    )
+    assert diffusion_loss(unet, Schedule(), x0, text, torch.tensor([3, 700]), eps).dtype == torch.float32
+
+
+def test_timesteps_are_uniform_and_noise_is_normal() -> None:
+    t, eps = noise_for(torch.zeros(20_000, 1, 2, 2), torch.Generator().manual_seed(0))
+    assert int(t.min()) == 0 and int(t.max()) == 999
+    counts = torch.bincount(t // 100, minlength=10)
+    assert counts.min() > 1800 and counts.max() < 2200
+    assert float(eps.mean()) == pytest.approx(0, abs=0.01) and float(eps.std()) == pytest.approx(1, abs=0.01)
+
+
+# the gates
+
+
+@pytest.mark.parametrize("fuse", [decoupled, concatenated])
+@pytest.mark.parametrize("own_projections", [True, False])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_gates_let_a_fresh_adapter_pass(
+    pairs: Pairs, prediction: Prediction, own_projections: bool, fuse: object
+) -> None:
+    unet, adapter = parts(prediction, own_projections)
+    check_gates(unet=unet, adapter=adapter, schedule=Schedule(prediction=prediction), pairs=pairs, fuse=fuse)  # type: ignore[arg-type]
+    assert all(p.grad is None for p in [*unet.parameters(), *adapter.parameters()])
+
+
+def test_gates_refuse_a_base_that_is_not_frozen(pairs: Pairs) -> None:
+    unet, adapter = parts()
+    unet.conv_out.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"frozen.*conv_out\.weight"):
+        check_gates(unet=unet, adapter=adapter, schedule=Schedule(), pairs=pairs)
+
+
+def test_gates_refuse_a_tensor_that_nothing_reaches(pairs: Pairs) -> None:
+    unet, adapter = parts()
+    adapter.forgotten = nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match="forgotten"):
+        check_gates(unet=unet, adapter=adapter, schedule=Schedule(), pairs=pairs)
+
+
+def test_gates_refuse_a_fusion_that_forgets_lambda(pairs: Pairs) -> None:
+    def careless(q: Tensor, text: Source, image: tuple[Source, ...]) -> Tensor:
+        return attention(q, text.k, text.v) + sum(attention(q, source.k, source.v) for source in image)
+
+    unet, adapter = parts()
+    with pytest.raises(RuntimeError, match="scale 0"):
+        check_gates(unet=unet, adapter=adapter, schedule=Schedule(), pairs=pairs, fuse=careless)  # type: ignore[arg-type]
+
+
+# learning
+
+
+def fit(module: nn.Module, loss: Callable[[], Tensor], steps: int) -> list[float]:
+    optimizer, losses = torch.optim.AdamW(module.parameters(), 2e-2, weight_decay=0.01), []
+    for _ in range(steps):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(float(value.detach()))
+    return losses
+
+
+def test_the_adapter_alone_overfits_a_batch() -> None:
+    """Four pictures under nearly all noise. A base that learned to draw them from four texts gets one text for all: only
+    the embeddings tell them apart, and only the adapter learns."""
+    torch.manual_seed(0)
+    n, schedule, unet = 4, Schedule(prediction="v"), UNet(replace(CONFIG, prediction="v"))
+    x0, eps, t = randn(n, 4, 4, 4, seed=1), randn(n, 4, 4, 4, seed=4), torch.full((n,), 950)
+    told, untold = Context(randn(n, 5, 8, seed=5)), Context(randn(1, 5, 8, seed=3).expand(n, 5, 8))
+    fit(unet, lambda: diffusion_loss(unet, schedule, x0, told, t, torch.randn(eps.shape)).mean(), 50)
+    unet.eval().requires_grad_(False)
+    before, embedding = copy.deepcopy(unet.state_dict()), randn(n, EMBEDDING, seed=2)
+    adapter = IPAdapter(unet, ImageProjection(EMBEDDING, CONFIG.context_dim, 4))
+
+    def loss(embedding: Tensor) -> Tensor:
+        return diffusion_loss(unet, schedule, x0, adapter(untold, embedding), t, eps).mean()
+
+    losses = fit(adapter, lambda: loss(embedding), 50)
+    assert losses[-1] < losses[0] / 3, (losses[0], losses[-1])
+    assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+    with torch.no_grad():
+        assert float(loss(embedding.roll(1, dims=0))) > 3 * losses[-1]  # it is the picture that helps
+
+
+def test_held_out_losses_are_what_they_say(pairs: Pairs) -> None:
+    unet, adapter = parts()
+    first, second = (held_out_losses(unet, adapter, Schedule(), pairs) for _ in range(2))
+    assert first == second and set(first) == {"held_out", "gain_zero", "gain_shuffled"}
+    deaf = copy.deepcopy(adapter)
+    for to in deaf.to_v:
+        nn.init.zeros_(to.weight)
+    found = held_out_losses(unet, deaf, Schedule(), pairs)
+    assert found["gain_zero"] == found["gain_shuffled"] == 0  # V' = 0: no picture says anything
+    assert first["gain_zero"] != 0 and first["gain_shuffled"] != 0
+
+
+# the data
+
+
+def test_an_epoch_shows_every_picture_once(pairs: Pairs) -> None:
+    plan = Plan("p", steps=9, batch=2, lr=1e-3)
+    seen = [rows_of(pairs, plan, step).tolist() for step in range(6)]
+    first, second = ([row for rows in epoch for row in rows] for epoch in (seen[:3], seen[3:]))
+    assert sorted(first) == sorted(second) == list(range(6)) and first != second
+    assert rows_of(pairs, plan, 4).tolist() == seen[4]
+
+
+def test_latents_are_samples_of_the_posterior(pairs: Pairs) -> None:
+    rows = torch.tensor([4, 1])
+    drawn = torch.stack([pairs.latents(rows, torch.Generator().manual_seed(i)) for i in range(400)])
+    torch.testing.assert_close(drawn.mean(dim=0), pairs.mean[rows], atol=0.03, rtol=0)
+    assert float(drawn.std(dim=0).mean()) == pytest.approx(0.1, abs=0.005)
+
+
+def tiny_encoders() -> tuple[VAE, TextEncoder, ImageEncoder]:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(channels=(8, 8, 8), res_blocks=1, groups=4, scale=0.5))
+    text = TextEncoder(replace(MINI_TEXT, width=8, layers=1, heads=2, output_dim=8))
+    image = ImageEncoder(ImageConfig(image_size=64, patch=32, width=8, layers=(1,), heads=2, output_dim=12))
+    return vae.eval(), text.eval(), image.eval()
+
+
+def test_captions_are_encoded_once_each_the_empty_one_first() -> None:
+    _, text, _ = tiny_encoders()
+    captions = ["a fox", "", "an owl", "a fox"]
+    texts, rows = encode_texts(text, captions)
+    assert texts.shape == (3, 77, 8) and rows.tolist() == [1, 0, 2, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(texts[rows].float(), text(text.tokenize(captions)), atol=5e-3, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_pairs_of_the_world_and_their_cache(tmp_path: Path) -> None:
+    encoders, cache = tiny_encoders(), tmp_path / "new" / "val.safetensors"  # the folder of a fresh run isn't there yet
+    found = world_pairs(*encoders, "val", 3, cache)
+    assert found.mean.shape == (3, 4, 16, 16) and found.images is not None and found.images.shape == (3, 12)
+    captions = [World("val")[i].caption for i in range(3)]
+    texts, rows = encode_texts(encoders[1], captions)
+    assert torch.equal(found.texts, texts) and torch.equal(found.caption, rows)
+    again = world_pairs(*encoders, "val", 3, cache)
+    assert torch.equal(again.mean, found.mean) and torch.equal(again.images, found.images)
+    assert [path.name for path in cache.parent.iterdir()] == ["val.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_cache_of_other_data_is_not_used(tmp_path: Path) -> None:
+    """After the autoencoder is trained again, or the number of pictures changes, the old latents are wrong."""
+    vae, text, image = tiny_encoders()
+    cache = tmp_path / "val.safetensors"
+    before = world_pairs(vae, text, image, "val", 2, cache)
+    assert len(world_pairs(vae, text, image, "val", 3, cache)) == 3
+    with torch.no_grad():
+        for weight in vae.parameters():
+            weight.mul_(1.5)
+    assert not torch.equal(world_pairs(vae, text, image, "val", 2, cache).mean, before.mean)

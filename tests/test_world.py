@@ -1,0 +1,407 @@
+"""The mini world: determinism, what is held out, the palette's truth in the pixels, captions, and CIELAB."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from dataclasses import astuple, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import resvg_py
+from PIL import Image
+
+from model.text_encoder import TextEncoder
+from train.clip import MINI_TEXT
+from train.colour import HUES, NAMES, Array, coarse_name, fine_name, hue_of, lab_to_srgb, lch, srgb_to_lab
+from train.world import (
+    BACKGROUND_NAMES,
+    BACKGROUNDS,
+    CONCEPT_NAMES,
+    CONCEPTS,
+    HELD_OUT_HUES,
+    SIZE,
+    Scene,
+    Split,
+    World,
+    article,
+    caption,
+    drawing,
+    held_out_hue,
+    held_out_pair,
+    hex_to_rgb,
+    paint,
+    pictures,
+    random_palette,
+    render,
+)
+
+ROOT = Path(__file__).parent.parent
+COUNT = 2000
+DRAWINGS = [(name, i) for name, codes in CONCEPTS.items() for i in range(len(codes))]
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    world = World("train")
+    return [world[i] for i in range(COUNT)]
+
+
+def plain(scene: Scene) -> list[object]:
+    """The scene as JSON can hold it, every float to its last digit."""
+    return [value.tolist() if isinstance(value, np.ndarray) else value for value in astuple(scene)]
+
+
+def scene_of(name: str, drawing: int = 0, palette: Array | None = None) -> Scene:
+    """A drawing as large as it gets, not mirrored, on a colour that is no drawing's."""
+    return replace(
+        World()[0],
+        concept=CONCEPT_NAMES.index(name),
+        drawing=drawing,
+        background=0,
+        background_rgb=np.array([0.9, 0.2, 0.9]),
+        palette=np.stack([lch(62, 55, 30), lch(68, 45, 260)]) if palette is None else palette,
+        size=62,
+        x=1,
+        y=1,
+        mirror=False,
+    )
+
+
+def bytes_of(lab: Array) -> tuple[int, ...]:
+    return tuple(int(v) for v in np.rint(lab_to_srgb(lab).clip(0, 1) * 255))
+
+
+def colours_in(picture: Array) -> Counter[tuple[int, ...]]:
+    """How many pixels of `... 3` bytes have each colour."""
+    values, counts = np.unique(picture.reshape(-1, 3).astype(int) @ [65536, 256, 1], return_counts=True)
+    return Counter({(v >> 16, v >> 8 & 255, v & 255): n for v, n in zip(values.tolist(), counts.tolist(), strict=True)})
+
+
+# the list
+
+
+def test_enough_of_everything() -> None:
+    assert len(CONCEPTS) >= 64 and len(BACKGROUNDS) == 10
+    assert sum(len(codes) >= 2 for codes in CONCEPTS.values()) >= 20
+    codes = [code for codes in CONCEPTS.values() for code in codes]
+    assert len(set(codes)) == len(codes)
+
+
+def test_no_concept_is_named_by_a_colour() -> None:
+    for concept in CONCEPT_NAMES:
+        assert not [colour for colour in {*NAMES, *BACKGROUND_NAMES, "black", "brown"} if colour in concept], concept
+
+
+def test_every_colour_word_is_a_background() -> None:
+    assert set(NAMES) < set(BACKGROUND_NAMES)
+
+
+# determinism and splits
+
+
+def test_a_scene_is_the_same_in_any_order_and_object(scenes: list[Scene]) -> None:
+    assert [plain(World("train")[i]) for i in (1999, 0, 17)] == [plain(scenes[i]) for i in (1999, 0, 17)]
+
+
+def test_a_scene_is_the_same_in_another_process(scenes: list[Scene]) -> None:
+    code = """
+import json
+from dataclasses import astuple
+from train.world import World, render
+plain = lambda scene: [v.tolist() if hasattr(v, "tolist") else v for v in astuple(scene)]
+scenes = [World("train")[i] for i in (3, 40)]
+print(json.dumps([[plain(scene), int(render(scene).astype(int).sum())] for scene in scenes]))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(found.stdout) == [[plain(scenes[i]), int(render(scenes[i]).astype(int).sum())] for i in (3, 40)]
+
+
+def test_splits_share_no_scene(scenes: list[Scene]) -> None:
+    seen = {tuple(scene.palette.flatten()) for scene in scenes}
+    assert len(seen) == COUNT
+    for split in ("val", "test"):
+        others = [World(split)[i] for i in range(300)]
+        assert not seen & {tuple(scene.palette.flatten()) for scene in others}
+        assert plain(others[0]) != plain(scenes[0])
+    assert plain(World("val")[0]) != plain(World("test")[0])
+
+
+def test_train_has_no_held_out_pair_or_hue(scenes: list[Scene]) -> None:
+    assert not [scene for scene in scenes if held_out_pair(scene.concept, scene.background)]
+    low, high = HELD_OUT_HUES
+    assert not [colour for scene in scenes for colour in scene.palette if low + 1e-9 < hue_of(colour) < high - 1e-9]
+
+
+def test_train_has_everything_else(scenes: list[Scene]) -> None:
+    pairs = {(scene.concept, scene.background) for scene in scenes}
+    assert len(pairs) > 0.9 * 9 * len(CONCEPTS)
+    assert {(CONCEPT_NAMES[scene.concept], scene.drawing) for scene in scenes} == set(DRAWINGS)
+    assert {coarse_name(scene.palette[0]) for scene in scenes} == set(NAMES)
+    hues = np.histogram([hue_of(colour) for scene in scenes for colour in scene.palette], bins=36, range=(0, 360))[0]
+    assert hues[20] + hues[21] == 0 and min([*hues[:19], *hues[22:]]) > 40  # ten degrees each; the wedge is 196 to 220
+
+
+@pytest.mark.parametrize(("split", "there"), [("val", False), ("test", True)])
+def test_only_the_test_split_has_held_out_pairs(split: Split, there: bool) -> None:
+    assert (
+        any(held_out_pair(scene.concept, scene.background) for scene in (World(split)[i] for i in range(200))) == there
+    )
+
+
+def test_one_background_is_held_out_for_each_concept() -> None:
+    counts = [sum(held_out_pair(concept, background) for background in range(10)) for concept in range(len(CONCEPTS))]
+    assert set(counts) == {1}
+
+
+def test_wedge_palettes() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        first, second = random_palette(rng, wedge=True)
+        assert HELD_OUT_HUES[0] - 1e-9 <= hue_of(first) <= HELD_OUT_HUES[1] + 1e-9 and not held_out_hue(hue_of(second))
+
+
+def test_palettes_are_colours_that_sRGB_shows_and_far_apart(scenes: list[Scene]) -> None:
+    palettes = np.stack([scene.palette for scene in scenes])
+    rgb = lab_to_srgb(palettes)
+    assert rgb.min() >= -1e-9 and rgb.max() <= 1 + 1e-9
+    assert np.linalg.norm(palettes[:, 0] - palettes[:, 1], axis=-1).min() > 20
+    assert palettes[..., 0].min() >= 50 and palettes[..., 0].max() <= 80
+
+
+def test_placement_is_inside_the_picture(scenes: list[Scene]) -> None:
+    assert all(0 <= scene.x <= SIZE - scene.size and 0 <= scene.y <= SIZE - scene.size for scene in scenes)
+    assert 0.45 < np.mean([scene.mirror for scene in scenes]) < 0.55
+
+
+# the palette's truth
+
+
+@pytest.mark.parametrize(("name", "i"), DRAWINGS)
+def test_both_palette_colours_are_in_the_pixels(name: str, i: int) -> None:
+    scene = scene_of(name, i)
+    counts = colours_in(render(scene))
+    first, second = (counts[bytes_of(colour)] for colour in scene.palette)
+    assert first > 60 and second > 15, f"{first} and {second} pixels"
+
+
+@pytest.mark.parametrize(("name", "i"), DRAWINGS)
+def test_the_first_colour_has_the_largest_area(name: str, i: int) -> None:
+    """Or one as large: measured at 240 pixels, where few are a mixture of two colours."""
+    palette = scene_of(name).palette
+    png = resvg_py.svg_to_bytes(svg_string=paint(CONCEPTS[name][i], palette), width=240, height=240)
+    rgba = np.array(Image.open(io.BytesIO(png)).convert("RGBA"))
+    fills = Counter(
+        {colour: n for colour, n in colours_in(rgba[rgba[..., 3] == 255][:, :3]).items() if sum(colour) > 60}
+    )
+    assert fills[bytes_of(palette[0])] >= 0.95 * max(fills.values()), fills.most_common(3)
+
+
+@pytest.mark.parametrize(("name", "i"), DRAWINGS)
+def test_black_stays_and_other_colours_go(name: str, i: int) -> None:
+    """Against the drawing as OpenMoji made it: equal black pixels, and no pixel left of its own fills."""
+    scene = scene_of(name, i)
+    svg, fills = drawing(CONCEPTS[name][i])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.world.paint", lambda *_: svg)
+        before = render(scene)
+    after = render(scene)
+    black = (before == 0).all(axis=-1)
+    assert black.sum() > 60 and np.array_equal(black, (after == 0).all(axis=-1))
+    left = colours_in(after)
+    assert not [text for text in fills if left[hex_to_rgb(text)]]
+
+
+def test_shades_keep_their_order_of_lightness() -> None:
+    palette = scene_of("fox").palette
+    for name, i in DRAWINGS:
+        code = CONCEPTS[name][i]
+        _, fills = drawing(code)
+        if len(fills) < 3:
+            continue
+        before = [float(srgb_to_lab(np.array(hex_to_rgb(text)) / 255)[0]) for text in fills[1:]]
+        svg = paint(code, palette)
+        after = [palette[1][0] + np.clip((x - before[0]) / 3, -18, 18) for x in before]
+        for lightness in after:
+            rgb = bytes_of(np.array([lightness, *palette[1][1:]]))
+            assert "#%02x%02x%02x" % rgb in svg, f"{name}, drawing {i}"  # noqa: UP031
+        assert all(
+            (a <= b) == (x <= y) or x == y
+            for a, x in zip(before, after, strict=True)
+            for b, y in zip(before, after, strict=True)
+        )
+
+
+def test_swapped_palettes_swap_the_colours() -> None:
+    scene = scene_of("owl")
+    swapped = replace(scene, palette=scene.palette[::-1])
+    first, second = (bytes_of(colour) for colour in scene.palette)
+    counts, other = colours_in(render(scene)), colours_in(render(swapped))
+    assert counts[first] == other[second] and counts[second] == other[first]
+
+
+def test_rendering_is_deterministic_and_mirrors() -> None:
+    scene = replace(scene_of("fish"), x=0, y=2)
+    picture = render(scene)
+    assert picture.shape == (SIZE, SIZE, 3) and picture.dtype == np.uint8
+    assert np.array_equal(picture, render(scene))
+    mirrored = render(replace(scene, mirror=True))
+    assert not np.array_equal(picture, mirrored)
+    assert np.array_equal(picture[2:, :62], mirrored[2:, :62][:, ::-1])
+    assert np.array_equal(pictures([scene, scene])[1], picture)
+
+
+def test_background_is_the_scene_s(scenes: list[Scene]) -> None:
+    for scene in scenes[:40]:
+        picture, expected = render(scene), np.rint(scene.background_rgb * 255)
+        corners = [picture[y, x] for y in (0, -1) for x in (0, -1)]
+        assert sum(np.array_equal(corner, expected) for corner in corners) >= 3
+        named = np.array(BACKGROUNDS[BACKGROUND_NAMES[scene.background]]) / 255
+        assert np.abs(srgb_to_lab(scene.background_rgb) - srgb_to_lab(named)).max() < 12
+
+
+# captions
+
+
+def test_how_often_captions_say_what(scenes: list[Scene]) -> None:
+    concept = np.mean([CONCEPT_NAMES[s.concept] in s.caption for s in scenes])
+    colour = np.mean([s.says_colour for s in scenes])
+    background = np.mean([s.caption.endswith(f"{BACKGROUND_NAMES[s.background]} background") for s in scenes])
+    assert concept == pytest.approx(0.9, abs=0.02) and background == pytest.approx(0.9, abs=0.02)
+    assert colour == pytest.approx(0.5, abs=0.03)
+
+
+def test_captions_say_what_the_scene_says(scenes: list[Scene]) -> None:
+    for scene in scenes[:500]:
+        words = scene.caption.split(" on ")[0] if scene.says_concept else ""
+        colour = coarse_name(scene.palette[0])
+        assert (colour in words.split()) == (scene.says_concept and scene.says_colour), scene.caption
+        assert coarse_name(scene.palette[1]) not in words.split() or coarse_name(scene.palette[1]) == colour
+        assert (CONCEPT_NAMES[scene.concept] in words) == scene.says_concept
+        assert ("background" in scene.caption) == scene.says_background
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (("fox",), "a fox"),
+        (("owl",), "an owl"),
+        (("fox", "orange"), "an orange fox"),
+        (("owl", "purple"), "a purple owl"),
+        (("fox", "purple", "pink"), "a purple fox on a pink background"),
+        (("fox", None, "orange"), "a fox on an orange background"),
+        (("ice cream", None, "grey"), "an ice cream on a grey background"),
+        ((None, "purple", "pink"), "on a pink background"),
+        ((None, None, "orange"), "on an orange background"),
+        ((None,), ""),
+        ((None, "purple"), ""),
+    ],
+)
+def test_caption(parts: tuple[str | None, ...], expected: str) -> None:
+    assert caption(*parts) == expected
+
+
+def test_articles(scenes: list[Scene]) -> None:
+    for words in ("an apple", "an umbrella", "a teal owl", "an octopus", "an orange background"):
+        assert article(words.split(" ", 1)[1]) == words
+    for scene in scenes[:500]:
+        words = scene.caption.split()
+        assert all((word == "an") == (after[0] in "aeiou") for word, after in pairwise(words) if word in ("a", "an"))
+
+
+def test_rich_captions_tell_size_place_and_both_colours(scenes: list[Scene]) -> None:
+    for scene in scenes[:300]:
+        rich = scene.rich_caption
+        assert all(fine_name(colour) in rich for colour in scene.palette) and CONCEPT_NAMES[scene.concept] in rich
+        assert rich.split()[1] == ("small" if scene.size < 52 else "large" if scene.size > 57 else "middling")
+        third = (SIZE - scene.size) / 3
+        along, across = rich.split(", ")[1].split()
+        assert (across == "left") <= (scene.x <= third + 1) and (across == "right") <= (scene.x >= 2 * third - 1)
+        assert (along == "top") <= (scene.y <= third + 1) and (along == "bottom") <= (scene.y >= 2 * third - 1)
+
+
+def test_the_small_vocabulary_knows_every_caption(scenes: list[Scene]) -> None:
+    encoder = TextEncoder(replace(MINI_TEXT, width=8, layers=1, heads=2, output_dim=8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.tokenize(sorted({text for scene in scenes[:600] for text in (scene.caption, scene.rich_caption)}))
+
+
+# colour
+
+
+@pytest.mark.parametrize(
+    ("rgb", "lab"),
+    [
+        ((255, 0, 0), (53.24, 80.09, 67.20)),
+        ((0, 255, 0), (87.73, -86.18, 83.18)),
+        ((0, 0, 255), (32.30, 79.19, -107.86)),
+        ((255, 255, 0), (97.14, -21.55, 94.48)),
+        ((0, 255, 255), (91.11, -48.09, -14.13)),
+        ((255, 0, 255), (60.32, 98.23, -60.82)),
+        ((255, 255, 255), (100.0, 0.0, 0.0)),
+        ((0, 0, 0), (0.0, 0.0, 0.0)),
+        ((119, 119, 119), (50.03, 0.0, 0.0)),
+        ((5, 5, 5), (1.37, 0.0, 0.0)),  # on the straight part of both curves
+    ],
+)
+def test_lab_of_known_colours(rgb: tuple[int, ...], lab: tuple[float, ...]) -> None:
+    np.testing.assert_allclose(srgb_to_lab(np.array(rgb) / 255), lab, atol=0.02)
+
+
+def test_lab_round_trip() -> None:
+    rgb = np.random.default_rng(0).uniform(0, 1, (7, 500, 3))
+    rgb[0] *= 0.05  # dark ones
+    np.testing.assert_allclose(lab_to_srgb(srgb_to_lab(rgb)), rgb, atol=1e-6)
+
+
+def test_lch_keeps_hue_and_stays_in_the_gamut() -> None:
+    for hue in range(0, 360, 7):
+        colour = lch(60, 200, hue)
+        rgb, chroma = lab_to_srgb(colour), float(np.hypot(colour[1], colour[2]))
+        assert colour[0] == 60 and hue_of(colour) == pytest.approx(hue, abs=1e-6)
+        assert rgb.min() >= 0 and rgb.max() <= 1 and 20 < chroma < 200
+        more = lab_to_srgb(lch(60, chroma, hue) * [1, (chroma + 1) / chroma, (chroma + 1) / chroma])
+        assert more.min() < 0 or more.max() > 1  # one more is outside
+
+
+KNOWN = {
+    "red": [(255, 0, 0), (220, 20, 60), (205, 92, 92)],
+    "orange": [(255, 165, 0), (255, 140, 0), (210, 105, 30)],
+    "yellow": [(255, 255, 0), (255, 215, 0), (189, 183, 107)],
+    "green": [(0, 128, 0), (50, 205, 50), (60, 179, 113)],
+    "teal": [(0, 128, 128), (32, 178, 170), (64, 224, 208)],
+    "blue": [(30, 144, 255), (100, 149, 237), (70, 130, 180)],
+    "purple": [(147, 112, 219), (128, 0, 128), (186, 85, 211)],
+    "pink": [(255, 105, 180), (255, 20, 147), (219, 112, 147)],
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_coarse_names_of_known_colours(name: str) -> None:
+    assert [coarse_name(srgb_to_lab(np.array(rgb) / 255)) for rgb in KNOWN[name]] == [name] * 3
+
+
+def test_coarse_names_begin_at_their_hues() -> None:
+    for i, (name, start) in enumerate(HUES.items()):
+        at, before = (
+            np.array([60, 50 * np.cos(np.radians(h)), 50 * np.sin(np.radians(h))]) for h in (start + 0.01, start - 0.01)
+        )
+        assert coarse_name(at) == name and coarse_name(before) == NAMES[i - 1]
+    assert coarse_name(np.array([60, 50.0, 0.0])) == "pink"
+
+
+def test_fine_names_refine_coarse_ones() -> None:
+    colours = [
+        np.array([light, 50 * np.cos(np.radians(h)), 50 * np.sin(np.radians(h))])
+        for light in (55, 65, 75)
+        for h in range(360)
+    ]
+    assert all(fine_name(colour).split()[-1] == coarse_name(colour) for colour in colours)
+    assert len({fine_name(colour) for colour in colours}) == 48
