@@ -30,7 +30,7 @@ def main() -> None:
     elif args.command == "examples":
         world.examples(args.out)
     else:
-        world.evaluate(args.weights, args.out, args.n, args.steps, args.guidance)
+        print(world.table(world.evaluate(args.weights, args.out, args.n, args.steps, args.guidance)))
 
 
 if __name__ == "__main__":

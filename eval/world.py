@@ -167,3 +167,20 @@ def evaluate(
         print(key, attributes.summary(results[key]))
         weights_convert.write_json(out, results)
     return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as the table of the README."""
+    rows = {
+        "true": "true pictures, held out",
+        "reconstructed": "the same through the VAE: the ceiling",
+        "text": "text: concept and background",
+        "colour": "text: with the right colour name",
+        "image": "image prompt alone, λ = 1",
+        "conflict": f"image prompt against text, λ = {results['lambda']:g}",
+    }
+    lines = ["| | concept | background | palette error |", "|---|---|---|---|"]
+    for key, name in rows.items():
+        r = results[key]
+        lines.append(f"| {name} | {r['concept']:.1%} | {r['background']:.1%} | {r['palette_error']:.1f} |")
+    return "\n".join(lines)

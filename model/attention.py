@@ -29,8 +29,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 class Source:
     """Keys and values that cross-attention can read, and lambda, how strongly it reads them.
 
-    `k`, `v`: `b h m d`. `scale` is lambda of Eq. 8: a number, a tensor that broadcasts to `b h n d` (one value a picture,
-    say), or a map over the picture as `pyramid` makes it: {number of queries: `b 1 n 1`}.
+    `k`, `v`: `b h m d`. `scale` is lambda of Eq. 8: a number, a tensor (one value a picture, `b`, or
+    what broadcasts to `b h n d`), or a map over the picture as `pyramid` makes it: {number of queries: `b 1 n 1`}.
     """
 
     k: Tensor
@@ -47,15 +47,19 @@ class Source:
         Raises ValueError when the map over the picture has no level with that many queries.
         """
         if not isinstance(self.scale, Mapping):
-            return self.scale.to(q) if isinstance(self.scale, Tensor) else self.scale
+            return _four_axes(self.scale).to(q) if isinstance(self.scale, Tensor) else self.scale
         n = q.shape[-2]
         if n not in self.scale:
-            levels = sorted(self.scale)
             raise ValueError(
-                f"this mask was made for levels of {levels} queries, but a layer asks with {n}: "
+                f"this mask was made for levels of {sorted(self.scale)} queries, but a layer asks with {n}: "
                 "give pyramid() the latents' true (h, w)"
             )
         return self.scale[n].to(q)
+
+
+def _four_axes(scale: Tensor) -> Tensor:
+    """One lambda a picture, `b`, as `b 1 1 1`."""
+    return scale if scale.ndim == 4 else scale.reshape(-1, 1, 1, 1)
 
 
 def decoupled(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
@@ -85,10 +89,9 @@ def concatenated(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
         return attention(q, k, v)
     log_odds = [q.new_zeros(1, 1, 1, text.k.shape[-2])]
     for weight, source in zip(weights, image, strict=True):
-        weight = torch.as_tensor(weight, dtype=q.dtype, device=q.device)
-        if (weight < 0).any():
+        column = _four_axes(torch.as_tensor(weight, dtype=q.dtype, device=q.device))
+        if (column < 0).any():
             raise ValueError("the joint softmax takes log lambda, so lambda must not be negative")
-        column = weight if weight.ndim == 4 else weight.reshape(-1, 1, 1, 1)
         log_odds.append(column.log().expand(*column.shape[:-1], source.k.shape[-2]))
     shape = torch.broadcast_shapes(*(part.shape[:-1] for part in log_odds))
     return attention(q, k, v, torch.cat([part.expand(*shape, part.shape[-1]) for part in log_odds], dim=-1))
@@ -119,8 +122,7 @@ def _cat_scale(a: Source, b: Source) -> Scale:
 
     def rows(source: Source, n: int | None) -> Tensor:
         scale = source.scale[n] if isinstance(source.scale, Mapping) and n is not None else source.scale
-        value = torch.as_tensor(scale, dtype=source.k.dtype, device=source.k.device)
-        value = value if value.ndim == 4 else value.reshape(-1, 1, 1, 1)
+        value = _four_axes(torch.as_tensor(scale, dtype=source.k.dtype, device=source.k.device))
         return value.expand(source.k.shape[0], *value.shape[1:])
 
     def cat(n: int | None) -> Tensor:
@@ -128,6 +130,8 @@ def _cat_scale(a: Source, b: Source) -> Scale:
         shape = torch.broadcast_shapes(top.shape[1:], bottom.shape[1:])
         return torch.cat([top.expand(-1, *shape), bottom.expand(-1, *shape)])
 
+    if isinstance(a.scale, Mapping) and isinstance(b.scale, Mapping) and set(a.scale) != set(b.scale):
+        raise ValueError("the two masks were made for latents of different sizes")
     levels = next((tuple(s.scale) for s in (a, b) if isinstance(s.scale, Mapping)), None)
     return cat(None) if levels is None else {n: cat(n) for n in levels}
 
@@ -138,6 +142,8 @@ def stack(uncond: Context, cond: Context) -> Context:
         raise ValueError(
             f"one side has {len(uncond.image)} image prompts, the other {len(cond.image)}: give the missing one its null image, or scale 0"
         )
+    if uncond.fuse is not cond.fuse:
+        raise ValueError("the two sides fuse text and picture differently")
     image = tuple(
         tuple(Source(torch.cat([a.k, b.k]), torch.cat([a.v, b.v]), _cat_scale(a, b)) for a, b in zip(u, c, strict=True))
         for u, c in zip(uncond.image, cond.image, strict=True)
@@ -155,7 +161,10 @@ def pyramid(mask: Tensor, h: int, w: int, levels: int = 4) -> dict[int, Tensor]:
     mask = mask if mask.ndim == 3 else mask[None]
     grids = {}
     for _ in range(levels):
-        grids[h * w] = rearrange(F.interpolate(mask[:, None].float(), (h, w), mode="area"), "b 1 h w -> b 1 (h w) 1")
+        grids[h * w] = rearrange(
+            F.interpolate((mask if mask.is_floating_point() else mask.float())[:, None], (h, w), mode="area"),
+            "b 1 h w -> b 1 (h w) 1",
+        )
         h, w = (h + 1) // 2, (w + 1) // 2
     return grids
 

@@ -102,12 +102,12 @@ class ImageEncoder(nn.Module):
         return torch.cat([parts["image_intermediates_prefix"][0], parts["image_intermediates"][0]], dim=1)
 
     def preprocess(self, image: Image.Image, fit: Fit = "crop") -> Tensor:
-        """An RGB picture to pixels `3 s s`, by the arithmetic of CLIP's processor.
+        """A picture to pixels `3 s s`, by the arithmetic of CLIP's processor.
 
         `crop` (official): short side to s, bicubic, then the centre square, the margin rounded down. `squash` resizes to a
         square, `pad` first adds bars of the mean colour, so that nothing is lost.
         """
-        size = self.config.image_size
+        image, size = image.convert("RGB"), self.config.image_size
         if fit == "pad":
             side = max(image.size)
             canvas = Image.new("RGB", (side, side), tuple(round(255 * m) for m in MEAN))

@@ -61,6 +61,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig = SD15_TEXT) -> None:
         super().__init__()
+        if config.vocabulary and config.vocabulary[-1] != END:
+            raise ValueError("the last token of a small vocabulary must be the end token, as it is in CLIP's")
         self.config = config
         self.clip = TextTransformer(
             context_length=config.context_length,

@@ -175,6 +175,8 @@ class UNet(nn.Module):
         hidden = residuals.hidden or {}
         if residuals.skips and len(residuals.skips) != len(self.down) + 1:
             raise ValueError(f"this UNet has {len(self.down) + 1} skips, the residuals {len(residuals.skips)}")
+        if any(not 0 <= stage <= len(self.down) for stage in hidden):
+            raise ValueError(f"this UNet has the stages 0 to {len(self.down)}, the residuals name {sorted(hidden)}")
         run = functools.partial(checkpoint, use_reentrant=False) if self.checkpointing else operator.call
         emb = self.embed(torch.as_tensor(t, device=x.device).expand(x.shape[0]), added, x.dtype)
 

@@ -65,22 +65,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def files(args: argparse.Namespace) -> dict[str, str]:
-    """The hash of every file that decides the picture."""
-    folder = args.checkpoint
-    names = [folder / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder")]
+    """The hash of every file that decides the picture: weights, their cards, image prompts."""
+    parts = [args.checkpoint / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder")]
     if args.image:
-        names += [
-            args.ip_adapter or folder / "ip_adapter.safetensors",
-            args.image_encoder or folder / "image_encoder.safetensors",
-            *args.image,
-        ]
+        parts.append(args.ip_adapter or args.checkpoint / "ip_adapter.safetensors")
+        parts.append(args.image_encoder or args.checkpoint / "image_encoder.safetensors")
+    names = [name for part in parts for name in (part, part.with_suffix(".json"))] + args.image
     return {str(name): weights_convert.sha256(name) for name in names}
 
 
 def recall(path: Path, out: Path) -> argparse.Namespace:
     """The arguments of a picture, checked against the files as they are now."""
     settings = images.read_settings(path)
-    args = argparse.Namespace(**settings["arguments"])
+    args = argparse.Namespace(**vars(parser().parse_args([])) | settings.get("arguments", {}))
+    if "arguments" not in settings or "sha256" not in settings:
+        raise ValueError(f"{path}: its settings are not those of one picture, so it can't be drawn again")
     args.image = [Path(image) for image in args.image]
     for name in ("checkpoint", "ip_adapter", "image_encoder"):
         setattr(args, name, Path(value) if (value := getattr(args, name)) else None)
@@ -110,7 +109,7 @@ def draw(pipeline: Pipeline, args: argparse.Namespace) -> list[Any]:
                 guidance=args.guidance,
                 steps=args.steps,
                 eta=args.eta,
-                size=(args.height or height, args.width or width),
+                size=(height if args.height is None else args.height, width if args.width is None else args.width),
                 watch=lambda _: bar.update() and None,
             )
             pictures += images.to_images(drawn)
@@ -123,14 +122,21 @@ def run(argv: list[str] | None = None) -> None:
         args = recall(args.again, args.out)
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, not {args.num}")
+    if args.out.is_dir():
+        raise ValueError(f"{args.out} is a folder: name the file to write")
     for path in args.image:
         images.open_image(path)  # refuse a bad picture before the weights are read
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     pipeline = load(args.checkpoint, args.ip_adapter, args.image_encoder, DTYPES[args.dtype], args.device)
+    pictures = draw(pipeline, args)
     settings = {"arguments": {k: v for k, v in vars(args).items() if k not in ("out", "again")}, "sha256": files(args)}
     settings["arguments"] |= {k: str(v) for k, v in settings["arguments"].items() if isinstance(v, Path)} | {
         "image": [str(path) for path in args.image]
     }
-    for i, picture in enumerate(draw(pipeline, args)):
+    for i, picture in enumerate(pictures):
         path = args.out if args.num == 1 else args.out.with_stem(f"{args.out.stem}-{i}")
         one = settings | {"arguments": settings["arguments"] | {"seed": args.seed + i, "num": 1}}
         images.save_image(picture, path, one)
@@ -141,7 +147,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         run()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

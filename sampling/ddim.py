@@ -43,6 +43,8 @@ def ddim(
     `model(x, t)` is the prediction that `schedule.prediction` names; `x` starts as N(0, 1) noise. Matches diffusers'
     `DDIMScheduler` without clipping. With eta > 0, `generators` holds one for each picture.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {eta}")
     for index, (t, a, a_prev) in enumerate(schedule.pairs(steps)):
         eps, x0 = schedule.split(x, model(x, t), a)
         s = eta * ((1 - a_prev) / (1 - a)) ** 0.5 * (1 - a / a_prev) ** 0.5

@@ -60,6 +60,8 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
 
 def save_image(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     """Writes a PNG whose text chunk holds `settings` as JSON, under a temporary name, then renamed."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file to write")
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,12 +74,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a PNG that `save_image` wrote. Raises ValueError when there are none."""
     try:
         with Image.open(path) as image:
-            text = image.info.get(KEY)
+            settings = json.loads(image.info[KEY])
+        if not isinstance(settings, dict):
+            raise TypeError
     except (OSError, UnidentifiedImageError):
         raise ValueError(f"{path}: not a picture that this program drew") from None
-    if text is None:
+    except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(
             f"{path}: this picture holds no settings (it was not drawn by this program, or another one saved it again)"
-        )
-    settings: dict[str, Any] = json.loads(text)
+        ) from None
     return settings

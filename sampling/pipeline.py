@@ -39,7 +39,9 @@ class Pipeline:
     def embed(self, pictures: Sequence[Image.Image], fit: Fit = "crop") -> Tensor:
         """The embeddings of RGB pictures that make up one prompt, `1 k e`."""
         if self.image is None or self.adapter is None:
-            raise ValueError("an image prompt needs an image encoder and an adapter")
+            raise FileNotFoundError(
+                "an image prompt needs an image encoder and an adapter; `make weights` trains the mini ones"
+            )
         pixels = torch.stack([self.image.preprocess(picture, fit) for picture in pictures])
         like = next(self.image.parameters())
         return self.image(pixels.to(like))[None]

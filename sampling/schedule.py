@@ -51,7 +51,7 @@ class Schedule:
         elif self.spacing == "leading":
             grid = np.arange(0.0, steps) * (total // steps) + self.offset
         elif self.spacing == "trailing":
-            return [int(t) for t in np.round(np.arange(total, 0, -total / steps)) - 1]
+            return [int(t) for t in np.round(np.arange(total, 0, -total / steps))[:steps] - 1]
         else:
             grid = np.linspace(0, total - 1, steps).round()
         return [min(int(t), total - 1) for t in grid[::-1]]

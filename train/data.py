@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.image_encoder import ImageEncoder, centre_square, normalise
@@ -60,7 +60,15 @@ def _computed(
     return load_file(cache)
 
 
-def latents(vae: VAE, batches: Callable[[int], Tensor], count: int, cache: Path) -> tuple[Tensor, Tensor]:
+def _name(module: nn.Module) -> str:
+    """A few digits that change when a module's weights do."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def latents(vae: VAE, batches: Callable[[int], Tensor], count: int, folder: Path, data: str) -> tuple[Tensor, Tensor]:
     """Mean and deviation of q(z|x), scaled, for `count` batches of pictures `b 3 h w` in [-1, 1]."""
     weight = next(vae.parameters())
 
@@ -68,13 +76,14 @@ def latents(vae: VAE, batches: Callable[[int], Tensor], count: int, cache: Path)
         mean, logvar = vae.moments(x.to(weight))
         return {"mean": mean * vae.config.scale, "std": (0.5 * logvar).exp() * vae.config.scale}
 
-    found = _computed(cache, batches, count, encode)
+    found = _computed(folder / f"{data}-latents-{_name(vae)}.safetensors", batches, count, encode)
     return found["mean"], found["std"]
 
 
-def embeddings(image: ImageEncoder, batches: Callable[[int], Tensor], count: int, cache: Path) -> Tensor:
+def embeddings(image: ImageEncoder, batches: Callable[[int], Tensor], count: int, folder: Path, data: str) -> Tensor:
     """Image embeddings `n e` for `count` batches of pixels `b 3 s s`."""
     weight = next(image.parameters())
+    cache = folder / f"{data}-images-{_name(image)}.safetensors"
     return _computed(cache, batches, count, lambda x: {"images": image(x.to(weight))})["images"]
 
 
@@ -100,11 +109,11 @@ def world_pairs(
     def rgb(step: int) -> Tensor:
         return torch.from_numpy(pictures(scenes[step * size : (step + 1) * size])).permute(0, 3, 1, 2).float() / 255
 
-    mean, std = latents(vae, lambda step: 2 * rgb(step) - 1, steps, folder / f"{split}-{count}-latents.safetensors")
+    data = f"{split}-{count}"
+    mean, std = latents(vae, lambda step: 2 * rgb(step) - 1, steps, folder, data)
     images = None
     if image is not None:
-        cache = folder / f"{split}-{count}-images.safetensors"
-        images = embeddings(image, lambda step: normalise(rgb(step)), steps, cache)
+        images = embeddings(image, lambda step: normalise(rgb(step)), steps, folder, data)
     texts, caption = encode_texts(text, [scene.caption for scene in scenes])
     return Pairs(mean, std, caption, texts, images)
 
@@ -147,7 +156,7 @@ def file_pairs(
         return image.preprocess(open_image(files[step][0]))[None]
 
     listed = hashlib.sha256(repr([str(file) for file, _ in files]).encode()).hexdigest()[:16]
-    mean, std = latents(vae, square, len(files), folder / f"{listed}-{side}-latents.safetensors")
-    images = embeddings(image, pixels, len(files), folder / f"{listed}-images.safetensors")
+    mean, std = latents(vae, square, len(files), folder, f"{listed}-{side}")
+    images = embeddings(image, pixels, len(files), folder, listed)
     texts, caption = encode_texts(text, [words for _, words in files])
     return Pairs(mean, std, caption, texts, images)

@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from train import checkpoint
+from train.muon import Muon
 
 T = TypeVar("T")
 
@@ -31,6 +33,7 @@ class Plan:
     steps: int
     batch: int
     lr: float
+    muon: float = 0.0  # Muon's rate for matrices and convolutions; 0 leaves them to AdamW
     warmup: int = 100
     decay: float = 0.4
     weight_decay: float = 0.01
@@ -45,8 +48,8 @@ class Plan:
     validate_every: int = 250
 
     def rate(self, step: int) -> float:
-        falling = min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
-        return self.lr * min(1.0, (step + 1) / self.warmup, falling)
+        """The share of the full rate at this step."""
+        return min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / max(1.0, self.decay * self.steps))
 
 
 class _Batches(Dataset[T]):
@@ -78,17 +81,22 @@ def stream(make: Callable[[int], T], start: int, steps: int, workers: int) -> It
 
 
 def generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    """The random numbers of one step. (torch's CPU generator reads 32 bits of a seed, so the two are hashed into them.)"""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
 class _Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag that is read between two steps."""
+    """Inside `with`, Ctrl-C and SIGTERM become a flag that is read between two steps."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+    asked = False
+
+    def __enter__(self) -> _Interrupt:
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _ask(self, *_: object) -> None:
         self.asked = True
@@ -103,10 +111,20 @@ def _ema_update(ema: nn.Module, module: nn.Module, decay: float) -> None:
             slow.copy_(fast)
 
 
+def optimizers_of(plan: Plan, module: nn.Module) -> list[torch.optim.Optimizer]:
+    """AdamW for what trains; with `plan.muon`, Muon for all weights but the first and last convolutions."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if plan.muon and p.ndim > 1 and not name.startswith(("conv_in", "conv_out"))]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in trained if id(p) not in chosen]
+    adam = torch.optim.AdamW(rest, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
+    return [adam, Muon(matrices, plan.muon, weight_decay=plan.weight_decay)] if matrices else [adam]
+
+
 def _gradients(
     plan: Plan, step: int, batches: Iterator[T], loss: Callable[[T, torch.Generator], dict[str, Tensor]]
 ) -> dict[str, float]:
-    """Adds up the gradients of a step's parts; returns the mean of the named scalars. Raises FloatingPointError on NaN."""
+    """Adds up the gradients of a step's parts; returns the mean of the named scalars."""
     means: dict[str, float] = {}
     for part in range(step * plan.accumulate, (step + 1) * plan.accumulate):
         with torch.autocast(plan.device.split(":")[0], torch.bfloat16, enabled=plan.bf16):
@@ -114,8 +132,6 @@ def _gradients(
         (values["loss"] / plan.accumulate).backward()
         for name, value in values.items():
             means[name] = means.get(name, 0.0) + float(value.detach()) / plan.accumulate
-    if not math.isfinite(means["loss"]):
-        raise FloatingPointError(f"the loss of {plan.name} is {means['loss']} at step {step + 1}: try a lower rate")
     return means
 
 
@@ -132,36 +148,48 @@ def run(
 
     `make(i)` builds batch i (one a step, or `plan.accumulate`), `loss(batch, generator)` returns named scalars, of which
     "loss" is minimised, `validate(module)` returns named numbers. State and log live in `folder`; a run that finds its
-    state goes on from it. Raises SystemExit when it was interrupted, after saving.
+    state goes on from it. Raises SystemExit when it was interrupted, after saving, and FloatingPointError, before the
+    weights are changed, when the loss or its gradient is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file, log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
+    optimizers = optimizers_of(plan, module)
+    full = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     ema = copy.deepcopy(module) if plan.ema else None
     kept = module if ema is None else ema
     start, log = 0, []
     if state := checkpoint.load(state_file):
         module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         kept.load_state_dict(state["kept"])
         start, log = state["step"], state["log"]
 
     def save(step: int) -> None:
-        states = {"module": module.state_dict(), "kept": kept.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoint.save(state_file, {"step": step, "log": log, **states})
+        states = {"module": module.state_dict(), "kept": kept.state_dict()}
+        saved = [optimizer.state_dict() for optimizer in optimizers]
+        checkpoint.save(state_file, {"step": step, "log": log, "optimizers": saved, **states})
         log_file.write_text("".join(json.dumps(row) + "\n" for row in log))
 
-    interrupt, began = _Interrupt(), time.time()
+    began = time.time()
     batches = stream(make, start * plan.accumulate, plan.steps * plan.accumulate, workers)
-    with tqdm(total=plan.steps, initial=start, desc=plan.name, dynamic_ncols=True) as bar:
+    with _Interrupt() as interrupt, tqdm(total=plan.steps, initial=start, desc=plan.name, dynamic_ncols=True) as bar:
         for step in range(start, plan.steps):
-            row: dict[str, Any] = {"step": step + 1, "lr": plan.rate(step), **_gradients(plan, step, batches, loss)}
+            row: dict[str, Any] = {
+                "step": step + 1,
+                "lr": plan.lr * plan.rate(step),
+                **_gradients(plan, step, batches, loss),
+            }
             row["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, plan.clip))
-            for group in optimizer.param_groups:
-                group["lr"] = row["lr"]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if not math.isfinite(row["loss"] + row["grad_norm"]):
+                raise FloatingPointError(
+                    f"{plan.name}: loss or gradient is not finite at step {step + 1}; lower the rate"
+                )
+            for optimizer, lr in zip(optimizers, full, strict=True):
+                optimizer.param_groups[0]["lr"] = lr * plan.rate(step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             if ema is not None:
                 _ema_update(ema, module, min(plan.ema, (1 + step) / (10 + step)))
             last = step + 1 == plan.steps
