@@ -77,9 +77,10 @@ def files(args: argparse.Namespace) -> dict[str, str]:
 def recall(path: Path, out: Path) -> argparse.Namespace:
     """The arguments of a picture, checked against the files as they are now."""
     settings = images.read_settings(path)
-    args = argparse.Namespace(**vars(parser().parse_args([])) | settings.get("arguments", {}))
-    if "arguments" not in settings or "sha256" not in settings:
-        raise ValueError(f"{path}: its settings are not those of one picture, so it can't be drawn again")
+    arguments = settings.get("arguments", {})
+    if set(arguments) != set(vars(parser().parse_args([]))) - {"out", "again"}:
+        raise ValueError(f"{path}: a sheet, or drawn by another version of this program, so it can't be drawn again")
+    args = argparse.Namespace(**arguments)
     args.image = [Path(image) for image in args.image]
     for name in ("checkpoint", "ip_adapter", "image_encoder"):
         setattr(args, name, Path(value) if (value := getattr(args, name)) else None)
@@ -126,6 +127,8 @@ def run(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.out} is a folder: name the file to write")
     for path in args.image:
         images.open_image(path)  # refuse a bad picture before the weights are read
+    if args.image:
+        weights_convert.read_card(args.ip_adapter or args.checkpoint / "ip_adapter.safetensors")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from train import checkpoint
-from train.muon import Muon
 
 T = TypeVar("T")
 
@@ -33,7 +32,6 @@ class Plan:
     steps: int
     batch: int
     lr: float
-    muon: float = 0.0  # Muon's rate for matrices and convolutions; 0 leaves them to AdamW
     warmup: int = 100
     decay: float = 0.4
     weight_decay: float = 0.01
@@ -111,16 +109,6 @@ def _ema_update(ema: nn.Module, module: nn.Module, decay: float) -> None:
             slow.copy_(fast)
 
 
-def optimizers_of(plan: Plan, module: nn.Module) -> list[torch.optim.Optimizer]:
-    """AdamW for what trains; with `plan.muon`, Muon for all weights but the first and last convolutions."""
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if plan.muon and p.ndim > 1 and not name.startswith(("conv_in", "conv_out"))]
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in trained if id(p) not in chosen]
-    adam = torch.optim.AdamW(rest, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
-    return [adam, Muon(matrices, plan.muon, weight_decay=plan.weight_decay)] if matrices else [adam]
-
-
 def _gradients(
     plan: Plan, step: int, batches: Iterator[T], loss: Callable[[T, torch.Generator], dict[str, Tensor]]
 ) -> dict[str, float]:
@@ -154,22 +142,19 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     state_file, log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizers = optimizers_of(plan, module)
-    full = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
     ema = copy.deepcopy(module) if plan.ema else None
     kept = module if ema is None else ema
     start, log = 0, []
     if state := checkpoint.load(state_file):
         module.load_state_dict(state["module"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(state["optimizer"])
         kept.load_state_dict(state["kept"])
         start, log = state["step"], state["log"]
 
     def save(step: int) -> None:
-        states = {"module": module.state_dict(), "kept": kept.state_dict()}
-        saved = [optimizer.state_dict() for optimizer in optimizers]
-        checkpoint.save(state_file, {"step": step, "log": log, "optimizers": saved, **states})
+        states = {"module": module.state_dict(), "kept": kept.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoint.save(state_file, {"step": step, "log": log, **states})
         log_file.write_text("".join(json.dumps(row) + "\n" for row in log))
 
     began = time.time()
@@ -186,10 +171,9 @@ def run(
                 raise FloatingPointError(
                     f"{plan.name}: loss or gradient is not finite at step {step + 1}; lower the rate"
                 )
-            for optimizer, lr in zip(optimizers, full, strict=True):
-                optimizer.param_groups[0]["lr"] = lr * plan.rate(step)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            optimizer.param_groups[0]["lr"] = row["lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             if ema is not None:
                 _ema_update(ema, module, min(plan.ema, (1 + step) / (10 + step)))
             last = step + 1 == plan.steps
