@@ -28,7 +28,7 @@ from train.loss import diffusion_loss, noise_for
 from train.unet import HELD_OUT, PICTURES, rows_of
 from weights_convert import save
 
-PLAN = Plan("ip_adapter", steps=1500, batch=32, lr=2e-3, ema=0.99, validate_every=250)
+PLAN = Plan("ip_adapter", steps=450, batch=32, lr=2e-3, ema=0.98, validate_every=225)
 TOKENS, DROP = 4, 0.05
 
 

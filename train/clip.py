@@ -25,7 +25,7 @@ from train.colour import NAMES
 from train.loop import Plan, card, run
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, SLOTS, Scene, Split, World, pictures, random_scene
 
-PLAN = Plan("clip", steps=900, batch=128, lr=1e-3, weight_decay=0.05, decay=0.6)
+PLAN = Plan("clip", steps=867, batch=128, lr=1e-3, weight_decay=0.05, decay=0.6)
 GROUP = 8
 GATE = {"concept": 0.90, "background": 0.95, "palette_r2": 0.80}
 

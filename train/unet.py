@@ -22,7 +22,7 @@ from train.data import Pairs, world_pairs
 from train.loop import Plan, card, generator, run
 from train.loss import diffusion_loss, noise_for
 
-PLAN = Plan("unet", steps=3400, batch=32, lr=1e-3, ema=0.998, decay=0.4, validate_every=850)
+PLAN = Plan("unet", steps=2900, batch=32, lr=1e-3, ema=0.998, decay=0.45, validate_every=850)
 PICTURES, HELD_OUT, GAMMA, DROP = 24_000, 512, 5.0, 0.1
 
 
