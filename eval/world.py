@@ -129,7 +129,11 @@ def choose_lambda(
 
 
 def evaluate(
-    weights: Path, out: Path, n: int = 1024, steps: int = 12, guidance: float = 4.0, sweep_n: int = 128
+    weights: Path,
+    out: Path,
+    n: int = 1024,
+    steps: int = 12,
+    guidance: float = 4.0,
 ) -> dict[str, Any]:
     """Measures everything and writes `out` (JSON)."""
     pipeline, judge = load(weights), attributes.load(weights / "judge.safetensors")
@@ -149,7 +153,7 @@ def evaluate(
             attributes.read(judge, reconstructed), own["concept"], own["background"], own["palette"]
         ),
     }
-    scale, sweep = choose_lambda(pipeline, judge, guidance, steps, sweep_n)
+    scale, sweep = choose_lambda(pipeline, judge, guidance, steps, max(64, n // 8))
     results |= {"lambda": scale, "sweep": sweep}
     names = [coarse_name(scene.palette[0]) for scene in test.references]
     colour = [

@@ -76,7 +76,7 @@ def draw_rows(pipeline: Pipeline, rows: list[tuple[Path, str]], seed: int) -> li
 def sheet(drawn: list[list[Image.Image]], texts: list[str]) -> Image.Image:
     """The contact sheet: a row a prompt, titles above the columns, the text prompt under its pictures."""
     font, small = ImageFont.load_default(17), ImageFont.load_default(14)
-    titles = ["image prompt", "variations", "", "with the text below", "", *(f"λ = {scale:g}" for scale in LAMBDAS)]
+    titles = ["image prompt", "variations", "", "with the text below", "", *(f"lambda {scale:g}" for scale in LAMBDAS)]
     groups = [0, 1, 1, 3, 3, *[5] * len(LAMBDAS)]
     lefts = [GAP + i * (CELL + GAP) + 18 * sorted(set(groups)).index(group) for i, group in enumerate(groups)]
     top, row_height = 36, CELL + 30
