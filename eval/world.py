@@ -142,7 +142,7 @@ def evaluate(
     with torch.no_grad():
         reconstructed = torch.cat([pipeline.vae.decode(pipeline.vae.encode(part)) for part in test.pixels.split(64)])
     results: dict[str, Any] = {
-        "command": "python -m eval world",
+        "command": f"python -m eval world --n {n} --steps {steps} --guidance {guidance:g}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "seeds": f"0..{n - 1}"},
         "sha256": {path.name: weights_convert.sha256(path) for path in sorted(weights.glob("*.safetensors"))},
         "vae_psnr": psnr(pipeline.vae, test.pixels),

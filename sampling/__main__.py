@@ -10,9 +10,9 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import weights_convert
@@ -93,10 +93,10 @@ def recall(path: Path, out: Path) -> argparse.Namespace:
     return args
 
 
-def draw(pipeline: Pipeline, args: argparse.Namespace) -> list[Any]:
+def draw(pipeline: Pipeline, args: argparse.Namespace, prompts: list[Image.Image]) -> list[Image.Image]:
     """The pictures that the arguments ask for."""
     height, width = pipeline.native_size
-    embedding = pipeline.embed([images.open_image(path) for path in args.image], args.fit) if args.image else None
+    embedding = pipeline.embed(prompts, args.fit) if prompts else None
     pictures = []
     with tqdm(total=args.steps * -(-args.num // BATCH), desc="drawing", unit="step", disable=None) as bar:
         for first in range(0, args.num, BATCH):
@@ -125,8 +125,7 @@ def run(argv: list[str] | None = None) -> None:
         raise ValueError(f"--num must be at least 1, not {args.num}")
     if args.out.is_dir():
         raise ValueError(f"{args.out} is a folder: name the file to write")
-    for path in args.image:
-        images.open_image(path)  # refuse a bad picture before the weights are read
+    prompts = [images.open_image(path) for path in args.image]  # refuse a bad picture before the weights are read
     if args.image:
         weights_convert.read_card(args.ip_adapter or args.checkpoint / "ip_adapter.safetensors")
     try:
@@ -134,7 +133,7 @@ def run(argv: list[str] | None = None) -> None:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     pipeline = load(args.checkpoint, args.ip_adapter, args.image_encoder, DTYPES[args.dtype], args.device)
-    pictures = draw(pipeline, args)
+    pictures = draw(pipeline, args, prompts)
     settings = {"arguments": {k: v for k, v in vars(args).items() if k not in ("out", "again")}, "sha256": files(args)}
     settings["arguments"] |= {k: str(v) for k, v in settings["arguments"].items() if isinstance(v, Path)} | {
         "image": [str(path) for path in args.image]

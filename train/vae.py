@@ -8,7 +8,7 @@ the latents, as in latent diffusion (arXiv 2112.10752, appendix G).
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,4 +68,6 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN, config: VAEConfig = MI
     with torch.no_grad():
         std = torch.cat([vae.encode(batch_of("train", 64, i)) for i in range(16)]).std()
     vae.config = replace(config, scale=config.scale / float(std))
-    weights_convert.save(vae, weights / "vae.safetensors", card(plan, log, "python -m train vae"))
+    weights_convert.save(
+        vae, weights / "vae.safetensors", card(plan, log, "python -m train vae") | {"second_phase": asdict(COLOUR)}
+    )
