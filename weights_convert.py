@@ -1,31 +1,215 @@
-"""Files of weights: the project's own safetensors, each with a readable card (JSON) beside it.
+"""Files of weights to these modules, and back.
 
-A card holds the config that rebuilds the module, how it was trained and how good it is. Weights are safetensors, never
-pickles; files are written to a temporary name and renamed, so an interrupted write loses nothing.
+Read: the project's own safetensors (each with a JSON card beside it); Stable Diffusion 1.5 as a single file or a diffusers
+folder; CLIP towers in transformers' layout; IP-Adapters in the official layout, or as the official trainer leaves them.
+Renames are tables, loads are strict, nothing is unpickled but tensors, and files are written to a temporary name first.
+
+  python weights_convert.py inspect FILE              says in words what a file is
+  python weights_convert.py convert SOURCE TARGET     an adapter to the official .safetensors, a base model to a folder of our own
+  python weights_convert.py convert --diffusers UNET TARGET     a UNet to a folder that diffusers loads
+  python weights_convert.py verify A B                compares two checkpoints tensor by tensor, whatever their layouts
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 import hashlib
 import json
 import os
-from dataclasses import asdict
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model import configs
 from model.adapter import IPAdapter
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.image_projection import ImageProjection
+from model.names import TRANSPOSED, Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
 from model.text_encoder import TextConfig, TextEncoder
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
 
 M = TypeVar("M", bound=nn.Module)
+
+
+# --- reading files -----------------------------------------------------------------------------------------------------
+
+
+class _Inert:
+    """Stands in for the classes that old Lightning checkpoints name; it holds nothing and runs nothing."""
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+_LIGHTNING: list[Any] = [
+    (_Inert, f"{package}.callbacks.model_checkpoint.ModelCheckpoint")
+    for package in ("pytorch_lightning", "lightning.pytorch")
+]
+_REOPEN = 1 << 27  # bytes
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in tree.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, dict):
+            yield from _flat(value, "" if key == "state_dict" else f"{prefix}{key}.")
+
+
+class File(Mapping[str, Tensor]):
+    """A checkpoint's tensors by name, memory-mapped: safetensors, or a pickle that holds nothing but tensors.
+
+    The file is mapped anew after every 128 MB read, so that pages already copied to a module leave memory.
+    Raises ValueError when the file is not a complete checkpoint of either kind, or is unsafe to unpickle.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._read = path, 0
+        self._names = {name: name for name in self._open()}
+        if not self._names:
+            raise ValueError(f"{path} holds no tensors")
+
+    def _open(self) -> Iterable[str]:
+        with open(self.path, "rb") as file:
+            start = file.read(9)
+        try:
+            if start[8:] == b"{":
+                handle = safe_open(self.path, "pt")
+                names: Iterable[str] = handle.keys()
+                self._get: Callable[[str], Tensor] = handle.get_tensor
+                self._shape: Callable[[str], Iterable[int]] = lambda name: handle.get_slice(name).get_shape()
+            else:
+                with torch.serialization.safe_globals(_LIGHTNING):
+                    tree = torch.load(self.path, map_location="cpu", weights_only=True, mmap=start[:2] == b"PK")
+                names = tensors = dict(_flat(tree))
+                self._get = tensors.__getitem__
+                self._shape = lambda name: tensors[name].shape
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is not a complete safetensors file ({error})") from error
+        except Exception as error:  # a damaged pickle can raise anything
+            cure = "it holds more than tensors, and nothing else is ever unpickled: ask for a .safetensors file"
+            why = cure if "weights_only" in str(error).lower() else f"{type(error).__name__}: {str(error)[:200]}"
+            raise ValueError(f"{self.path} is not a readable checkpoint ({why})") from error
+        return names
+
+    def renamed(self, names: dict[str, str]) -> File:
+        """The same file under other names, new: old; what is not named is left out."""
+        other = copy.copy(self)
+        other._names = {new: self._names[old] for new, old in names.items()}
+        return other
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._get(self._names[name])
+        self._read += tensor.nbytes
+        if self._read > _REOPEN:
+            self._read = 0
+            self._open()
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._shape(self._names[name]))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self.shape(name) for name in self}
+
+    def part(self, prefix: str) -> File:
+        """What begins with `prefix`, without it."""
+        return self.renamed({name.removeprefix(prefix): name for name in self if name.startswith(prefix)})
+
+
+# --- filling modules ---------------------------------------------------------------------------------------------------
+
+# What older files hold beside weights.
+_EXTRA = re.compile(r"position_ids$")
+
+
+def _list(names: Iterable[str], most: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _shape_of(shapes: list[tuple[int, ...]], transposed: bool) -> tuple[int, ...]:
+    """The shape that the file's tensors have once they are joined and turned."""
+    joined = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+    return joined[::-1] if transposed else joined
+
+
+def _fits(shape: tuple[int, ...], ours: torch.Size) -> bool:
+    """Equal, but for a 1 x 1 convolution, which is a matrix here."""
+    return shape == ours or (len(ours) == 2 and shape == (*ours, 1, 1))
+
+
+def _read(file: File, theirs: tuple[str, ...], like: Tensor, transposed: bool, dtype: torch.dtype | None) -> Tensor:
+    """One tensor of ours, in the memory format that the module wants."""
+    tensor = file[theirs[0]] if len(theirs) == 1 else torch.cat([file[name] for name in theirs])
+    if not torch.isfinite(torch.stack(tensor.aminmax())).all():
+        raise ValueError(f"{file.path} holds values that are not finite, in {theirs[0]}")
+    tensor = (tensor.T if transposed else tensor).reshape(like.shape).to(dtype or tensor.dtype)
+    return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format)
+
+
+def check(module: nn.Module, names: Names, file: File, what: str) -> None:
+    """Raises ValueError unless the file's tensors are exactly those of `names`, in the right shapes."""
+    state = module.state_dict()
+    if unfilled := state.keys() ^ names.keys():
+        raise RuntimeError(f"the table and the module differ in {_list(unfilled)}")
+    wanted = {name for theirs in names.values() for name in theirs}
+    unknown = {name for name in file if name not in wanted and not _EXTRA.search(name)}
+    if missing := wanted - file.keys():
+        also = f"; it holds instead {_list(unknown)}" if unknown else ""
+        raise ValueError(f"{file.path} is not {what}: it lacks {_list(missing)}{also}")
+    if unknown:
+        raise ValueError(f"{file.path} is not {what}: it also holds {_list(unknown)}")
+    for name, tensor in state.items():
+        shape = _shape_of([file.shape(n) for n in names[name]], names[name][0] in TRANSPOSED)
+        if not _fits(shape, tensor.shape):
+            raise ValueError(f"{file.path} is not {what}: {names[name][0]} is {list(shape)}, not {list(tensor.shape)}")
+
+
+def assemble(module: M, names: Names, file: File, what: str, dtype: torch.dtype | None) -> M:
+    """Fills a module that was built on the meta device from a file, after `check`; `dtype=None` keeps the file's own.
+
+    Returns it frozen and in eval mode. Raises ValueError that names what is missing, unknown, misshapen or not finite.
+    """
+    check(module, names, file, what)
+    tensors = {
+        name: _read(file, names[name], like, names[name][0] in TRANSPOSED, dtype if like.is_floating_point() else None)
+        for name, like in module.state_dict().items()
+    }
+    return fill(module, tensors)
+
+
+def fill(module: M, tensors: dict[str, Tensor]) -> M:
+    """Puts the tensors into a module built on the meta device, strictly; returns it frozen and in eval mode."""
+    module.load_state_dict(tensors, strict=True, assign=True)
+    if left := [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]:
+        raise RuntimeError(f"these tensors were not filled: {', '.join(left)}")
+    return module.eval().requires_grad_(False)
+
+
+def _empty(module: Callable[[Any], M], config: Any) -> M:
+    with torch.device("meta"):
+        return module(config)
+
+
+# --- the project's own files -------------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -35,19 +219,23 @@ def write_json(path: Path, data: Any) -> None:
     os.replace(part, path)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Writes safetensors under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save_file({k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in tensors.items()}, part)
+    os.replace(part, path)
+
+
 def sha256(path: Path) -> str:
     """The hash of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(module: nn.Module, path: Path, card: dict[str, Any], dtype: torch.dtype = torch.float16) -> None:
+def save(module: nn.Module, path: Path, card: dict[str, Any], dtype: torch.dtype | None = torch.float16) -> None:
     """Writes `path` (safetensors) and the card beside it (`.json`), with the module's config if it has one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part)
-    os.replace(part, path)
+    write_tensors(path, module.state_dict(), dtype)
     config = getattr(module, "config", None)
     write_json(path.with_suffix(".json"), ({"config": asdict(config)} if config else {}) | card)
 
@@ -57,61 +245,525 @@ def read_card(path: Path) -> dict[str, Any]:
     card = path.with_suffix(".json")
     if not path.exists() or not card.exists():
         raise FileNotFoundError(f"{path} and its card {card.name} are not there; `make weights` trains them")
-    data: dict[str, Any] = json.loads(card.read_text())
-    return data
+    return read_json(card)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file in float32. Raises ValueError when it is not one or holds a NaN."""
+# --- Stable Diffusion --------------------------------------------------------------------------------------------------
+
+LDM = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model."""
+
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+
+
+def single_kind(file: File) -> str:
+    """What a single file is, by the names in it."""
+    if any(name.startswith("conditioner.embedders.") for name in file):
+        return "Stable Diffusion XL"
+    if any(name.startswith("cond_stage_model.model.") for name in file):
+        return "Stable Diffusion 2.x"
+    if any(name.startswith("control_model.") for name in file):
+        return "a ControlNet"
+    if any("lora" in name for name in file):
+        return "a LoRA"
+    return "Stable Diffusion 1.x" if any(name.startswith(LDM["unet"]) for name in file) else "not a base model"
+
+
+def _ema(file: File) -> File:
+    """The slow copy in the place of the weights: LDM names it `model_ema.` and the name without its first part and dots."""
+    fast = [name for name in file if name.startswith(LDM["unet"])]
+    slow = {name: f"model_ema.{name.removeprefix('model.').replace('.', '')}" for name in fast}
+    if absent := slow.values() - file.keys():
+        raise ValueError(f"{file.path} has no EMA copy of the UNet (it lacks {_list(absent)})")
+    return file.renamed({name: slow.get(name, name) for name in file})
+
+
+def load_single(path: Path, dtype: torch.dtype | None = torch.float32, ema: bool = False) -> Base:
+    """Stable Diffusion 1.x from one file in LDM's layout, `.safetensors` or `.ckpt`; with `ema` the UNet's slow copy."""
+    file = _ema(File(path)) if ema else File(path)
+    if (kind := single_kind(file)) != "Stable Diffusion 1.x":
+        raise ValueError(
+            f"{path} is {kind}; of single files only Stable Diffusion 1.x is read (others as diffusers folders)"
+        )
+    unet, vae, text = (file.part(prefix) for prefix in LDM.values())
+    with _blame(path, "is not a complete Stable Diffusion 1.x checkpoint"):
+        sizes = configs.ldm_unet(unet.shapes), configs.ldm_vae(vae.shapes), configs.ldm_text(text.shapes)
+    empty = _empty(UNet, sizes[0]), _empty(VAE, sizes[1]), _empty(TextEncoder, sizes[2])
+    tables = (
+        named(empty[0].state_dict(), unet_rows(sizes[0]), 2),
+        named(empty[1].state_dict(), vae_rows(sizes[1]), 2),
+        text_names(empty[2].state_dict(), sizes[2]),
+    )
+    what = "a complete Stable Diffusion 1.x checkpoint"
+    for module, names, part in zip(empty, tables, (unet, vae, text), strict=True):
+        check(module, names, part, what)
+    return Base(
+        assemble(empty[0], tables[0], unet, what, dtype),
+        assemble(empty[1], tables[1], vae, what, dtype),
+        assemble(empty[2], tables[2], text, what, dtype),
+    )
+
+
+@contextmanager
+def _blame(path: Path, says: str) -> Iterator[None]:
+    """Errors about a config name the file."""
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{path} holds values that are not finite, in {name}")
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} {says}: it lacks {error}") from None
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
+        raise ValueError(f"{path} {says}: {error}") from None
 
 
-def fill(module: M, tensors: dict[str, Tensor]) -> M:
-    """Puts the tensors into a module built on the meta device, strictly; returns it frozen and in eval mode."""
-    module.load_state_dict(tensors, strict=True, assign=True)
-    left = [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
-    if left:
-        raise RuntimeError(f"these tensors were not filled: {', '.join(left)}")
-    return module.eval().requires_grad_(False)
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ValueError that names the file when it is none."""
+    with _blame(path, "is not a JSON object"):
+        return dict(json.loads(path.read_text()))
 
 
-def _load(path: Path, module: type[M], config: type[Any]) -> M:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in read_card(path)["config"].items()}
+def _weights_in(folder: Path) -> File:
+    """The weights in a folder of diffusers or transformers."""
+    stems = ("diffusion_pytorch_model", "model", "pytorch_model")
+    names = [f"{stem}{variant}{end}" for end in (".safetensors", ".bin") for variant in ("", ".fp16") for stem in stems]
+    for name in names:
+        if (folder / name).exists():
+            return File(folder / name)
+    raise FileNotFoundError(f"{folder} holds no weights, neither {names[0]} nor {names[1]} nor their .bin")
+
+
+def load(
+    path: Path, module: Callable[..., M], config: type[Any] | None, dtype: torch.dtype | None = torch.float32
+) -> M:
+    """A module of our own from its file and card."""
+    card, file = read_card(path), File(path)
+    with torch.device("meta"), _blame(path.with_suffix(".json"), "does not describe a network"):
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()} if config else {}
+        empty = module(config(**values)) if config else module()
+    return assemble(empty, {name: (name,) for name in empty.state_dict()}, file, "what its card says", dtype)
+
+
+def load_unet(path: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
+    """A UNet: a file of our own, or a diffusers folder (whether it predicts v stands in the scheduler's folder beside it)."""
+    if not path.is_dir():
+        return load(path, UNet, UNetConfig, dtype)
+    scheduler = path.parent / "scheduler" / "scheduler_config.json"
+    prediction = read_json(scheduler).get("prediction_type", "epsilon") if scheduler.exists() else "epsilon"
+    with _blame(path / "config.json", "is not the config of a UNet that is read"):
+        config = configs.unet_config(read_json(path / "config.json"), prediction)
+    unet = _empty(UNet, config)
+    return assemble(
+        unet, named(unet.state_dict(), unet_rows(config), 1), _weights_in(path), "the UNet of its config.json", dtype
+    )
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def load_vae(path: Path, dtype: torch.dtype | None = torch.float32) -> VAE:
+    """An autoencoder: a file of our own, or a diffusers folder, older names of its attention included."""
+    if not path.is_dir():
+        return load(path, VAE, VAEConfig, dtype)
+    with _blame(path / "config.json", "is not the config of a VAE that is read"):
+        config = configs.vae_config(read_json(path / "config.json"))
+    vae, file = _empty(VAE, config), _weights_in(path)
+    old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_ATTENTION)})(?=\.)")
+    file = file.renamed({old.sub(lambda m: _OLD_ATTENTION[m[0]], name): name for name in file})
+    return assemble(vae, named(vae.state_dict(), vae_rows(config), 1), file, "the VAE of its config.json", dtype)
+
+
+def load_text_encoder(path: Path, dtype: torch.dtype | None = torch.float32) -> TextEncoder:
+    """A text tower: a file of our own, or a folder in transformers' layout with the tokenizer's folder beside it."""
+    if not path.is_dir():
+        return load(path, TextEncoder, TextConfig, dtype)
+    tokenizer, words = path.parent / "tokenizer", None
+    with _blame(tokenizer, "is not a tokenizer that is read"):
+        if (tokenizer / "vocab.json").exists():
+            words = read_json(tokenizer / "vocab.json")
+        elif (tokenizer / "tokenizer.json").exists():
+            words = read_json(tokenizer / "tokenizer.json")["model"]["vocab"]
+        settings = tokenizer / "tokenizer_config.json"
+        pad = configs.pad_token(words, read_json(settings) if settings.exists() else {})
+    with _blame(path / "config.json", "is not the config of a text encoder that is read"):
+        config = configs.text_config(read_json(path / "config.json"), pad)
+    text, file = _empty(TextEncoder, config), _weights_in(path)
+    names = text_names(
+        text.state_dict(), config, "text_model." if any(n.startswith("text_model.") for n in file) else ""
+    )
+    return assemble(text, names, file, "the text encoder of its config.json", dtype)
+
+
+def load_image_encoder(path: Path, dtype: torch.dtype | None = torch.float32) -> ImageEncoder:
+    """An image tower: a file of our own, or a folder in transformers' layout."""
+    if not path.is_dir():
+        return load(path, ImageEncoder, ImageConfig, dtype)
+    with _blame(path / "config.json", "is not the config of an image encoder that is read"):
+        config = configs.image_config(read_json(path / "config.json"))
+    image = _empty(ImageEncoder, config)
+    names = image_names(image.state_dict(), config)
+    return assemble(image, names, _weights_in(path), "the image encoder of its config.json", dtype)
+
+
+def load_base(path: Path, dtype: torch.dtype | None = torch.float32) -> Base:
+    """A base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own."""
+    if path.is_file():
+        return load_single(path, dtype)
+    end = "" if (path / "unet").is_dir() else ".safetensors"
+    return Base(
+        load_unet(path / f"unet{end}", dtype),
+        load_vae(path / f"vae{end}", dtype),
+        load_text_encoder(path / f"text_encoder{end}", dtype),
+    )
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that `path` is read from: itself with its card, or what counts in a folder."""
+    if path.is_dir():
+        return sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin", ".json") and f.is_file())
+    return [path, *([card] if (card := path.with_suffix(".json")).exists() else [])]
+
+
+# --- adapters ----------------------------------------------------------------------------------------------------------
+
+BASES = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2.1", 2048: "Stable Diffusion XL"}
+ENCODERS = {1024: "ViT-H", 1280: "ViT-bigG", 768: "ViT-L"}
+
+
+def _called(names: dict[int, str], width: int) -> str:
+    return f"{names[width]} ({width}-d)" if width in names else f"{width}-d"
+
+
+def adapter_file(path: Path) -> File:
+    """An adapter's file under the official names, also where it is a checkpoint of the official trainer.
+
+    That trainer saves the whole model: the projection is `image_proj_model.`, the layers are `adapter_modules.<n>.` or, where
+    accelerate dropped those as shared, stand in the UNet as `...attn2.processor.`; the UNet itself is left out.
+    """
+    file = File(path)
+    if any(name.startswith("image_proj_model.") for name in file):
+        names = {
+            name.replace("image_proj_model.", "image_proj."): name
+            for name in file
+            if name.startswith("image_proj_model.")
+        }
+        names |= {
+            re.sub(r"^adapter_modules\.", "ip_adapter.", name): name
+            for name in file
+            if name.startswith("adapter_modules.")
+        }
+        if not any(name.startswith("ip_adapter.") for name in names):
+            found = [name for name in file if ".processor.to_k_ip" in name]
+            for position, name in enumerate(sorted(found, key=_processor_order)):
+                for to in ("to_k_ip", "to_v_ip"):
+                    names[f"ip_adapter.{2 * position + 1}.{to}.weight"] = name.replace("to_k_ip", to)
+        file = file.renamed(names)
+    if (kind := adapter_kind(file)) != "IP-Adapter":
+        raise ValueError(
+            f"{path} is {kind}; only the base IP-Adapter (linear projection of a global embedding) is read"
+        )
+    return file
+
+
+def _processor_order(name: str) -> tuple[int, list[int]]:
+    return [name.startswith(f"unet.{part}") for part in ("down", "up", "mid")].index(True), [
+        int(n) for n in re.findall(r"\d+", name)
+    ]
+
+
+def adapter_kind(file: File) -> str:
+    """What kind of adapter a file is, by its names, as diffusers tells them apart."""
+    if any("lora" in name for name in file) or any(name.startswith("image_proj.perceiver_resampler.") for name in file):
+        return "an IP-Adapter FaceID"
+    if "image_proj.latents" in file:
+        return "an IP-Adapter Plus"
+    if "image_proj.proj.3.weight" in file:
+        return "an IP-Adapter Full"
+    if "image_proj.proj.0.weight" in file:
+        return "an IP-Adapter FaceID"
+    return "IP-Adapter" if "image_proj.proj.weight" in file else "not an adapter"
+
+
+def adapter_sizes(file: File) -> tuple[int, int, int]:
+    """(width of the image embedding, width of the context, tokens), from the shapes."""
+    for name in ("image_proj.proj.weight", "image_proj.norm.weight"):
+        if name not in file or len(file.shape(name)) != 2 - ("norm" in name):
+            raise ValueError(f"{file.path} is not a complete adapter: {name} is missing or misshapen")
+    (rows, image_dim), (context_dim,) = file.shape("image_proj.proj.weight"), file.shape("image_proj.norm.weight")
+    if not context_dim or rows % context_dim or not rows:
+        raise ValueError(
+            f"{file.path}: a projection to {rows} numbers is no whole number of tokens of width {context_dim}"
+        )
+    return image_dim, context_dim, rows // context_dim
+
+
+def load_adapter(
+    path: Path, unet: UNet, image_dim: int | None = None, dtype: torch.dtype | None = torch.float32
+) -> IPAdapter:
+    """An adapter for this UNet, and for an encoder whose embeddings are `image_dim` wide.
+
+    Tokens and widths come from the weights; a file without W'_k and W'_v shares the UNet's. Raises ValueError when the adapter
+    is for another base or encoder, or of another kind.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; `make weights` trains the mini adapter")
+    file = adapter_file(path)
+    reads, context_dim, tokens = adapter_sizes(file)
+    if context_dim != unet.config.context_dim:
+        wants, given = _called(BASES, context_dim), _called(BASES, unet.config.context_dim)
+        raise ValueError(
+            f"{path} is an adapter for {wants}, you gave a base of {given}: use the adapter made for this base"
+        )
+    if image_dim is not None and reads != image_dim:
+        wants, given = _called(ENCODERS, reads), _called(ENCODERS, image_dim)
+        raise ValueError(
+            f"{path} wants {wants}, you gave {given}: pass that encoder as --image-encoder, or another adapter"
+        )
+    own = any(name.startswith("ip_adapter.") for name in file)
     with torch.device("meta"):
-        empty = module(config(**values))
-    return fill(empty, read_tensors(path))
+        projection = ImageProjection(reads, context_dim, tokens)
+        adapter = IPAdapter(UNet(unet.config) if own else unet, projection, own_projections=own)
+    names = adapter_names(adapter.state_dict(), unet)
+    return assemble(adapter, names, file, "an adapter for this base model", dtype)
 
 
-def load_unet(path: Path) -> UNet:
-    return _load(path, UNet, UNetConfig)
+def save_adapter(
+    adapter: IPAdapter, unet: UNet, path: Path, card: dict[str, Any], dtype: torch.dtype | None = torch.float16
+) -> None:
+    """Writes an adapter in the official layout, which diffusers loads, and its card."""
+    state = adapter.state_dict()
+    write_tensors(path, {new: state[ours] for ours, (new,) in adapter_names(state, unet).items()}, dtype)
+    write_json(path.with_suffix(".json"), card)
 
 
-def load_vae(path: Path) -> VAE:
-    return _load(path, VAE, VAEConfig)
+_AROUND = re.compile(r"attn\.proj_(in|out)\.weight$")
 
 
-def load_text_encoder(path: Path) -> TextEncoder:
-    return _load(path, TextEncoder, TextConfig)
+def save_diffusers(unet: UNet, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a UNet as a folder that diffusers' `UNet2DConditionModel.from_pretrained` loads."""
+    config, state = configs.diffusers_config(unet.config), unet.state_dict()
+    names = named(state, unet_rows(unet.config), 1)
+    turn = not config["use_linear_projection"]
+    tensors = {names[k][0]: v[:, :, None, None] if turn and _AROUND.search(k) else v for k, v in state.items()}
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, dtype)
+    write_json(folder / "config.json", config)
 
 
-def load_image_encoder(path: Path) -> ImageEncoder:
-    return _load(path, ImageEncoder, ImageConfig)
+# --- inspect, convert, verify ------------------------------------------------------------------------------------------
+
+LOADERS: dict[str, Callable[..., nn.Module]] = {
+    "unet": load_unet,
+    "vae": load_vae,
+    "text_encoder": load_text_encoder,
+    "image_encoder": load_image_encoder,
+}
+_CLASSES = {
+    "UNet2DConditionModel": "unet",
+    "AutoencoderKL": "vae",
+    "CLIPTextModel": "text_encoder",
+    "CLIPTextModelWithProjection": "text_encoder",
+    "CLIPVisionModelWithProjection": "image_encoder",
+}
+_CARDS = {
+    "prediction": "unet",
+    "scale": "vae",
+    "vocabulary": "text_encoder",
+    "patch": "image_encoder",
+}  # a key of its config
 
 
-def load_adapter(path: Path, unet: UNet) -> IPAdapter:
-    """An adapter for this UNet; its widths and number of tokens come from the weights."""
-    read_card(path)
-    tensors = read_tensors(path)
-    rows, image_dim = tensors["image_projection.proj.weight"].shape
-    context_dim = len(tensors["image_projection.norm.weight"])
-    with torch.device("meta"):
-        projection = ImageProjection(image_dim, context_dim, rows // context_dim)
-    adapter = IPAdapter(unet, projection, own_projections="to_k.0.weight" in tensors)
-    return fill(adapter, tensors)
+def kind_of(path: Path) -> str:
+    """base, adapter, unet, vae, text_encoder or image_encoder. Raises ValueError, or FileNotFoundError, when it is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there")
+    if path.is_dir():
+        if (path / "unet").is_dir() or (path / "unet.safetensors").exists():
+            return "base"
+        config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        named = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+        if named not in _CLASSES:
+            raise ValueError(
+                f"{path} is not a folder of weights that is read ({named or 'no config.json that names a network'})"
+            )
+        return _CLASSES[named]
+    card = path.with_suffix(".json")
+    config = read_json(card).get("config", {}) if card.exists() else {}
+    for key, kind in _CARDS.items():
+        if key in config:
+            return kind
+    file = File(path)
+    if any(name.startswith(("image_proj.", "image_proj_model.")) for name in file):
+        return "adapter"
+    if (kind := single_kind(file)) != "not a base model":
+        return "base"
+    raise ValueError(f"{path} is {kind}, nor an adapter or a file with a card; it holds {_list(file)}")
+
+
+def _size(tensors: Iterable[Tensor]) -> str:
+    sizes = [(str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in tensors]
+    count = {dtype: sum(n for kind, n in sizes if kind == dtype) for dtype, _ in sizes}
+    kinds = ", ".join(count) if len(count) == 1 else ", ".join(f"{n:,} {dtype}" for dtype, n in count.items())
+    return f"{sum(count.values()):,} parameters in {len(sizes)} tensors, {kinds}"
+
+
+def _odd_values(file: File) -> list[str]:
+    bad = [n for n in file if (t := file[n]).is_floating_point() and t.numel() and not t.isfinite().all()]
+    return [f"odd: values that are not finite in {_list(bad)}"] if bad else []
+
+
+def _describe_adapter(path: Path) -> list[str]:
+    file = adapter_file(path)
+    image_dim, context_dim, tokens = adapter_sizes(file)
+    layers = [int(m[1]) for name in file if (m := re.match(r"ip_adapter\.(\d+)\.to_k_ip\.weight$", name))]
+    lines = [
+        f"IP-Adapter for {_called(BASES, context_dim)}, reads {_called(ENCODERS, image_dim)}, {tokens} tokens",
+        f"{len(layers)} cross-attention layers, {_size(file[name] for name in file)}",
+    ]
+    wanted = {768: 16, 1024: 16, 2048: 70}.get(context_dim, len(layers))
+    if len(layers) != wanted:
+        lines.append(f"odd: {_called(BASES, context_dim)} has {wanted} cross-attention layers")
+    if sorted(layers) != list(range(1, 2 * len(layers), 2)):
+        lines.append("odd: its layers are not numbered 1, 3, 5, ...")
+    return lines + _odd_values(file)
+
+
+def _describe_single(path: Path) -> list[str]:
+    file = File(path)
+    lines = [f"{single_kind(file)}, a single file: {_size(file[name] for name in file)}"]
+    try:
+        base = load_single(path, dtype=None)
+        parts = {"UNet": base.unet, "VAE": base.vae, "text encoder": base.text}
+        lines += [f"{name}: {_size(part.state_dict().values())}" for name, part in parts.items()]
+        if base.unet.config.in_channels != base.vae.config.latent_channels:
+            lines.append(f"odd: the UNet reads {base.unet.config.in_channels} channels (an inpainting model has 9)")
+    except ValueError as error:
+        lines.append(f"odd: {error}")
+    if slow := [name for name in file if name.startswith("model_ema.")]:
+        lines.append(f"an EMA copy of the UNet: {len(slow)} tensors (convert --ema takes it)")
+    return lines
+
+
+def inspect(path: Path) -> list[str]:
+    """What a file or folder is, in words: model, base, encoder, tokens, parameters, dtype; and what is missing or odd.
+
+    Raises ValueError or FileNotFoundError when it is nothing that is read.
+    """
+    kind = kind_of(path)
+    if kind == "adapter":
+        return _describe_adapter(path)
+    if kind == "base" and path.is_file():
+        return _describe_single(path)
+    if kind == "base":
+        lines = [
+            "a base model in a diffusers folder"
+            if (path / "unet").is_dir()
+            else "a base model in this project's own files"
+        ]
+        for name in LOADERS:
+            part = path / name if (path / name).is_dir() else path / f"{name}.safetensors"
+            lines += [f"{name}: {line}" for line in inspect(part)] if part.exists() else []
+        return lines
+    module = LOADERS[kind](path, dtype=None)
+    config = {k: v for k, v in asdict(module.config).items() if k != "vocabulary"}  # type: ignore[call-overload]
+    return [_size(module.state_dict().values()), ", ".join(f"{k} {v}" for k, v in config.items())]
+
+
+def convert(
+    source: Path, target: Path, dtype: torch.dtype | None = None, ema: bool = False, diffusers: bool = False
+) -> None:
+    """An adapter to the official .safetensors, a base model to a folder of our own, or (`diffusers`) a UNet to a diffusers folder.
+
+    `dtype=None` keeps every tensor as it is, bit for bit.
+    """
+    kind, card = kind_of(source), {"converted_from": source.name}
+    if diffusers:
+        if kind != "unet":
+            raise ValueError(f"{source} is not a UNet but {kind}; --diffusers writes UNets")
+        save_diffusers(load_unet(source, dtype=None), target, dtype)
+    elif kind == "adapter":
+        if target.suffix != ".safetensors":
+            raise ValueError(f"an adapter is written as one file: name TARGET.safetensors, not {target}")
+        file = adapter_file(source)
+        write_tensors(target, {name: file[name] for name in file}, dtype)
+    elif kind == "base":
+        base = load_single(source, None, ema) if source.is_file() else load_base(source, None)
+        for name, module in (("unet", base.unet), ("vae", base.vae), ("text_encoder", base.text)):
+            save(module, target / f"{name}.safetensors", card, dtype)
+        scheduler = source / "scheduler" / "scheduler_config.json"
+        if scheduler.exists():
+            (target / "scheduler").mkdir(exist_ok=True)
+            write_json(target / "scheduler" / scheduler.name, json.loads(scheduler.read_text()))
+    else:
+        save(LOADERS[kind](source, dtype=None), target, card, dtype)
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of anything that is read, under this project's names (an adapter's under the official ones)."""
+    kind = kind_of(path)
+    if kind == "adapter":
+        return dict(adapter_file(path))
+    if kind == "base":
+        base = load_base(path, dtype=None)
+        parts = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text}
+        return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
+    return dict(LOADERS[kind](path, dtype=None).state_dict())
+
+
+def verify(a: Path, b: Path) -> list[str]:
+    """How two checkpoints differ, tensor by tensor, whatever their layouts; nothing when they are equal bit for bit."""
+    one, two = tensors_of(a), tensors_of(b)
+    lines = [
+        f"only in {path}: {_list(names)}"
+        for path, names in ((a, one.keys() - two.keys()), (b, two.keys() - one.keys()))
+        if names
+    ]
+    for name in sorted(one.keys() & two.keys()):
+        x, y = one[name], two[name]
+        if x.shape != y.shape:
+            lines.append(f"{name}: {list(x.shape)} against {list(y.shape)}")
+        elif x.dtype != y.dtype or not torch.equal(x, y):
+            lines.append(
+                f"{name}: {x.dtype} against {y.dtype}, largest difference {float((x.double() - y.double()).abs().max()):.3g}"
+            )
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(
+        prog="weights_convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = p.add_subparsers(dest="command", required=True)
+    commands.add_parser("inspect").add_argument("files", type=Path, nargs="+")
+    c = commands.add_parser("convert")
+    c.add_argument("source", type=Path)
+    c.add_argument("target", type=Path)
+    c.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as it is, bit for bit")
+    c.add_argument("--ema", action="store_true", help="take the UNet's slow copy from a single file")
+    c.add_argument("--diffusers", action="store_true", help="write a UNet as a folder that diffusers loads")
+    v = commands.add_parser("verify")
+    v.add_argument("a", type=Path)
+    v.add_argument("b", type=Path)
+    args = p.parse_args(argv)
+    try:
+        if args.command == "inspect":
+            for path in args.files:
+                print("\n  ".join([str(path), *inspect(path)]))
+        elif args.command == "convert":
+            convert(
+                args.source, args.target, getattr(torch, args.dtype) if args.dtype else None, args.ema, args.diffusers
+            )
+            print("\n  ".join([str(args.target), *inspect(args.target)]))
+        elif lines := verify(args.a, args.b):
+            sys.exit("\n".join(lines))
+        else:
+            print("equal, bit for bit")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 import weights_convert
 from model.layers import ResBlock
+from train.colour import srgb_to_lab
 from train.loop import Plan, card, run
 from train.vae import to_tensor
 from train.world import BACKGROUNDS, CONCEPTS, SIZE, Scene, Split, World, pictures
 
-PLAN = Plan("judge", steps=900, batch=64, lr=2e-3, decay=0.8, validate_every=450)
-PALETTE_MEAN, PALETTE_STD = (65.0, 0.0, 0.0), (10.0, 35.0, 35.0)
+PLAN = Plan("judge", steps=4000, batch=64, lr=2e-3, decay=0.8, validate_every=500)
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,42 @@ class Reading:
     placement: Tensor
 
 
-class Judge(nn.Module):
-    """`b 3 64 64` in [-1, 1] to a Reading."""
+def lab_of(x: Tensor) -> Tensor:
+    """Pictures `b 3 h w` in [-1, 1] to the CIELAB colours of their pixels, `b (h w) 3`."""
+    rgb = rearrange((x.detach().cpu().clamp(-1, 1) + 1) / 2, "b c h w -> b (h w) c").double().numpy()
+    return torch.from_numpy(srgb_to_lab(rgb)).float().to(x.device)
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 160)) -> None:
+
+class Judge(nn.Module):
+    """`b 3 64 64` in [-1, 1] to a Reading.
+
+    The palette is not guessed: the network only says where each of the two colours is (a softmax over all pixels), and the
+    colour is the mean CIELAB value of the pixels there.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 160), key: int = 32) -> None:
         super().__init__()
-        layers, width = [], 3
+        self.stages, self.keys = nn.ModuleList(), nn.ModuleList([nn.Conv2d(3, key, 3, padding=1)])
+        width = 3
         for out in widths:
-            layers += [nn.Conv2d(width, out, 3, stride=2, padding=1), ResBlock(out, out, None, 8, 1e-5)]
+            conv = nn.Conv2d(width, out, 3, stride=2, padding=1)
+            self.stages.append(nn.Sequential(conv, ResBlock(out, out, None, 8, 1e-5)))
+            self.keys.append(nn.Conv2d(out, key, 1))
             width = out
-        self.trunk = nn.Sequential(*layers)
         self.hidden = nn.Linear(width * 16, 256)
-        self.heads = nn.Linear(256, len(CONCEPTS) + len(BACKGROUNDS) + 6 + 3)
+        self.heads = nn.Linear(256, len(CONCEPTS) + len(BACKGROUNDS) + 3)
+        self.query = nn.Linear(256, 2 * key)
 
     def forward(self, x: Tensor) -> Reading:
-        h = F.silu(self.hidden(self.trunk(x).flatten(1)))
-        concept, background, palette, placement = self.heads(h).split([len(CONCEPTS), len(BACKGROUNDS), 6, 3], dim=1)
-        palette = palette.view(-1, 2, 3) * palette.new_tensor(PALETTE_STD) + palette.new_tensor(PALETTE_MEAN)
-        return Reading(concept, background, palette, SIZE * placement)
+        h, key = x, self.keys[0](x)
+        for stage, to_key in zip(self.stages, self.keys[1:], strict=True):
+            h = stage(h)
+            key = key + F.interpolate(to_key(h), size=key.shape[-2:])
+        h = F.silu(self.hidden(h.flatten(1)))
+        concept, background, placement = self.heads(h).split([len(CONCEPTS), len(BACKGROUNDS), 3], dim=1)
+        query = rearrange(self.query(h), "b (n c) -> b n c", n=2)
+        where = torch.einsum("bnc,bchw->bnhw", query, F.silu(key)).flatten(2).softmax(dim=-1)
+        return Reading(concept, background, where @ lab_of(x), SIZE * placement)
 
 
 def truth(scenes: list[Scene]) -> dict[str, Tensor]:
@@ -131,14 +150,11 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
         validate,
         folder,
     )
-    weights_convert.save(judge, weights / "judge.safetensors", card(plan, log, "python -m eval judge"))
+    weights_convert.save(judge, weights / "judge.safetensors", card((plan,), log, "python -m eval judge"))
 
 
 def load(path: Path) -> Judge:
-    weights_convert.read_card(path)
-    with torch.device("meta"):
-        judge = Judge()
-    return weights_convert.fill(judge, weights_convert.read_tensors(path))
+    return weights_convert.load(path, Judge, None)
 
 
 def summary(values: dict[str, Any]) -> str:

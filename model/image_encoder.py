@@ -42,6 +42,7 @@ class ImageConfig:
     mlp_ratio: float = 4.0
     activation: Literal["quick_gelu", "gelu"] = "gelu"
     output_dim: int = 1024
+    stem_pool: bool = True  # a ResNet's average pooling after the stem; without it the grid is twice as fine
 
     @property
     def fine_dim(self) -> int:
@@ -51,7 +52,9 @@ class ImageConfig:
 VIT_H = ImageConfig()
 VIT_BIGG = ImageConfig(width=1664, layers=(48,), mlp_ratio=8192 / 1664, output_dim=1280)
 VIT_L = ImageConfig(width=1024, layers=(24,), activation="quick_gelu", output_dim=768)
-MINI_IMAGE = ImageConfig(kind="resnet", image_size=64, width=24, layers=(1, 1, 1, 1), heads=12, output_dim=256)
+MINI_IMAGE = ImageConfig(
+    kind="resnet", image_size=64, width=20, layers=(1, 1, 1, 1), heads=10, output_dim=256, stem_pool=False
+)
 
 
 class ImageEncoder(nn.Module):
@@ -74,9 +77,10 @@ class ImageEncoder(nn.Module):
                 act_layer=act,
             )
         else:
-            self.clip = ModifiedResNet(
-                list(config.layers), config.output_dim, config.heads, config.image_size, config.width
-            )
+            seen = config.image_size * (1 if config.stem_pool else 2)  # the size at which a pooled stem has this grid
+            self.clip = ModifiedResNet(list(config.layers), config.output_dim, config.heads, seen, config.width)
+            if not config.stem_pool:
+                self.clip.avgpool = nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
         """The global embedding `b e`: class token after the last norm and projection, or attention pooling. **Not** normalised."""

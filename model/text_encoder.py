@@ -45,6 +45,11 @@ def _tokenizer() -> SimpleTokenizer:
     return SimpleTokenizer()
 
 
+def vocabulary() -> dict[str, int]:
+    """CLIP's vocabulary: each piece of a word and its token."""
+    return dict(_tokenizer().encoder)
+
+
 def words_of(text: str) -> list[tuple[str, list[int]]]:
     """The words of a prompt and their CLIP tokens, by CLIP's own rule (lower case, byte-pair encoding)."""
     tokenizer, words, pieces = _tokenizer(), [], []

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import weights_convert
 from sampling import images
-from sampling.pipeline import WEIGHTS, Pipeline, load
+from sampling.pipeline import WEIGHTS, Pipeline, load, prompt_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH = 16
@@ -52,9 +52,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--height", type=int, help="in pixels")
     p.add_argument("--dtype", choices=DTYPES, default="float32")
     p.add_argument("--device", default="cpu")
-    p.add_argument("--checkpoint", type=Path, default=WEIGHTS, help="folder of weights (default: the mini weights)")
-    p.add_argument("--ip-adapter", type=Path, help="adapter file (default: the one in the folder)")
-    p.add_argument("--image-encoder", type=Path, help="image encoder file (default: the one in the folder)")
+    p.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=WEIGHTS,
+        help="Stable Diffusion 1.5 as one file or a diffusers folder, or a folder of our own (default: the mini weights)",
+    )
+    p.add_argument("--ip-adapter", type=Path, help="official adapter file (default: the folder's own)")
+    p.add_argument(
+        "--image-encoder",
+        type=Path,
+        help="folder in transformers' layout, or a file of our own (default: the folder's own)",
+    )
     p.add_argument(
         "--out", type=Path, default=Path("out.png"), help="PNG to write; with --num N, out-0.png ... (default out.png)"
     )
@@ -65,13 +74,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def files(args: argparse.Namespace) -> dict[str, str]:
-    """The hash of every file that decides the picture: weights, their cards, image prompts."""
-    parts = [args.checkpoint / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder")]
-    if args.image:
-        parts.append(args.ip_adapter or args.checkpoint / "ip_adapter.safetensors")
-        parts.append(args.image_encoder or args.checkpoint / "image_encoder.safetensors")
-    names = [name for part in parts for name in (part, part.with_suffix(".json"))] + args.image
-    return {str(name): weights_convert.sha256(name) for name in names}
+    """The hash of every file that decides the picture: weights, their configs, image prompts."""
+    base = [args.checkpoint]
+    if (args.checkpoint / "unet.safetensors").exists():
+        base = [args.checkpoint / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder")]
+    prompt = prompt_files(args.checkpoint, args.ip_adapter, args.image_encoder) if args.image else ()
+    names = [name for path in (*base, *prompt) if path for name in weights_convert.files_of(path)]
+    return {str(name): weights_convert.sha256(name) for name in [*names, *args.image]}
 
 
 def recall(path: Path, out: Path) -> argparse.Namespace:
@@ -126,8 +135,11 @@ def run(argv: list[str] | None = None) -> None:
     if args.out.is_dir():
         raise ValueError(f"{args.out} is a folder: name the file to write")
     prompts = [images.open_image(path) for path in args.image]  # refuse a bad picture before the weights are read
-    if args.image:
-        weights_convert.read_card(args.ip_adapter or args.checkpoint / "ip_adapter.safetensors")
+    if args.image and None in (found := prompt_files(args.checkpoint, args.ip_adapter, args.image_encoder)):
+        flag = "--ip-adapter" if found[0] is None else "--image-encoder"
+        raise FileNotFoundError(
+            f"an image prompt needs {flag}, {args.checkpoint} has none; `make weights` trains the mini ones"
+        )
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:

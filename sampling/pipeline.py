@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from model.unet import UNet
 from model.vae import VAE
 from sampling.ddim import State, ddim, randn
 from sampling.guidance import guided
-from sampling.schedule import Schedule
+from sampling.schedule import Schedule, schedule_of
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
@@ -108,27 +108,33 @@ class Pipeline:
 
 
 def load(
-    folder: Path = WEIGHTS,
+    checkpoint: Path = WEIGHTS,
     adapter: Path | None = None,
     image_encoder: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Pipeline:
-    """The pipeline of a folder with unet, vae, text_encoder, image_encoder and ip_adapter (.safetensors, each with its card).
+    """The pipeline of a base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
 
-    Raises FileNotFoundError, naming the command that makes them, when weights are missing.
+    A folder's own `image_encoder` and `ip_adapter` are taken where none is named; without them there is text alone. Raises
+    FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
-    unet = weights_convert.load_unet(folder / "unet.safetensors")
-    own = folder / "ip_adapter.safetensors"
-    adapter = adapter or (own if own.exists() else None)
-    parts = {
-        "unet": unet,
-        "vae": weights_convert.load_vae(folder / "vae.safetensors"),
-        "text": weights_convert.load_text_encoder(folder / "text_encoder.safetensors"),
-        "image": weights_convert.load_image_encoder(image_encoder or folder / "image_encoder.safetensors"),
-        "adapter": weights_convert.load_adapter(adapter, unet) if adapter else None,
-    }
-    for part in parts.values():
+    base = weights_convert.load_base(checkpoint, dtype)
+    adapter, image_encoder = prompt_files(checkpoint, adapter, image_encoder)
+    image = weights_convert.load_image_encoder(image_encoder, dtype) if image_encoder else None
+    image_dim = image.config.output_dim if image else None
+    read = weights_convert.load_adapter(adapter, base.unet, image_dim, dtype) if adapter else None
+    for part in (base.unet, base.vae, base.text, image, read):
         if part is not None:
-            part.to(device, dtype)
-    return Pipeline(schedule=Schedule(prediction=unet.config.prediction), **parts)  # type: ignore[arg-type]
+            part.to(device)
+    scheduler = checkpoint / "scheduler" / "scheduler_config.json"
+    config = weights_convert.read_json(scheduler) if scheduler.exists() else {}
+    schedule = replace(schedule_of(config), prediction=base.unet.config.prediction)
+    return Pipeline(base.unet, base.vae, base.text, schedule, image, read)
+
+
+def prompt_files(checkpoint: Path, adapter: Path | None, image_encoder: Path | None) -> tuple[Path | None, Path | None]:
+    """The adapter and the image encoder to use: those named, or else the folder's own, or none."""
+    own = checkpoint / "ip_adapter.safetensors", checkpoint / "image_encoder.safetensors", checkpoint / "image_encoder"
+    encoders = [image_encoder] if image_encoder else [path for path in own[1:] if path.exists()]
+    return adapter or (own[0] if own[0].exists() else None), encoders[0] if encoders else None

@@ -5,8 +5,9 @@ Written a_t here for the cumulative product alpha-bar_t; x_t = sqrt(a_t) x_0 + s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -82,3 +83,31 @@ class Schedule:
         if self.prediction == "epsilon":
             return output, (x - (1 - a) ** 0.5 * output) / a**0.5
         return a**0.5 * output + (1 - a) ** 0.5 * x, a**0.5 * x - (1 - a) ** 0.5 * output
+
+
+def schedule_of(config: Mapping[str, Any]) -> Schedule:
+    """The DDIM schedule of a diffusers `scheduler_config.json`, whichever scheduler that names; {} gives SD 1.5's.
+
+    As diffusers' pipeline does, `steps_offset` is 1 and samples are never clipped, whatever the file says. Raises ValueError
+    for what Stable Diffusion's schedule is not.
+    """
+    for key, value in {
+        "beta_schedule": "scaled_linear",
+        "trained_betas": None,
+        "rescale_betas_zero_snr": False,
+        "thresholding": False,
+    }.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"the scheduler's {key} is {config[key]}; only {value} is read")
+    kind, spacing = config.get("prediction_type", "epsilon"), config.get("timestep_spacing", "leading")
+    if kind not in ("epsilon", "v_prediction") or spacing not in ("leading", "trailing", "linspace"):
+        raise ValueError(f"the scheduler's prediction_type {kind} or timestep_spacing {spacing} is not read")
+    default = Schedule()
+    return Schedule(
+        timesteps=config.get("num_train_timesteps", default.timesteps),
+        beta_start=config.get("beta_start", default.beta_start),
+        beta_end=config.get("beta_end", default.beta_end),
+        prediction="v" if kind == "v_prediction" else "epsilon",
+        spacing=spacing,
+        final_one=config.get("set_alpha_to_one", default.final_one),
+    )

@@ -55,20 +55,23 @@ def test_features_equal_transformers(activation: str) -> None:
     assert ours.fine(pixels).shape == (2, 17, ours.config.fine_dim)
 
 
-def test_resnet_features() -> None:
+@pytest.mark.parametrize(("stem_pool", "side"), [(True, 2), (False, 4)])
+def test_resnet_features(stem_pool: bool, side: int) -> None:
     """Fine features are the last stage's grid, row by row; the embedding is CLIP's attention pooling of it.
 
     There the grid's mean asks, and mean and cells answer.
     """
     ours = randomise(
-        ImageEncoder(ImageConfig(kind="resnet", image_size=64, width=8, layers=(1, 1, 1, 1), heads=4, output_dim=10))
+        ImageEncoder(
+            ImageConfig("resnet", 64, width=8, layers=(1, 1, 1, 1), heads=4, output_dim=10, stem_pool=stem_pool)
+        )
     )
     seen: list[torch.Tensor] = []
     ours.clip.layer4.register_forward_hook(lambda _, __, out: seen.append(out))
     pixels = randn(2, 3, 64, 64)
     embedding, fine = ours(pixels), ours.fine(pixels)
-    assert torch.equal(fine, torch.stack([seen[0][:, :, i, j] for i in range(2) for j in range(2)], dim=1))
-    assert fine.shape == (2, 4, ours.config.fine_dim)
+    assert torch.equal(fine, torch.stack([seen[0][:, :, i, j] for i in range(side) for j in range(side)], dim=1))
+    assert fine.shape == (2, side**2, ours.config.fine_dim)
     pool = ours.clip.attnpool
     tokens = torch.cat([fine.mean(1, keepdim=True), fine], dim=1) + pool.positional_embedding
     q, k, v = (
@@ -137,4 +140,4 @@ def test_official_sizes(config: ImageConfig, parameters: int) -> None:
     with torch.device("meta"):
         assert number_of(ImageEncoder(config))[0] == parameters
     assert config.fine_dim == config.width
-    assert MINI_IMAGE.fine_dim == 24 * 32
+    assert MINI_IMAGE.fine_dim == 20 * 32

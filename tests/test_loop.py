@@ -241,8 +241,10 @@ def test_log_on_disk_is_the_log(tmp_path: Path) -> None:
     _, _, log = train(tmp_path)
     assert [json.loads(line) for line in (tmp_path / "tiny.jsonl").read_text().splitlines()] == log
     assert set(log[0]) == {"step", "lr", "grad_norm", "loss", "largest"}
-    written = card(PLAN, log, "python -m train tiny")
-    assert written["results"] == log[-1] and written["settings"]["lr"] == PLAN.lr and "OpenMoji" in written["licence"]
+    written = card((PLAN,), log, "python -m train tiny")
+    assert (
+        written["results"] == log[-1] and written["settings"][0]["lr"] == PLAN.lr and "OpenMoji" in written["licence"]
+    )
     json.dumps(written)
 
 

@@ -26,7 +26,7 @@ from train.data import Pairs, captioned_files, file_pairs, world_pairs
 from train.loop import Plan, card, generator, run
 from train.loss import diffusion_loss, noise_for
 from train.unet import HELD_OUT, PICTURES, rows_of
-from weights_convert import save
+from weights_convert import save_adapter
 
 PLAN = Plan("ip_adapter", steps=450, batch=32, lr=2e-3, ema=0.98, validate_every=225)
 TOKENS, DROP = 4, 0.05
@@ -157,4 +157,5 @@ def train(
             return held_out_losses(unet, module, schedule, held_out, fuse, plan.device)
 
     kept, log = run(plan, adapter, lambda step: step, loss, validate, folder, workers=0)
-    save(kept, weights / "ip_adapter.safetensors", card(plan, log, "python -m train adapter"))
+    assert isinstance(kept, IPAdapter)
+    save_adapter(kept, unet, weights / "ip_adapter.safetensors", card((plan,), log, "python -m train adapter"))

@@ -3,8 +3,9 @@
 Symmetric contrastive loss (arXiv 2103.00020); captions that repeat in a batch share the target. A contrastive loss keeps only
 what captions ask for and what tells a batch apart, so CLIP reads richer captions than the UNet (both colours by 48 names, size,
 place), eight pictures of a batch at a time share concept and background, and a second loss, as in CoCa (arXiv 2205.01917), asks
-that the words of the caption can be read from the image embedding, here by one linear layer. The gate for the stages after it
-is a linear probe of the pooled image embedding: concept, background and palette.
+that the words of the caption can be read from the image embedding, here by one linear layer. The text tower learns faster than
+the image tower; a second phase trains that one alone. The gate for the stages after it is a linear probe of the pooled image
+embedding: concept, background and palette.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,12 @@ from train.colour import NAMES
 from train.loop import Plan, card, run
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, SLOTS, Scene, Split, World, pictures, random_scene
 
-PLAN = Plan("clip", steps=867, batch=128, lr=1e-3, weight_decay=0.05, decay=0.6)
+PHASES = (
+    Plan("clip", steps=867, batch=128, lr=1e-3, weight_decay=0.05, decay=0.6),
+    Plan(
+        "clip_image", 2600, 128, 2e-3, warmup=200, decay=0.8, weight_decay=0.05, bf16=True, seed=1, validate_every=700
+    ),
+)
 GROUP = 8
 GATE = {"concept": 0.90, "background": 0.95, "palette_r2": 0.80}
 
@@ -56,19 +63,19 @@ class CLIP(nn.Module):
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-def scenes_of(split: Split, batch: int, step: int) -> list[Scene]:
-    """The scenes of a batch; `GROUP` at a time have the concept and background of the first."""
-    scenes = [World(split)[i] for i in range(step * batch, (step + 1) * batch)]
+def scenes_of(split: Split, first: int, batch: int) -> list[Scene]:
+    """The scenes of a batch; `GROUP` at a time have the concept and background of their first."""
+    scenes = [World(split)[first + i] for i in range(batch)]
     firsts = [scenes[i - i % GROUP] for i in range(batch)]
     return [
-        scene if scene is first else random_scene(np.random.default_rng((step, i)), first.concept, first.background)
-        for i, (scene, first) in enumerate(zip(scenes, firsts, strict=True))
+        scene if scene is leader else random_scene(np.random.default_rng((first, i)), leader.concept, leader.background)
+        for i, (scene, leader) in enumerate(zip(scenes, firsts, strict=True))
     ]
 
 
-def batch_of(text: TextEncoder, split: Split, batch: int, step: int) -> Batch:
+def batch_of(text: TextEncoder, plan: Plan, step: int) -> Batch:
     """Pixels, tokens (of four captions three are rich; cut after the longest) and the rich captions' slots."""
-    scenes = scenes_of(split, batch, step)
+    scenes = scenes_of("train", plan.seed * 1_000_000 + step * plan.batch, plan.batch)
     pixels = normalise(torch.from_numpy(pictures(scenes)).permute(0, 3, 1, 2).float() / 255)
     tokens = text.tokenize([scene.caption if i % 4 == 0 else scene.rich_caption for i, scene in enumerate(scenes)])
     length = int((tokens == tokens[:, -1:]).int().argmax(dim=1).max()) + 1
@@ -86,9 +93,11 @@ def clip_loss(clip: CLIP, batch: Batch, _: torch.Generator) -> dict[str, Tensor]
     pixels, tokens, slots = batch
     same = (tokens[:, None] == tokens[None]).all(dim=-1)
     image = clip.image(pixels.contiguous(memory_format=torch.channels_last))
-    pairs = contrastive(image, clip.text.pooled(tokens), clip.logit_scale, same)
-    logits = clip.words(F.normalize(image, dim=-1) * image.shape[-1] ** 0.5).split(SLOTS, dim=1)
-    words = torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, slots.T, strict=True)]).mean()
+    with torch.autocast(image.device.type, enabled=False):
+        image = image.float()
+        pairs = contrastive(image, clip.text.pooled(tokens), clip.logit_scale, same)
+        logits = clip.words(F.normalize(image, dim=-1) * image.shape[-1] ** 0.5).split(SLOTS, dim=1)
+        words = torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, slots.T, strict=True)]).mean()
     return {"loss": pairs + words, "pairs": pairs, "words": words}
 
 
@@ -146,16 +155,19 @@ def probe(image: ImageEncoder) -> dict[str, float]:
     }
 
 
-def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
-    torch.manual_seed(plan.seed)
-    clip = CLIP()
+def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> None:
+    torch.manual_seed(phases[0].seed)
+    clip, log = CLIP(), list[dict[str, Any]]()
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, CLIP)
         return probe(module.image)
 
-    batches = functools.partial(batch_of, clip.text, "train", plan.batch)
-    _, log = run(plan, clip, batches, functools.partial(clip_loss, clip), validate, folder)
-    written = card(plan, log, "python -m train clip") | {"gate": GATE}
+    for plan in phases:
+        batches = functools.partial(batch_of, clip.text, plan)
+        _, rows = run(plan, clip, batches, functools.partial(clip_loss, clip), validate, folder)
+        clip.text.requires_grad_(False)
+        log += rows
+    written = card(phases, log, "python -m train clip") | {"gate": GATE}
     weights_convert.save(clip.text, weights / "text_encoder.safetensors", written)
     weights_convert.save(clip.image, weights / "image_encoder.safetensors", written)

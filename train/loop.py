@@ -189,12 +189,12 @@ def run(
     return kept, log
 
 
-def card(plan: Plan, log: list[dict[str, Any]], command: str) -> dict[str, Any]:
-    """What is written beside the weights: how they were made and the last validation."""
+def card(phases: tuple[Plan, ...], log: list[dict[str, Any]], command: str) -> dict[str, Any]:
+    """What is written beside the weights: how they were made, phase by phase, and the last validation."""
     results = next((row for row in reversed(log) if "seconds" in row), {})
     return {
         "command": command,
-        "settings": asdict(plan),
+        "settings": [asdict(plan) for plan in phases],
         "results": results,
         "licence": "CC BY-SA 4.0, trained on drawings by OpenMoji (https://openmoji.org)",
     }

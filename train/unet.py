@@ -6,7 +6,9 @@ for classifier-free guidance. The EMA is what is kept.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,10 @@ from train.data import Pairs, world_pairs
 from train.loop import Plan, card, generator, run
 from train.loss import diffusion_loss, noise_for
 
-PLAN = Plan("unet", steps=2900, batch=32, lr=1e-3, ema=0.998, decay=0.45, validate_every=850)
+PHASES = (
+    Plan("unet", steps=2900, batch=32, lr=1e-3, ema=0.998, decay=0.45, validate_every=850),
+    Plan("unet_longer", steps=6000, batch=32, lr=1e-3, ema=0.998, decay=0.35, bf16=True, validate_every=500, seed=10),
+)
 PICTURES, HELD_OUT, GAMMA, DROP = 24_000, 512, 5.0, 0.1
 
 
@@ -54,8 +59,8 @@ def held_out_loss(unet: UNet, schedule: Schedule, pairs: Pairs, seed: int = 1) -
     return float(torch.cat(losses).mean())
 
 
-def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
-    torch.manual_seed(plan.seed)
+def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> None:
+    torch.manual_seed(phases[0].seed)
     vae = weights_convert.load_vae(weights / "vae.safetensors")
     text = weights_convert.load_text_encoder(weights / "text_encoder.safetensors")
     pairs = world_pairs(vae, text, None, "train", PICTURES, folder)
@@ -63,7 +68,7 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
     unet, schedule = UNet(MINI), Schedule(prediction=MINI.prediction)
     initialise(unet)
 
-    def loss(step: int, g: torch.Generator) -> dict[str, Tensor]:
+    def loss(plan: Plan, step: int, g: torch.Generator) -> dict[str, Tensor]:
         rows = rows_of(pairs, plan, step)
         x0 = pairs.latents(rows, g)
         t, eps = noise_for(x0, g)
@@ -73,8 +78,12 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, UNet)
-        preview.texts(Pipeline(module, vae, text, schedule), folder / f"{plan.name}.png")
+        preview.texts(Pipeline(module, vae, text, schedule), folder / "unet.png")
         return {"held_out": held_out_loss(module, schedule, held_out)}
 
-    kept, log = run(plan, unet, lambda step: step, loss, validate, folder, workers=0)
-    weights_convert.save(kept, weights / "unet.safetensors", card(plan, log, "python -m train unet"))
+    log: list[dict[str, Any]] = []
+    for plan in phases:
+        kept, rows = run(plan, unet, int, functools.partial(loss, plan), validate, folder, workers=0)
+        unet.load_state_dict(kept.state_dict())
+        log += rows
+    weights_convert.save(unet, weights / "unet.safetensors", card(phases, log, "python -m train unet"))

@@ -69,5 +69,5 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN, config: VAEConfig = MI
         std = torch.cat([vae.encode(batch_of("train", 64, i)) for i in range(16)]).std()
     vae.config = replace(config, scale=config.scale / float(std))
     weights_convert.save(
-        vae, weights / "vae.safetensors", card(plan, log, "python -m train vae") | {"second_phase": asdict(COLOUR)}
+        vae, weights / "vae.safetensors", card((plan,), log, "python -m train vae") | {"second_phase": asdict(COLOUR)}
     )

@@ -1,0 +1,196 @@
+"""The configs of published networks: from a `config.json` of diffusers or transformers, or from the shapes in a single file.
+
+Nothing here reads a file. A config that asks for what these modules do not do is refused with a ValueError; one that lacks a
+needed entry raises KeyError.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from model.image_encoder import ImageConfig
+from model.text_encoder import END, TextConfig, vocabulary
+from model.unet import UNetConfig
+from model.vae import VAEConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# What these modules do; a config that says otherwise is another network's.
+_UNET_DOES: dict[str, Any] = {
+    "act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
+    "downsample_padding": 1, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "time_embedding_type": "positional",
+    "resnet_time_scale_shift": "default", "only_cross_attention": False, "dual_cross_attention": False, "attention_type": "default",
+    "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None, "conv_in_kernel": 3,
+    "conv_out_kernel": 3, "time_cond_proj_dim": None, "timestep_post_act": None, "cross_attention_norm": None,
+    "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "reverse_transformer_layers_per_block": None,
+}  # fmt: skip
+_VAE_DOES: dict[str, Any] = {
+    "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True, "in_channels": 3,
+    "out_channels": 3, "latents_mean": None, "shift_factor": None,
+}  # fmt: skip
+_CLIP_DOES: dict[str, Any] = {"layer_norm_eps": 1e-5}
+
+
+def _check(config: Mapping[str, Any], does: dict[str, Any]) -> None:
+    for key, value in does.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"it asks for {key} = {config[key]}; this project's networks have {value}")
+
+
+def _each(value: Any, levels: int) -> tuple[int, ...]:
+    """A setting that is one number, or one for each level."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (int(value),) * levels
+
+
+def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig:
+    """Of diffusers' `UNet2DConditionModel`; `prediction` stands in the scheduler's config. Its `attention_head_dim` counts heads."""
+    _check(c, _UNET_DOES)
+    kinds = [{"CrossAttnDownBlock2D": True, "DownBlock2D": False}.get(k) for k in c["down_block_types"]]
+    ups = [{"CrossAttnUpBlock2D": True, "UpBlock2D": False}.get(k) for k in c["up_block_types"]]
+    if None in kinds or ups != kinds[::-1]:
+        raise ValueError(f"it has blocks that are not read: {c['down_block_types']}, {c['up_block_types']}")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"its prediction_type {prediction} is not read, only epsilon and v_prediction")
+    depth = _each(c.get("transformer_layers_per_block", 1), len(kinds))
+    return UNetConfig(
+        in_channels=c["in_channels"],
+        out_channels=c["out_channels"],
+        channels=tuple(c["block_out_channels"]),
+        depth=tuple(d if cross else 0 for d, cross in zip(depth, kinds, strict=True)),
+        mid_depth=depth[-1],
+        heads=_each(c.get("num_attention_heads") or c.get("attention_head_dim", 8), len(kinds)),
+        res_blocks=c.get("layers_per_block", 2),
+        context_dim=c["cross_attention_dim"],
+        groups=c.get("norm_num_groups", 32),
+        added_dim=c.get("projection_class_embeddings_input_dim") or 0,
+        prediction="v" if prediction == "v_prediction" else "epsilon",
+        sample_size=c.get("sample_size") or 64,
+    )
+
+
+def diffusers_config(c: UNetConfig) -> dict[str, Any]:
+    """The other way round: the `config.json` of a UNet. SD 1.x has 1 x 1 convolutions around its transformers, later models matrices."""
+    cross = [bool(depth) for depth in c.depth]
+    added = {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": c.added_dim}
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": c.in_channels,
+        "out_channels": c.out_channels,
+        "block_out_channels": c.channels,
+        "down_block_types": ["CrossAttnDownBlock2D" if x else "DownBlock2D" for x in cross],
+        "up_block_types": ["CrossAttnUpBlock2D" if x else "UpBlock2D" for x in reversed(cross)],
+        "transformer_layers_per_block": [*(depth or 1 for depth in c.depth[:-1]), c.mid_depth],
+        "layers_per_block": c.res_blocks,
+        "attention_head_dim": c.heads,
+        "cross_attention_dim": c.context_dim,
+        "norm_num_groups": c.groups,
+        "sample_size": c.sample_size,
+        "use_linear_projection": len(set(c.heads)) > 1,
+        **(added if c.added_dim else {}),
+    }
+
+
+def vae_config(c: Mapping[str, Any]) -> VAEConfig:
+    """Of diffusers' `AutoencoderKL`."""
+    _check(c, _VAE_DOES)
+    return VAEConfig(
+        channels=tuple(c["block_out_channels"]),
+        res_blocks=c.get("layers_per_block", 1),
+        latent_channels=c["latent_channels"],
+        groups=c.get("norm_num_groups", 32),
+        scale=c.get("scaling_factor", 0.18215),
+    )
+
+
+def text_config(c: Mapping[str, Any], pad: int = END) -> TextConfig:
+    """Of transformers' `CLIPTextModel`; `pad` is the tokenizer's."""
+    _check(c, _CLIP_DOES | {"hidden_act": _activation(c)})
+    return TextConfig(
+        width=c["hidden_size"],
+        layers=c["num_hidden_layers"],
+        heads=c["num_attention_heads"],
+        vocab_size=c["vocab_size"],
+        context_length=c["max_position_embeddings"],
+        activation=_activation(c),
+        pad=pad,
+    )
+
+
+def image_config(c: Mapping[str, Any]) -> ImageConfig:
+    """Of transformers' `CLIPVisionModelWithProjection`."""
+    _check(c, _CLIP_DOES | {"hidden_act": _activation(c)})
+    return ImageConfig(
+        image_size=c["image_size"],
+        patch=c["patch_size"],
+        width=c["hidden_size"],
+        layers=(c["num_hidden_layers"],),
+        heads=c["num_attention_heads"],
+        mlp_ratio=c["intermediate_size"] / c["hidden_size"],
+        activation=_activation(c),
+        output_dim=c["projection_dim"],
+    )
+
+
+def _activation(c: Mapping[str, Any]) -> Any:
+    return "gelu" if c.get("hidden_act") == "gelu" else "quick_gelu"
+
+
+def pad_token(words: Mapping[str, int] | None, settings: Mapping[str, Any]) -> int:
+    """The token that fills up a prompt, from a tokenizer's vocabulary and its `tokenizer_config.json`."""
+    known = vocabulary()
+    if words is not None and words != known:
+        raise ValueError("its vocabulary is not CLIP's, which is the only one that is read")
+    pad = settings.get("pad_token")
+    return known[pad["content"] if isinstance(pad, dict) else pad] if pad else END
+
+
+def count(shapes: Shapes, pattern: str) -> int:
+    """How many different numbers stand where `pattern`, the start of a name, has its group."""
+    return len({m[1] for name in shapes if (m := re.match(pattern, name))})
+
+
+def ldm_unet(shapes: Shapes) -> UNetConfig:
+    """Of a single file's UNet. LDM counts stages: a level's residual blocks, then its `op`, which halves the picture.
+
+    Heads are not in the weights: Stable Diffusion 1.x has 8 at every level.
+    """
+    channels, blocks, depth, i = [], [], [], 1
+    while (res := f"input_blocks.{i}.0.out_layers.3.weight") in shapes:
+        channels.append(shapes[res][0])
+        depth.append(count(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\."))
+        first = i
+        while f"input_blocks.{i}.0.out_layers.3.weight" in shapes:
+            i += 1
+        blocks.append(i - first)
+        i += 1
+    if len(set(blocks)) != 1:
+        raise KeyError(f"input_blocks.{i}.0.out_layers.3.weight")
+    return UNetConfig(
+        in_channels=shapes["input_blocks.0.0.weight"][1],
+        out_channels=shapes["out.2.weight"][0],
+        channels=tuple(channels),
+        depth=tuple(depth),
+        mid_depth=count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
+        heads=(8,) * len(channels),
+        res_blocks=blocks[0],
+        context_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+    )
+
+
+def ldm_vae(shapes: Shapes) -> VAEConfig:
+    """Of a single file's autoencoder."""
+    levels = count(shapes, r"encoder\.down\.(\d+)\.block")
+    return VAEConfig(
+        channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
+        res_blocks=count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        latent_channels=shapes["post_quant_conv.weight"][0],
+    )
+
+
+def ldm_text(shapes: Shapes) -> TextConfig:
+    """Of a single file's text tower, CLIP's; its heads are 64 wide."""
+    vocab_size, width = shapes["text_model.embeddings.token_embedding.weight"]
+    layers = count(shapes, r"text_model\.encoder\.layers\.(\d+)\.")
+    return TextConfig(width=width, layers=layers, heads=max(width // 64, 1), vocab_size=vocab_size)

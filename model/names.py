@@ -1,0 +1,186 @@
+"""The names of weights: tables that map this project's modules to diffusers', transformers', LDM's and the adapters' own.
+
+A table is a list of rows, one for each module with weights; `named` makes it a map of tensors. Each is a bijection
+(tests/test_names.py). Nothing here reads a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from model.attention import CrossAttention
+from model.image_encoder import ImageConfig
+from model.text_encoder import TextConfig
+from model.unet import UNet, UNetConfig
+from model.vae import VAEConfig
+
+Row = tuple[str, str, str]  # one module three ways: here, in diffusers or transformers, in LDM's single file
+Names = dict[str, tuple[str, ...]]  # our tensor -> the file's; several are joined along their first axis
+
+_RES: tuple[Row, ...] = (
+    ("norm1", "norm1", "in_layers.0"),
+    ("conv1", "conv1", "in_layers.2"),
+    ("emb", "time_emb_proj", "emb_layers.1"),
+    ("norm2", "norm2", "out_layers.0"),
+    ("conv2", "conv2", "out_layers.3"),
+    ("skip", "conv_shortcut", "skip_connection"),
+)
+_TRANSFORMER: tuple[Row, ...] = (
+    *((name, name, name) for name in ("norm1", "norm2", "norm3")),
+    *((f"{a}.{to}", f"{a}.{to}", f"{a}.{to}") for a in ("attn1", "attn2") for to in ("to_q", "to_k", "to_v")),
+    *((f"{a}.to_out", f"{a}.to_out.0", f"{a}.to_out.0") for a in ("attn1", "attn2")),
+    ("ff.proj_in", "ff.net.0.proj", "ff.net.0.proj"),
+    ("ff.proj_out", "ff.net.2", "ff.net.2"),
+)
+_VAE_RES: tuple[Row, ...] = (
+    *((name, name, name) for name in ("norm1", "conv1", "norm2", "conv2")),
+    ("skip", "conv_shortcut", "nin_shortcut"),
+)
+_VAE_ATTENTION: tuple[Row, ...] = (
+    ("norm", "group_norm", "norm"),
+    ("attn.to_q", "to_q", "q"),
+    ("attn.to_k", "to_k", "k"),
+    ("attn.to_v", "to_v", "v"),
+    ("attn.to_out", "to_out.0", "proj_out"),
+)
+_CLIP: tuple[Row, ...] = (
+    ("ln_1", "layer_norm1", ""),
+    ("ln_2", "layer_norm2", ""),
+    ("attn.out_proj", "self_attn.out_proj", ""),
+    ("mlp.c_fc", "mlp.fc1", ""),
+    ("mlp.c_proj", "mlp.fc2", ""),
+)
+TRANSPOSED = ("text_projection.weight", "visual_projection.weight")  # open_clip multiplies from the other side
+
+
+def _inside(outer: Row, rows: Iterable[Row]) -> list[Row]:
+    """The rows of a module's children."""
+    return [(f"{outer[0]}.{a}", f"{outer[1]}.{b}", f"{outer[2]}.{c}") for a, b, c in rows]
+
+
+def named(ours: Iterable[str], rows: Iterable[Row], column: int, prefix: str = "") -> Names:
+    """A map of tensors from a map of modules; a module's weight and bias keep their names."""
+    theirs = {row[0]: row[column] for row in rows}
+    split = {tensor: tensor.rpartition(".") for tensor in ours}
+    return {t: (f"{prefix}{theirs[module]}.{leaf}",) for t, (module, _, leaf) in split.items() if module in theirs}
+
+
+def unet_rows(config: UNetConfig) -> list[Row]:
+    """Every module of a UNet with weights. LDM counts stages, from conv_in on; diffusers counts blocks and layers."""
+    rows: list[Row] = [
+        ("time_embed.0", "time_embedding.linear_1", "time_embed.0"),
+        ("time_embed.2", "time_embedding.linear_2", "time_embed.2"),
+        ("added_embed.0", "add_embedding.linear_1", "label_emb.0.0"),
+        ("added_embed.2", "add_embedding.linear_2", "label_emb.0.2"),
+        ("conv_in", "conv_in", "input_blocks.0.0"),
+        ("norm_out", "conv_norm_out", "out.0"),
+        ("conv_out", "conv_out", "out.2"),
+    ]
+
+    def res(ours: str, block: str, i: int, ldm: str) -> None:
+        rows.extend(_inside((f"{ours}.res", f"{block}.resnets.{i}", ldm), _RES))
+
+    def attn(ours: str, block: str, i: int, ldm: str, depth: int) -> None:
+        outer = (f"{ours}.attn", f"{block}.attentions.{i}", ldm)
+        rows.extend(_inside(outer, [(n, n, n) for n in ("norm", "proj_in", "proj_out")]))
+        for k in range(depth):
+            rows.extend(
+                _inside(outer, _inside((f"blocks.{k}", inner := f"transformer_blocks.{k}", inner), _TRANSFORMER))
+            )
+
+    levels, per_level = len(config.channels), config.res_blocks + 1
+    for level in range(levels):
+        for i in range(config.res_blocks):
+            n = level * per_level + i
+            res(f"down.{n}", f"down_blocks.{level}", i, f"input_blocks.{n + 1}.0")
+            attn(f"down.{n}", f"down_blocks.{level}", i, f"input_blocks.{n + 1}.1", config.depth[level])
+        n = level * per_level + config.res_blocks
+        ldm = f"input_blocks.{n + 1}.0.op"
+        rows.append((f"down.{n}.resample.conv", f"down_blocks.{level}.downsamplers.0.conv", ldm))
+    res("mid.0", "mid_block", 0, "middle_block.0")
+    attn("mid.0", "mid_block", 0, "middle_block.1", config.mid_depth)
+    res("mid.1", "mid_block", 1, "middle_block.2")
+    for block in range(levels):
+        depth = config.depth[levels - 1 - block]
+        for i in range(per_level):
+            n = block * per_level + i
+            res(f"up.{n}", f"up_blocks.{block}", i, f"output_blocks.{n}.0")
+            attn(f"up.{n}", f"up_blocks.{block}", i, f"output_blocks.{n}.1", depth)
+        ldm = f"output_blocks.{n}.{2 if depth else 1}.conv"
+        rows.append((f"up.{n}.resample.conv", f"up_blocks.{block}.upsamplers.0.conv", ldm))
+    return rows
+
+
+def vae_rows(config: VAEConfig) -> list[Row]:
+    """Every module of the autoencoder with weights. LDM's decoder counts its levels backwards."""
+    rows: list[Row] = [(name, name, name) for name in ("quant_conv", "post_quant_conv")]
+    levels, n = len(config.channels), config.res_blocks
+    for part in ("encoder", "decoder"):
+        for name, theirs in (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")):
+            rows.append((f"{part}.{name}", f"{part}.{theirs}", f"{part}.{name}"))
+        for ours, i, ldm in (("mid.0", 0, "mid.block_1"), ("mid.2", 1, "mid.block_2")):
+            rows += _inside((f"{part}.{ours}", f"{part}.mid_block.resnets.{i}", f"{part}.{ldm}"), _VAE_RES)
+        outer = (f"{part}.mid.1", f"{part}.mid_block.attentions.0", f"{part}.mid.attn_1")
+        rows += _inside(outer, _VAE_ATTENTION)
+    for side, blocks, change, count in (
+        ("down", "encoder.down", "downsample", n),
+        ("up", "decoder.up", "upsample", n + 1),
+    ):
+        for level in range(levels):
+            theirs, ldm = f"{blocks}_blocks.{level}", f"{blocks}.{level if side == 'down' else levels - 1 - level}"
+            first = level * (count + 1)
+            for i in range(count):
+                rows += _inside((f"{blocks}.{first + i}", f"{theirs}.resnets.{i}", f"{ldm}.block.{i}"), _VAE_RES)
+            resample = f"{theirs}.{change}rs.0.conv"
+            rows.append((f"{blocks}.{first + count}.conv", resample, f"{ldm}.{change}.conv"))
+    return rows
+
+
+def clip_names(
+    ours: Iterable[str], layers: int, prefix: str, modules: dict[str, str], tensors: dict[str, str]
+) -> Names:
+    """A CLIP tower in transformers' layout: q, k and v apart, layers renamed; `modules` and `tensors` are what is not a layer."""
+    rows: list[Row] = [(f"clip.{a}", f"{prefix}{b}", "") for a, b in modules.items()]
+    names: Names = {
+        f"clip.{a}": (b if b.endswith("projection.weight") else f"{prefix}{b}",) for a, b in tensors.items()
+    }
+    for i in range(layers):
+        outer = (f"clip.transformer.resblocks.{i}", f"{prefix}encoder.layers.{i}", "")
+        rows += _inside(outer, _CLIP)
+        for leaf in ("weight", "bias"):
+            qkv = tuple(f"{outer[1]}.self_attn.{x}_proj.{leaf}" for x in "qkv")
+            names[f"{outer[0]}.attn.in_proj_{leaf}"] = qkv
+    return {**named(ours, rows, 1), **names}
+
+
+def text_names(ours: Iterable[str], config: TextConfig, prefix: str = "text_model.") -> Names:
+    """CLIP's text tower; transformers 5 writes it without the prefix."""
+    modules = {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
+    tensors = {"positional_embedding": "embeddings.position_embedding.weight"}
+    projection = {"text_projection": "text_projection.weight"} if config.output_dim else {}
+    return clip_names(ours, config.layers, prefix, modules, tensors | projection)
+
+
+def image_names(ours: Iterable[str], config: ImageConfig) -> Names:
+    """CLIP's image tower (a ViT), transformers' historic spelling `pre_layrnorm` included."""
+    modules = {"conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
+    tensors = {
+        "class_embedding": "embeddings.class_embedding",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "proj": "visual_projection.weight",
+    }
+    return clip_names(ours, config.layers[0], "vision_model.", modules, tensors)
+
+
+def adapter_names(ours: Iterable[str], unet: UNet) -> Names:
+    """The official adapter layout: keys 1, 3, 5, ... count diffusers' processors, whose order is down, up, **mid last**."""
+    mid = {module.layer for module in unet.mid.modules() if isinstance(module, CrossAttention)}
+    order = sorted((layer.layer for layer in unet.cross_attentions()), key=lambda layer: (layer in mid, layer))
+    key = {layer: 2 * position + 1 for position, layer in enumerate(order)}
+    return {
+        tensor: (tensor.replace("image_projection.", "image_proj."),)
+        if tensor.startswith("image_projection.")
+        else (re.sub(r"^(to_[kv])\.(\d+)\.", lambda m: f"ip_adapter.{key[int(m[2])]}.{m[1]}_ip.", tensor),)
+        for tensor in ours
+    }
