@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,52 +57,108 @@ _LIGHTNING: list[Any] = [
     (_Inert, f"{package}.callbacks.model_checkpoint.ModelCheckpoint")
     for package in ("pytorch_lightning", "lightning.pytorch")
 ]
-_REOPEN = 1 << 27  # bytes
+_WINDOW = 1 << 25  # bytes
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for key, value in tree.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, dict):
-            yield from _flat(value, "" if key == "state_dict" else f"{prefix}{key}.")
+def _flat(tree: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of nested dicts, by their joined keys. A dict that stands in two places is read once."""
+    tensors: dict[str, Tensor] = {}
+    seen, stack = {id(tree)}, [("", tree)]
+    while stack:
+        prefix, branch = stack.pop()
+        for key, value in branch.items():
+            if isinstance(value, Tensor):
+                if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                    raise ValueError(f"{prefix}{key} is no plain tensor")
+                if f"{prefix}{key}" in tensors:
+                    raise ValueError(f"two tensors are named {prefix}{key}")
+                tensors[f"{prefix}{key}"] = value
+            elif isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                stack.append(("" if key == "state_dict" else f"{prefix}{key}.", value))
+    return tensors
+
+
+def _whole(path: Path) -> bool:
+    """Whether a zip file can be mapped, because nothing in it is compressed. Raises ValueError when a checksum is wrong."""
+    with ZipFile(path) as file:
+        if bad := file.testzip():
+            raise ValueError(f"its part {bad} is damaged")
+        return all(part.compress_type == ZIP_STORED for part in file.infolist())
+
+
+class _Source:
+    """The tensors of one file.
+
+    It is mapped to memory, and mapped anew after every 32 MB read (or 1/32 of the file), so that pages already copied to a
+    module leave memory. A pickle of before PyTorch 1.6, or a compressed one, is read as a whole.
+    """
+
+    names: Iterable[str]
+    shape: Callable[[str], Iterable[int]]
+    _get: Callable[[str], Tensor]
+
+    def __init__(self, path: Path) -> None:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name the file of weights in it")
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if not start:
+            raise ValueError(f"{path} is empty: download it again")
+        self.path, self._read, self._window = path, 0, max(_WINDOW, path.stat().st_size // 32)
+        self._safetensors = start[8:] == b"{"
+        with self._blamed():
+            self._mapped = self._safetensors or (start[:2] == b"PK" and _whole(path))
+            self._open()
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        try:
+            yield
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is not a complete safetensors file ({error}): download it again") from error
+        except UnpicklingError as error:
+            raise ValueError(
+                f"{self.path} is damaged, or holds more than tensors, and nothing else is ever unpickled: "
+                "ask for a .safetensors file"
+            ) from error
+        except Exception as error:  # a damaged pickle can raise anything
+            why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ValueError(f"{self.path} is not a readable checkpoint ({why}): download it again") from error
+
+    def _open(self) -> None:
+        if self._safetensors:
+            handle = safe_open(self.path, "pt")
+            self.names, self._get = handle.keys(), handle.get_tensor
+            self.shape = lambda name: handle.get_slice(name).get_shape()
+        else:
+            with torch.serialization.safe_globals(_LIGHTNING):
+                tensors = _flat(torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped))
+            self.names, self._get = tensors, tensors.__getitem__
+            self.shape = lambda name: tensors[name].shape
+
+    def get(self, name: str) -> Tensor:
+        with self._blamed():
+            tensor = self._get(name)
+            self._read += tensor.nbytes
+            if self._mapped and self._read > self._window:
+                self._read = 0
+                self._open()
+        return tensor
 
 
 class File(Mapping[str, Tensor]):
-    """A checkpoint's tensors by name, memory-mapped: safetensors, or a pickle that holds nothing but tensors.
+    """A checkpoint's tensors by name: safetensors, or a pickle that holds nothing but tensors.
 
-    The file is mapped anew after every 128 MB read, so that pages already copied to a module leave memory.
-    Raises ValueError when the file is not a complete checkpoint of either kind, or is unsafe to unpickle.
+    Raises ValueError when the file is not a complete checkpoint of either kind, or is unsafe to unpickle. What it gives can be
+    memory of the file itself: copy what is to stay.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._read = path, 0
-        self._names = {name: name for name in self._open()}
+        self.path, self._source = path, _Source(path)
+        self._names = {name: name for name in self._source.names}
         if not self._names:
             raise ValueError(f"{path} holds no tensors")
-
-    def _open(self) -> Iterable[str]:
-        with open(self.path, "rb") as file:
-            start = file.read(9)
-        try:
-            if start[8:] == b"{":
-                handle = safe_open(self.path, "pt")
-                names: Iterable[str] = handle.keys()
-                self._get: Callable[[str], Tensor] = handle.get_tensor
-                self._shape: Callable[[str], Iterable[int]] = lambda name: handle.get_slice(name).get_shape()
-            else:
-                with torch.serialization.safe_globals(_LIGHTNING):
-                    tree = torch.load(self.path, map_location="cpu", weights_only=True, mmap=start[:2] == b"PK")
-                names = tensors = dict(_flat(tree))
-                self._get = tensors.__getitem__
-                self._shape = lambda name: tensors[name].shape
-        except SafetensorError as error:
-            raise ValueError(f"{self.path} is not a complete safetensors file ({error})") from error
-        except Exception as error:  # a damaged pickle can raise anything
-            cure = "it holds more than tensors, and nothing else is ever unpickled: ask for a .safetensors file"
-            why = cure if "weights_only" in str(error).lower() else f"{type(error).__name__}: {str(error)[:200]}"
-            raise ValueError(f"{self.path} is not a readable checkpoint ({why})") from error
-        return names
 
     def renamed(self, names: dict[str, str]) -> File:
         """The same file under other names, new: old; what is not named is left out."""
@@ -109,12 +167,10 @@ class File(Mapping[str, Tensor]):
         return other
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._get(self._names[name])
-        self._read += tensor.nbytes
-        if self._read > _REOPEN:
-            self._read = 0
-            self._open()
-        return tensor
+        return self._source.get(self._names[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -123,7 +179,7 @@ class File(Mapping[str, Tensor]):
         return len(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._shape(self._names[name]))
+        return tuple(self._source.shape(self._names[name]))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -138,6 +194,7 @@ class File(Mapping[str, Tensor]):
 
 # What older files hold beside weights.
 _EXTRA = re.compile(r"position_ids$")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _list(names: Iterable[str], most: int = 3) -> str:
@@ -146,23 +203,35 @@ def _list(names: Iterable[str], most: int = 3) -> str:
 
 
 def _shape_of(shapes: list[tuple[int, ...]], transposed: bool) -> tuple[int, ...]:
-    """The shape that the file's tensors have once they are joined and turned."""
-    joined = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+    """The shape that the file's tensors, of equal shapes, have once they are joined and turned."""
+    first = shapes[0]
+    joined = (len(shapes) * first[0], *first[1:]) if first else ()
     return joined[::-1] if transposed else joined
 
 
 def _fits(shape: tuple[int, ...], ours: torch.Size) -> bool:
     """Equal, but for a 1 x 1 convolution, which is a matrix here."""
-    return shape == ours or (len(ours) == 2 and shape == (*ours, 1, 1))
+    return 0 not in shape and (shape == ours or (len(ours) == 2 and shape == (*ours, 1, 1)))
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def _read(file: File, theirs: tuple[str, ...], like: Tensor, transposed: bool, dtype: torch.dtype | None) -> Tensor:
-    """One tensor of ours, in the memory format that the module wants."""
-    tensor = file[theirs[0]] if len(theirs) == 1 else torch.cat([file[name] for name in theirs])
-    if not torch.isfinite(torch.stack(tensor.aminmax())).all():
-        raise ValueError(f"{file.path} holds values that are not finite, in {theirs[0]}")
-    tensor = (tensor.T if transposed else tensor).reshape(like.shape).to(dtype or tensor.dtype)
-    return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format)
+    """One tensor of ours, in memory of its own, in the memory format that the module wants."""
+    parts = [file[name] for name in theirs]
+    for name, part in zip(theirs, parts, strict=True):
+        if part.dtype not in (FLOATS if like.is_floating_point() else (like.dtype,)):
+            raise ValueError(
+                f"{file.path} holds {name} as {part.dtype}; weights are read in float32, float16 or bfloat16"
+            )
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    tensor = (tensor.T if transposed else tensor).reshape(like.shape)
+    ours = torch.empty_like(like, dtype=dtype or tensor.dtype, device="cpu").copy_(tensor)
+    if not _finite(ours):
+        raise ValueError(f"{file.path} holds values that are not finite in {ours.dtype}, in {theirs[0]}")
+    return ours
 
 
 def check(module: nn.Module, names: Names, file: File, what: str) -> None:
@@ -178,9 +247,12 @@ def check(module: nn.Module, names: Names, file: File, what: str) -> None:
     if unknown:
         raise ValueError(f"{file.path} is not {what}: it also holds {_list(unknown)}")
     for name, tensor in state.items():
-        shape = _shape_of([file.shape(n) for n in names[name]], names[name][0] in TRANSPOSED)
-        if not _fits(shape, tensor.shape):
-            raise ValueError(f"{file.path} is not {what}: {names[name][0]} is {list(shape)}, not {list(tensor.shape)}")
+        shapes = [file.shape(n) for n in names[name]]
+        if len(set(shapes)) > 1 or not _fits(_shape_of(shapes, names[name][0] in TRANSPOSED), tensor.shape):
+            found = " and ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(
+                f"{file.path} is not {what}: {_list(names[name])} is {found}, for {list(tensor.shape)} here"
+            )
 
 
 def assemble(module: M, names: Names, file: File, what: str, dtype: torch.dtype | None) -> M:
@@ -205,6 +277,7 @@ def fill(module: M, tensors: dict[str, Tensor]) -> M:
 
 
 def _empty(module: Callable[[Any], M], config: Any) -> M:
+    configs.plausible(config)
     with torch.device("meta"):
         return module(config)
 
@@ -212,19 +285,38 @@ def _empty(module: Callable[[Any], M], config: Any) -> M:
 # --- the project's own files -------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A temporary name, which becomes `path` in the end, or goes when something is raised."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON under a temporary name, then renames it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, path)
+    with _written(path) as part:
+        part.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Writes safetensors under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in tensors.items()}, part)
-    os.replace(part, path)
+    """Writes safetensors under a temporary name, then renames it. Raises ValueError when a value is too large for `dtype`."""
+    out: dict[str, Tensor] = {}
+    places = set()
+    for name, tensor in tensors.items():
+        plain = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        if plain.dtype != tensor.dtype and plain.numel() and not _finite(plain):
+            raise ValueError(f"{path} is not written: {name} holds values that are not finite in {dtype}")
+        out[name] = (
+            plain.clone() if plain.data_ptr() in places else plain
+        )  # safetensors refuses tensors that share memory
+        places.add(plain.data_ptr())
+    with _written(path) as part:
+        save_file(out, part)
 
 
 def sha256(path: Path) -> str:
@@ -268,7 +360,7 @@ def single_kind(file: File) -> str:
         return "Stable Diffusion XL"
     if any(name.startswith("cond_stage_model.model.") for name in file):
         return "Stable Diffusion 2.x"
-    if any(name.startswith("control_model.") for name in file):
+    if any(name.startswith(("control_model.", "controlnet_")) for name in file):
         return "a ControlNet"
     if any("lora" in name for name in file):
         return "a LoRA"
@@ -294,7 +386,7 @@ def load_single(path: Path, dtype: torch.dtype | None = torch.float32, ema: bool
     unet, vae, text = (file.part(prefix) for prefix in LDM.values())
     with _blame(path, "is not a complete Stable Diffusion 1.x checkpoint"):
         sizes = configs.ldm_unet(unet.shapes), configs.ldm_vae(vae.shapes), configs.ldm_text(text.shapes)
-    empty = _empty(UNet, sizes[0]), _empty(VAE, sizes[1]), _empty(TextEncoder, sizes[2])
+        empty = _empty(UNet, sizes[0]), _empty(VAE, sizes[1]), _empty(TextEncoder, sizes[2])
     tables = (
         named(empty[0].state_dict(), unet_rows(sizes[0]), 2),
         named(empty[1].state_dict(), vae_rows(sizes[1]), 2),
@@ -315,14 +407,18 @@ def _blame(path: Path, says: str) -> Iterator[None]:
     """Errors about a config name the file."""
     try:
         yield
+    except OSError:
+        raise
     except KeyError as error:
         raise ValueError(f"{path} {says}: it lacks {error}") from None
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
-        raise ValueError(f"{path} {says}: {error}") from None
+    except Exception as error:  # JSON can hold anything
+        raise ValueError(f"{path} {says}: {error or type(error).__name__}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises ValueError that names the file when it is none."""
+    """A JSON object. Raises FileNotFoundError, or ValueError that names the file when it is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
     with _blame(path, "is not a JSON object"):
         return dict(json.loads(path.read_text()))
 
@@ -344,7 +440,7 @@ def load(
     card, file = read_card(path), File(path)
     with torch.device("meta"), _blame(path.with_suffix(".json"), "does not describe a network"):
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()} if config else {}
-        empty = module(config(**values)) if config else module()
+        empty = _empty(module, config(**values)) if config else module()
     return assemble(empty, {name: (name,) for name in empty.state_dict()}, file, "what its card says", dtype)
 
 
@@ -356,7 +452,7 @@ def load_unet(path: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
     prediction = read_json(scheduler).get("prediction_type", "epsilon") if scheduler.exists() else "epsilon"
     with _blame(path / "config.json", "is not the config of a UNet that is read"):
         config = configs.unet_config(read_json(path / "config.json"), prediction)
-    unet = _empty(UNet, config)
+        unet = _empty(UNet, config)
     return assemble(
         unet, named(unet.state_dict(), unet_rows(config), 1), _weights_in(path), "the UNet of its config.json", dtype
     )
@@ -371,7 +467,8 @@ def load_vae(path: Path, dtype: torch.dtype | None = torch.float32) -> VAE:
         return load(path, VAE, VAEConfig, dtype)
     with _blame(path / "config.json", "is not the config of a VAE that is read"):
         config = configs.vae_config(read_json(path / "config.json"))
-    vae, file = _empty(VAE, config), _weights_in(path)
+        vae = _empty(VAE, config)
+    file = _weights_in(path)
     old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_ATTENTION)})(?=\.)")
     file = file.renamed({old.sub(lambda m: _OLD_ATTENTION[m[0]], name): name for name in file})
     return assemble(vae, named(vae.state_dict(), vae_rows(config), 1), file, "the VAE of its config.json", dtype)
@@ -391,7 +488,8 @@ def load_text_encoder(path: Path, dtype: torch.dtype | None = torch.float32) -> 
         pad = configs.pad_token(words, read_json(settings) if settings.exists() else {})
     with _blame(path / "config.json", "is not the config of a text encoder that is read"):
         config = configs.text_config(read_json(path / "config.json"), pad)
-    text, file = _empty(TextEncoder, config), _weights_in(path)
+        text = _empty(TextEncoder, config)
+    file = _weights_in(path)
     names = text_names(
         text.state_dict(), config, "text_model." if any(n.startswith("text_model.") for n in file) else ""
     )
@@ -404,21 +502,37 @@ def load_image_encoder(path: Path, dtype: torch.dtype | None = torch.float32) ->
         return load(path, ImageEncoder, ImageConfig, dtype)
     with _blame(path / "config.json", "is not the config of an image encoder that is read"):
         config = configs.image_config(read_json(path / "config.json"))
-    image = _empty(ImageEncoder, config)
+        image = _empty(ImageEncoder, config)
     names = image_names(image.state_dict(), config)
     return assemble(image, names, _weights_in(path), "the image encoder of its config.json", dtype)
 
 
 def load_base(path: Path, dtype: torch.dtype | None = torch.float32) -> Base:
-    """A base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own."""
-    if path.is_file():
-        return load_single(path, dtype)
+    """A base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
+
+    Raises ValueError when its parts do not fit together.
+    """
     end = "" if (path / "unet").is_dir() else ".safetensors"
-    return Base(
-        load_unet(path / f"unet{end}", dtype),
-        load_vae(path / f"vae{end}", dtype),
-        load_text_encoder(path / f"text_encoder{end}", dtype),
+    base = (
+        load_single(path, dtype)
+        if path.is_file()
+        else Base(
+            load_unet(path / f"unet{end}", dtype),
+            load_vae(path / f"vae{end}", dtype),
+            load_text_encoder(path / f"text_encoder{end}", dtype),
+        )
     )
+    unet, vae, text = base.unet.config, base.vae.config, base.text.config
+    if unet.in_channels != vae.latent_channels:
+        raise ValueError(
+            f"{path} has a UNet that reads {unet.in_channels} channels, where its VAE gives {vae.latent_channels}: "
+            "models for inpainting and the like are not read"
+        )
+    if unet.context_dim != text.width:
+        raise ValueError(
+            f"{path} has a UNet that reads a text of width {unet.context_dim}, where its text encoder gives {text.width}"
+        )
+    return base
 
 
 def files_of(path: Path) -> list[Path]:
@@ -446,21 +560,14 @@ def adapter_file(path: Path) -> File:
     """
     file = File(path)
     if any(name.startswith("image_proj_model.") for name in file):
-        names = {
-            name.replace("image_proj_model.", "image_proj."): name
-            for name in file
-            if name.startswith("image_proj_model.")
-        }
-        names |= {
-            re.sub(r"^adapter_modules\.", "ip_adapter.", name): name
-            for name in file
-            if name.startswith("adapter_modules.")
-        }
+        parts = (("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter."))
+        names = {new + name.removeprefix(old): name for old, new in parts for name in file if name.startswith(old)}
         if not any(name.startswith("ip_adapter.") for name in names):
-            found = [name for name in file if ".processor.to_k_ip" in name]
-            for position, name in enumerate(sorted(found, key=_processor_order)):
-                for to in ("to_k_ip", "to_v_ip"):
-                    names[f"ip_adapter.{2 * position + 1}.{to}.weight"] = name.replace("to_k_ip", to)
+            found = {m[1] for name in file if (m := _PROCESSOR.match(name))}
+            for position, layer in enumerate(sorted(found, key=_processor_order)):
+                for to in ("to_k_ip.weight", "to_v_ip.weight"):
+                    if f"{layer}.{to}" in file:
+                        names[f"ip_adapter.{2 * position + 1}.{to}"] = f"{layer}.{to}"
         file = file.renamed(names)
     if (kind := adapter_kind(file)) != "IP-Adapter":
         raise ValueError(
@@ -469,14 +576,18 @@ def adapter_file(path: Path) -> File:
     return file
 
 
-def _processor_order(name: str) -> tuple[int, list[int]]:
-    return [name.startswith(f"unet.{part}") for part in ("down", "up", "mid")].index(True), [
-        int(n) for n in re.findall(r"\d+", name)
-    ]
+_PROCESSOR = re.compile(r"(unet\.(?:down|up|mid)_block.*\.processor)\.to_[kv]_ip\.weight$")
+
+
+def _processor_order(layer: str) -> tuple[bool, bool, list[int]]:
+    """diffusers' order: down, up, mid."""
+    return "mid_block" in layer, "up_blocks" in layer, [int(n) for n in re.findall(r"\d+", layer)]
 
 
 def adapter_kind(file: File) -> str:
     """What kind of adapter a file is, by its names, as diffusers tells them apart."""
+    if not any(name.startswith("image_proj.") for name in file):
+        return kind if (kind := single_kind(file)) != "not a base model" else "not an adapter"
     if any("lora" in name for name in file) or any(name.startswith("image_proj.perceiver_resampler.") for name in file):
         return "an IP-Adapter FaceID"
     if "image_proj.latents" in file:
@@ -494,7 +605,7 @@ def adapter_sizes(file: File) -> tuple[int, int, int]:
         if name not in file or len(file.shape(name)) != 2 - ("norm" in name):
             raise ValueError(f"{file.path} is not a complete adapter: {name} is missing or misshapen")
     (rows, image_dim), (context_dim,) = file.shape("image_proj.proj.weight"), file.shape("image_proj.norm.weight")
-    if not context_dim or rows % context_dim or not rows:
+    if not (context_dim and rows and image_dim) or rows % context_dim:
         raise ValueError(
             f"{file.path}: a projection to {rows} numbers is no whole number of tokens of width {context_dim}"
         )
@@ -584,15 +695,14 @@ def kind_of(path: Path) -> str:
         if (path / "unet").is_dir() or (path / "unet.safetensors").exists():
             return "base"
         config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-        named = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
-        if named not in _CLASSES:
-            raise ValueError(
-                f"{path} is not a folder of weights that is read ({named or 'no config.json that names a network'})"
-            )
-        return _CLASSES[named]
+        classes = config.get("_class_name") or config.get("architectures") or "no config.json that names a network"
+        name = str(classes[0] if isinstance(classes, list) else classes)
+        if name not in _CLASSES:
+            raise ValueError(f"{path} is not a folder of weights that is read: {name}")
+        return _CLASSES[name]
     card = path.with_suffix(".json")
-    config = read_json(card).get("config", {}) if card.exists() else {}
-    for key, kind in _CARDS.items():
+    config = read_json(card).get("config") if card.exists() and card != path else {}
+    for key, kind in _CARDS.items() if isinstance(config, dict) else ():
         if key in config:
             return kind
     file = File(path)
@@ -600,7 +710,7 @@ def kind_of(path: Path) -> str:
         return "adapter"
     if (kind := single_kind(file)) != "not a base model":
         return "base"
-    raise ValueError(f"{path} is {kind}, nor an adapter or a file with a card; it holds {_list(file)}")
+    raise ValueError(f"{path} is {kind}, no adapter, and has no card beside it; it holds {_list(file)}")
 
 
 def _size(tensors: Iterable[Tensor]) -> str:
@@ -610,9 +720,28 @@ def _size(tensors: Iterable[Tensor]) -> str:
     return f"{sum(count.values()):,} parameters in {len(sizes)} tensors, {kinds}"
 
 
-def _odd_values(file: File) -> list[str]:
-    bad = [n for n in file if (t := file[n]).is_floating_point() and t.numel() and not t.isfinite().all()]
-    return [f"odd: values that are not finite in {_list(bad)}"] if bad else []
+_ADAPTER = re.compile(r"image_proj\.(proj|norm)\.(weight|bias)$|ip_adapter\.\d+\.to_[kv]_ip\.weight$")
+
+
+def _broken(file: File) -> list[str]:
+    """What is wrong with an adapter, whatever its base."""
+    layers = {name.rpartition(".to_")[0] for name in file if name.startswith("ip_adapter.") and _ADAPTER.match(name)}
+    wanted = {f"image_proj.{part}.{leaf}" for part in ("proj", "norm") for leaf in ("weight", "bias")}
+    wanted |= {f"{layer}.to_{x}_ip.weight" for layer in layers for x in "kv"}
+    dtypes = {name: file[name].dtype for name in file}
+    lines = (
+        ("it lacks", wanted - file.keys()),
+        ("it also holds", [name for name in file if not _ADAPTER.match(name)]),
+        (
+            "weights that are not float32, float16 or bfloat16:",
+            [n for n, dtype in dtypes.items() if dtype not in FLOATS],
+        ),
+        (
+            "values that are not finite in",
+            [n for n, dtype in dtypes.items() if dtype in FLOATS and file[n].numel() and not _finite(file[n])],
+        ),
+    )
+    return [f"{says} {_list(names)}" for says, names in lines if names]
 
 
 def _describe_adapter(path: Path) -> list[str]:
@@ -628,7 +757,7 @@ def _describe_adapter(path: Path) -> list[str]:
         lines.append(f"odd: {_called(BASES, context_dim)} has {wanted} cross-attention layers")
     if sorted(layers) != list(range(1, 2 * len(layers), 2)):
         lines.append("odd: its layers are not numbered 1, 3, 5, ...")
-    return lines + _odd_values(file)
+    return lines + [f"odd: {line}" for line in _broken(file)]
 
 
 def _describe_single(path: Path) -> list[str]:
@@ -665,11 +794,19 @@ def inspect(path: Path) -> list[str]:
         ]
         for name in LOADERS:
             part = path / name if (path / name).is_dir() else path / f"{name}.safetensors"
-            lines += [f"{name}: {line}" for line in inspect(part)] if part.exists() else []
+            if part.exists():
+                lines += [f"{name}: {line}" for line in inspect(part)]
+            elif name != "image_encoder":
+                lines.append(f"odd: it has no {name}")
         return lines
-    module = LOADERS[kind](path, dtype=None)
-    config = {k: v for k, v in asdict(module.config).items() if k != "vocabulary"}  # type: ignore[call-overload]
-    return [_size(module.state_dict().values()), ", ".join(f"{k} {v}" for k, v in config.items())]
+    module: Any = LOADERS[kind](path, dtype=None)
+    config = {k: v for k, v in asdict(module.config).items() if k != "vocabulary"}
+    what = kind.replace("_", " ")
+    if kind == "unet":
+        what = f"UNet for {_called(BASES, config['context_dim'])}"
+    if kind == "image_encoder":
+        what = f"CLIP image encoder, {_called(ENCODERS, config['output_dim'])}"
+    return [f"{what}, {_size(module.state_dict().values())}", ", ".join(f"{k} {v}" for k, v in config.items())]
 
 
 def convert(
@@ -677,17 +814,21 @@ def convert(
 ) -> None:
     """An adapter to the official .safetensors, a base model to a folder of our own, or (`diffusers`) a UNet to a diffusers folder.
 
-    `dtype=None` keeps every tensor as it is, bit for bit.
+    `dtype=None` keeps every tensor as it is, bit for bit. Raises ValueError, and writes nothing, where something is wrong.
     """
     kind, card = kind_of(source), {"converted_from": source.name}
+    if kind != "base" and not diffusers and target.suffix != ".safetensors":
+        raise ValueError(f"the {kind} is written as one file: name TARGET.safetensors, not {target}")
+    if ema and (kind != "base" or source.is_dir()):
+        raise ValueError(f"{source} is not a base model in a single file, so it has no EMA copy: leave out --ema")
     if diffusers:
         if kind != "unet":
             raise ValueError(f"{source} is not a UNet but {kind}; --diffusers writes UNets")
         save_diffusers(load_unet(source, dtype=None), target, dtype)
     elif kind == "adapter":
-        if target.suffix != ".safetensors":
-            raise ValueError(f"an adapter is written as one file: name TARGET.safetensors, not {target}")
         file = adapter_file(source)
+        if wrong := _broken(file):
+            raise ValueError(f"{source} is not a complete adapter: {'; '.join(wrong)}")
         write_tensors(target, {name: file[name] for name in file}, dtype)
     elif kind == "base":
         base = load_single(source, None, ema) if source.is_file() else load_base(source, None)
@@ -695,8 +836,7 @@ def convert(
             save(module, target / f"{name}.safetensors", card, dtype)
         scheduler = source / "scheduler" / "scheduler_config.json"
         if scheduler.exists():
-            (target / "scheduler").mkdir(exist_ok=True)
-            write_json(target / "scheduler" / scheduler.name, json.loads(scheduler.read_text()))
+            write_json(target / "scheduler" / scheduler.name, read_json(scheduler))
     else:
         save(LOADERS[kind](source, dtype=None), target, card, dtype)
 
@@ -713,6 +853,10 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return dict(LOADERS[kind](path, dtype=None).state_dict())
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
 def verify(a: Path, b: Path) -> list[str]:
     """How two checkpoints differ, tensor by tensor, whatever their layouts; nothing when they are equal bit for bit."""
     one, two = tensors_of(a), tensors_of(b)
@@ -725,7 +869,7 @@ def verify(a: Path, b: Path) -> list[str]:
         x, y = one[name], two[name]
         if x.shape != y.shape:
             lines.append(f"{name}: {list(x.shape)} against {list(y.shape)}")
-        elif x.dtype != y.dtype or not torch.equal(x, y):
+        elif x.dtype != y.dtype or not torch.equal(_bits(x), _bits(y)):
             lines.append(
                 f"{name}: {x.dtype} against {y.dtype}, largest difference {float((x.double() - y.double()).abs().max()):.3g}"
             )

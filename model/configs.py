@@ -6,12 +6,13 @@ needed entry raises KeyError.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.image_encoder import ImageConfig
-from model.text_encoder import END, TextConfig, vocabulary
+from model.text_encoder import END, START, TextConfig, vocabulary
 from model.unet import UNetConfig
 from model.vae import VAEConfig
 
@@ -25,6 +26,7 @@ _UNET_DOES: dict[str, Any] = {
     "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None, "conv_in_kernel": 3,
     "conv_out_kernel": 3, "time_cond_proj_dim": None, "timestep_post_act": None, "cross_attention_norm": None,
     "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "reverse_transformer_layers_per_block": None,
+    "mid_block_only_cross_attention": None,
 }  # fmt: skip
 _VAE_DOES: dict[str, Any] = {
     "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True, "in_channels": 3,
@@ -35,13 +37,35 @@ _CLIP_DOES: dict[str, Any] = {"layer_norm_eps": 1e-5}
 
 def _check(config: Mapping[str, Any], does: dict[str, Any]) -> None:
     for key, value in does.items():
-        if config.get(key, value) != value:
+        if (config.get(key, value) or None) != (value or None):
             raise ValueError(f"it asks for {key} = {config[key]}; this project's networks have {value}")
 
 
 def _each(value: Any, levels: int) -> tuple[int, ...]:
     """A setting that is one number, or one for each level."""
-    return tuple(value) if isinstance(value, (list, tuple)) else (int(value),) * levels
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+
+
+_MOST = dict.fromkeys(("layers", "depth", "mid_depth", "res_blocks"), 200)  # of what costs time to build
+
+
+def plausible(config: Any) -> None:
+    """Raises ValueError unless each entry of a config is of its kind, because JSON can hold anything."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal:
+            good = value in get_args(kind)
+        elif kind is bool:
+            good = isinstance(value, bool)
+        elif kind is float:
+            good = type(value) in (int, float) and 0 < value < math.inf
+        else:
+            numbers = value if isinstance(value, tuple) else (value,)
+            good = isinstance(value, tuple) == (kind is not int) and all(
+                type(n) is int and 0 <= n <= _MOST.get(name, n) for n in numbers
+            )
+        if not good:
+            raise ValueError(f"its {name} is {value!r}")
 
 
 def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig:
@@ -72,8 +96,14 @@ def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig
 
 def diffusers_config(c: UNetConfig) -> dict[str, Any]:
     """The other way round: the `config.json` of a UNet. SD 1.x has 1 x 1 convolutions around its transformers, later models matrices."""
+    if c.depth[-1] not in (0, c.mid_depth):
+        raise ValueError(f"diffusers has no UNet of depth {c.depth} with {c.mid_depth} in the middle")
     cross = [bool(depth) for depth in c.depth]
-    added = {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": c.added_dim}
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": c.added_dim,
+    }
     return {
         "_class_name": "UNet2DConditionModel",
         "in_channels": c.in_channels,
@@ -104,14 +134,21 @@ def vae_config(c: Mapping[str, Any]) -> VAEConfig:
     )
 
 
+def _vocab_size(rows: int) -> int:
+    if rows <= END:
+        raise ValueError(f"it has rows for {rows} tokens, but CLIP's vocabulary has {END + 1}")
+    return rows
+
+
 def text_config(c: Mapping[str, Any], pad: int = END) -> TextConfig:
-    """Of transformers' `CLIPTextModel`; `pad` is the tokenizer's."""
+    """Of transformers' `CLIPTextModel`, with or without its projection; `pad` is the tokenizer's."""
     _check(c, _CLIP_DOES | {"hidden_act": _activation(c)})
     return TextConfig(
         width=c["hidden_size"],
         layers=c["num_hidden_layers"],
         heads=c["num_attention_heads"],
-        vocab_size=c["vocab_size"],
+        output_dim=c["projection_dim"] if "CLIPTextModelWithProjection" in (c.get("architectures") or ()) else 0,
+        vocab_size=_vocab_size(c["vocab_size"]),
         context_length=c["max_position_embeddings"],
         activation=_activation(c),
         pad=pad,
@@ -121,13 +158,16 @@ def text_config(c: Mapping[str, Any], pad: int = END) -> TextConfig:
 def image_config(c: Mapping[str, Any]) -> ImageConfig:
     """Of transformers' `CLIPVisionModelWithProjection`."""
     _check(c, _CLIP_DOES | {"hidden_act": _activation(c)})
+    ratio = c["intermediate_size"] / c["hidden_size"]
+    if int(c["hidden_size"] * ratio) != c["intermediate_size"]:  # open_clip cuts the product off
+        ratio = math.nextafter(ratio, math.inf)
     return ImageConfig(
         image_size=c["image_size"],
         patch=c["patch_size"],
         width=c["hidden_size"],
         layers=(c["num_hidden_layers"],),
         heads=c["num_attention_heads"],
-        mlp_ratio=c["intermediate_size"] / c["hidden_size"],
+        mlp_ratio=ratio,
         activation=_activation(c),
         output_dim=c["projection_dim"],
     )
@@ -139,7 +179,8 @@ def _activation(c: Mapping[str, Any]) -> Any:
 
 def pad_token(words: Mapping[str, int] | None, settings: Mapping[str, Any]) -> int:
     """The token that fills up a prompt, from a tokenizer's vocabulary and its `tokenizer_config.json`."""
-    known = vocabulary()
+    known = {word: token for word, token in vocabulary().items() if token < START}
+    known |= {"<|startoftext|>": START, "<|endoftext|>": END}  # open_clip has other names for them
     if words is not None and words != known:
         raise ValueError("its vocabulary is not CLIP's, which is the only one that is read")
     pad = settings.get("pad_token")
@@ -193,4 +234,4 @@ def ldm_text(shapes: Shapes) -> TextConfig:
     """Of a single file's text tower, CLIP's; its heads are 64 wide."""
     vocab_size, width = shapes["text_model.embeddings.token_embedding.weight"]
     layers = count(shapes, r"text_model\.encoder\.layers\.(\d+)\.")
-    return TextConfig(width=width, layers=layers, heads=max(width // 64, 1), vocab_size=vocab_size)
+    return TextConfig(width=width, layers=layers, heads=max(width // 64, 1), vocab_size=_vocab_size(vocab_size))

@@ -83,7 +83,8 @@ def unet_rows(config: UNetConfig) -> list[Row]:
 
     def attn(ours: str, block: str, i: int, ldm: str, depth: int) -> None:
         outer = (f"{ours}.attn", f"{block}.attentions.{i}", ldm)
-        rows.extend(_inside(outer, [(n, n, n) for n in ("norm", "proj_in", "proj_out")]))
+        if depth:
+            rows.extend(_inside(outer, [(n, n, n) for n in ("norm", "proj_in", "proj_out")]))
         for k in range(depth):
             rows.extend(
                 _inside(outer, _inside((f"blocks.{k}", inner := f"transformer_blocks.{k}", inner), _TRANSFORMER))
@@ -97,7 +98,8 @@ def unet_rows(config: UNetConfig) -> list[Row]:
             attn(f"down.{n}", f"down_blocks.{level}", i, f"input_blocks.{n + 1}.1", config.depth[level])
         n = level * per_level + config.res_blocks
         ldm = f"input_blocks.{n + 1}.0.op"
-        rows.append((f"down.{n}.resample.conv", f"down_blocks.{level}.downsamplers.0.conv", ldm))
+        if level < levels - 1:
+            rows.append((f"down.{n}.resample.conv", f"down_blocks.{level}.downsamplers.0.conv", ldm))
     res("mid.0", "mid_block", 0, "middle_block.0")
     attn("mid.0", "mid_block", 0, "middle_block.1", config.mid_depth)
     res("mid.1", "mid_block", 1, "middle_block.2")
@@ -108,7 +110,8 @@ def unet_rows(config: UNetConfig) -> list[Row]:
             res(f"up.{n}", f"up_blocks.{block}", i, f"output_blocks.{n}.0")
             attn(f"up.{n}", f"up_blocks.{block}", i, f"output_blocks.{n}.1", depth)
         ldm = f"output_blocks.{n}.{2 if depth else 1}.conv"
-        rows.append((f"up.{n}.resample.conv", f"up_blocks.{block}.upsamplers.0.conv", ldm))
+        if block < levels - 1:
+            rows.append((f"up.{n}.resample.conv", f"up_blocks.{block}.upsamplers.0.conv", ldm))
     return rows
 
 
@@ -133,7 +136,8 @@ def vae_rows(config: VAEConfig) -> list[Row]:
             for i in range(count):
                 rows += _inside((f"{blocks}.{first + i}", f"{theirs}.resnets.{i}", f"{ldm}.block.{i}"), _VAE_RES)
             resample = f"{theirs}.{change}rs.0.conv"
-            rows.append((f"{blocks}.{first + count}.conv", resample, f"{ldm}.{change}.conv"))
+            if level < levels - 1:
+                rows.append((f"{blocks}.{first + count}.conv", resample, f"{ldm}.{change}.conv"))
     return rows
 
 

@@ -6,11 +6,9 @@ Sizes follow LDM's `openaimodel.py`; parity with diffusers' `UNet2DConditionMode
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +157,10 @@ class UNet(nn.Module):
         out: Tensor = emb + self.added_embed(added)
         return out
 
+    def _run(self, stage: nn.Module, *args: Any) -> Tensor:
+        out: Tensor = checkpoint(stage, *args, use_reentrant=False) if self.checkpointing else stage(*args)
+        return out
+
     def forward(
         self,
         x: Tensor,
@@ -177,22 +179,21 @@ class UNet(nn.Module):
             raise ValueError(f"this UNet has {len(self.down) + 1} skips, the residuals {len(residuals.skips)}")
         if any(not 0 <= stage <= len(self.down) for stage in hidden):
             raise ValueError(f"this UNet has the stages 0 to {len(self.down)}, the residuals name {sorted(hidden)}")
-        run = functools.partial(checkpoint, use_reentrant=False) if self.checkpointing else operator.call
         emb = self.embed(torch.as_tensor(t, device=x.device).expand(x.shape[0]), added, x.dtype)
 
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x := x + hidden.get(0, 0)]
         for i, stage in enumerate(self.down, 1):
-            x = run(stage, x, emb, context) + hidden.get(i, 0)
+            x = self._run(stage, x, emb, context) + hidden.get(i, 0)
             skips.append(x)
         if residuals.skips:
             skips = [skip + r for skip, r in zip(skips, residuals.skips, strict=True)]
         for stage in self.mid:
-            x = run(stage, x, emb, context)
+            x = self._run(stage, x, emb, context)
         if residuals.mid is not None:
             x = x + residuals.mid
         for stage in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = run(stage, x, emb, context, skips[-1].shape[-2:] if skips else None)
+            x = self._run(stage, x, emb, context, skips[-1].shape[-2:] if skips else None)
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return out

@@ -1,15 +1,19 @@
 """Draws pictures from an image prompt, a text prompt, or both.
 
 python -m sampling --image cat.png --prompt "on a pink background" --scale 0.7 --seed 0 --out out.png
+python -m sampling --ip-adapter a.bin --image x.png --scale 0.5 --ip-adapter b.bin --image y.png --scale 0.8
 python -m sampling --again out.png
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,10 +21,19 @@ from tqdm import tqdm
 
 import weights_convert
 from sampling import images
-from sampling.pipeline import WEIGHTS, Pipeline, load, prompt_files
+from sampling.pipeline import WEIGHTS, Pipeline, compiled, load, prompt_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH = 16
+
+
+class Following(argparse.Action):
+    """Keeps a value with the number of --ip-adapter flags before it."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, args: argparse.Namespace, value: Any, option: str | None = None
+    ) -> None:
+        setattr(args, self.dest, [*getattr(args, self.dest), (len(args.ip_adapter), value)])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--image",
         type=Path,
-        action="append",
+        action=Following,
         default=[],
         help="image prompt; several make one prompt of several pictures",
     )
@@ -42,7 +55,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--prompt", default="", help="text prompt")
     p.add_argument("--negative-prompt", default="", help="text of the unconditional pass")
-    p.add_argument("--scale", type=float, default=1.0, help="lambda, the weight of the image prompt (Eq. 8; default 1)")
+    p.add_argument(
+        "--scale",
+        type=float,
+        action=Following,
+        default=[],
+        help="lambda, the weight of the image prompt (Eq. 8; default 1)",
+    )
     p.add_argument("--guidance", type=float, default=7.5, help="w, the guidance weight (Eq. 7; default 7.5)")
     p.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
     p.add_argument("--eta", type=float, default=0.0, help="0 is DDIM, 1 is DDPM (default 0)")
@@ -52,13 +71,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--height", type=int, help="in pixels")
     p.add_argument("--dtype", choices=DTYPES, default="float32")
     p.add_argument("--device", default="cpu")
+    p.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes to start, then faster")
     p.add_argument(
         "--checkpoint",
         type=Path,
         default=WEIGHTS,
         help="Stable Diffusion 1.5 as one file or a diffusers folder, or a folder of our own (default: the mini weights)",
     )
-    p.add_argument("--ip-adapter", type=Path, help="official adapter file (default: the folder's own)")
+    p.add_argument(
+        "--ip-adapter",
+        type=Path,
+        action="append",
+        default=[],
+        help="official adapter file (default: the folder's own); of several, each is followed by its own --image and --scale",
+    )
     p.add_argument(
         "--image-encoder",
         type=Path,
@@ -73,14 +99,52 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def settle(args: argparse.Namespace) -> None:
+    """Gives each adapter its pictures and its lambda.
+
+    One adapter takes them wherever they stand; of several, each takes those that follow it, and `ip_adapter`, `image` and
+    `scale` are then lists with an entry for each.
+    """
+    several, places = len(args.ip_adapter) > 1, range(1, max(1, len(args.ip_adapter)) + 1)
+
+    def at(place: int, found: list[tuple[int, Any]]) -> list[Any]:
+        return [value for before, value in found if before == place or not several]
+
+    pictures, lambdas = ([at(place, found) for place in places] for found in (args.image, args.scale))
+    if several and (at(0, args.image) or at(0, args.scale)):
+        raise ValueError("of several --ip-adapter, each is followed by its own --image and --scale; none stands before")
+    if several and [] in pictures:
+        bare = args.ip_adapter[pictures.index([])]
+        raise ValueError(f"of several --ip-adapter, each is followed by its own --image; {bare} has none")
+    if any(len(given) > 1 for given in lambdas):
+        raise ValueError("--scale is given twice for one adapter")
+    args.ip_adapter, args.image, args.scale = args.ip_adapter or [None], pictures, [(*lam, 1.0)[0] for lam in lambdas]
+    if not several:
+        args.ip_adapter, args.image, args.scale = args.ip_adapter[0], args.image[0], args.scale[0]
+
+
+def adapter_files(args: argparse.Namespace) -> list[Path]:
+    """The adapters that are named."""
+    named = args.ip_adapter if isinstance(args.ip_adapter, list) else [args.ip_adapter]
+    return [Path(name) for name in named if name]
+
+
+def image_prompts(args: argparse.Namespace) -> list[tuple[list[Path], float]]:
+    """(pictures, lambda) of each adapter; empty without pictures."""
+    several = isinstance(args.ip_adapter, list)
+    each = zip(args.image, args.scale, strict=True) if several else [(args.image, args.scale)]
+    return [([Path(picture) for picture in pictures], scale) for pictures, scale in each if pictures]
+
+
 def files(args: argparse.Namespace) -> dict[str, str]:
     """The hash of every file that decides the picture: weights, their configs, image prompts."""
-    base = [args.checkpoint]
+    base, pictures = [args.checkpoint], [picture for prompt, _ in image_prompts(args) for picture in prompt]
     if (args.checkpoint / "unet.safetensors").exists():
         base = [args.checkpoint / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder")]
-    prompt = prompt_files(args.checkpoint, args.ip_adapter, args.image_encoder) if args.image else ()
-    names = [name for path in (*base, *prompt) if path for name in weights_convert.files_of(path)]
-    return {str(name): weights_convert.sha256(name) for name in [*names, *args.image]}
+    adapters, encoder = prompt_files(args.checkpoint, adapter_files(args), args.image_encoder)
+    used = [*base, *adapters, encoder] if pictures else base
+    names = [name for path in used if path for name in weights_convert.files_of(path)]
+    return {str(name): weights_convert.sha256(name) for name in [*names, *pictures]}
 
 
 def recall(path: Path, out: Path) -> argparse.Namespace:
@@ -90,8 +154,7 @@ def recall(path: Path, out: Path) -> argparse.Namespace:
     if set(arguments) != set(vars(parser().parse_args([]))) - {"out", "again"}:
         raise ValueError(f"{path}: a sheet, or drawn by another version of this program, so it can't be drawn again")
     args = argparse.Namespace(**arguments)
-    args.image = [Path(image) for image in args.image]
-    for name in ("checkpoint", "ip_adapter", "image_encoder"):
+    for name in ("checkpoint", "image_encoder"):
         setattr(args, name, Path(value) if (value := getattr(args, name)) else None)
     for name, digest in settings["sha256"].items():
         if not Path(name).exists():
@@ -102,10 +165,10 @@ def recall(path: Path, out: Path) -> argparse.Namespace:
     return args
 
 
-def draw(pipeline: Pipeline, args: argparse.Namespace, prompts: list[Image.Image]) -> list[Image.Image]:
-    """The pictures that the arguments ask for."""
+def draw(pipeline: Pipeline, args: argparse.Namespace, prompts: list[list[Image.Image]]) -> list[Image.Image]:
+    """The pictures that the arguments ask for; `prompts` are the opened pictures of each adapter."""
     height, width = pipeline.native_size
-    embedding = pipeline.embed(prompts, args.fit) if prompts else None
+    embeddings = [pipeline.embed(prompt, args.fit) for prompt in prompts]
     pictures = []
     with tqdm(total=args.steps * -(-args.num // BATCH), desc="drawing", unit="step", disable=None) as bar:
         for first in range(0, args.num, BATCH):
@@ -113,9 +176,9 @@ def draw(pipeline: Pipeline, args: argparse.Namespace, prompts: list[Image.Image
             drawn = pipeline.draw(
                 [args.prompt] * len(seeds),
                 seeds,
-                embedding,
+                embeddings or None,
                 [args.negative_prompt] * len(seeds),
-                scale=args.scale,
+                scale=[scale for _, scale in image_prompts(args)],
                 guidance=args.guidance,
                 steps=args.steps,
                 eta=args.eta,
@@ -128,15 +191,18 @@ def draw(pipeline: Pipeline, args: argparse.Namespace, prompts: list[Image.Image
 
 def run(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    settle(args)
     if args.again:
         args = recall(args.again, args.out)
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, not {args.num}")
     if args.out.is_dir():
         raise ValueError(f"{args.out} is a folder: name the file to write")
-    prompts = [images.open_image(path) for path in args.image]  # refuse a bad picture before the weights are read
-    if args.image and None in (found := prompt_files(args.checkpoint, args.ip_adapter, args.image_encoder)):
-        flag = "--ip-adapter" if found[0] is None else "--image-encoder"
+    # a bad picture is refused before the weights are read
+    prompts = [[images.open_image(path) for path in paths] for paths, _ in image_prompts(args)]
+    adapters, encoder = prompt_files(args.checkpoint, adapter_files(args), args.image_encoder)
+    if prompts and not (adapters and encoder):
+        flag = "--image-encoder" if adapters else "--ip-adapter"
         raise FileNotFoundError(
             f"an image prompt needs {flag}, {args.checkpoint} has none; `make weights` trains the mini ones"
         )
@@ -144,12 +210,12 @@ def run(argv: list[str] | None = None) -> None:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    pipeline = load(args.checkpoint, args.ip_adapter, args.image_encoder, DTYPES[args.dtype], args.device)
+    pipeline = load(args.checkpoint, adapters, encoder, DTYPES[args.dtype], args.device)
+    if args.compile:
+        pipeline = replace(pipeline, unet=compiled(pipeline.unet))
     pictures = draw(pipeline, args, prompts)
-    settings = {"arguments": {k: v for k, v in vars(args).items() if k not in ("out", "again")}, "sha256": files(args)}
-    settings["arguments"] |= {k: str(v) for k, v in settings["arguments"].items() if isinstance(v, Path)} | {
-        "image": [str(path) for path in args.image]
-    }
+    arguments = {k: v for k, v in vars(args).items() if k not in ("out", "again")}
+    settings = {"arguments": json.loads(json.dumps(arguments, default=str)), "sha256": files(args)}
     for i, picture in enumerate(pictures):
         path = args.out if args.num == 1 else args.out.with_stem(f"{args.out.stem}-{i}")
         one = settings | {"arguments": settings["arguments"] | {"seed": args.seed + i, "num": 1}}

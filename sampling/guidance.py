@@ -17,11 +17,11 @@ def guided(unet: UNet, uncond: Context, cond: Context, guidance: float) -> Denoi
     The unconditional pass has no text and the null image (section 3.2.3).
     """
     if guidance == 1:
-        return lambda x, t: unet(x.to(cond.text), t, cond).to(x)
+        return lambda x, t: unet(x.to(cond.text), torch.tensor(t), cond).to(x)
     both = stack(uncond, cond)
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        eps_uncond, eps_cond = unet(torch.cat([x, x]).to(both.text), t, both).to(x).chunk(2)
+        eps_uncond, eps_cond = unet(torch.cat([x, x]).to(both.text), torch.tensor(t), both).to(x).chunk(2)
         return eps_uncond.lerp(eps_cond, guidance)
 
     return denoise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,23 +23,24 @@ from sampling.guidance import guided
 from sampling.schedule import Schedule, schedule_of
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+Lambda = Scale | Sequence[Scale]  # of one adapter: for all its layers, or one for each
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A base model and, to read image prompts, an image encoder with its adapter. Immutable; its modules are never changed."""
+    """A base model and, to read image prompts, an image encoder with its adapters. Immutable; its modules are never changed."""
 
     unet: UNet
     vae: VAE
     text: TextEncoder
     schedule: Schedule
     image: ImageEncoder | None = None
-    adapter: IPAdapter | None = None
+    adapters: tuple[IPAdapter, ...] = ()
 
     @torch.no_grad()
     def embed(self, pictures: Sequence[Image.Image], fit: Fit = "crop") -> Tensor:
         """The embeddings of RGB pictures that make up one prompt, `1 k e`."""
-        if self.image is None or self.adapter is None:
+        if self.image is None or not self.adapters:
             raise FileNotFoundError(
                 "an image prompt needs an image encoder and an adapter; `make weights` trains the mini ones"
             )
@@ -51,29 +53,39 @@ class Pipeline:
         self,
         prompts: Sequence[str],
         negatives: Sequence[str],
-        embedding: Tensor | None = None,
-        scale: Scale | Sequence[Scale] = 1.0,
+        embedding: Tensor | Sequence[Tensor] | None = None,
+        scale: Lambda | Sequence[Lambda] = 1.0,
         fuse: Fuse = decoupled,
     ) -> tuple[Context, Context]:
-        """(uncond, cond) for b prompts. `embedding`: `1 k e` or `b k e`; the unconditional side has the null image, zeros."""
+        """(uncond, cond) for b prompts. `embedding`: `1 k e` or `b k e`; the unconditional side has the null image, zeros.
+
+        With several adapters `embedding` is a sequence, one for each, and `scale` is one for all or a sequence too.
+        """
         device = next(self.unet.parameters()).device
         text = self.text(self.text.tokenize([*negatives, *prompts]).to(device))
         uncond, cond = (Context(half, fuse=fuse) for half in text.split([len(negatives), len(prompts)]))
         if embedding is None:
             return uncond, cond
-        if self.adapter is None:
-            raise ValueError("an image prompt needs an adapter")
-        embedding = embedding.expand(len(prompts), -1, -1)
-        return self.adapter(uncond, torch.zeros_like(embedding), scale), self.adapter(cond, embedding, scale)
+        embeddings = [embedding] if isinstance(embedding, Tensor) else list(embedding)
+        scales: list[Any] = [scale] * len(embeddings)
+        if isinstance(scale, Sequence) and not isinstance(embedding, Tensor):
+            scales = list(scale)
+        if not len(embeddings) == len(scales) == len(self.adapters):
+            given = f"{len(embeddings)} embeddings and {len(scales)} scales"
+            raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {given} are given")
+        for adapter, one, lam in zip(self.adapters, embeddings, scales, strict=True):
+            one = one.expand(len(prompts), -1, -1)
+            uncond, cond = adapter(uncond, torch.zeros_like(one), lam), adapter(cond, one, lam)
+        return uncond, cond
 
     @torch.no_grad()
     def draw(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        embedding: Tensor | None = None,
+        embedding: Tensor | Sequence[Tensor] | None = None,
         negatives: Sequence[str] | None = None,
-        scale: Scale | Sequence[Scale] = 1.0,
+        scale: Lambda | Sequence[Lambda] = 1.0,
         guidance: float = 7.5,
         steps: int = 50,
         eta: float = 0.0,
@@ -107,9 +119,15 @@ class Pipeline:
         return side, side
 
 
+def compiled(unet: UNet) -> UNet:
+    """The same network through `torch.compile`, its weights frozen into the code: minutes to start, then faster. For drawing only."""
+    fast: UNet = torch.compile(unet, options={"freezing": True})  # type: ignore[assignment]
+    return fast
+
+
 def load(
     checkpoint: Path = WEIGHTS,
-    adapter: Path | None = None,
+    adapter: Path | Sequence[Path] | None = None,
     image_encoder: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -120,21 +138,24 @@ def load(
     FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
     base = weights_convert.load_base(checkpoint, dtype)
-    adapter, image_encoder = prompt_files(checkpoint, adapter, image_encoder)
+    files, image_encoder = prompt_files(checkpoint, adapter, image_encoder)
     image = weights_convert.load_image_encoder(image_encoder, dtype) if image_encoder else None
     image_dim = image.config.output_dim if image else None
-    read = weights_convert.load_adapter(adapter, base.unet, image_dim, dtype) if adapter else None
-    for part in (base.unet, base.vae, base.text, image, read):
+    adapters = tuple(weights_convert.load_adapter(file, base.unet, image_dim, dtype) for file in files)
+    for part in (base.unet, base.vae, base.text, image, *adapters):
         if part is not None:
             part.to(device)
     scheduler = checkpoint / "scheduler" / "scheduler_config.json"
     config = weights_convert.read_json(scheduler) if scheduler.exists() else {}
     schedule = replace(schedule_of(config), prediction=base.unet.config.prediction)
-    return Pipeline(base.unet, base.vae, base.text, schedule, image, read)
+    return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters)
 
 
-def prompt_files(checkpoint: Path, adapter: Path | None, image_encoder: Path | None) -> tuple[Path | None, Path | None]:
-    """The adapter and the image encoder to use: those named, or else the folder's own, or none."""
+def prompt_files(
+    checkpoint: Path, adapter: Path | Sequence[Path] | None, image_encoder: Path | None
+) -> tuple[list[Path], Path | None]:
+    """The adapters and the image encoder to use: those named, or else the folder's own, or none."""
     own = checkpoint / "ip_adapter.safetensors", checkpoint / "image_encoder.safetensors", checkpoint / "image_encoder"
     encoders = [image_encoder] if image_encoder else [path for path in own[1:] if path.exists()]
-    return adapter or (own[0] if own[0].exists() else None), encoders[0] if encoders else None
+    named = [adapter] if isinstance(adapter, Path) else list(adapter or ())
+    return named or [path for path in own[:1] if path.exists()], encoders[0] if encoders else None

@@ -88,9 +88,11 @@ class Schedule:
 def schedule_of(config: Mapping[str, Any]) -> Schedule:
     """The DDIM schedule of a diffusers `scheduler_config.json`, whichever scheduler that names; {} gives SD 1.5's.
 
-    As diffusers' pipeline does, `steps_offset` is 1 and samples are never clipped, whatever the file says. Raises ValueError
-    for what Stable Diffusion's schedule is not.
+    As diffusers' pipeline does, `steps_offset` is 1 and samples are never clipped, whatever the file says; what it leaves
+    out is as in `DDIMScheduler`. Raises ValueError for what Stable Diffusion's schedule is not.
     """
+    if config:
+        config = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "set_alpha_to_one": True, **config}
     for key, value in {
         "beta_schedule": "scaled_linear",
         "trained_betas": None,

@@ -1,21 +1,34 @@
-"""What the parity tests share: random peaky weights, rename tables from other people's names to ours, pairs of equal networks."""
+"""What the parity tests share: random peaky weights, and pairs of equal networks, a peer's and ours."""
 
 from __future__ import annotations
 
+import gzip
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
+from model.image_encoder import ImageConfig, ImageEncoder
+from model.names import TRANSPOSED, Names, image_names, named, text_names, unet_rows, vae_rows
+from model.text_encoder import END, START, TextConfig, TextEncoder
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
 
 M = TypeVar("M", bound=nn.Module)
-Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
 PEAKY = re.compile(r"(to_q|to_k|q_proj|k_proj|to_k_ip\.\d+)\.weight$")
 
 
@@ -45,78 +58,17 @@ def randomise(module: M, seed: int = 0, peaky: float = 2.0) -> M:
     return module
 
 
-def rename(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """Applies every rule to every name, and insists that no two names fall together."""
-    out = {}
-    for source, tensor in tensors.items():
-        name = source
-        for pattern, target in rules:
-            name = re.sub(pattern, target, name)
-        assert name not in out, f"{source} and another name both become {name}"
-        out[name] = tensor
-    return out
-
-
-RES_BLOCK: Rules = [(r"time_emb_proj", "emb"), (r"conv_shortcut", "skip")]
-
-
-def unet_rules(res_blocks: int) -> Rules:
-    """diffusers' names to ours: its blocks of resnets, attentions and a change of size become one list of stages."""
-
-    def stage(side: str, inside: str) -> Callable[[re.Match[str]], str]:
-        def name(m: re.Match[str]) -> str:
-            place = int(m[2]) if m.lastindex == 2 else res_blocks  # a change of size is a block's last
-            return f"{side}.{int(m[1]) * (res_blocks + 1) + place}.{inside}."
-
-        return name
-
-    return [
-        (r"^time_embedding\.linear_1", "time_embed.0"),
-        (r"^time_embedding\.linear_2", "time_embed.2"),
-        (r"^add_embedding\.linear_1", "added_embed.0"),
-        (r"^add_embedding\.linear_2", "added_embed.2"),
-        (r"^conv_norm_out", "norm_out"),
-        (r"^down_blocks\.(\d+)\.resnets\.(\d+)\.", stage("down", "res")),
-        (r"^down_blocks\.(\d+)\.attentions\.(\d+)\.", stage("down", "attn")),
-        (r"^down_blocks\.(\d+)\.downsamplers\.0\.", stage("down", "resample")),
-        (r"^mid_block\.resnets\.(\d+)\.", r"mid.\1.res."),
-        (r"^mid_block\.attentions\.0\.", r"mid.0.attn."),
-        (r"^up_blocks\.(\d+)\.resnets\.(\d+)\.", stage("up", "res")),
-        (r"^up_blocks\.(\d+)\.attentions\.(\d+)\.", stage("up", "attn")),
-        (r"^up_blocks\.(\d+)\.upsamplers\.0\.", stage("up", "resample")),
-        (r"transformer_blocks", "blocks"),
-        (r"to_out\.0", "to_out"),
-        (r"ff\.net\.0\.proj", "ff.proj_in"),
-        (r"ff\.net\.2", "ff.proj_out"),
-        *RES_BLOCK,
-    ]
-
-
-def vae_rules(res_blocks: int) -> Rules:
-    def flat(per_block: int, inside: str = "") -> Callable[[re.Match[str]], str]:
-        return lambda m: f"{m[1]}.{int(m[2]) * per_block + (int(m[3]) if m.lastindex == 3 else per_block - 1)}.{inside}"
-
-    return [
-        (r"^(encoder\.down)_blocks\.(\d+)\.resnets\.(\d+)\.", flat(res_blocks + 1)),
-        (r"^(encoder\.down)_blocks\.(\d+)\.downsamplers\.0\.", flat(res_blocks + 1)),
-        (r"^(decoder\.up)_blocks\.(\d+)\.resnets\.(\d+)\.", flat(res_blocks + 2)),
-        (r"^(decoder\.up)_blocks\.(\d+)\.upsamplers\.0\.", flat(res_blocks + 2)),
-        (r"mid_block\.resnets\.0", "mid.0"),
-        (r"mid_block\.resnets\.1", "mid.2"),
-        (r"mid_block\.attentions\.0\.group_norm", "mid.1.norm"),
-        (r"mid_block\.attentions\.0\.", "mid.1.attn."),
-        (r"to_out\.0", "to_out"),
-        (r"conv_norm_out", "norm_out"),
-        *RES_BLOCK,
-    ]
-
-
-def as_matrices(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """SD 1.5's 1x1 convolutions around a spatial transformer, as the matrices that they are."""
-    return {
-        k: v[:, :, 0, 0] if re.search(r"attn\.proj_(in|out)\.weight$", k) and v.ndim == 4 else v
-        for k, v in tensors.items()
-    }
+def from_peer(ours: M, names: Names, peer: Mapping[str, Tensor]) -> M:
+    """Puts a peer's weights into a module of ours, all of them: q, k, v joined, projections turned, 1x1 convolutions as matrices."""
+    state = ours.double().state_dict()
+    assert names.keys() == state.keys()
+    assert sorted(name for theirs in names.values() for name in theirs) == sorted(peer)
+    for name, theirs in names.items():
+        tensor = torch.cat([peer[n] for n in theirs])
+        tensor = tensor.T if theirs[0] in TRANSPOSED else tensor
+        state[name] = tensor[:, :, 0, 0] if tensor.ndim > state[name].ndim else tensor
+    ours.load_state_dict(state)
+    return ours.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -151,9 +103,8 @@ def unet_pair(config: UNetConfig, linear: bool, seed: int = 0) -> UNetPair:
         **(added if config.added_dim else {}),
     )
     randomise(peer, seed)
-    ours = UNet(config).double().eval().requires_grad_(False)
-    ours.load_state_dict(as_matrices(rename(peer.state_dict(), unet_rules(config.res_blocks))))
-    return UNetPair(peer, ours)
+    ours = UNet(config)
+    return UNetPair(peer, from_peer(ours, named(ours.state_dict(), unet_rows(config), 1), peer.state_dict()))
 
 
 # Small relatives of the three base models: every rule of the big ones, at a few thousand weights a layer.
@@ -183,42 +134,58 @@ def vae_pair(config: VAEConfig, seed: int = 0) -> tuple[Any, VAE]:
         scaling_factor=config.scale,
     )
     randomise(peer, seed)
-    ours = VAE(config).double().eval().requires_grad_(False)
-    ours.load_state_dict(rename(peer.state_dict(), vae_rules(config.res_blocks)))
-    return peer, ours
+    ours = VAE(config)
+    return peer, from_peer(ours, named(ours.state_dict(), vae_rows(config), 1), peer.state_dict())
 
 
-CLIP_RULES: Rules = [
-    (r"^(text|vision)_model\.", ""),
-    (r"^encoder\.layers\.", "transformer.resblocks."),
-    (r"^embeddings\.token_embedding", "token_embedding"),
-    (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
-    (r"^embeddings\.class_embedding", "class_embedding"),
-    (r"^embeddings\.patch_embedding", "conv1"),
-    (r"^pre_layrnorm", "ln_pre"),
-    (r"^post_layernorm", "ln_post"),
-    (r"^final_layer_norm", "ln_final"),
-    (r"layer_norm(\d)", r"ln_\1"),
-    (r"self_attn\.out_proj", "attn.out_proj"),
-    (r"mlp\.fc1", "mlp.c_fc"),
-    (r"mlp\.fc2", "mlp.c_proj"),
-    (r"^text_projection\.weight", "text_projection"),
-    (r"^visual_projection\.weight", "proj"),
-    (r"^", "clip."),
-]
+def clip_words() -> tuple[dict[str, int], list[str]]:
+    """CLIP's vocabulary with its own names for start and end, and its merges, from open_clip's file."""
+    merges = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")[1 : START - 511]
+    words = {word: token for word, token in SimpleTokenizer().encoder.items() if token < START}
+    return words | {"<|startoftext|>": START, "<|endoftext|>": END}, merges
 
 
-def clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' CLIP as open_clip names it: q, k, v in one matrix, and projections transposed."""
-    joined = {}
-    for name, tensor in tensors.items():
-        if ".q_proj." in name:
-            joined[re.sub(r"self_attn\.q_proj\.", "attn.in_proj_", name)] = torch.cat(
-                [tensors[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
-            )
-        elif not re.search(r"\.[kv]_proj\.", name):
-            joined[name] = tensor.T if re.match(r"(text|visual)_projection", name) else tensor
-    return rename(joined, CLIP_RULES)
+def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    words, merges = clip_words()
+    pairs = [tuple(merge.split()) for merge in merges]
+    return CLIPTokenizer(vocab=words, merges=pairs, pad_token=pad, model_max_length=77)
+
+
+def text_pair(config: TextConfig) -> tuple[Any, TextEncoder]:
+    """With a small vocabulary its last tokens are start and end, as in CLIP's."""
+    size = len(config.vocabulary) or config.vocab_size
+    sizes = CLIPTextConfig(
+        vocab_size=size,
+        hidden_size=config.width,
+        intermediate_size=4 * config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        projection_dim=config.output_dim or 512,
+        hidden_act=config.activation,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+    )
+    peer = randomise((CLIPTextModelWithProjection if config.output_dim else CLIPTextModel)(sizes))
+    ours, state = TextEncoder(config), peer.state_dict()
+    prefix = "text_model." if any(name.startswith("text_model.") for name in state) else ""
+    return peer, from_peer(ours, text_names(ours.state_dict(), config, prefix), state)
+
+
+def vision_pair(config: ImageConfig) -> tuple[Any, ImageEncoder]:
+    sizes = CLIPVisionConfig(
+        hidden_size=config.width,
+        intermediate_size=round(config.mlp_ratio * config.width),
+        num_hidden_layers=config.layers[0],
+        num_attention_heads=config.heads,
+        image_size=config.image_size,
+        patch_size=config.patch,
+        projection_dim=config.output_dim,
+        hidden_act=config.activation,
+    )
+    peer = randomise(CLIPVisionModelWithProjection(sizes))
+    ours = ImageEncoder(config)
+    return peer, from_peer(ours, image_names(ours.state_dict(), config), peer.state_dict())
 
 
 def number_of(module: nn.Module) -> tuple[int, int]:

@@ -403,3 +403,11 @@ def test_help_names_every_option() -> None:
         "--checkpoint",
     ):
         assert option in found
+
+
+def test_compile_freezes_the_unet(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's compiler is replaced here by a double: what it makes of the UNet is in tests/test_guidance.py."""
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda unet, options: seen.append((type(unet), options)) or unet)
+    draw(weights, tmp_path / "a.png", "--compile")
+    assert seen == [(UNet, {"freezing": True})]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -89,3 +92,23 @@ def test_solver_keeps_its_own_type(w: float) -> None:
     unet = UNet(CONFIG).bfloat16().requires_grad_(False)
     uncond, cond = (Context(randn(1, 5, 6, seed=seed).bfloat16()) for seed in (6, 7))
     assert guided(unet, uncond, cond, w)(randn(1, 4, 8, 8, seed=8).float(), 3).dtype == torch.float32
+
+
+def test_a_compiled_unet_is_one_graph_for_all_timesteps(unet: UNet) -> None:
+    """A second lambda makes it a variable of the graph; after that nothing is compiled again."""
+    adapter, graphs = IPAdapter(unet, ImageProjection(10, CONFIG.context_dim)).double(), []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    fast: Any = torch.compile(unet, backend=backend, fullgraph=True)
+    x, text, picture = randn(1, 4, 8, 8, seed=1), randn(2, 1, 5, CONFIG.context_dim, seed=2), randn(1, 10, seed=3)
+    uncond, cond = Context(text[0]), Context(text[1])
+    for scale, most in ((0.5, 1), (0.7, 2), (1.0, 2)):
+        contexts = adapter(uncond, 0 * picture, scale), adapter(cond, picture, scale)
+        denoise, want = guided(fast, *contexts, 7.5), guided(unet, *contexts, 7.5)
+        for t in (981, 501, 1):
+            assert torch.equal(denoise(x, t), want(x, t))
+        assert len(graphs) == most

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peers import clip_tensors, max_error, number_of, randn, randomise
+from peers import max_error, number_of, randn, randomise, vision_pair
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from model.image_encoder import MEAN, MINI_IMAGE, STD, VIT_BIGG, VIT_H, VIT_L, ImageConfig, ImageEncoder, normalise
@@ -17,23 +17,6 @@ from model.image_encoder import MEAN, MINI_IMAGE, STD, VIT_BIGG, VIT_H, VIT_L, I
 TOLERANCE = 1e-12  # measured: 2e-14 and less
 GREY = 1 / 255 / min(STD)  # one grey level, normalised
 SMALL_VIT = ImageConfig(image_size=32, patch=8, width=24, layers=(3,), heads=3, mlp_ratio=3.0, output_dim=10)
-
-
-def vision_pair(activation: str) -> tuple[Any, ImageEncoder]:
-    config = CLIPVisionConfig(
-        hidden_size=24,
-        intermediate_size=72,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        image_size=32,
-        patch_size=8,
-        projection_dim=10,
-        hidden_act=activation,
-    )
-    peer = randomise(CLIPVisionModelWithProjection(config))
-    ours = ImageEncoder(ImageConfig(**{**vars(SMALL_VIT), "activation": activation})).double().eval()
-    ours.load_state_dict(clip_tensors(peer.state_dict()))
-    return peer, ours.requires_grad_(False)
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -44,9 +27,9 @@ def photo(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_features_equal_transformers(activation: str) -> None:
+def test_features_equal_transformers(activation: Any) -> None:
     """The embedding is not normalised; fine features are the penultimate layer's, class token first, without the last norm."""
-    peer, ours = vision_pair(activation)
+    peer, ours = vision_pair(replace(SMALL_VIT, activation=activation))
     pixels = randn(2, 3, 32, 32)
     want = peer(pixels, output_hidden_states=True)
     assert max_error(ours(pixels), want.image_embeds) < TOLERANCE

@@ -8,9 +8,9 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from peers import clip_tensors, max_error, number_of, randomise
+from peers import max_error, number_of, text_pair
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from model.text_encoder import END, SD15_TEXT, SD21_TEXT, START, TextConfig, TextEncoder, words_of
 
@@ -19,22 +19,8 @@ WIDTH, LAYERS, HEADS, OUTPUT = 16, 3, 2, 10
 CAT = [START, 320, 1125, 539, 320, 2368, END]  # "a photo of a cat"
 
 
-def text_pair(activation: str, projection: bool = False, vocabulary: tuple[int, ...] = ()) -> tuple[Any, TextEncoder]:
-    size = len(vocabulary) or 49408
-    config = CLIPTextConfig(
-        vocab_size=size, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        projection_dim=OUTPUT, hidden_act=activation, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1,
-    )  # fmt: skip
-    peer = randomise((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
-    ours = (
-        TextEncoder(
-            TextConfig(WIDTH, LAYERS, HEADS, OUTPUT if projection else 0, activation=activation, vocabulary=vocabulary)
-        )
-        .double()
-        .eval()
-    )  # type: ignore[arg-type]
-    ours.load_state_dict(clip_tensors(peer.state_dict()))
-    return peer, ours.requires_grad_(False)
+def pair(activation: Any, **changes: Any) -> tuple[Any, TextEncoder]:
+    return text_pair(TextConfig(WIDTH, LAYERS, HEADS, activation=activation, **changes))
 
 
 def tokens() -> Tensor:
@@ -43,7 +29,7 @@ def tokens() -> Tensor:
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_hidden_states_equal_transformers(activation: str) -> None:
-    peer, ours = text_pair(activation)
+    peer, ours = pair(activation)
     want = peer(tokens(), output_hidden_states=True)
     assert max_error(ours(tokens()), want.last_hidden_state) < TOLERANCE
     penultimate, norm = (
@@ -56,7 +42,7 @@ def test_hidden_states_equal_transformers(activation: str) -> None:
 
 
 def test_forward_reads_what_the_config_says() -> None:
-    _, ours = text_pair("gelu")
+    _, ours = pair("gelu")
     for skip, final_norm in ((0, True), (1, True), (1, False), (2, False)):
         other = (
             TextEncoder(TextConfig(WIDTH, LAYERS, HEADS, activation="gelu", skip=skip, final_norm=final_norm))
@@ -70,13 +56,13 @@ def test_forward_reads_what_the_config_says() -> None:
 @pytest.mark.parametrize("vocabulary", [(), (*range(48), START, END)], ids=["whole", "small"])
 def test_pooled_equals_transformers(vocabulary: tuple[int, ...]) -> None:
     """Read at the first end token, by a projection that open_clip stores transposed."""
-    peer, ours = text_pair("gelu", projection=True, vocabulary=vocabulary)
+    peer, ours = pair("gelu", output_dim=OUTPUT, vocabulary=vocabulary)
     ids = torch.tensor([[48, 3, 9, 49, 49, 49], [48, 3, 9, 7, 1, 49]]) if vocabulary else tokens()
     assert max_error(ours.pooled(ids), peer(ids).text_embeds) < TOLERANCE
 
 
 def test_a_shorter_prompt_gives_the_same_states() -> None:
-    _, ours = text_pair("quick_gelu")
+    _, ours = pair("quick_gelu")
     whole = ours(tokens())
     for n in (1, 8, 76):
         assert max_error(ours(tokens()[:, :n]), whole[:, :n]) < TOLERANCE

@@ -48,7 +48,7 @@ def main() -> None:
 
     for name, stage in STAGES.items():
         if args.stage in (name, "all"):
-            stage.train(args.state, args.weights, plan_of(stage.PLAN))
+            stage.train(args.state, args.weights, tuple(plan_of(plan) for plan in stage.PHASES))
     if args.stage in ("adapter", "all"):
         source = adapter.Source(
             args.base or args.weights,

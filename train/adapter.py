@@ -28,7 +28,7 @@ from train.loss import diffusion_loss, noise_for
 from train.unet import HELD_OUT, PICTURES, rows_of
 from weights_convert import save_adapter
 
-PLAN = Plan("ip_adapter", steps=450, batch=32, lr=2e-3, ema=0.98, validate_every=225)
+PLAN = Plan("ip_adapter", steps=2400, batch=32, lr=2e-3, ema=0.99, bf16=True, validate_every=400)
 TOKENS, DROP = 4, 0.05
 
 
@@ -152,7 +152,7 @@ def train(
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, IPAdapter)
         if source.data is None:
-            preview.prompts(replace(pipeline, adapter=module), folder / f"{plan.name}.png")
+            preview.prompts(replace(pipeline, adapters=(module,)), folder / f"{plan.name}.png")
         with torch.autocast(plan.device.split(":")[0], torch.bfloat16, enabled=plan.bf16):
             return held_out_losses(unet, module, schedule, held_out, fuse, plan.device)
 

@@ -26,7 +26,7 @@ from train.loss import diffusion_loss, noise_for
 
 PHASES = (
     Plan("unet", steps=2900, batch=32, lr=1e-3, ema=0.998, decay=0.45, validate_every=850),
-    Plan("unet_longer", steps=6000, batch=32, lr=1e-3, ema=0.998, decay=0.35, bf16=True, validate_every=500, seed=10),
+    Plan("unet_longer", steps=5000, batch=32, lr=1e-3, ema=0.998, decay=0.35, bf16=True, validate_every=500, seed=10),
 )
 PICTURES, HELD_OUT, GAMMA, DROP = 24_000, 512, 5.0, 0.1
 

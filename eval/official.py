@@ -1,0 +1,148 @@
+"""Random peaky weights at the true size in the official layouts, and the public networks filled from the same files.
+
+What the proof and the benchmark compare: ours through `weights_convert`, theirs through diffusers' own conversion of the same
+single file (`convert_ldm_unet_checkpoint` and its kin) and transformers' own loading. Half precision, 3.4 GB in all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model import configs
+from model.adapter import IPAdapter
+from model.image_encoder import VIT_H, ImageEncoder
+from model.image_projection import ImageProjection
+from model.names import TRANSPOSED, Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
+from model.text_encoder import SD15_TEXT, TextEncoder
+from model.unet import SD15, UNet
+from model.vae import SD_VAE, VAE
+from weights_convert import LDM, write_json, write_tensors
+
+SINGLE, ADAPTER, ENCODER = "sd15.safetensors", "ip-adapter_sd15.safetensors", "image_encoder"
+_NORM = re.compile(r"(norm\w*|ln_\w+)\.weight$")
+_PEAKY = re.compile(r"(to_q|to_k(\.\d+)?|in_proj)[._]weight$")
+_CONV = re.compile(r"(attn\.proj_(in|out)|mid\.1\.attn\.\w+)\.weight$")  # 1 x 1 convolutions in a single file
+
+
+def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Of the size that keeps activations near one; queries and keys twice that, so that softmaxes are far from flat."""
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) < 2:
+        return (1.0 if _NORM.search(name) else 0.0) + 0.3 * noise
+    return noise * (2.0 if _PEAKY.search(name) else 1.0) / noise[0].numel() ** 0.5
+
+
+def _tensors(module: nn.Module, names: Names, prefix: str, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """The module's tensors, random, under the names and in the shapes of the file."""
+    for name, like in module.state_dict().items():
+        value = _random(name, like.shape, generator).half()
+        value = value.T if names[name][0] in TRANSPOSED else value
+        value = value[:, :, None, None] if _CONV.search(name) else value
+        yield from zip((f"{prefix}{n}" for n in names[name]), value.chunk(len(names[name])), strict=True)
+
+
+def write(folder: Path, seed: int = 0) -> None:
+    """Writes the three files, unless they are there."""
+    if (folder / ENCODER / "config.json").exists():
+        return
+    g = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        unet, vae, text, image = UNet(SD15), VAE(SD_VAE), TextEncoder(SD15_TEXT), ImageEncoder(VIT_H)
+        adapter = IPAdapter(unet, ImageProjection(VIT_H.output_dim, SD15.context_dim))
+    tables = (
+        named(unet.state_dict(), unet_rows(SD15), 2),
+        named(vae.state_dict(), vae_rows(SD_VAE), 2),
+        text_names(text.state_dict(), SD15_TEXT),
+    )
+    single: dict[str, Tensor] = {}
+    for module, names, prefix in zip((unet, vae, text), tables, LDM.values(), strict=True):
+        single |= _tensors(module, names, prefix, g)
+    write_tensors(folder / SINGLE, single, None)
+    write_tensors(folder / ADAPTER, dict(_tensors(adapter, adapter_names(adapter.state_dict(), unet), "", g)), None)
+    encoder = dict(_tensors(image, image_names(image.state_dict(), VIT_H), "", g))
+    write_tensors(folder / ENCODER / "model.safetensors", encoder, None)
+    write_json(
+        folder / ENCODER / "config.json",
+        {
+            "architectures": ["CLIPVisionModelWithProjection"],
+            "model_type": "clip_vision_model",
+            "hidden_size": VIT_H.width,
+            "intermediate_size": round(VIT_H.width * VIT_H.mlp_ratio),
+            "num_hidden_layers": VIT_H.layers[0],
+            "num_attention_heads": VIT_H.heads,
+            "patch_size": VIT_H.patch,
+            "image_size": VIT_H.image_size,
+            "projection_dim": VIT_H.output_dim,
+            "hidden_act": VIT_H.activation,
+        },
+    )
+
+
+def _filled(build: Callable[[], Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    module = build().eval().requires_grad_(False)
+    module.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, strict=True, assign=True)
+    return module
+
+
+def _part(folder: Path, prefix: str) -> dict[str, Tensor]:
+    return {k: v for k, v in load_file(folder / SINGLE).items() if k.startswith(prefix)}
+
+
+def peer_unet(folder: Path, dtype: torch.dtype, adapter: bool = True) -> Any:
+    """diffusers' UNet, with the adapter at lambda 1."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    config = configs.diffusers_config(SD15)
+    unet = UNet2DConditionModel.from_config(config)
+    tensors = convert_ldm_unet_checkpoint(_part(folder, LDM["unet"]), dict(unet.config))
+    unet = _filled(lambda: unet, tensors, dtype)
+    if adapter:
+        state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+        for name, tensor in load_file(folder / ADAPTER).items():
+            group, _, rest = name.partition(".")
+            state[group][rest] = tensor
+        unet._load_ip_adapter_weights([state])
+        unet.to(dtype)
+    return unet
+
+
+def peer_vae(folder: Path, dtype: torch.dtype) -> Any:
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    levels = len(SD_VAE.channels)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=SD_VAE.channels,
+        layers_per_block=SD_VAE.res_blocks,
+        latent_channels=SD_VAE.latent_channels,
+    )
+    tensors = convert_ldm_vae_checkpoint(_part(folder, LDM["vae"]), dict(vae.config))
+    return _filled(lambda: vae, tensors, dtype)
+
+
+def peer_text(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    c = SD15_TEXT
+    config = CLIPTextConfig(
+        hidden_size=c.width, intermediate_size=4 * c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads
+    )
+    prefix = f"{LDM['text']}text_model."
+    tensors = {k.removeprefix(prefix): v for k, v in _part(folder, prefix).items()}
+    return _filled(lambda: CLIPTextModel(config), tensors, dtype)
+
+
+def peer_image(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection.from_pretrained(folder / ENCODER, dtype=dtype).eval().requires_grad_(False)

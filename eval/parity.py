@@ -1,0 +1,123 @@
+"""Equality with the public implementations at the true size.  `python -m eval parity`
+
+Random peaky weights in the official layouts; error is max |a - b| / max |b| against the public network in float64. Two orders of
+the same sum differ in the last bits, and a deep network amplifies that, so the bar is the peer's own error: ours may be at
+most twice that, in float32 and in bfloat16.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import weights_convert
+from eval import official
+from model.attention import Context
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Network = Callable[..., Tensor]
+Make = Callable[[Path, torch.dtype], Network]
+
+
+def _peer_unet(folder: Path, dtype: torch.dtype) -> Network:
+    unet = official.peer_unet(folder, dtype)
+    return lambda x, t, text, image: unet(x, t, text, added_cond_kwargs={"image_embeds": [image[:, None]]}).sample
+
+
+def _our_unet(folder: Path, dtype: torch.dtype) -> Network:
+    unet = weights_convert.load_single(folder / official.SINGLE, dtype).unet
+    adapter = weights_convert.load_adapter(folder / official.ADAPTER, unet, 1024, dtype)
+    return lambda x, t, text, image: unet(x, t, adapter(Context(text), image))
+
+
+def _peer_encode(folder: Path, dtype: torch.dtype) -> Network:
+    vae = official.peer_vae(folder, dtype)
+    return lambda x: vae.encode(x).latent_dist.mean * vae.config.scaling_factor
+
+
+def _peer_decode(folder: Path, dtype: torch.dtype) -> Network:
+    vae = official.peer_vae(folder, dtype)
+    return lambda z: vae.decode(z / vae.config.scaling_factor).sample
+
+
+def _peer_text(folder: Path, dtype: torch.dtype) -> Network:
+    text = official.peer_text(folder, dtype)
+    return lambda tokens: text(tokens).last_hidden_state
+
+
+def _peer_image(folder: Path, dtype: torch.dtype) -> Network:
+    image = official.peer_image(folder, dtype)
+    return lambda pixels: image(pixels).image_embeds
+
+
+PARTS: dict[str, tuple[Make, Make]] = {
+    "UNet + adapter": (_peer_unet, _our_unet),
+    "VAE, encode": (_peer_encode, lambda f, d: weights_convert.load_single(f / official.SINGLE, d).vae.encode),
+    "VAE, decode": (_peer_decode, lambda f, d: weights_convert.load_single(f / official.SINGLE, d).vae.decode),
+    "text encoder": (_peer_text, lambda f, d: weights_convert.load_single(f / official.SINGLE, d).text),
+    "image encoder": (_peer_image, lambda f, d: weights_convert.load_image_encoder(f / official.ENCODER, d)),
+}
+
+
+def inputs(part: str, side: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What a part reads; `side` is that of the latents."""
+    g = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    if part == "UNet + adapter":
+        return randn(2, 4, side, side), torch.tensor([981, 21]), randn(2, 77, 768), randn(2, 1024)
+    if part == "VAE, encode":
+        return (randn(1, 3, 8 * side, 8 * side).clamp(-1, 1),)
+    if part == "VAE, decode":
+        return (randn(1, 4, side, side),)
+    if part == "text encoder":
+        return (torch.randint(49406, (2, 77), generator=g),)
+    return (randn(2, 3, 224, 224),)
+
+
+@torch.no_grad()
+def measure(folder: Path, side: int = 64, parts: tuple[str, ...] = tuple(PARTS)) -> dict[str, Any]:
+    """{part: {dtype: [the peer's error, ours]}}."""
+    official.write(folder)
+    results: dict[str, Any] = {}
+    for part in tqdm(parts, desc="parity", unit="part"):
+        peer, ours = PARTS[part]
+        want = peer(folder, torch.float64)(*inputs(part, side, torch.float64))
+        gc.collect()
+        results[part] = {}
+        for name, dtype in DTYPES.items():
+            errors = []
+            for make in (peer, ours):
+                got = make(folder, dtype)(*inputs(part, side, dtype)).double()
+                errors.append(float((got - want).abs().max() / want.abs().max()))
+                gc.collect()
+            results[part][name] = errors
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as the table of the README."""
+    lines = ["| | " + " | ".join(f"{d}: public | ours" for d in DTYPES) + " |", "|---" * 5 + "|"]
+    for part, errors in results["parts"].items():
+        lines.append(
+            f"| {part} | " + " | ".join(f"{theirs:.1e} | {ours:.1e}" for theirs, ours in errors.values()) + " |"
+        )
+    return "\n".join(lines)
+
+
+def evaluate(folder: Path, out: Path, side: int) -> dict[str, Any]:
+    """Measures all parts and writes `out` (JSON). Raises AssertionError when ours is above twice the peer's error."""
+    results = {"command": f"python -m eval parity --side {side}", "latents": side, "parts": measure(folder, side)}
+    weights_convert.write_json(out, results)
+    for part, errors in results["parts"].items():
+        for name, (theirs, ours) in errors.items():
+            assert ours <= 2 * theirs, f"{part} in {name}: {ours:.2e} is more than twice the public {theirs:.2e}"
+    return results

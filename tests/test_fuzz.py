@@ -1,0 +1,439 @@
+"""A thousand damaged files, seeded: each loads as it says, or is refused with a sentence that names it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.adapter import IPAdapter
+from model.image_encoder import ImageConfig, ImageEncoder
+from model.image_projection import ImageProjection
+from model.names import Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
+from model.text_encoder import TextConfig, TextEncoder
+from model.unet import UNet, UNetConfig
+from model.vae import VAE, VAEConfig
+from weights_convert import (
+    LDM,
+    load_adapter,
+    load_image_encoder,
+    load_single,
+    load_unet,
+    load_vae,
+    save,
+    save_adapter,
+    save_diffusers,
+)
+
+UNET = UNetConfig(channels=(8,), depth=(1,), heads=(2,), res_blocks=1, context_dim=6, groups=4)
+VAE_CONFIG = VAEConfig(channels=(8,), res_blocks=1, groups=4)
+IMAGE = ImageConfig(image_size=8, patch=4, width=8, layers=(1,), heads=2, output_dim=6)
+SECONDS = 5.0  # of computing, for one load; they take a few hundredths
+
+Tensors = dict[str, Tensor]
+Parts = list[tuple[nn.Module, Names, str]]  # what a load gave: modules, how the file names their tensors, and a prefix
+Case = Iterator[tuple[int, random.Random]]
+
+
+def cases(kind: str, count: int) -> Case:
+    for i in range(count):
+        yield i, random.Random(f"{kind} {i}")
+
+
+# damage
+
+DTYPES = (
+    torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.uint8, torch.bool,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,
+)  # fmt: skip
+
+
+def poison(tensor: Tensor, value: float, rng: random.Random) -> Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[rng.randrange(tensor.numel())] = value
+    return tensor
+
+
+def damage_tensors(tensors: Tensors, rng: random.Random) -> Tensors:
+    """One change of names, shapes, dtypes or values."""
+    tensors = dict(tensors)
+    name, other = rng.sample(sorted(tensors), 2)
+    t = tensors[name]
+    kind = rng.choice(("rename", "drop", "add", "swap", "reshape", "cast", "cast all", "poison", "scale"))
+    if kind == "rename":
+        new = rng.choice(
+            (name + "x", name[1:], name.replace("weight", "bias"), name.replace(".", "", 1), other, "état")
+        )
+        tensors[new] = tensors.pop(name)
+    elif kind == "drop":
+        del tensors[name]
+    elif kind == "add":
+        tensors[rng.choice((name + ".weight", "x", "model.diffusion_model.x", name.replace("1", "2")))] = t.clone()
+    elif kind == "swap":
+        tensors[name], tensors[other] = tensors[other], t
+    elif kind == "reshape":
+        shapes = (t.flatten(), t[None], t[..., None, None], t.T if t.ndim == 2 else t[:-1], t[:0], t.flatten()[0])
+        tensors[name] = rng.choice((*shapes, torch.cat([t, t]))).contiguous()
+    elif kind == "cast":
+        tensors[name] = t.to(rng.choice(DTYPES))
+    elif kind == "cast all":
+        dtype = rng.choice(DTYPES)
+        tensors = {k: v.to(dtype) for k, v in tensors.items()}
+    elif kind == "poison":
+        tensors[name] = poison(t, rng.choice((math.nan, math.inf, -math.inf)), rng)
+    else:
+        tensors[name] = t * rng.choice((0.0, -1.0, 100.0))
+    return tensors
+
+
+def damage_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed anywhere, in the header or at the end; or the file cut, or longer, or with a hole."""
+    data, n = bytearray(content), len(content)
+    kind = rng.choice(("any", "head", "head", "header", "tail", "cut", "more", "hole", "move"))
+    header = 8 + int.from_bytes(content[:8], "little")
+    inside = {"any": (0, n), "head": (0, 64), "header": (0, min(header, n)), "tail": (max(0, n - 300), n)}
+    if kind in inside:
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(*inside[kind])] = rng.randrange(256)
+    elif kind == "cut":
+        del data[rng.randrange(n) :]
+    elif kind == "more":
+        data += rng.randbytes(rng.randint(1, 99))
+    else:
+        start = rng.randrange(n)
+        end = min(n, start + rng.randint(1, n // 4))
+        data[start:end] = bytes(end - start) if kind == "hole" else data[: end - start]
+    return bytes(data)
+
+
+def damage_header(content: bytes, rng: random.Random) -> bytes:
+    """Another word in the header of a safetensors file, whose length is put right."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    entry = header[rng.choice([name for name in header if name != "__metadata__"])]
+    kind = rng.choice(("dtype", "shape", "data_offsets", "drop"))
+    if kind == "dtype":
+        entry["dtype"] = rng.choice(("F16", "BF16", "F32", "F64", "I32", "U8", "F8_E4M3", "F4", "X", 3, None))
+    elif kind == "drop":
+        del entry[rng.choice(list(entry))]
+    else:
+        values = entry[kind] or [0]
+        values[rng.randrange(len(values))] = rng.choice((0, 1, -1, 2**31, 2**63, 2**70, "a", None, 1.5, [1]))
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+WRONG = (
+    None, True, False, -1, 0, 1, 2, 3, 8.5, 1e30, 10**30, 10**9, "", "x", "gelu", [], [1], [0], [8, 8], [[1]], ["x"], {}, {"a": 1},
+    math.nan, math.inf,
+)  # fmt: skip
+
+
+def damage_json(text: str, rng: random.Random) -> bytes:
+    """An entry changed, dropped or added; or the text itself."""
+    kind = rng.choice(("change", "change", "change", "drop", "add", "bytes"))
+    if kind == "bytes":
+        return damage_bytes(text.encode(), rng)
+    config = json.loads(text)
+    where = rng.choice([config, *(value for value in config.values() if isinstance(value, dict))])
+    name = rng.choice(list(where))
+    if kind == "drop":
+        del where[name]
+    elif kind == "add":
+        where[rng.choice(("x", "class_embed_type", "hidden_act", "scaling_factor", "num_attention_heads"))] = (
+            rng.choice(WRONG)
+        )
+    elif isinstance(where[name], list) and where[name] and rng.random() < 0.5:
+        where[name][rng.randrange(len(where[name]))] = rng.choice(WRONG)
+    else:
+        where[name] = rng.choice(WRONG)
+    return json.dumps(config).encode()
+
+
+# what must hold of a load
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Tensors:
+    out: Tensors = {}
+    for key, value in tree.items():
+        inside = "" if key == "state_dict" else f"{prefix}{key}."
+        out |= flat(value, inside) if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return {key: value for key, value in out.items() if isinstance(value, Tensor)}
+
+
+def contents(path: Path) -> Tensors:
+    """A file's tensors by the owner's own reader."""
+    return load_file(path) if path.suffix == ".safetensors" else flat(torch.load(path, weights_only=True, mmap=False))
+
+
+def as_the_file_says(parts: Parts, file: Tensors) -> None:
+    """Every tensor of the modules is the file's, finite and in memory."""
+    for module, names, prefix in parts:
+        state = module.state_dict()
+        assert state.keys() == names.keys()
+        for tensor in (*module.parameters(), *module.buffers()):
+            assert not tensor.is_meta and tensor.isfinite().all()
+        for name, joined in names.items():
+            want = torch.cat([file[prefix + part] for part in joined]) if len(joined) > 1 else file[prefix + joined[0]]
+            want = want.T if joined[0].endswith("_projection.weight") else want
+            assert torch.equal(state[name], want.reshape(state[name].shape).to(torch.float32)), name
+
+
+def outcome(weights: Path, load: Callable[[], Parts]) -> bool:
+    """Whether it loaded; anything but a load as the file says, or a refusal in words, fails."""
+    began = time.process_time()
+    try:
+        parts = load()
+    except (ValueError, FileNotFoundError) as error:
+        sentence = str(error)
+        named = [
+            path
+            for path in (weights, weights.with_suffix(".json"), weights.with_name("config.json"))
+            if str(path) in sentence
+        ]
+        assert named and len(sentence) > len(str(named[0])) + 10 and "Traceback" not in sentence, sentence
+        parts = []
+    assert time.process_time() - began < SECONDS
+    if parts:
+        as_the_file_says(parts, contents(weights))
+    return bool(parts)
+
+
+def run(kind: str, count: int, path: Path, write: Callable[[random.Random], object], load: Callable[[], Parts]) -> None:
+    """Damages and loads `count` times. Names the case that fails."""
+    loaded = 0
+    for i, rng in cases(kind, count):
+        write(rng)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, on pickles that it finds strange
+                loaded += outcome(path, load)
+        except BaseException as error:
+            raise AssertionError(f"case {i} of {kind}: {type(error).__name__}: {error}") from error
+    assert 0 < loaded < 0.6 * count, f"{loaded} of {count} loaded"
+    assert not [other for other in path.parent.iterdir() if other.suffix == ".part"]
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(UNET)
+
+
+@pytest.fixture(scope="module")
+def official(unet: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("adapter") / "whole.safetensors"
+    save_adapter(IPAdapter(unet, ImageProjection(5, 6, 2)), unet, path, {}, torch.float32)
+    return path
+
+
+def adapter_parts(path: Path, unet: UNet) -> Parts:
+    adapter = load_adapter(path, unet)
+    return [(adapter, adapter_names(adapter.state_dict(), unet), "")]
+
+
+def test_adapters_in_safetensors(unet: UNet, official: Path, tmp_path: Path) -> None:
+    path, content, tensors = tmp_path / "adapter.safetensors", official.read_bytes(), load_file(official)
+
+    def write(rng: random.Random) -> None:
+        kind = rng.randrange(3)
+        if kind == 0:
+            path.unlink(missing_ok=True)
+            save_file(damage_tensors(tensors, rng), path)
+        else:
+            path.write_bytes((damage_bytes, damage_header)[kind - 1](content, rng))
+
+    run("adapter.safetensors", 250, path, write, lambda: adapter_parts(path, unet))
+
+
+def damage_tree(tensors: Tensors, rng: random.Random) -> Any:
+    """What a pickle can hold and safetensors can't."""
+    tree: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        tree.setdefault(part, {})[rest] = tensor
+    kind = rng.choice(("none", "nest", "list", "leaf", "key", "drop", "meta", "sparse", "view", "parameter", "both"))
+    part = rng.choice(list(tree))
+    name = rng.choice(list(tree[part]))
+    if kind == "nest":
+        return {rng.choice(("state_dict", "model", "x")): tree, "epoch": 1}
+    if kind == "list":
+        return list(tree.values())
+    if kind == "leaf":
+        tree[part][name] = rng.choice((None, 1, "x", [tree[part][name]], {}))
+    elif kind == "key":
+        tree[part][rng.choice((1, None, ("a",), 2.5))] = tree[part].pop(name)
+    elif kind == "drop":
+        del tree[part]
+    elif kind == "meta":
+        tree[part][name] = tree[part][name].to("meta")
+    elif kind == "sparse":
+        tree[part][name] = tree[part][name].to_sparse()
+    elif kind == "view":
+        tree[part][name] = tree[part][name].flatten()[:1].expand(tree[part][name].shape)
+    elif kind == "parameter":
+        tree[part][name] = nn.Parameter(tree[part][name])
+    elif kind == "both":
+        tree[f"{part}.{name}"] = tree[part][name] + 1
+    return tree
+
+
+def test_adapters_in_pickles(unet: UNet, official: Path, tmp_path: Path) -> None:
+    path, tensors = tmp_path / "adapter.bin", load_file(official)
+    whole = {}
+    for zipped in (True, False):
+        torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+        whole[zipped] = path.read_bytes()
+
+    def write(rng: random.Random) -> None:
+        kind, zipped = rng.randrange(3), rng.random() < 0.7
+        if kind == 0:
+            torch.save(damage_tensors(tensors, rng), path, _use_new_zipfile_serialization=zipped)
+        elif kind == 1:
+            torch.save(damage_tree(tensors, rng), path)
+        else:
+            path.write_bytes(damage_bytes(whole[zipped], rng))
+
+    run("adapter.bin", 250, path, write, lambda: adapter_parts(path, unet))
+
+
+def own(module: nn.Module) -> Parts:
+    return [(module, {name: (name,) for name in module.state_dict()}, "")]
+
+
+def test_our_own_files(tmp_path: Path) -> None:
+    """An autoencoder beside its card."""
+    path = tmp_path / "vae.safetensors"
+    torch.manual_seed(0)
+    save(VAE(VAE_CONFIG), path, {}, torch.float32)
+    content, tensors = path.read_bytes(), load_file(path)
+
+    def write(rng: random.Random) -> None:
+        kind = rng.randrange(3)
+        if kind == 0:
+            path.unlink(missing_ok=True)
+            save_file(damage_tensors(tensors, rng), path)
+        else:
+            path.write_bytes((damage_bytes, damage_header)[kind - 1](content, rng))
+
+    run("vae.safetensors", 200, path, write, lambda: own(load_vae(path)))
+
+
+def ldm_parts(path: Path) -> Parts:
+    base = load_single(path)
+    tables = (
+        named(base.unet.state_dict(), unet_rows(base.unet.config), 2),
+        named(base.vae.state_dict(), vae_rows(base.vae.config), 2),
+        text_names(base.text.state_dict(), base.text.config),
+    )
+    return list(zip((base.unet, base.vae, base.text), tables, LDM.values(), strict=True))
+
+
+def test_single_files(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(channels=(32,), depth=(1,), heads=(8,), res_blocks=1, context_dim=4))
+    vae, text = VAE(VAEConfig(channels=(32,), res_blocks=1)), TextEncoder(TextConfig(width=4, layers=1, heads=1))
+    tensors: Tensors = {}
+    for module, table, prefix in (
+        (unet, named(unet.state_dict(), unet_rows(unet.config), 2), LDM["unet"]),
+        (vae, named(vae.state_dict(), vae_rows(vae.config), 2), LDM["vae"]),
+        (text, text_names(text.state_dict(), text.config), LDM["text"]),
+    ):
+        for name, tensor in module.state_dict().items():
+            for part, piece in zip(table[name], tensor.half().chunk(len(table[name])), strict=True):
+                tensors[prefix + part] = piece.contiguous()
+    path, ckpt = tmp_path / "sd.safetensors", tmp_path / "sd.ckpt"
+    save_file(tensors, path)
+    torch.save({"state_dict": tensors}, ckpt)
+    content, old = path.read_bytes(), ckpt.read_bytes()
+    words = LDM["text"] + "text_model.embeddings.token_embedding.weight"
+    few = {name: tensor for name, tensor in tensors.items() if name != words}
+
+    def write(rng: random.Random) -> None:
+        kind = rng.randrange(3)
+        if kind == 0:
+            path.unlink(missing_ok=True)
+            save_file(damage_tensors(few, rng) | {words: tensors[words]}, path)
+        else:
+            path.write_bytes((damage_bytes, damage_header)[kind - 1](content, rng))
+
+    run("sd.safetensors", 70, path, write, lambda: ldm_parts(path))
+    run("sd.ckpt", 30, ckpt, lambda rng: ckpt.write_bytes(damage_bytes(old, rng)), lambda: ldm_parts(ckpt))
+
+
+def folders(tmp_path: Path) -> dict[str, tuple[Path, Path, Callable[[], Parts]]]:
+    """Weights whose config is to be damaged: (the config, the weights, how to load)."""
+    torch.manual_seed(0)
+    unet, vae, image = tmp_path / "unet", tmp_path / "vae", tmp_path / "image"
+    save_diffusers(UNet(UNET), unet)
+    for folder, module, table in (
+        (vae, VAE(VAE_CONFIG), lambda state: named(state, vae_rows(VAE_CONFIG), 1)),
+        (image, ImageEncoder(IMAGE), lambda state: image_names(state, IMAGE)),
+    ):
+        state, tensors = module.state_dict(), {}
+        for name, joined in table(state).items():
+            value = state[name].T if joined[0].endswith("_projection.weight") else state[name]
+            tensors |= dict(zip(joined, (piece.contiguous() for piece in value.chunk(len(joined))), strict=True))
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors")
+    (vae / "config.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "AutoencoderKL", "block_out_channels": [8], "layers_per_block": 1, "latent_channels": 4,
+                "norm_num_groups": 4, "scaling_factor": 0.2, "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+            }
+        )
+    )  # fmt: skip
+    (image / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["CLIPVisionModelWithProjection"], "hidden_size": 8, "intermediate_size": 32, "image_size": 8,
+                "num_attention_heads": 2, "num_hidden_layers": 1, "patch_size": 4, "projection_dim": 6, "hidden_act": "gelu",
+                "layer_norm_eps": 1e-5,
+            }
+        )
+    )  # fmt: skip
+    card = tmp_path / "card.safetensors"
+    save(ImageEncoder(IMAGE), card, {}, torch.float32)
+
+    def unet_parts() -> Parts:
+        module = load_unet(unet)
+        return [(module, named(module.state_dict(), unet_rows(module.config), 1), "")]
+
+    def vae_parts() -> Parts:
+        module = load_vae(vae)
+        return [(module, named(module.state_dict(), vae_rows(module.config), 1), "")]
+
+    def image_parts() -> Parts:
+        module = load_image_encoder(image)
+        return [(module, image_names(module.state_dict(), module.config), "")]
+
+    return {
+        "unet": (unet / "config.json", unet / "diffusion_pytorch_model.safetensors", unet_parts),
+        "vae": (vae / "config.json", vae / "model.safetensors", vae_parts),
+        "image": (image / "config.json", image / "model.safetensors", image_parts),
+        "card": (card.with_suffix(".json"), card, lambda: own(load_image_encoder(card))),
+    }
+
+
+def test_configs(tmp_path: Path) -> None:
+    loaded = 0
+    for part, (config, weights, load) in folders(tmp_path).items():
+        text = config.read_text()
+        for i, rng in cases(f"config of {part}", 50):
+            config.write_bytes(damage_json(text, rng))
+            try:
+                loaded += outcome(weights, load)
+            except BaseException as error:
+                raise AssertionError(f"case {i} of {part}, {config.read_bytes()!r}: {type(error).__name__}") from error
+    assert 0 < loaded < 120, f"{loaded} of 200 loaded"
