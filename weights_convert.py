@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 from zipfile import ZIP_STORED, ZipFile
 
@@ -117,14 +116,12 @@ class _Source:
             yield
         except SafetensorError as error:
             raise ValueError(f"{self.path} is not a complete safetensors file ({error}): download it again") from error
-        except UnpicklingError as error:
-            raise ValueError(
-                f"{self.path} is damaged, or holds more than tensors, and nothing else is ever unpickled: "
-                "ask for a .safetensors file"
-            ) from error
         except Exception as error:  # a damaged pickle can raise anything
-            why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise ValueError(f"{self.path} is not a readable checkpoint ({why}): download it again") from error
+            kind, says = type(error).__name__, str(error).partition("\n")[0]
+            why = f"is not a readable checkpoint ({kind}: {says}): download it again"
+            if kind == "UnpicklingError":
+                why = "is damaged, or holds more than tensors, and nothing else is ever unpickled: ask for a .safetensors file"
+            raise ValueError(f"{self.path} {why}") from error
 
     def _open(self) -> None:
         if self._safetensors:
@@ -701,9 +698,9 @@ def kind_of(path: Path) -> str:
             raise ValueError(f"{path} is not a folder of weights that is read: {name}")
         return _CLASSES[name]
     card = path.with_suffix(".json")
-    config = read_json(card).get("config") if card.exists() and card != path else {}
-    for key, kind in _CARDS.items() if isinstance(config, dict) else ():
-        if key in config:
+    entries = read_json(card).get("config") if card.exists() and card != path else None
+    for key, kind in _CARDS.items():
+        if isinstance(entries, dict) and key in entries:
             return kind
     file = File(path)
     if any(name.startswith(("image_proj.", "image_proj_model.")) for name in file):

@@ -22,7 +22,7 @@ from train.loop import Plan, card, run
 from train.vae import to_tensor
 from train.world import BACKGROUNDS, CONCEPTS, SIZE, Scene, Split, World, pictures
 
-PLAN = Plan("judge", steps=4000, batch=64, lr=2e-3, decay=0.8, validate_every=500)
+PLAN = Plan("judge", steps=2000, batch=64, lr=2e-3, decay=0.8, validate_every=500)
 
 
 @dataclass(frozen=True)
