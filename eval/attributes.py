@@ -22,7 +22,7 @@ from train.loop import Plan, card, run
 from train.vae import to_tensor
 from train.world import BACKGROUNDS, CONCEPTS, SIZE, Scene, Split, World, pictures
 
-PLAN = Plan("judge", steps=2000, batch=64, lr=2e-3, decay=0.8, validate_every=500)
+PLAN = Plan("judge", steps=1800, batch=64, lr=1e-3, decay=0.7, validate_every=450)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Judge(nn.Module):
             self.stages.append(nn.Sequential(conv, ResBlock(out, out, None, 8, 1e-5)))
             self.keys.append(nn.Conv2d(out, key, 1))
             width = out
+        self.norm = nn.GroupNorm(8, key)
         self.hidden = nn.Linear(width * 16, 256)
         self.heads = nn.Linear(256, len(CONCEPTS) + len(BACKGROUNDS) + 3)
         self.query = nn.Linear(256, 2 * key)
@@ -70,7 +71,8 @@ class Judge(nn.Module):
         h = F.silu(self.hidden(h.flatten(1)))
         concept, background, placement = self.heads(h).split([len(CONCEPTS), len(BACKGROUNDS), 3], dim=1)
         query = rearrange(self.query(h), "b (n c) -> b n c", n=2)
-        where = torch.einsum("bnc,bchw->bnhw", query, F.silu(key)).flatten(2).softmax(dim=-1)
+        logits = torch.einsum("bnc,bchw->bnhw", query, F.silu(self.norm(key))) / query.shape[-1] ** 0.5
+        where = logits.flatten(2).softmax(dim=-1)
         return Reading(concept, background, where @ lab_of(x), SIZE * placement)
 
 

@@ -141,7 +141,7 @@ def files(args: argparse.Namespace) -> dict[str, str]:
     base, pictures = [args.checkpoint], [picture for prompt, _ in image_prompts(args) for picture in prompt]
     if (args.checkpoint / "unet.safetensors").exists():
         base = [args.checkpoint / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder")]
-    adapters, encoder = prompt_files(args.checkpoint, adapter_files(args), args.image_encoder)
+    adapters, encoder = prompt_files(args.checkpoint, adapter_files(args) or None, args.image_encoder)
     used = [*base, *adapters, encoder] if pictures else base
     names = [name for path in used if path for name in weights_convert.files_of(path)]
     return {str(name): weights_convert.sha256(name) for name in [*names, *pictures]}
@@ -200,7 +200,7 @@ def run(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.out} is a folder: name the file to write")
     # a bad picture is refused before the weights are read
     prompts = [[images.open_image(path) for path in paths] for paths, _ in image_prompts(args)]
-    adapters, encoder = prompt_files(args.checkpoint, adapter_files(args), args.image_encoder)
+    adapters, encoder = prompt_files(args.checkpoint, adapter_files(args) or None, args.image_encoder)
     if prompts and not (adapters and encoder):
         flag = "--image-encoder" if adapters else "--ip-adapter"
         raise FileNotFoundError(

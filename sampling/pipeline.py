@@ -154,8 +154,9 @@ def load(
 def prompt_files(
     checkpoint: Path, adapter: Path | Sequence[Path] | None, image_encoder: Path | None
 ) -> tuple[list[Path], Path | None]:
-    """The adapters and the image encoder to use: those named, or else the folder's own, or none."""
+    """The adapters and the image encoder to use: those named (perhaps none), or else the folder's own, if it has them."""
     own = checkpoint / "ip_adapter.safetensors", checkpoint / "image_encoder.safetensors", checkpoint / "image_encoder"
     encoders = [image_encoder] if image_encoder else [path for path in own[1:] if path.exists()]
-    named = [adapter] if isinstance(adapter, Path) else list(adapter or ())
-    return named or [path for path in own[:1] if path.exists()], encoders[0] if encoders else None
+    if adapter is None:
+        adapter = [path for path in own[:1] if path.exists()]
+    return [adapter] if isinstance(adapter, Path) else list(adapter), encoders[0] if encoders else None

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from open_clip.tokenizer import SimpleTokenizer
 from peers import clip_tokenizer, clip_words, randn, text_pair, unet_pair, vae_pair, vision_pair
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -26,6 +26,8 @@ from model.vae import VAEConfig
 from sampling import __main__ as cli
 from sampling.images import read_settings
 from sampling.pipeline import load
+from train import __main__ as train
+from weights_convert import load_adapter
 
 # As Stable Diffusion 1.5 ships it.
 SCHEDULER = {
@@ -433,3 +435,32 @@ def test_an_exclamation_mark_where_it_pads(peer_tokens: Callable[..., list[int]]
     """SD 2 pads with token 0, "!" inside a word. transformers takes every "!" of a prompt for padding."""
     assert tokens("fox!") == peer_tokens("fox!") == [*tokens("fox"), 256]
     assert peer_tokens("fox!", "!") == [*tokens("fox"), 0]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_an_adapter_is_trained_on_the_files_of_a_base_model(
+    model: Callable[[str], Model], pictures: list[Path], tmp_path: Path
+) -> None:
+    """As with official weights: one's own pictures, bfloat16 base, recomputed stages; what comes out, diffusers loads."""
+    files = model("sd15")
+    data = [{"image_file": str(path), "text": f"picture {i}"} for i, path in enumerate(pictures)]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    named = {"base": files.base, "image-encoder": files.encoder, "data": tmp_path / "data.json"}
+    named |= {"weights": tmp_path / "out", "state": tmp_path / "state", "steps": 3, "batch": 2, "accumulate": 2}
+    options = [str(part) for name, value in named.items() for part in (f"--{name}", value)]
+    train.main(["adapter", *options, "--bf16", "--checkpointing"])
+    trained, base = tmp_path / "out" / "ip_adapter.safetensors", load(files.base, ()).unet
+    assert load_adapter(trained, base).image_projection.tokens == 4
+    files.peers[0].unet._load_ip_adapter_weights([nested(load_file(trained))])
+    files.peers[0].unload_ip_adapter()
+    with pytest.raises(ValueError, match="name one with --image-encoder"):
+        train.main(["adapter", *[o for o in options if o not in ("--image-encoder", str(files.encoder))]])
+
+
+def nested(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    return {
+        part: {
+            name.partition(".")[2]: tensor.float() for name, tensor in tensors.items() if name.startswith(f"{part}.")
+        }
+        for part in ("image_proj", "ip_adapter")
+    }

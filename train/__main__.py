@@ -3,7 +3,8 @@
 A run that is stopped (Ctrl-C) goes on when the same command is given again, to the same numbers.
 
 The adapter can also be trained on other weights and your own pictures, for example on a GPU:
-  python -m train adapter --base FOLDER --data data.json --batch 8 --accumulate 8 --lr 1e-4 --bf16 --checkpointing --device cuda
+  python -m train adapter --base sd15.safetensors --image-encoder models/image_encoder --data data.json --weights out \
+      --batch 8 --accumulate 8 --lr 1e-4 --bf16 --checkpointing --device cuda
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu")
     p.add_argument("--bf16", action="store_true", help="bfloat16 autocast; the adapter's base is held in bfloat16 too")
     only = p.add_argument_group("adapter only")
-    only.add_argument("--base", type=Path, help="folder of the base model and the encoders (default: --weights)")
+    only.add_argument("--base", type=Path, help="base model, a single file or a folder (default: --weights)")
+    only.add_argument("--image-encoder", type=Path, help="folder or file (default: the base folder's own)")
     only.add_argument("--data", type=Path, help='JSON list [{"image_file": ..., "text": ...}], or pictures with .txt')
     only.add_argument("--side", type=int, help="of the training pictures (default: the base model's own)")
     only.add_argument("--checkpointing", action="store_true", help="recompute the UNet's stages: less memory, slower")
     return p
 
 
-def main() -> None:
-    args = parser().parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
 
     def plan_of(default: Plan) -> Plan:
         given = {k: v for k in ("steps", "batch", "lr", "seed", "accumulate") if (v := getattr(args, k)) is not None}
@@ -52,6 +54,7 @@ def main() -> None:
     if args.stage in ("adapter", "all"):
         source = adapter.Source(
             args.base or args.weights,
+            args.image_encoder,
             args.data,
             args.side,
             torch.bfloat16 if args.bf16 else torch.float32,

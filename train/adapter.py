@@ -28,7 +28,7 @@ from train.loss import diffusion_loss, noise_for
 from train.unet import HELD_OUT, PICTURES, rows_of
 from weights_convert import save_adapter
 
-PLAN = Plan("ip_adapter", steps=2400, batch=32, lr=2e-3, ema=0.99, bf16=True, validate_every=400)
+PLAN = Plan("ip_adapter", steps=2000, batch=32, lr=2e-3, ema=0.99, bf16=True, validate_every=500)
 TOKENS, DROP = 4, 0.05
 
 
@@ -106,6 +106,7 @@ class Source:
     """What to train on: the mini world, or with `data` a user's pictures; at which size and precision the base runs."""
 
     base: Path = Path("weights")
+    image_encoder: Path | None = None
     data: Path | None = None
     side: int | None = None
     base_dtype: torch.dtype = torch.float32
@@ -114,7 +115,8 @@ class Source:
 
 def load_pairs(pipeline: Pipeline, source: Source, folder: Path) -> tuple[Pairs, Pairs]:
     """Pictures to train on, and held-out ones. Of a user's pictures every 50th is held out."""
-    assert pipeline.image is not None
+    if pipeline.image is None:
+        raise ValueError(f"{source.base} has no image encoder: name one with --image-encoder")
     parts = pipeline.vae, pipeline.text, pipeline.image
     if source.data is None:
         return world_pairs(*parts, "train", PICTURES, folder), world_pairs(*parts, "val", HELD_OUT, folder)
@@ -133,7 +135,7 @@ def train(
 ) -> None:
     torch.manual_seed(plan.seed)
     source = source or Source(base=weights)
-    pipeline = load(source.base, device=plan.device)
+    pipeline = load(source.base, (), source.image_encoder, device=plan.device)
     unet, schedule = pipeline.unet, pipeline.schedule
     pairs, held_out = load_pairs(pipeline, source, folder)
     assert pairs.images is not None
