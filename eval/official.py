@@ -7,7 +7,7 @@ single file (`convert_ldm_unet_checkpoint` and its kin) and transformers' own lo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,9 @@ def write(folder: Path, seed: int = 0) -> None:
     )
 
 
-def _filled(build: Callable[[], Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    module = build().eval().requires_grad_(False)
+def _filled(module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
     module.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, strict=True, assign=True)
-    return module
+    return module.eval().requires_grad_(False)
 
 
 def _part(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -103,7 +102,7 @@ def peer_unet(folder: Path, dtype: torch.dtype, adapter: bool = True) -> Any:
     config = configs.diffusers_config(SD15)
     unet = UNet2DConditionModel.from_config(config)
     tensors = convert_ldm_unet_checkpoint(_part(folder, LDM["unet"]), dict(unet.config))
-    unet = _filled(lambda: unet, tensors, dtype)
+    unet = _filled(unet, tensors, dtype)
     if adapter:
         state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
         for name, tensor in load_file(folder / ADAPTER).items():
@@ -127,7 +126,7 @@ def peer_vae(folder: Path, dtype: torch.dtype) -> Any:
         latent_channels=SD_VAE.latent_channels,
     )
     tensors = convert_ldm_vae_checkpoint(_part(folder, LDM["vae"]), dict(vae.config))
-    return _filled(lambda: vae, tensors, dtype)
+    return _filled(vae, tensors, dtype)
 
 
 def peer_text(folder: Path, dtype: torch.dtype) -> Any:
@@ -139,7 +138,7 @@ def peer_text(folder: Path, dtype: torch.dtype) -> Any:
     )
     prefix = f"{LDM['text']}text_model."
     tensors = {k.removeprefix(prefix): v for k, v in _part(folder, prefix).items()}
-    return _filled(lambda: CLIPTextModel(config), tensors, dtype)
+    return _filled(CLIPTextModel(config), tensors, dtype)
 
 
 def peer_image(folder: Path, dtype: torch.dtype) -> Any:

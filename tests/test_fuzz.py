@@ -237,13 +237,9 @@ def official(unet: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def adapter_parts(path: Path, unet: UNet) -> Parts:
-    adapter = load_adapter(path, unet)
-    return [(adapter, adapter_names(adapter.state_dict(), unet), "")]
-
-
-def test_adapters_in_safetensors(unet: UNet, official: Path, tmp_path: Path) -> None:
-    path, content, tensors = tmp_path / "adapter.safetensors", official.read_bytes(), load_file(official)
+def damaged(valid: Path, path: Path) -> Callable[[random.Random], None]:
+    """A function that writes the valid safetensors file to `path` with its tensors, bytes or header damaged."""
+    content, tensors = valid.read_bytes(), load_file(valid)
 
     def write(rng: random.Random) -> None:
         kind = rng.randrange(3)
@@ -253,6 +249,17 @@ def test_adapters_in_safetensors(unet: UNet, official: Path, tmp_path: Path) -> 
         else:
             path.write_bytes((damage_bytes, damage_header)[kind - 1](content, rng))
 
+    return write
+
+
+def adapter_parts(path: Path, unet: UNet) -> Parts:
+    adapter = load_adapter(path, unet)
+    return [(adapter, adapter_names(adapter.state_dict(), unet), "")]
+
+
+def test_adapters_in_safetensors(unet: UNet, official: Path, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    write = damaged(official, path)
     run("adapter.safetensors", 250, path, write, lambda: adapter_parts(path, unet))
 
 
@@ -316,16 +323,7 @@ def test_our_own_files(tmp_path: Path) -> None:
     path = tmp_path / "vae.safetensors"
     torch.manual_seed(0)
     save(VAE(VAE_CONFIG), path, {}, torch.float32)
-    content, tensors = path.read_bytes(), load_file(path)
-
-    def write(rng: random.Random) -> None:
-        kind = rng.randrange(3)
-        if kind == 0:
-            path.unlink(missing_ok=True)
-            save_file(damage_tensors(tensors, rng), path)
-        else:
-            path.write_bytes((damage_bytes, damage_header)[kind - 1](content, rng))
-
+    write = damaged(path, path)
     run("vae.safetensors", 200, path, write, lambda: own(load_vae(path)))
 
 
