@@ -144,6 +144,16 @@ def test_a_stopped_run_with_accumulation_sees_the_same_data(tmp_path: Path) -> N
     assert numbers(log_too) == numbers(log) and same(kept, kept_too)
 
 
+def test_a_run_in_parts_is_the_whole_run(tmp_path: Path) -> None:
+    """`until` neither changes the rate nor adds a validation that the whole run keeps out of its numbers."""
+    _, kept, log = train(tmp_path / "whole")
+    net = Net()
+    for until in (4, 8, None):
+        part, rows = run(PLAN, net, make, noisy_loss(net), weight_sum, tmp_path / "parts", 0, until)
+        assert len(rows) == (until or PLAN.steps)
+    assert numbers(rows) == numbers(log) and same(kept, part)
+
+
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     _, kept, log = train(tmp_path)
     _, kept_too, log_too = train(tmp_path, seed=5, make=lambda _: pytest.fail("data was made"))

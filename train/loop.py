@@ -131,13 +131,15 @@ def run(
     validate: Callable[[nn.Module], dict[str, float]],
     folder: Path,
     workers: int = 1,
+    until: int | None = None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Trains `module` (its parameters that require gradients); returns what to keep (the EMA, if any) and the log.
 
     `make(i)` builds batch i (one a step, or `plan.accumulate`), `loss(batch, generator)` returns named scalars, of which
     "loss" is minimised, `validate(module)` returns named numbers. State and log live in `folder`; a run that finds its
-    state goes on from it. Raises SystemExit when it was interrupted, after saving, and FloatingPointError, before the
-    weights are changed, when the loss or its gradient is not finite.
+    state goes on from it. With `until` it stops early, after that many of the plan's steps. Raises SystemExit when it was
+    interrupted, after saving, and FloatingPointError, before the weights are changed, when the loss or its gradient is not
+    finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file, log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
@@ -145,7 +147,7 @@ def run(
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
     ema = copy.deepcopy(module) if plan.ema else None
     kept = module if ema is None else ema
-    start, log = 0, []
+    start, log, end = 0, [], plan.steps if until is None else until
     if state := checkpoint.load(state_file):
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
@@ -158,9 +160,9 @@ def run(
         log_file.write_text("".join(json.dumps(row) + "\n" for row in log))
 
     began = time.time()
-    batches = stream(make, start * plan.accumulate, plan.steps * plan.accumulate, workers)
+    batches = stream(make, start * plan.accumulate, end * plan.accumulate, workers)
     with _Interrupt() as interrupt, tqdm(total=plan.steps, initial=start, desc=plan.name, dynamic_ncols=True) as bar:
-        for step in range(start, plan.steps):
+        for step in range(start, end):
             row: dict[str, Any] = {
                 "step": step + 1,
                 "lr": plan.lr * plan.rate(step),
@@ -176,7 +178,7 @@ def run(
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
                 _ema_update(ema, module, min(plan.ema, (1 + step) / (10 + step)))
-            last = step + 1 == plan.steps
+            last = step + 1 == end
             if last or (step + 1) % plan.validate_every == 0:
                 row |= {"seconds": time.time() - began, **validate(kept)}
             log.append(row)
