@@ -1,0 +1,63 @@
+"""Curves, intervals and adjusted p-values against closed forms and published values."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from eval.statistics import Difference, Rows, difference, error_at, holm
+
+
+def test_the_endpoint_is_read_off_the_line_between_two_lambdas() -> None:
+    following, error = np.array([1.0, 0.9, 0.5, 0.1]), np.array([60.0, 40.0, 20.0, 10.0])
+    assert error_at(following, error, 0.8) == pytest.approx(40 - 20 * (0.9 - 0.8) / (0.9 - 0.5), abs=1e-12)
+    assert error_at(following, error, 0.9) == pytest.approx(40)
+    assert error_at(following, error, 0.05) == pytest.approx(10), "a curve that never falls so low ends at its last lambda"
+
+
+def test_a_larger_lambda_that_helps_nothing_does_not_hurt_the_endpoint() -> None:
+    following, error = np.array([1.0, 0.9, 0.85, 0.2]), np.array([60.0, 30.0, 45.0, 50.0])
+    assert error_at(following, error, 0.8) == pytest.approx(30)
+
+
+def test_a_curve_that_crosses_back_is_read_at_every_crossing() -> None:
+    following, error = np.array([0.9, 0.7, 0.9]), np.array([50.0, 30.0, 10.0])
+    assert error_at(following, error, 0.8) == pytest.approx(10)
+    assert error_at(following[:2], error[:2], 0.8) == pytest.approx(40)
+
+
+def test_text_that_is_never_followed_has_no_endpoint() -> None:
+    assert math.isnan(error_at(np.array([0.7, 0.5]), np.array([50.0, 20.0]), 0.8))
+
+
+def rows(error: np.ndarray) -> Rows:
+    return Rows(np.ones_like(error), error)
+
+
+def test_the_interval_is_that_of_a_mean_where_a_mean_is_all_there_is() -> None:
+    rng = np.random.default_rng(1)
+    a, b = (rows(rng.normal(mean, 6.0, (1, 1, 400))) for mean in (30.0, 27.0))
+    found = difference(a, b, resamples=4000)
+    each = (a.error - b.error)[0, 0]
+    assert found.mean == pytest.approx(each.mean(), abs=1e-12)
+    assert found.half_width == pytest.approx(1.96 * each.std() / 20, rel=0.06)
+
+
+def test_seeds_are_resampled_too_and_paired() -> None:
+    """Seeds that differ much, in both forms alike, leave a paired difference exact; unpaired ones make it wide."""
+    shift = np.random.default_rng(2).normal(0, 10, (8, 1, 1))
+    level = np.zeros((8, 1, 50))
+    paired = difference(rows(30 + level + shift), rows(28 + level + shift), resamples=500)
+    assert paired == Difference(pytest.approx(2), pytest.approx(2), pytest.approx(2), pytest.approx(1 / 500))  # type: ignore[arg-type]
+    apart = difference(rows(30 + level + shift), rows(28 + level - shift), resamples=500)
+    assert apart.half_width == pytest.approx(1.96 * 2 * shift.std() / 8**0.5, rel=0.15)
+    assert apart.p > 0.05
+
+
+def test_holm_gives_the_values_of_r() -> None:
+    """R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm") is 0.03 0.06 0.06 0.02."""
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
