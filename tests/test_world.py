@@ -405,3 +405,14 @@ def test_fine_names_refine_coarse_ones() -> None:
     ]
     assert all(fine_name(colour).split()[-1] == coarse_name(colour) for colour in colours)
     assert len({fine_name(colour) for colour in colours}) == 48
+
+
+@pytest.mark.parametrize("says", [0.0, 0.5, 1.0])
+def test_captions_that_say_less_are_of_the_same_pictures(says: float) -> None:
+    plain_world, other = World("train"), World("train", says)
+    pairs = [(plain_world[i], other[i]) for i in range(400)]
+    assert all(
+        plain(replace(a, says_concept=b.says_concept, says_background=b.says_background)) == plain(b) for a, b in pairs
+    )
+    for said in ([b.says_concept for _, b in pairs], [b.says_background for _, b in pairs]):
+        assert abs(np.mean(said) - says) < 4 * (says * (1 - says) / 400) ** 0.5 + 1e-9

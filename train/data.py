@@ -20,7 +20,7 @@ from model.text_encoder import TextEncoder
 from model.vae import VAE
 from sampling.images import open_image
 from train.loop import stream
-from train.world import Scene, Split, World, pictures
+from train.world import SAYS, Scene, Split, World, pictures
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,19 @@ def encode_texts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor
 
 
 def world_pairs(
-    vae: VAE, text: TextEncoder, image: ImageEncoder | None, split: Split, count: int, folder: Path
+    vae: VAE,
+    text: TextEncoder,
+    image: ImageEncoder | None,
+    split: Split,
+    count: int,
+    folder: Path,
+    says: float = SAYS,
 ) -> Pairs:
-    """The first `count` pictures of a split; what is slow to compute is kept in `folder`. Embeddings only with `image`."""
-    world, size = World(split), 100
+    """The first `count` pictures of a split; what is slow to compute is kept in `folder`. Embeddings only with `image`.
+
+    `says`: in which share of the captions the concept is named, and in which the background.
+    """
+    world, size = World(split, says), 100
     scenes: list[Scene] = [world[i] for i in range(count)]
     steps = -(-count // size)
 

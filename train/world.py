@@ -56,6 +56,7 @@ BACKGROUND_NAMES = tuple(BACKGROUNDS)
 
 SLOTS = (len(CONCEPTS), len(BACKGROUNDS), 3, 16, 3, 16, 3, 3, 3)  # concept, background, tone and hue twice, size, place
 HELD_OUT_HUES = (196.0, 220.0)
+SAYS = 0.9
 _SPLITS = {"train": 0, "val": 1, "test": 2}
 _COLOUR = re.compile(r"#(?:[0-9A-Fa-f]{6}|[0-9A-Fa-f]{3})\b")
 
@@ -208,7 +209,9 @@ def random_palette(rng: np.random.Generator, wedge: bool = False) -> Array:
         return np.stack([colour(hues[0]), colour(hues[1])])
 
 
-def random_scene(rng: np.random.Generator, concept: int, background: int, wedge: bool = False) -> Scene:
+def random_scene(
+    rng: np.random.Generator, concept: int, background: int, wedge: bool = False, says: float = SAYS
+) -> Scene:
     """A scene of this concept and background; palette, drawing, placement and what the caption says are drawn from `rng`."""
     size = int(rng.integers(46, 63))
     jitter = lab_to_srgb(srgb_to_lab(np.array(BACKGROUNDS[BACKGROUND_NAMES[background]]) / 255) + rng.normal(0, 2, 3))
@@ -222,24 +225,27 @@ def random_scene(rng: np.random.Generator, concept: int, background: int, wedge:
         x=int(rng.integers(SIZE - size + 1)),
         y=int(rng.integers(SIZE - size + 1)),
         mirror=bool(rng.random() < 0.5),
-        says_concept=bool(rng.random() < 0.9),
+        says_concept=bool(rng.random() < says),
         says_colour=bool(rng.random() < 0.5),
-        says_background=bool(rng.random() < 0.9),
+        says_background=bool(rng.random() < says),
     )
 
 
 class World:
-    """An endless list of scenes. `world[i]` is the same everywhere; `train` never shows a held-out pair or hue."""
+    """An endless list of scenes. `world[i]` is the same everywhere; `train` never shows a held-out pair or hue.
 
-    def __init__(self, split: Split = "train") -> None:
-        self.split = split
+    `says`: in which share of the captions the concept is named, and in which the background; the pictures do not change with it.
+    """
+
+    def __init__(self, split: Split = "train", says: float = SAYS) -> None:
+        self.split, self.says = split, says
 
     def __getitem__(self, index: int) -> Scene:
         rng = np.random.default_rng((20230813, _SPLITS[self.split], index))
         while True:
             concept, background = int(rng.integers(len(CONCEPTS))), int(rng.integers(len(BACKGROUNDS)))
             if self.split == "test" or not held_out_pair(concept, background):
-                return random_scene(rng, concept, background)
+                return random_scene(rng, concept, background, says=self.says)
 
 
 def pictures(scenes: list[Scene]) -> NDArray[np.uint8]:
