@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
 import weights_convert
@@ -32,8 +33,9 @@ PHASES = (
     Plan(
         "clip_image", 2600, 128, 2e-3, warmup=200, decay=0.8, weight_decay=0.05, bf16=True, seed=1, validate_every=700
     ),
+    Plan("clip_image_longer", 2400, 128, 2e-3, decay=0.8, weight_decay=0.05, bf16=True, seed=2, validate_every=800),
 )
-GROUP = 8
+GROUP, WORDS = 8, 3.0
 GATE = {"concept": 0.90, "background": 0.95, "palette_r2": 0.80}
 
 
@@ -98,7 +100,7 @@ def clip_loss(clip: CLIP, batch: Batch, _: torch.Generator) -> dict[str, Tensor]
         pairs = contrastive(image, clip.text.pooled(tokens), clip.logit_scale, same)
         logits = clip.words(F.normalize(image, dim=-1) * image.shape[-1] ** 0.5).split(SLOTS, dim=1)
         words = torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, slots.T, strict=True)]).mean()
-    return {"loss": pairs + words, "pairs": pairs, "words": words}
+    return {"loss": pairs + WORDS * words, "pairs": pairs, "words": words}
 
 
 @functools.cache
@@ -155,6 +157,16 @@ def probe(image: ImageEncoder) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def unit_entries(image: ImageEncoder) -> None:
+    """Scales the last projection so that an embedding's entries have deviation 1, the order of ViT-H's; cosines stay."""
+    assert isinstance(image.clip, ModifiedResNet)
+    pixels, _, train = probe_data()
+    std = torch.cat([image(part) for part in pixels[:train].split(250)]).std()
+    for tensor in image.clip.attnpool.c_proj.parameters():
+        tensor /= std
+
+
 def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> None:
     torch.manual_seed(phases[0].seed)
     clip, log = CLIP(), list[dict[str, Any]]()
@@ -168,6 +180,7 @@ def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> Non
         _, rows = run(plan, clip, batches, functools.partial(clip_loss, clip), validate, folder)
         clip.text.requires_grad_(False)
         log += rows
+    unit_entries(clip.image.eval())
     written = card(phases, log, "python -m train clip") | {"gate": GATE}
     weights_convert.save(clip.text, weights / "text_encoder.safetensors", written)
     weights_convert.save(clip.image, weights / "image_encoder.safetensors", written)

@@ -1,0 +1,78 @@
+"""The mini CLIP's last scaling, and the paper's two measures against open_clip and the published formula."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from eval.clip_score import clip_score, open_clip_scorer, scorer
+from model.image_encoder import MINI_IMAGE, ImageConfig, ImageEncoder
+from model.text_encoder import TextEncoder
+from train import clip
+
+
+def noise(n: int, width: int = 70, height: int = 64) -> list[Image.Image]:
+    rng = np.random.default_rng(n)
+    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(n)]
+
+
+def test_embeddings_get_entries_of_deviation_one_and_keep_their_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    image, pixels = ImageEncoder(MINI_IMAGE).eval(), torch.randn(40, 3, 64, 64)
+    monkeypatch.setattr(clip, "probe_data", lambda: (pixels, {}, 30))
+    with torch.no_grad():
+        image.clip.attnpool.c_proj.weight.mul_(40)
+        image.clip.attnpool.c_proj.bias.normal_()
+        before = image(pixels)
+        clip.unit_entries(image)
+        after = image(pixels)
+    assert float(after[:30].std()) == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(
+        F.cosine_similarity(after, after[:1]), F.cosine_similarity(before, before[:1]), atol=1e-6, rtol=0
+    )
+
+
+def test_clip_score_is_the_published_formula() -> None:
+    assert clip_score(torch.tensor([0.235, -0.1, 1.0])).tolist() == pytest.approx([0.5875, 0.0, 2.5])
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_any_open_clip_model_scores_as_its_own_features_say(n: int, tmp_path: Path) -> None:
+    """Through open_clip's own preprocessing, tokenizer and encoders; one picture at a time or together, max-abs 1e-6."""
+    vision = {"image_size": 48, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
+    sizes = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": {"width": 32, "heads": 2, "layers": 2}}
+    (tmp_path / "tiny-CLIP.json").write_text(json.dumps(sizes))
+    open_clip.add_model_config(tmp_path)
+    torch.manual_seed(0)
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny-CLIP")
+    path = tmp_path / "tiny.pt"
+    torch.save(model.state_dict(), path)
+    found, drawn, prompts = open_clip_scorer("tiny-CLIP", str(path)), noise(n), noise(n + 3)[:n]
+    captions = [f"a picture of {i} foxes" for i in range(n)]
+    with torch.no_grad():
+        a, b = (model.eval().encode_image(torch.stack([preprocess(p) for p in part])) for part in (drawn, prompts))
+        text = model.encode_text(open_clip.get_tokenizer("tiny-CLIP")(captions))
+    cosine = [
+        (x / x.norm(dim=-1, keepdim=True) * y / y.norm(dim=-1, keepdim=True)).sum(-1) for x, y in ((a, b), (a, text))
+    ]
+    torch.testing.assert_close(found.clip_i(drawn, prompts), cosine[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.clip_t(drawn, captions), cosine[1], atol=1e-5, rtol=0)
+
+
+def test_our_own_towers_score_too() -> None:
+    torch.manual_seed(0)
+    image = ImageEncoder(ImageConfig(image_size=32, patch=16, width=16, layers=(2,), heads=2, output_dim=8)).eval()
+    text = TextEncoder(replace(clip.MINI_TEXT, width=16, layers=1, heads=2, output_dim=8)).eval()
+    found, drawn = scorer("tiny", image, text), noise(70, 40, 33)
+    with torch.no_grad():
+        a, c = image(torch.stack([image.preprocess(p) for p in drawn])), text.pooled(text.tokenize(["a fox"] * 70))
+    torch.testing.assert_close(found.clip_i(drawn, drawn[::-1]), F.cosine_similarity(a, a.flip(0)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.clip_t(drawn, ["a fox"] * 70), F.cosine_similarity(a, c), atol=1e-5, rtol=0)
