@@ -6,7 +6,7 @@ Renames are tables, loads are strict, nothing is unpickled but tensors, and file
 
   python weights_convert.py inspect FILE              says in words what a file is
   python weights_convert.py convert SOURCE TARGET     an adapter to the official .safetensors, a base model to a folder of our own
-  python weights_convert.py convert --diffusers UNET TARGET     a UNet to a folder that diffusers loads
+  python weights_convert.py convert --diffusers UNET TARGET     a UNet to the folder of a diffusers UNet2DConditionModel
   python weights_convert.py verify A B                compares two checkpoints tensor by tensor, whatever their layouts
 """
 
@@ -350,6 +350,11 @@ class Base:
     vae: VAE
     text: TextEncoder
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """By the names of their files and folders."""
+        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text}
+
 
 def single_kind(file: File) -> str:
     """What a single file is, by the names in it."""
@@ -420,6 +425,22 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
 
 
+def _if_there(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} where there is no file."""
+    return read_json(path) if path.exists() else {}
+
+
+def scheduler_config(folder: Path) -> dict[str, Any]:
+    """The scheduler's config in the folder of a base model, {} where there is none."""
+    return _if_there(folder / "scheduler" / "scheduler_config.json")
+
+
+def _described(folder: Path, module: Callable[[Any], M], config: Callable[[dict[str, Any]], Any], what: str) -> M:
+    """The empty module that a folder's `config.json` describes."""
+    with _blame(folder / "config.json", f"is not the config of {what} that is read"):
+        return _empty(module, config(read_json(folder / "config.json")))
+
+
 def _weights_in(folder: Path) -> File:
     """The weights in a folder of diffusers or transformers."""
     stems = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -445,14 +466,10 @@ def load_unet(path: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
     """A UNet: a file of our own, or a diffusers folder (whether it predicts v stands in the scheduler's folder beside it)."""
     if not path.is_dir():
         return load(path, UNet, UNetConfig, dtype)
-    scheduler = path.parent / "scheduler" / "scheduler_config.json"
-    prediction = read_json(scheduler).get("prediction_type", "epsilon") if scheduler.exists() else "epsilon"
-    with _blame(path / "config.json", "is not the config of a UNet that is read"):
-        config = configs.unet_config(read_json(path / "config.json"), prediction)
-        unet = _empty(UNet, config)
-    return assemble(
-        unet, named(unet.state_dict(), unet_rows(config), 1), _weights_in(path), "the UNet of its config.json", dtype
-    )
+    prediction = scheduler_config(path.parent).get("prediction_type", "epsilon")
+    unet = _described(path, UNet, lambda config: configs.unet_config(config, prediction), "a UNet")
+    names = named(unet.state_dict(), unet_rows(unet.config), 1)
+    return assemble(unet, names, _weights_in(path), "the UNet of its config.json", dtype)
 
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -462,13 +479,11 @@ def load_vae(path: Path, dtype: torch.dtype | None = torch.float32) -> VAE:
     """An autoencoder: a file of our own, or a diffusers folder, older names of its attention included."""
     if not path.is_dir():
         return load(path, VAE, VAEConfig, dtype)
-    with _blame(path / "config.json", "is not the config of a VAE that is read"):
-        config = configs.vae_config(read_json(path / "config.json"))
-        vae = _empty(VAE, config)
-    file = _weights_in(path)
+    vae, file = _described(path, VAE, configs.vae_config, "a VAE"), _weights_in(path)
     old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_ATTENTION)})(?=\.)")
     file = file.renamed({old.sub(lambda m: _OLD_ATTENTION[m[0]], name): name for name in file})
-    return assemble(vae, named(vae.state_dict(), vae_rows(config), 1), file, "the VAE of its config.json", dtype)
+    names = named(vae.state_dict(), vae_rows(vae.config), 1)
+    return assemble(vae, names, file, "the VAE of its config.json", dtype)
 
 
 def load_text_encoder(path: Path, dtype: torch.dtype | None = torch.float32) -> TextEncoder:
@@ -481,15 +496,11 @@ def load_text_encoder(path: Path, dtype: torch.dtype | None = torch.float32) -> 
             words = read_json(tokenizer / "vocab.json")
         elif (tokenizer / "tokenizer.json").exists():
             words = read_json(tokenizer / "tokenizer.json")["model"]["vocab"]
-        settings = tokenizer / "tokenizer_config.json"
-        pad = configs.pad_token(words, read_json(settings) if settings.exists() else {})
-    with _blame(path / "config.json", "is not the config of a text encoder that is read"):
-        config = configs.text_config(read_json(path / "config.json"), pad)
-        text = _empty(TextEncoder, config)
+        pad = configs.pad_token(words, _if_there(tokenizer / "tokenizer_config.json"))
+    text = _described(path, TextEncoder, lambda config: configs.text_config(config, pad), "a text encoder")
     file = _weights_in(path)
-    names = text_names(
-        text.state_dict(), config, "text_model." if any(n.startswith("text_model.") for n in file) else ""
-    )
+    prefix = "text_model." if any(name.startswith("text_model.") for name in file) else ""
+    names = text_names(text.state_dict(), text.config, prefix)
     return assemble(text, names, file, "the text encoder of its config.json", dtype)
 
 
@@ -497,10 +508,8 @@ def load_image_encoder(path: Path, dtype: torch.dtype | None = torch.float32) ->
     """An image tower: a file of our own, or a folder in transformers' layout."""
     if not path.is_dir():
         return load(path, ImageEncoder, ImageConfig, dtype)
-    with _blame(path / "config.json", "is not the config of an image encoder that is read"):
-        config = configs.image_config(read_json(path / "config.json"))
-        image = _empty(ImageEncoder, config)
-    names = image_names(image.state_dict(), config)
+    image = _described(path, ImageEncoder, configs.image_config, "an image encoder")
+    names = image_names(image.state_dict(), image.config)
     return assemble(image, names, _weights_in(path), "the image encoder of its config.json", dtype)
 
 
@@ -520,10 +529,10 @@ def load_base(path: Path, dtype: torch.dtype | None = torch.float32) -> Base:
         )
     )
     unet, vae, text = base.unet.config, base.vae.config, base.text.config
-    if unet.in_channels != vae.latent_channels:
+    if unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):  # alone, or with a mask to inpaint
         raise ValueError(
             f"{path} has a UNet that reads {unet.in_channels} channels, where its VAE gives {vae.latent_channels}: "
-            "models for inpainting and the like are not read"
+            "only ordinary models and those for inpainting are read"
         )
     if unet.context_dim != text.width:
         raise ValueError(
@@ -555,6 +564,8 @@ def adapter_file(path: Path) -> File:
     That trainer saves the whole model: the projection is `image_proj_model.`, the layers are `adapter_modules.<n>.` or, where
     accelerate dropped those as shared, stand in the UNet as `...attn2.processor.`; the UNet itself is left out.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; `make weights` trains the mini adapter")
     file = File(path)
     if any(name.startswith("image_proj_model.") for name in file):
         parts = (("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter."))
@@ -617,8 +628,6 @@ def load_adapter(
     Tokens and widths come from the weights; a file without W'_k and W'_v shares the UNet's. Raises ValueError when the adapter
     is for another base or encoder, or of another kind.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; `make weights` trains the mini adapter")
     file = adapter_file(path)
     reads, context_dim, tokens = adapter_sizes(file)
     if context_dim != unet.config.context_dim:
@@ -652,7 +661,10 @@ _AROUND = re.compile(r"attn\.proj_(in|out)\.weight$")
 
 
 def save_diffusers(unet: UNet, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a UNet as a folder that diffusers' `UNet2DConditionModel.from_pretrained` loads."""
+    """Writes a UNet, its `config.json` and weights, as a folder that diffusers' `UNet2DConditionModel.from_pretrained` loads.
+
+    Whether it predicts epsilon or v is no part of such a folder: diffusers has that in the pipeline's scheduler.
+    """
     config, state = configs.diffusers_config(unet.config), unet.state_dict()
     names = named(state, unet_rows(unet.config), 1)
     turn = not config["use_linear_projection"]
@@ -676,12 +688,8 @@ _CLASSES = {
     "CLIPTextModelWithProjection": "text_encoder",
     "CLIPVisionModelWithProjection": "image_encoder",
 }
-_CARDS = {
-    "prediction": "unet",
-    "scale": "vae",
-    "vocabulary": "text_encoder",
-    "patch": "image_encoder",
-}  # a key of its config
+# What only its config holds.
+_CARDS = {"prediction": "unet", "scale": "vae", "vocabulary": "text_encoder", "patch": "image_encoder"}
 
 
 def kind_of(path: Path) -> str:
@@ -691,14 +699,14 @@ def kind_of(path: Path) -> str:
     if path.is_dir():
         if (path / "unet").is_dir() or (path / "unet.safetensors").exists():
             return "base"
-        config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        config = _if_there(path / "config.json")
         classes = config.get("_class_name") or config.get("architectures") or "no config.json that names a network"
         name = str(classes[0] if isinstance(classes, list) else classes)
         if name not in _CLASSES:
             raise ValueError(f"{path} is not a folder of weights that is read: {name}")
         return _CLASSES[name]
     card = path.with_suffix(".json")
-    entries = read_json(card).get("config") if card.exists() and card != path else None
+    entries = _if_there(card).get("config") if card != path else None
     for key, kind in _CARDS.items():
         if isinstance(entries, dict) and key in entries:
             return kind
@@ -764,8 +772,11 @@ def _describe_single(path: Path) -> list[str]:
         base = load_single(path, dtype=None)
         parts = {"UNet": base.unet, "VAE": base.vae, "text encoder": base.text}
         lines += [f"{name}: {_size(part.state_dict().values())}" for name, part in parts.items()]
-        if base.unet.config.in_channels != base.vae.config.latent_channels:
-            lines.append(f"odd: the UNet reads {base.unet.config.in_channels} channels (an inpainting model has 9)")
+        channels, latent = base.unet.config.in_channels, base.vae.config.latent_channels
+        if channels == 2 * latent + 1:
+            lines.append(f"for inpainting: the UNet reads {channels} channels, a mask and the masked picture too")
+        elif channels != latent:
+            lines.append(f"odd: the UNet reads {channels} channels, where its VAE gives {latent}")
     except ValueError as error:
         lines.append(f"odd: {error}")
     if slow := [name for name in file if name.startswith("model_ema.")]:
@@ -829,11 +840,10 @@ def convert(
         write_tensors(target, {name: file[name] for name in file}, dtype)
     elif kind == "base":
         base = load_single(source, None, ema) if source.is_file() else load_base(source, None)
-        for name, module in (("unet", base.unet), ("vae", base.vae), ("text_encoder", base.text)):
+        for name, module in base.parts.items():
             save(module, target / f"{name}.safetensors", card, dtype)
-        scheduler = source / "scheduler" / "scheduler_config.json"
-        if scheduler.exists():
-            write_json(target / "scheduler" / scheduler.name, read_json(scheduler))
+        if scheduler := scheduler_config(source):
+            write_json(target / "scheduler" / "scheduler_config.json", scheduler)
     else:
         save(LOADERS[kind](source, dtype=None), target, card, dtype)
 
@@ -844,8 +854,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     if kind == "adapter":
         return dict(adapter_file(path))
     if kind == "base":
-        base = load_base(path, dtype=None)
-        parts = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text}
+        parts = load_base(path, dtype=None).parts
         return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
     return dict(LOADERS[kind](path, dtype=None).state_dict())
 
@@ -884,7 +893,12 @@ def main(argv: list[str] | None = None) -> None:
     c.add_argument("target", type=Path)
     c.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as it is, bit for bit")
     c.add_argument("--ema", action="store_true", help="take the UNet's slow copy from a single file")
-    c.add_argument("--diffusers", action="store_true", help="write a UNet as a folder that diffusers loads")
+    c.add_argument(
+        "--diffusers",
+        action="store_true",
+        help="write a UNet as diffusers has it: config.json and diffusion_pytorch_model.safetensors into TARGET, nothing else "
+        "(that a model predicts v stands in the pipeline's scheduler, not there)",
+    )
     v = commands.add_parser("verify")
     v.add_argument("a", type=Path)
     v.add_argument("b", type=Path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from model.image_projection import ImageProjection
 from model.names import TRANSPOSED, Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
 from model.text_encoder import SD15_TEXT, TextEncoder
 from model.unet import SD15, UNet
-from model.vae import SD_VAE, VAE
+from model.vae import SD_VAE, VAE, VAEConfig
 from weights_convert import LDM, write_json, write_tensors
 
 SINGLE, ADAPTER, ENCODER = "sd15.safetensors", "ip-adapter_sd15.safetensors", "image_encoder"
@@ -91,7 +92,9 @@ def _filled(module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> A
 
 
 def _part(folder: Path, prefix: str) -> dict[str, Tensor]:
-    return {k: v for k, v in load_file(folder / SINGLE).items() if k.startswith(prefix)}
+    """The tensors of the single file whose names begin with `prefix`; the others are not read."""
+    with safe_open(folder / SINGLE, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
 
 
 def peer_unet(folder: Path, dtype: torch.dtype, adapter: bool = True) -> Any:
@@ -113,18 +116,26 @@ def peer_unet(folder: Path, dtype: torch.dtype, adapter: bool = True) -> Any:
     return unet
 
 
-def peer_vae(folder: Path, dtype: torch.dtype) -> Any:
+def peer_autoencoder(config: VAEConfig) -> Any:
+    """diffusers' autoencoder of these sizes, its weights as it makes them."""
     from diffusers import AutoencoderKL
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    levels = len(SD_VAE.channels)
-    vae = AutoencoderKL(
+    levels = len(config.channels)
+    return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=SD_VAE.channels,
-        layers_per_block=SD_VAE.res_blocks,
-        latent_channels=SD_VAE.latent_channels,
+        block_out_channels=config.channels,
+        layers_per_block=config.res_blocks,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.groups,
+        scaling_factor=config.scale,
     )
+
+
+def peer_vae(folder: Path, dtype: torch.dtype) -> Any:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    vae = peer_autoencoder(SD_VAE)
     tensors = convert_ldm_vae_checkpoint(_part(folder, LDM["vae"]), dict(vae.config))
     return _filled(vae, tensors, dtype)
 

@@ -115,9 +115,10 @@ def table(results: dict[str, Any]) -> str:
 
 def evaluate(folder: Path, out: Path, side: int) -> dict[str, Any]:
     """Measures all parts and writes `out` (JSON). Raises AssertionError when ours is above twice the peer's error."""
-    results = {"command": f"python -m eval parity --side {side}", "latents": side, "parts": measure(folder, side)}
+    parts = measure(folder, side)
+    results = {"command": f"python -m eval parity --side {side}", "latents": side, "parts": parts}
     weights_convert.write_json(out, results)
-    for part, errors in results["parts"].items():
+    for part, errors in parts.items():
         for name, (theirs, ours) in errors.items():
             assert ours <= 2 * theirs, f"{part} in {name}: {ours:.2e} is more than twice the public {theirs:.2e}"
     return results

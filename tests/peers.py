@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from torch import Tensor, nn
 from transformers import (
@@ -22,6 +22,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from eval.official import peer_autoencoder
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.names import TRANSPOSED, Names, image_names, named, text_names, unet_rows, vae_rows
 from model.text_encoder import END, START, TextConfig, TextEncoder
@@ -88,6 +89,7 @@ def unet_pair(config: UNetConfig, linear: bool, seed: int = 0) -> UNetPair:
         "projection_class_embeddings_input_dim": config.added_dim,
     }
     peer = UNet2DConditionModel(
+        in_channels=config.in_channels,
         block_out_channels=config.channels,
         down_block_types=["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in kinds],
         up_block_types=["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(kinds)],
@@ -123,18 +125,7 @@ SMALL_UNETS = {
 
 
 def vae_pair(config: VAEConfig, seed: int = 0) -> tuple[Any, VAE]:
-    levels = len(config.channels)
-    peer = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=config.channels,
-        layers_per_block=config.res_blocks,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.groups,
-        scaling_factor=config.scale,
-    )
-    randomise(peer, seed)
-    ours = VAE(config)
+    peer, ours = randomise(peer_autoencoder(config), seed), VAE(config)
     return peer, from_peer(ours, named(ours.state_dict(), vae_rows(config), 1), peer.state_dict())
 
 

@@ -597,7 +597,7 @@ def test_inspect_a_base_model(base: Peers, single: Path, folder: Path, own_folde
     says(own_folder, "odd: it has no vae")
     nine = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}
     save_file(base.single | nine, tmp_path / "nine.safetensors")
-    says(tmp_path / "nine.safetensors", "odd: the UNet reads 9 channels")
+    says(tmp_path / "nine.safetensors", "for inpainting: the UNet reads 9 channels")
     lacks = {k: v for k, v in base.single.items() if "conv_in" not in k}
     save_file(lacks, tmp_path / "lacks.safetensors")
     says(tmp_path / "lacks.safetensors", "odd: ", "it lacks decoder.conv_in.bias")
@@ -1008,10 +1008,12 @@ def test_broken_single_files_are_refused(single: Path, tmp_path: Path, case: str
 
 
 def test_a_base_whose_parts_do_not_fit_is_refused(base: Peers, own_folder: Path, tmp_path: Path) -> None:
-    nine = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}
-    save_file(base.single | nine, tmp_path / "nine.safetensors")
-    with pytest.raises(ValueError, match="reads 9 channels, where its VAE gives 4"):
-        load_base(tmp_path / "nine.safetensors")
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file(base.single | {first: torch.zeros(32, 5, 3, 3)}, tmp_path / "five.safetensors")
+    with pytest.raises(ValueError, match="reads 5 channels, where its VAE gives 4"):
+        load_base(tmp_path / "five.safetensors")
+    save_file(base.single | {first: torch.zeros(32, 9, 3, 3)}, tmp_path / "nine.safetensors")
+    assert load_base(tmp_path / "nine.safetensors").unet.config.in_channels == 9
     shutil.rmtree(own_folder / "text_encoder")
     text_pair(replace(TEXT, width=8))[0].save_pretrained(own_folder / "text_encoder")
     with pytest.raises(ValueError, match="reads a text of width 16, where its text encoder gives 8"):

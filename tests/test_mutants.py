@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from peers import clip_tokenizer, max_error, randn, text_pair, unet_pair, vae_pair, vision_pair
 from PIL import Image, ImageOps
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_ddim import denoiser, peer_trajectory
 from torch import Tensor, nn
+from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import weights_convert
@@ -26,11 +29,11 @@ from model.adapter import IPAdapter
 from model.attention import Attention, Context, CrossAttention
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.layers import Downsample, ResBlock, SpatialTransformer
-from model.text_encoder import TextConfig
+from model.text_encoder import TextConfig, TextEncoder
 from model.unet import UNetConfig
 from model.vae import VAEConfig
+from sampling import guidance
 from sampling.ddim import ddim
-from sampling.guidance import guided
 from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
 
@@ -41,6 +44,8 @@ TEXT, VAE = TextConfig(width=12, layers=3, heads=2), VAEConfig(channels=(8, 12),
 IMAGE = ImageConfig(image_size=16, patch=4, width=16, layers=(3,), heads=2, output_dim=10)
 PROMPTS, LAMBDA, GUIDANCE, T = ["an owl", "a photo of a fox"], 0.7, 7.5, 500  # negative first
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 41, 3), np.uint8))
+SQUARE = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+MASK, GRIDS = randn(72, 120, seed=4).sigmoid(), ((9, 15), (5, 8), (3, 4))  # of a picture, and a UNet's for its latents
 
 
 def official(peer: Any) -> dict[str, dict[str, Tensor]]:
@@ -58,12 +63,38 @@ def official(peer: Any) -> dict[str, dict[str, Tensor]]:
     return {part: {k: v.float().double() for k, v in tensors.items()} for part, tensors in rounded.items()}
 
 
+def text_folders(text: Any, root: Path) -> list[Path]:
+    """The text tower as older and newer libraries write it: with the prefix, with positions beside the weights, bare."""
+    text.save_pretrained(root / "written")
+    bare = {
+        name.removeprefix("text_model."): t for name, t in load_file(root / "written" / "model.safetensors").items()
+    }
+    prefixed = {f"text_model.{name}": tensor for name, tensor in bare.items()}
+    positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    forms = {"prefix": prefixed, "positions": prefixed | positions, "bare": bare}
+    for form, tensors in forms.items():
+        (root / form).mkdir()
+        save_file(tensors, root / form / "model.safetensors")
+        (root / form / "config.json").write_text((root / "written" / "config.json").read_text())
+    return [root / form for form in forms]
+
+
+def averages(mask: Tensor, h: int, w: int) -> Tensor:
+    """The mean of a mask, `H W`, over the pixels that each cell of an `h w` grid touches, cell by cell: `1 1 (h w) 1`."""
+    rows, columns = (
+        [slice(i * size // n, math.ceil((i + 1) * size / n)) for i in range(n)]
+        for size, n in zip(mask.shape, (h, w), strict=True)
+    )
+    return torch.stack([mask[y, x].mean() for y in rows for x in columns]).reshape(1, 1, h * w, 1)
+
+
 @dataclass(frozen=True, repr=False)
 class Stack:
-    """Our networks and an adapter on disk, what they are asked, and the peers' answers to it."""
+    """Our networks, an adapter and text towers on disk, what they are asked, and the peers' answers to it."""
 
     pipeline: Pipeline
     adapter: Path
+    texts: list[Path]
     pixels: Tensor
     latents: Tensor
     tokens: Tensor
@@ -75,7 +106,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
     denoise, (vae, our_vae) = unet_pair(UNET, linear=False), vae_pair(VAE)
     (text, our_text), (image, our_image) = text_pair(TEXT), vision_pair(IMAGE)
     pixels, latents, adapter = randn(2, 3, 16, 16, seed=1), randn(1, 4, 12, 10, seed=2), official(denoise.peer)
-    path = tmp_path_factory.mktemp("mutants") / "adapter.safetensors"
+    folder = tmp_path_factory.mktemp("mutants")
+    path = folder / "adapter.safetensors"
     save_file({f"{part}.{k}": v for part, tensors in adapter.items() for k, v in tensors.items()}, path)
 
     ids = clip_tokenizer()(PROMPTS, padding="max_length", return_tensors="pt").input_ids
@@ -87,39 +119,51 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
             processor.scale = [LAMBDA]
     embeds = torch.stack([torch.zeros_like(seen.image_embeds), seen.image_embeds])  # the two pictures of one prompt
     both = denoise.peer(torch.cat([latents] * 2), T, states, added_cond_kwargs={"image_embeds": [embeds]}).sample
-    square = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    texts = text_folders(text, folder)
     answers = {
         "step": both[:1] + GUIDANCE * (both[1:] - both[:1]),
+        "weak step": both[:1] + 0.5 * (both[1:] - both[:1]),
         "text": states,
+        "text files": torch.stack([states] * len(texts)),
         "image": seen.image_embeds,
         "fine": seen.hidden_states[-2],
         "encode": vae.encode(pixels).latent_dist.mean * VAE.scale,
         "decode": vae.decode(latents / VAE.scale).sample,
         "trajectory": peer_trajectory(latents, Schedule(), 30, eta=0.0, exact=True)[-1],
-        "preprocess": CLIPImageProcessorPil(**square)(PHOTO, return_tensors="pt").pixel_values[0],
+        "preprocess": CLIPImageProcessorPil(**SQUARE)(PHOTO, return_tensors="pt").pixel_values[0],
+        "mask": torch.cat([averages(MASK, h, w) for h, w in GRIDS], dim=2),
     }
     pipeline = Pipeline(denoise.ours, our_vae, our_text, Schedule(), our_image)
-    return Stack(pipeline, path, pixels, latents, ids, answers)
+    return Stack(pipeline, path, texts, pixels, latents, ids, answers)
 
 
-def step(s: Stack) -> Tensor:
+def step(s: Stack, weight: float = GUIDANCE) -> Tensor:
     """One guided step from prompt, negative prompt and two pictures, with the adapter read from its file."""
     adapter = weights_convert.load_adapter(s.adapter, s.pipeline.unet, IMAGE.output_dim, dtype=None)
     pipeline = replace(s.pipeline, adapters=(adapter,))
     embedding = pipeline.image(s.pixels)[None]  # type: ignore[misc]
     uncond, cond = pipeline.contexts(PROMPTS[1:], PROMPTS[:1], embedding, LAMBDA)
-    return guided(pipeline.unet, uncond, cond, GUIDANCE)(s.latents, T)
+    return guidance.guided(pipeline.unet, uncond, cond, weight)(s.latents, T)
+
+
+def text_files(s: Stack) -> Tensor:
+    """What the tower says, read from each of the files."""
+    towers = [weights_convert.load_text_encoder(path, dtype=None) for path in s.texts]
+    return torch.stack([text(s.tokens) for text in towers])
 
 
 CHECKS: dict[str, Callable[[Stack], Tensor]] = {
     "step": step,
+    "weak step": lambda s: step(s, 0.5),
     "text": lambda s: s.pipeline.text(s.pipeline.text.tokenize(PROMPTS)),
+    "text files": text_files,
     "image": lambda s: s.pipeline.image(s.pixels),  # type: ignore[misc]
     "fine": lambda s: s.pipeline.image.fine(s.pixels),  # type: ignore[union-attr]
     "encode": lambda s: s.pipeline.vae.encode(s.pixels),
     "decode": lambda s: s.pipeline.vae.decode(s.latents),
     "trajectory": lambda s: list(ddim(denoiser, s.latents, s.pipeline.schedule, 30))[-1].x,
     "preprocess": lambda s: s.pipeline.image.preprocess(PHOTO),  # type: ignore[union-attr]
+    "mask": lambda s: torch.cat([*attention.pyramid(MASK, *GRIDS[0], levels=len(GRIDS)).values()], dim=2),
 }
 
 
@@ -140,6 +184,11 @@ def head_width_for_heads(m: pytest.MonkeyPatch, s: Stack) -> None:
 
 def no_root_of_d(m: pytest.MonkeyPatch, _: Stack) -> None:
     m.setattr(attention, "attention", lambda q, k, v, _=None: F.scaled_dot_product_attention(q, k, v, scale=1.0))
+
+
+def softmax_of_keys(m: pytest.MonkeyPatch, _: Stack) -> None:
+    """`q @ k.T.softmax()`, as the official tool for attention maps has it."""
+    m.setattr(attention, "attention", lambda q, k, v, _=None: q @ k.mT.softmax(-1) @ v)
 
 
 def mid_in_execution_order(m: pytest.MonkeyPatch, _: Stack) -> None:
@@ -241,6 +290,76 @@ def no_causal_mask(m: pytest.MonkeyPatch, _: Stack) -> None:
     m.setattr(ResidualAttentionBlock, "forward", lambda self, x, attn_mask: real(self, x))
 
 
+def image_heads(m: pytest.MonkeyPatch, s: Stack) -> None:
+    """Their number is not in the weights, and any that divides the width fits."""
+    for module in s.pipeline.image.modules():  # type: ignore[union-attr]
+        if isinstance(module, nn.MultiheadAttention):
+            m.setattr(module, "num_heads", 4)
+
+
+def processor_of_torchvision(m: pytest.MonkeyPatch, _: Stack) -> None:
+    peer = CLIPImageProcessor(**SQUARE)
+    m.setattr(ImageEncoder, "preprocess", lambda _, image: peer(image, return_tensors="pt").pixel_values[0])
+
+
+def grid_guessed(m: pytest.MonkeyPatch, _: Stack) -> None:
+    """From the number of queries and the mask's own sides, as diffusers guesses it."""
+    real = attention.pyramid
+
+    def pyramid(mask: Tensor, h: int, w: int, levels: int) -> dict[int, Tensor]:
+        grids = {}
+        for n in real(mask, h, w, levels):
+            rows = int(math.sqrt(n * mask.shape[0] / mask.shape[1]))
+            rows += n % rows != 0
+            grids |= real(mask, rows, n // rows, levels=1)
+        return grids
+
+    m.setattr(attention, "pyramid", pyramid)
+
+
+def no_guidance_up_to_one(m: pytest.MonkeyPatch, _: Stack) -> None:
+    """As in diffusers: below 1 the condition alone decides."""
+    real = guidance.guided
+    m.setattr(guidance, "guided", lambda unet, uncond, cond, w: real(unet, uncond, cond, max(w, 1.0)))
+
+
+def text_prefix(prefix: str) -> Mutant:
+    def mutate(m: pytest.MonkeyPatch, _: Stack) -> None:
+        real = weights_convert.text_names
+        m.setattr(weights_convert, "text_names", lambda ours, config, _: real(ours, config, prefix))
+
+    return mutate
+
+
+def absent_is_zero(m: pytest.MonkeyPatch, s: Stack) -> None:
+    """Reads the prefixed names from every file and takes what is there, as `strict=False` does."""
+    read = weights_convert._read
+    text_prefix("text_model.")(m, s)
+    m.setattr(weights_convert, "check", lambda *_: None)
+    m.setattr(
+        weights_convert,
+        "_read",
+        lambda file, theirs, like, *how: (
+            read(file, theirs, like, *how) if theirs[0] in file else torch.zeros(like.shape, dtype=torch.float64)
+        ),
+    )
+
+
+def positions_are_weights(m: pytest.MonkeyPatch, _: Stack) -> None:
+    m.setattr(weights_convert, "_EXTRA", re.compile("(?!)"))
+
+
+def mask_is_a_buffer(m: pytest.MonkeyPatch, _: Stack) -> None:
+    """open_clip's own causal mask, which no file holds and a module built on the meta device lacks."""
+    real = TextEncoder.__init__
+
+    def init(self: TextEncoder, config: TextConfig) -> None:
+        real(self, config)
+        self.clip.attn_mask = self.clip.build_causal_mask()
+
+    m.setattr(TextEncoder, "__init__", init)
+
+
 def crop_rounded_up(m: pytest.MonkeyPatch, _: Stack) -> None:
     real = image_encoder.centre_square
     m.setattr(image_encoder, "centre_square", lambda image, *how: ImageOps.mirror(real(ImageOps.mirror(image), *how)))
@@ -249,6 +368,7 @@ def crop_rounded_up(m: pytest.MonkeyPatch, _: Stack) -> None:
 MUTANTS: dict[str, tuple[str, Mutant]] = {
     "heads: attention_head_dim read as the width of a head": ("step", head_width_for_heads),
     "no 1/sqrt(d)": ("step", no_root_of_d),
+    "softmax of the keys, not of the product": ("step", softmax_of_keys),
     "adapter keys: mid in execution order": ("step", mid_in_execution_order),
     "text and image added after to_out, its bias twice": ("step", sum_after_to_out),
     "one softmax over text and image": ("step", one_softmax),
@@ -266,11 +386,16 @@ MUTANTS: dict[str, tuple[str, Mutant]] = {
     "penultimate hidden state": ("text", text_config(skip=1)),
     "no final LayerNorm": ("text", text_config(final_norm=False)),
     "no causal mask": ("text", no_causal_mask),
+    "text files: the prefix expected, what is absent left at zero": ("text files", absent_is_zero),
     "text: gelu for quick_gelu": ("text", lambda m, _: m.setattr(QuickGELU, "forward", lambda self, x: F.gelu(x))),
     "image: quick_gelu for gelu": ("image", lambda m, _: m.setattr(nn.GELU, "forward", QuickGELU.forward)),
+    "image: another number of heads": ("image", image_heads),
     "image embedding normalised": ("image", normalised),
     "fine features after post-layernorm": ("fine", norm_of_fine_features),
     "picture cropped with the margin rounded up": ("preprocess", crop_rounded_up),
+    "picture prepared by torchvision": ("preprocess", processor_of_torchvision),
+    "mask: the grid guessed from the number of queries": ("mask", grid_guessed),
+    "no guidance at a weight below 1": ("weak step", no_guidance_up_to_one),
     "30 steps spaced as LDM does": ("trajectory", schedule(spacing="ldm")),
     "alpha is 1 after the last step": ("trajectory", schedule(final_one=True)),
 }
@@ -284,3 +409,78 @@ def test_mutants_are_rejected(stack: Stack, monkeypatch: pytest.MonkeyPatch, nam
     wrong = error(stack, check)
     assert right < TOLERANCE
     assert wrong > 100 * TOLERANCE
+
+
+REFUSED: dict[str, tuple[Mutant, str]] = {
+    "the text tower's prefix never read": (text_prefix(""), "it lacks embeddings.*; it holds instead text_model"),
+    "the text tower's prefix always read": (text_prefix("text_model."), "it lacks text_model.*; it holds instead emb"),
+    "position_ids taken for weights": (positions_are_weights, r"also holds .*\.position_ids"),
+    "the causal mask left on the meta device": (mask_is_a_buffer, r"not filled: clip\.attn_mask"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mutants_that_misread_files_are_refused(stack: Stack, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A strict load stops them before there is a number to compare."""
+    mutate, sentence = REFUSED[name]
+    assert error(stack, "text files") < TOLERANCE
+    mutate(monkeypatch, stack)
+    with pytest.raises((ValueError, RuntimeError), match=sentence):
+        error(stack, "text files")
+
+
+# In float32 a fixed bound says little, because the error depends on the weights: the bar is twice the peer's own.
+
+
+def exact_embedding(t: Tensor, dim: int = UNET.channels[0]) -> Tensor:
+    """The timestep embedding in float64, where diffusers has float32 in any case."""
+    args = t.double()[:, None] * 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    return torch.cat([args.cos(), args.sin()], dim=-1)
+
+
+def prediction() -> tuple[Tensor, Tensor, Tensor]:
+    """(ours, the peer's, the truth) of one call of the UNet, with weights and inputs that float32 can hold."""
+    both, t = unet_pair(UNET, linear=False), torch.tensor([981, 500, 21])
+    x, text = randn(3, 4, 12, 10, seed=1).float(), randn(3, 7, UNET.context_dim, seed=2).float()
+    with torch.no_grad():
+        ours, theirs = both.ours.float()(x, t, Context(text)), both.peer.float()(x, t, text).sample
+        exact = both.peer.double()
+        exact.time_proj.forward = exact_embedding
+        return ours, theirs, exact(x.double(), t, text.double()).sample
+
+
+def alphas() -> tuple[Tensor, Tensor, Tensor]:
+    """(ours, the peer's, the truth) of alpha-bar."""
+    peer = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return Schedule().alphas, peer.alphas_cumprod, (1 - betas).cumprod(0)
+
+
+def half_embedding(m: pytest.MonkeyPatch) -> None:
+    def embedding(t: Tensor, dim: int) -> Tensor:
+        args = t.half()[:, None] * torch.exp(-math.log(10000) * torch.arange(dim // 2) / (dim // 2)).half()
+        return torch.cat([args.cos(), args.sin()], dim=-1)
+
+    m.setattr(unet, "timestep_embedding", embedding)
+
+
+def half_alphas(m: pytest.MonkeyPatch) -> None:
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    m.setattr(Schedule, "alphas", property(lambda _: (1 - betas).half().cumprod(0).float()))
+
+
+ISLANDS: dict[str, tuple[Callable[[], tuple[Tensor, Tensor, Tensor]], Callable[[pytest.MonkeyPatch], None]]] = {
+    "timestep embedding in half precision": (prediction, half_embedding),
+    "alpha-bar in half precision": (alphas, half_alphas),
+}
+
+
+@pytest.mark.parametrize("name", ISLANDS)
+def test_half_precision_where_float32_is_needed_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    measure, mutate = ISLANDS[name]
+    ours, theirs, truth = measure()
+    bar = 2 * max_error(theirs.double(), truth)
+    mutate(monkeypatch)
+    wrong = measure()[0]
+    assert max_error(ours.double(), truth) <= bar
+    assert max_error(wrong.double(), truth) > 100 * bar
