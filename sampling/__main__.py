@@ -2,6 +2,7 @@
 
 python -m sampling --image cat.png --prompt "on a pink background" --scale 0.7 --seed 0 --out out.png
 python -m sampling --ip-adapter a.bin --image x.png --scale 0.5 --ip-adapter b.bin --image y.png --scale 0.8
+python -m sampling --init-image photo.png --mask mask.png --prompt "a red hat" --out out.png
 python -m sampling --again out.png
 """
 
@@ -21,9 +22,13 @@ from tqdm import tqdm
 
 import weights_convert
 from sampling import images
+from sampling.ddim import ddim
+from sampling.dpm import dpm
+from sampling.edit import Edit
 from sampling.pipeline import WEIGHTS, Pipeline, compiled, load, prompt_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLERS = {"ddim": ddim, "dpm++": dpm}
 BATCH = 16
 
 
@@ -63,8 +68,17 @@ def parser() -> argparse.ArgumentParser:
         help="lambda, the weight of the image prompt (Eq. 8; default 1)",
     )
     p.add_argument("--guidance", type=float, default=7.5, help="w, the guidance weight (Eq. 7; default 7.5)")
-    p.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    p.add_argument("--eta", type=float, default=0.0, help="0 is DDIM, 1 is DDPM (default 0)")
+    p.add_argument("--steps", type=int, default=50, help="steps of the sampler (default 50)")
+    p.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="DDIM, or DPM-Solver++(2M) (default ddim)")
+    p.add_argument("--eta", type=float, default=0.0, help="0 is DDIM, 1 is DDPM (default 0); of ddim alone")
+    p.add_argument("--init-image", type=Path, help="a picture to change; width and height are its own")
+    p.add_argument(
+        "--strength",
+        type=float,
+        help="how much it may change: the share of the steps that run, above 0, at most 1 (default 0.8; with --mask 1)",
+    )
+    p.add_argument("--mask", type=Path, help="white where to repaint --init-image, black where it stays; of its size")
+    p.add_argument("--no-paste", action="store_true", help="with --mask: leave what was drawn, also where it is black")
     p.add_argument("--seed", type=int, default=0, help="picture i uses seed + i (default 0)")
     p.add_argument("--num", type=int, default=1, help="number of pictures (default 1)")
     p.add_argument("--width", type=int, help="in pixels (default: what the base model was trained at)")
@@ -100,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Gives each adapter its pictures and its lambda.
+    """Gives each adapter its pictures and its lambda, and a picture to change its strength.
 
     One adapter takes them wherever they stand; of several, each takes those that follow it, and `ip_adapter`, `image` and
     `scale` are then lists with an entry for each.
@@ -121,6 +135,13 @@ def settle(args: argparse.Namespace) -> None:
     args.ip_adapter, args.image, args.scale = args.ip_adapter or [None], pictures, [(*lam, 1.0)[0] for lam in lambdas]
     if not several:
         args.ip_adapter, args.image, args.scale = args.ip_adapter[0], args.image[0], args.scale[0]
+    if args.init_image is None and (args.mask or args.strength is not None):
+        flag = "--mask" if args.mask else "--strength"
+        raise ValueError(f"{flag} is for a picture to change: name it with --init-image")
+    if args.no_paste and args.mask is None:
+        raise ValueError("--no-paste is for a picture with a --mask")
+    if args.init_image and args.strength is None:
+        args.strength = 1.0 if args.mask else 0.8
 
 
 def adapter_files(args: argparse.Namespace) -> list[Path]:
@@ -136,15 +157,24 @@ def image_prompts(args: argparse.Namespace) -> list[tuple[list[Path], float]]:
     return [([Path(picture) for picture in pictures], scale) for pictures, scale in each if pictures]
 
 
+def opened(args: argparse.Namespace) -> Edit | None:
+    """The picture to change, and its mask."""
+    if args.init_image is None:
+        return None
+    mask = images.to_tensor(images.open_image(args.mask).convert("L")) / 2 + 0.5 if args.mask else None
+    return Edit(images.to_tensor(images.open_image(args.init_image)), args.strength, mask, not args.no_paste)
+
+
 def files(args: argparse.Namespace) -> dict[str, str]:
-    """The hash of every file that decides the picture: weights, their configs, image prompts."""
+    """The hash of every file that decides the picture: weights, their configs, image prompts, a picture to change and its mask."""
     base, pictures = [args.checkpoint], [picture for prompt, _ in image_prompts(args) for picture in prompt]
+    edited = [picture for picture in (args.init_image, args.mask) if picture]
     if (args.checkpoint / "unet.safetensors").exists():
         base = [args.checkpoint / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder")]
     adapters, encoder = prompt_files(args.checkpoint, adapter_files(args) or None, args.image_encoder)
     used = [*base, *adapters, encoder] if pictures else base
     names = [name for path in used if path for name in weights_convert.files_of(path)]
-    return {str(name): weights_convert.sha256(name) for name in [*names, *pictures]}
+    return {str(name): weights_convert.sha256(name) for name in [*names, *pictures, *edited]}
 
 
 def recall(path: Path, out: Path) -> argparse.Namespace:
@@ -154,7 +184,7 @@ def recall(path: Path, out: Path) -> argparse.Namespace:
     if set(arguments) != set(vars(parser().parse_args([]))) - {"out", "again"}:
         raise ValueError(f"{path}: a sheet, or drawn by another version of this program, so it can't be drawn again")
     args = argparse.Namespace(**arguments)
-    for name in ("checkpoint", "image_encoder"):
+    for name in ("checkpoint", "image_encoder", "init_image", "mask"):
         setattr(args, name, Path(value) if (value := getattr(args, name)) else None)
     for name, digest in settings["sha256"].items():
         if not Path(name).exists():
@@ -165,12 +195,15 @@ def recall(path: Path, out: Path) -> argparse.Namespace:
     return args
 
 
-def draw(pipeline: Pipeline, args: argparse.Namespace, prompts: list[list[Image.Image]]) -> list[Image.Image]:
+def draw(
+    pipeline: Pipeline, args: argparse.Namespace, prompts: list[list[Image.Image]], edit: Edit | None
+) -> list[Image.Image]:
     """The pictures that the arguments ask for; `prompts` are the opened pictures of each adapter."""
-    height, width = pipeline.native_size
+    height, width = edit.size if edit else pipeline.native_size
+    steps = args.steps - (edit.start(args.steps) if edit else 0)
     embeddings = [pipeline.embed(prompt, args.fit) for prompt in prompts]
     pictures = []
-    with tqdm(total=args.steps * -(-args.num // BATCH), desc="drawing", unit="step", disable=None) as bar:
+    with tqdm(total=steps * -(-args.num // BATCH), desc="drawing", unit="step", disable=None) as bar:
         for first in range(0, args.num, BATCH):
             seeds = [args.seed + i for i in range(first, min(first + BATCH, args.num))]
             drawn = pipeline.draw(
@@ -184,6 +217,8 @@ def draw(pipeline: Pipeline, args: argparse.Namespace, prompts: list[list[Image.
                 eta=args.eta,
                 size=(height if args.height is None else args.height, width if args.width is None else args.width),
                 watch=lambda _: bar.update() and None,
+                sampler=SAMPLERS[args.sampler],
+                edit=edit,
             )
             pictures += images.to_images(drawn)
     return pictures
@@ -200,6 +235,7 @@ def run(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.out} is a folder: name the file to write")
     # a bad picture is refused before the weights are read
     prompts = [[images.open_image(path) for path in paths] for paths, _ in image_prompts(args)]
+    edit = opened(args)
     adapters, encoder = prompt_files(args.checkpoint, adapter_files(args) or None, args.image_encoder)
     if prompts and not (adapters and encoder):
         flag = "--image-encoder" if adapters else "--ip-adapter"
@@ -213,7 +249,7 @@ def run(argv: list[str] | None = None) -> None:
     pipeline = load(args.checkpoint, adapters, encoder, DTYPES[args.dtype], args.device)
     if args.compile:
         pipeline = replace(pipeline, unet=compiled(pipeline.unet))
-    pictures = draw(pipeline, args, prompts)
+    pictures = draw(pipeline, args, prompts, edit)
     arguments = {k: v for k, v in vars(args).items() if k not in ("out", "again")}
     settings = {"arguments": json.loads(json.dumps(arguments, default=str)), "sha256": files(args)}
     for i, picture in enumerate(pictures):

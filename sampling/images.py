@@ -52,6 +52,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def to_tensor(image: Image.Image) -> Tensor:
+    """A Pillow picture to `1 c h w` in [-1, 1], c = 3 of RGB and 1 of grey; `to_images` gives it back."""
+    levels = np.atleast_3d(np.asarray(image, dtype=np.float32))
+    return torch.from_numpy(levels / 127.5 - 1).permute(2, 0, 1)[None]
+
+
 def to_images(pictures: Tensor) -> list[Image.Image]:
     """`b 3 h w` in [-1, 1] to Pillow pictures: clipped, rounded to the nearest of 256 levels."""
     levels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

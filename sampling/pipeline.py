@@ -18,7 +18,8 @@ from model.image_encoder import Fit, ImageEncoder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
-from sampling.ddim import State, ddim, randn
+from sampling.ddim import Sampler, State, ddim
+from sampling.edit import Edit, begin
 from sampling.guidance import guided
 from sampling.schedule import Schedule, schedule_of
 
@@ -92,25 +93,26 @@ class Pipeline:
         size: tuple[int, int] | None = None,
         fuse: Fuse = decoupled,
         watch: Callable[[State], None] | None = None,
+        sampler: Sampler = ddim,
+        edit: Edit | None = None,
     ) -> Tensor:
         """One picture for each prompt and seed, `b 3 H W`, about [-1, 1].
 
         `scale` is lambda (Eq. 8), `guidance` is w (Eq. 7), `size` is (height, width) in pixels, multiples of the VAE's factor.
-        Picture i's noise comes from a CPU generator seeded `seeds[i]` alone. `watch` is called after every step.
+        Picture i's noise comes from a CPU generator seeded `seeds[i]` alone. `watch` is called after every step. `sampler`
+        is `ddim` or `dpm`. With `edit` a picture is changed, and `size` is its own.
         """
         uncond, cond = self.contexts(prompts, negatives or [""] * len(prompts), embedding, scale, fuse)
-        factor = self.vae.config.factor
-        height, width = size or self.native_size
-        if height % factor or width % factor or min(height, width) <= 0:
-            raise ValueError(f"width and height must be positive multiples of {factor}, not {width} x {height}")
+        size = size or (edit.size if edit else self.native_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (self.unet.config.out_channels, height // factor, width // factor)
-        x = randn(shape, generators).to(cond.text.device)  # the solver stays in float32
-        for state in ddim(guided(self.unet, uncond, cond, guidance), x, self.schedule, steps, eta, generators):
+        canvas = begin(edit, self.unet.config.in_channels, self.vae, self.schedule, steps, generators, size)
+        denoise, x = canvas.denoiser(guided(self.unet, uncond, cond, guidance)), canvas.noise
+        for state in sampler(denoise, x, self.schedule, steps, eta, generators, canvas.start, canvas.enter):
             x = state.x
             if watch is not None:
                 watch(state)
-        return self.vae.decode(x.to(next(self.vae.parameters())))
+        drawn = self.vae.decode(canvas.leave(x).to(next(self.vae.parameters())))
+        return edit.finish(drawn) if edit else drawn
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -137,17 +139,18 @@ def load(
     A folder's own `image_encoder` and `ip_adapter` are taken where none is named; without them there is text alone. Raises
     FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
-    base = weights_convert.load_base(checkpoint, dtype)
     files, image_encoder = prompt_files(checkpoint, adapter, image_encoder)
+    schedule = schedule_of(weights_convert.scheduler_config(checkpoint))
+    for file in files:  # what is no adapter is told before gigabytes are read
+        weights_convert.adapter_sizes(weights_convert.adapter_file(file))
+    base = weights_convert.load_base(checkpoint, dtype)
     image = weights_convert.load_image_encoder(image_encoder, dtype) if image_encoder else None
     image_dim = image.config.output_dim if image else None
     adapters = tuple(weights_convert.load_adapter(file, base.unet, image_dim, dtype) for file in files)
     for part in (base.unet, base.vae, base.text, image, *adapters):
         if part is not None:
             part.to(device)
-    scheduler = checkpoint / "scheduler" / "scheduler_config.json"
-    config = weights_convert.read_json(scheduler) if scheduler.exists() else {}
-    schedule = replace(schedule_of(config), prediction=base.unet.config.prediction)
+    schedule = replace(schedule, prediction=base.unet.config.prediction)
     return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters)
 
 

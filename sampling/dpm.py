@@ -1,0 +1,64 @@
+"""DPM-Solver++(2M) (arXiv 2211.01095): a generator of second order, from one pass of the network a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from sampling.ddim import Denoiser, Enter, State, as_is
+from sampling.schedule import Schedule
+
+
+def visits(schedule: Schedule, steps: int) -> list[int]:
+    """The timesteps of `steps` steps as diffusers' `DPMSolverMultistepScheduler` places them: the last step ends at a = 1,
+    not at a timestep, so leading and linspace are those of one step more without the last.
+
+    Raises ValueError unless they are `steps` different ones.
+    """
+    found = schedule.visits(steps)
+    if schedule.spacing in ("leading", "linspace"):
+        found = schedule.visits(min(steps + 1, schedule.timesteps))[:-1]
+    if len(set(found)) < max(steps, len(found)):
+        raise ValueError(f"{steps} steps are too many for DPM-Solver++: it would visit a timestep twice; take fewer")
+    return found
+
+
+def dpm(
+    model: Denoiser,
+    x: Tensor,
+    schedule: Schedule,
+    steps: int,
+    eta: float = 0.0,
+    generators: Sequence[torch.Generator] = (),
+    start: int = 0,
+    enter: Enter = as_is,
+) -> Iterator[State]:
+    """Algorithm 2, from timestep s to t, with alpha = sqrt(a), sigma = sqrt(1 - a) and lambda = log(alpha / sigma):
+
+    x_t = (sigma_t / sigma_s) x_s - alpha_t (e^-h - 1) D,    h = lambda_t - lambda_s,
+    D = x_0 + (x_0 - x_0') / 2r,    r = h' / h,
+
+    where x_0' and h' are those of the step before. The first step has none, and the last ends at sigma = 0: there D = x_0.
+    The arguments are those of `ddim`; it is deterministic, so a nonzero eta raises ValueError. Matches diffusers'
+    `DPMSolverMultistepScheduler` of order 2 with "midpoint" and final sigmas "zero".
+    """
+    if eta != 0:
+        raise ValueError(f"eta is DDIM's: DPM-Solver++ adds no noise, so leave it at 0, not {eta}")
+    found = visits(schedule, steps)
+    a = [*schedule.alphas.double()[found].tolist(), 1.0]
+    lam = [0.5 * math.log(each / (1 - each)) for each in a[:-1]]
+    before = x
+    for i, t in islice(enumerate(found), start, None):
+        x = enter(i, t, x)
+        _, x0 = schedule.split(x, model(x, t), a[i])
+        d = x0
+        if start < i < len(found) - 1:
+            d = x0 + (x0 - before) * (lam[i + 1] - lam[i]) / (2 * (lam[i] - lam[i - 1]))
+        ratio = ((1 - a[i + 1]) / (1 - a[i])) ** 0.5  # alpha_t e^-h is alpha_s times this, 0 in the last step
+        x = ratio * x + (a[i + 1] ** 0.5 - ratio * a[i] ** 0.5) * d
+        before = x0
+        yield State(i, t, x, x0)

@@ -1,0 +1,153 @@
+"""Drawing from a picture: image to image (SDEdit, arXiv 2108.01073) and inpainting.
+
+The samplers know nothing of it: they run from step `start`, and ask `enter` for the latents with which each step begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.vae import VAE
+from sampling.ddim import Denoiser, randn
+from sampling.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A picture to change, `b 3 H W` in [-1, 1], or `1 3 H W` for a whole batch.
+
+    Of all steps the last `strength` of them run, above 0 and at most 1. `mask`, `b 1 H W` or `1 1 H W` in [0, 1], is 1 where
+    to repaint; a network knows it as it is from 0.5 up. With `paste` the picture is put back where the mask is 0, and
+    blended in between. Raises ValueError for a strength out of its range, or a mask of another size.
+    """
+
+    picture: Tensor
+    strength: float = 0.8
+    mask: Tensor | None = None
+    paste: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
+        if self.mask is not None and self.mask.shape[-2:] != self.picture.shape[-2:]:
+            (h, w), (height, width) = self.mask.shape[-2:], self.size
+            raise ValueError(f"the mask is {w} x {h} and the picture {width} x {height}: make them the same size")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        height, width = self.picture.shape[-2:]
+        return height, width
+
+    def start(self, steps: int) -> int:
+        """How many of the steps are left out, rounded up as diffusers does. Raises ValueError when none is left."""
+        run = int(steps * self.strength)
+        if run < 1:
+            raise ValueError(f"strength {self.strength} of {steps} steps is less than one step: raise one of them")
+        return steps - run
+
+    def finish(self, drawn: Tensor) -> Tensor:
+        """Puts a drawn picture, `b 3 H W`, where the mask is; with mask 0 a pixel is the old one exactly."""
+        if self.mask is None or not self.paste:
+            return drawn
+        old, mask = self.picture.to(drawn.device), self.mask.to(drawn.device)
+        return old.lerp(drawn.float().clamp(-1, 1), mask)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a sampler draws on: N(0, 1) noise `b c h w`, and what it is told of a picture; without any, the noise is all.
+
+    `latents` are the picture's, and SDEdit begins with them, unless `pure`. `mask`, `1 1 h w`, is 1 where an ordinary UNet
+    repaints. `extra`, `b c+1 h w`, is what an inpainting UNet also reads: the mask, and latents of the picture without what it covers.
+    """
+
+    schedule: Schedule
+    noise: Tensor
+    start: int = 0
+    pure: bool = False
+    latents: Tensor | None = None
+    mask: Tensor | None = None
+    extra: Tensor | None = None
+
+    def denoiser(self, denoise: Denoiser) -> Denoiser:
+        """The one that the sampler asks: an inpainting UNet reads `extra` after the latents."""
+        extra = self.extra
+        return denoise if extra is None else lambda x, t: denoise(torch.cat([x, extra], dim=1), t)
+
+    def enter(self, index: int, t: int, x: Tensor) -> Tensor:
+        """The first step begins with x_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps, each later one with m x + (1 - m) x_t."""
+        if self.latents is None:
+            return x
+        known = self.schedule.add_noise(self.latents, self.noise, torch.tensor([t]))
+        if index == self.start:
+            return x if self.pure else known
+        return x if self.mask is None else known.lerp(x, self.mask)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """After the last step: m x + (1 - m) z_0."""
+        return x if self.latents is None or self.mask is None else self.latents.lerp(x, self.mask)
+
+
+def begin(
+    edit: Edit | None,
+    channels: int,
+    vae: VAE,
+    schedule: Schedule,
+    steps: int,
+    generators: Sequence[torch.Generator],
+    size: tuple[int, int],
+) -> Canvas:
+    """The canvas of pictures of `size` (height, width), for a UNet that reads `channels`: 4, or 9 for inpainting.
+
+    From each picture's own generator come, in diffusers' order: a sample of the VAE's posterior, the noise, and with a mask
+    a sample of the masked picture's posterior. As in `StableDiffusionInpaintPipeline`, strength 1 with a mask is noise alone.
+    Raises ValueError when the sizes do not fit, or an inpainting UNet lacks a picture or a mask.
+    """
+    like, inpaints = next(vae.parameters()), channels > vae.config.latent_channels
+    shape = vae.config.latent_channels, *(side // vae.config.factor for side in size)
+    _check(edit, inpaints, vae.config.factor, len(generators), size)
+
+    def sample(pixels: Tensor) -> Tensor:
+        return vae.encode(pixels.to(like), randn(shape, generators, like)).float()  # the solver stays in float32
+
+    def noise() -> Tensor:
+        return randn(shape, generators).to(like.device)
+
+    if edit is None:
+        return Canvas(schedule, noise())
+    start, pure = edit.start(steps), edit.mask is not None and edit.strength == 1
+    latents = None if inpaints and pure else sample(edit.picture)
+    canvas = Canvas(schedule, noise(), start, pure, latents)
+    if edit.mask is None:
+        return canvas
+    mask = (edit.mask >= 0.5).float()
+    small = F.interpolate(mask, shape[1:]).to(like.device)
+    if not inpaints:
+        noise()  # diffusers samples the masked picture for any UNet
+        return replace(canvas, mask=small)
+    masked = sample(edit.picture * (1 - mask))
+    return replace(canvas, extra=torch.cat([small.expand(len(masked), -1, -1, -1), masked], dim=1))
+
+
+def _check(edit: Edit | None, inpaints: bool, factor: int, batch: int, size: tuple[int, int]) -> None:
+    height, width = size
+    if height % factor or width % factor or min(size) <= 0:
+        raise ValueError(f"width and height must be positive multiples of {factor}, not {width} x {height}")
+    if inpaints and (edit is None or edit.mask is None):
+        raise ValueError("this base model is for inpainting: it needs both a picture and a mask (--init-image, --mask)")
+    if edit is None:
+        return
+    if edit.size != size:
+        asked, has = f"{width} x {height}", f"{edit.size[1]} x {edit.size[0]}"
+        raise ValueError(f"{asked} is asked for, but the picture to change is {has}: make the picture that size first")
+    for tensor in (edit.picture, edit.mask):
+        if tensor is not None and len(tensor) not in (1, batch):
+            raise ValueError(
+                f"{len(tensor)} pictures or masks to change do not fit {batch} prompts: give one, or {batch}"
+            )

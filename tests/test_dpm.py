@@ -1,0 +1,175 @@
+"""DPM-Solver++(2M): whole trajectories against diffusers' DPMSolverMultistepScheduler, and against a known solution."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from diffusers.schedulers import scheduling_dpmsolver_multistep
+from torch import Tensor
+
+from sampling.ddim import ddim, randn
+from sampling.dpm import dpm, visits
+from sampling.schedule import Prediction, Schedule, Spacing
+
+SHAPE = (4, 5, 3)
+SPACINGS = ["leading", "trailing", "linspace"]
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def denoiser(x: Tensor, t: int) -> Tensor:
+    """A fixed smooth function of x and t, as a stand-in for a network."""
+    return torch.sin(1.3 * x + t / 300) + 0.3 * x.roll(1, dims=-1) * math.cos(t / 100)
+
+
+def peer(schedule: Schedule, steps: int) -> Any:
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        lower_order_final=True,
+        final_sigmas_type="zero",
+        steps_offset=schedule.offset,
+        timestep_spacing=schedule.spacing,
+        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[schedule.prediction],
+    )
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+class Double:
+    """torch, but for what it calls float32."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def peer_trajectory(x: Tensor, schedule: Schedule, steps: int, start: int = 0, exact: bool = False) -> list[Tensor]:
+    """diffusers' latents after every step from `start`. `exact` makes its float32 sigmas, and its casts to float32, double."""
+    scheduler, states = peer(schedule, steps), []
+    scheduler.set_begin_index(start)
+    with pytest.MonkeyPatch.context() as m:
+        if exact:
+            a = scheduler.alphas_cumprod.double()[scheduler.timesteps]
+            scheduler.sigmas = torch.cat([((1 - a) / a).sqrt(), torch.zeros(1)])
+            m.setattr(scheduling_dpmsolver_multistep, "torch", Double())
+        for t in scheduler.timesteps[start:].tolist():
+            x = scheduler.step(denoiser(x, t), t, x).prev_sample
+            states.append(x)
+    return states
+
+
+def error(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    assert len(ours) == len(theirs)
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 14, 20, 30])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_trajectories_are_those_of_diffusers(spacing: Spacing, prediction: Prediction, steps: int) -> None:
+    schedule, x = Schedule(spacing=spacing, prediction=prediction), randn(SHAPE, generators(1, 2)).double()
+    ours = [state.x for state in dpm(denoiser, x, schedule, steps)]
+    assert error(ours, peer_trajectory(x, schedule, steps, exact=True)) < 1e-10
+    assert error(ours, peer_trajectory(x, schedule, steps)) < 2e-4  # in float32
+
+
+@pytest.mark.parametrize("start", [1, 6, 18, 19])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_part_of_the_schedule_is_that_of_diffusers(spacing: Spacing, start: int) -> None:
+    """Its first step is of first order, wherever it starts."""
+    schedule, x = Schedule(spacing=spacing, offset=0), randn(SHAPE, generators(1, 2, 3)).double()
+    ours = [state.x for state in dpm(denoiser, x, schedule, 20, start=start)]
+    assert error(ours, peer_trajectory(x, schedule, 20, start, exact=True)) < 1e-10
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_timesteps_are_those_of_diffusers(spacing: Spacing) -> None:
+    for steps in (*range(1, 60), 333, 499, 500, 998):
+        for offset in (0, 1):
+            schedule = Schedule(spacing=spacing, offset=offset)
+            theirs = peer(schedule, steps).timesteps.tolist()
+            if len(theirs) == steps:  # diffusers' trailing rounds to one more for a few numbers of steps
+                assert visits(schedule, steps) == theirs
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "ldm"])
+@pytest.mark.parametrize("steps", [0, 1000, 1001])
+def test_steps_that_do_not_fit_are_refused(spacing: Spacing, steps: int) -> None:
+    with pytest.raises(ValueError, match="steps"):
+        next(dpm(denoiser, randn(SHAPE, generators(1)), Schedule(spacing=spacing), steps))
+
+
+def test_a_timestep_is_never_visited_twice() -> None:
+    """999 leading steps begin at 1000, which is cut to 999."""
+    with pytest.raises(ValueError, match="999 steps are too many"):
+        visits(Schedule(), 999)
+    assert len(visits(Schedule(spacing="trailing"), 1000)) == 1000
+
+
+def test_eta_is_refused() -> None:
+    with pytest.raises(ValueError, match="eta is DDIM's"):
+        next(dpm(denoiser, randn(SHAPE, generators(1)), Schedule(), 5, 0.5, generators(1)))
+
+
+def test_states_tell_where_they_are() -> None:
+    states = list(dpm(denoiser, randn(SHAPE, generators(1)), Schedule(), 7, start=2))
+    assert [state.index for state in states] == list(range(2, 7))
+    assert [state.t for state in states] == visits(Schedule(), 7)[2:]
+    assert torch.equal(states[-1].x, states[-1].x0)  # the last step, to a = 1, is x_0 itself
+
+
+@pytest.mark.parametrize("sampler", [ddim, dpm])
+def test_what_enters_a_step_is_what_it_sees(sampler: Any) -> None:
+    seen: list[Tensor] = []
+
+    def watching(x: Tensor, t: int) -> Tensor:
+        seen.append(x)
+        return denoiser(x, t)
+
+    entered: list[tuple[int, int]] = []
+
+    def enter(index: int, t: int, x: Tensor) -> Tensor:
+        entered.append((index, t))
+        return x + index
+
+    states = list(sampler(watching, x := randn(SHAPE, generators(1)), Schedule(), 6, start=3, enter=enter))
+    assert entered == [(state.index, state.t) for state in states] and [i for i, _ in entered] == [3, 4, 5]
+    starts = [x, *(state.x for state in states)]
+    assert all(torch.equal(a, b + i) for a, b, i in zip(seen, starts, (3, 4, 5), strict=False))
+
+
+def gaussian_error(steps: int, end: int = 199, mean: float = 2.0, std: float = 0.5) -> float:
+    """At timestep `end`, against the ODE's own map of Gaussian data: (x_t - sqrt(a_t) mean) / sqrt(a_t std^2 + 1 - a_t) is constant."""
+    schedule = Schedule(spacing="trailing")
+    a = schedule.alphas.double().tolist()
+
+    def deviation(t: int) -> float:
+        return (a[t] * std**2 + 1 - a[t]) ** 0.5
+
+    def model(x: Tensor, t: int) -> Tensor:
+        return (1 - a[t]) ** 0.5 * (x - a[t] ** 0.5 * mean) / deviation(t) ** 2
+
+    x = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    exact = a[end] ** 0.5 * mean + deviation(end) * (x - a[999] ** 0.5 * mean) / deviation(999)
+    found = next(state.x for state in dpm(model, x, schedule, steps) if visits(schedule, steps)[state.index + 1] == end)
+    return float((found - exact).abs().max())
+
+
+def test_order_two() -> None:
+    """Twice the steps, a quarter of the error."""
+    errors = [gaussian_error(steps) for steps in (25, 50, 100, 200)]
+    ratios = [a / b for a, b in pairwise(errors)]
+    assert errors[0] < 0.01 and all(3.5 < ratio < 4.5 for ratio in ratios), (errors, ratios)
