@@ -1,23 +1,29 @@
-"""Measures: `judge` trains the network that reads pictures, `world` scores the shipped mini weights against the
-truth, `examples` writes the demo's image prompts; `parity` and `benchmark` compare with diffusers at the true size (they
-write 3.4 GB of random weights to a folder, and want the extra `test`)."""
+"""Measures: `judge` and `clip` train the networks that read pictures, `world` scores the shipped mini weights against the
+truth, `examples` writes the demo's image prompts, `attention` draws where a drawing looks at its prompts; `parity` and `benchmark`
+compare with diffusers at the true size (they write 3.4 GB of random weights to a folder, and want the extra `test`)."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from eval import attributes, benchmark, parity, world
+from eval import attention_maps, attributes, benchmark, clip_score, parity, world
+from sampling.pipeline import WEIGHTS
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
     parser.add_argument("--weights", type=Path, default=Path("weights"))
     commands = parser.add_subparsers(dest="command", required=True)
-    judge = commands.add_parser("judge", help="train the judge")
-    judge.add_argument("--state", type=Path, default=Path("runs"))
-    judge.add_argument("--steps", type=int, default=attributes.PLAN.steps)
+    for name, plan, help in (
+        ("judge", attributes.PLAN, "train the judge"),
+        ("clip", clip_score.PLAN, "train the second CLIP"),
+    ):
+        training = commands.add_parser(name, help=help)
+        training.add_argument("--state", type=Path, default=Path("runs"))
+        training.add_argument("--steps", type=int, default=plan.steps)
     score = commands.add_parser("world", help="score the mini weights")
     score.add_argument("--n", type=int, default=1024)
     score.add_argument("--steps", type=int, default=12)
@@ -33,17 +39,44 @@ def main() -> None:
     speed.add_argument("--out", type=Path, default=Path("results/benchmark.json"))
     for command in (same, speed):
         command.add_argument("--state", type=Path, default=Path("runs/official"), help="folder of the random weights")
-    args = parser.parse_args()
+    look = commands.add_parser("attention", help="a sheet: where a drawing looks at each word and each image token")
+    look.add_argument("--image", type=Path, action="append", default=[], help="image prompt; several make one prompt")
+    look.add_argument("--prompt", default="", help="text prompt")
+    look.add_argument("--scale", type=float, default=1.0, help="lambda, the weight of the image prompt (default 1)")
+    look.add_argument(
+        "--guidance", type=float, default=4.0, help="guidance weight (default 4, which suits the mini weights)"
+    )
+    look.add_argument("--seed", type=int, default=0)
+    look.add_argument("--steps", type=int, default=20)
+    look.add_argument("--out", type=Path, default=Path("out/attention.png"))
+    look.add_argument("--checkpoint", type=Path, default=WEIGHTS, help="as in sampling, like the next two")
+    look.add_argument("--ip-adapter", type=Path)
+    look.add_argument("--image-encoder", type=Path)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
     if args.command == "judge":
         attributes.train(args.state, args.weights, replace(attributes.PLAN, steps=args.steps))
+    elif args.command == "clip":
+        clip_score.train(args.state, args.weights, replace(clip_score.PLAN, steps=args.steps))
     elif args.command == "examples":
         world.examples(args.out)
     elif args.command == "parity":
         print(parity.table(parity.evaluate(args.state, args.out, args.side)))
     elif args.command == "benchmark":
         print(benchmark.table(benchmark.evaluate(args.state, args.out, args.rounds)))
+    elif args.command == "attention":
+        attention_maps.run(args)
     else:
         print(world.table(world.evaluate(args.weights, args.out, args.n, args.steps, args.guidance)))
+
+
+def main() -> None:
+    try:
+        run(parser().parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,407 @@
+"""Attention maps from outside: against diffusers' own scores, naive softmaxes, closed forms, and planted keys."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_cli
+import torch
+from diffusers.models.attention_processor import IPAdapterAttnProcessor
+from einops import rearrange
+from peers import SMALL_SD15, UNetPair, clip_tokenizer, max_error, randn, unet_pair
+from PIL import Image
+from test_adapter import IMAGE, adapter_for, official
+from test_attention import queries, source
+from test_pipeline import build
+from torch import Tensor
+
+from eval import __main__ as cli
+from eval.attention_maps import (
+    CELL,
+    finest,
+    image_mass,
+    name_maps,
+    overlay,
+    record,
+    softmax_maps,
+    word_positions,
+)
+from model.attention import Context, Fuse, Scale, Source, concatenated, decoupled, pyramid
+from model.text_encoder import TextEncoder
+from model.unet import UNet, UNetConfig
+from sampling.guidance import guided
+from sampling.images import read_settings
+from train.clip import MINI_TEXT
+
+Pair = Callable[[str], UNetPair]
+EXACT = 1e-13  # float64; measured: 8e-15 and less
+STORED = 1e-7  # maps and lambdas are kept in float32; measured: 6e-8 and less
+SEVERAL = 1e-6  # sums of such numbers; measured: 1.3e-7 and less
+weights, image = test_cli.weights, test_cli.image  # fixtures
+MASK = torch.linspace(0, 2, 9 * 7).double().reshape(9, 7)
+PICTURES = torch.tensor([0.2, 1.5]).double()
+SCALES: list[Scale] = [1.0, 0.6, 0.0, PICTURES, pyramid(MASK, 9, 7)]
+
+
+def naive(q: Tensor, *keys: Tensor, log_lambda: Tensor | float = 0.0) -> Tensor:
+    """softmax(Q K^T / sqrt d) over all keys together; `log_lambda` is added to the logits of all but the first."""
+    logits = [torch.einsum("bhnd,bhmd->bhnm", q, k) / math.sqrt(q.shape[-1]) for k in keys]
+    joined = torch.cat([logits[0], *(part + log_lambda for part in logits[1:])], dim=-1)
+    odds = (joined - joined.amax(-1, keepdim=True)).exp()
+    return odds / odds.sum(-1, keepdim=True)
+
+
+def check(maps: Tensor, q: Tensor, k: Tensor) -> None:
+    """What a map of one source has to be."""
+    assert max_error(maps.sum(dim=-1), torch.ones(maps.shape[:-1]).double()) < EXACT, "rows do not sum to 1"
+    assert maps.min() >= 0, "negative attention"
+    assert max_error(maps, naive(q, k)) < EXACT
+
+
+def lambda_of(scale: Scale, n: int) -> Tensor:
+    """As `b 1 n 1` or what broadcasts to it."""
+    value = scale[n] if isinstance(scale, dict) else torch.as_tensor(scale, dtype=torch.float64)
+    return value if value.ndim == 4 else value.reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=["1", "0.6", "0", "pictures", "mask"])
+def test_decoupled_maps_are_softmaxes_whatever_lambda(scale: Scale) -> None:
+    q, text, pictures = queries(n=63), source(m=77), [source(m=4, scale=scale), source(m=16, seed=2)]
+    of_text, *of_image = softmax_maps(q, text, pictures, decoupled)
+    for maps, one in zip([of_text, *of_image], [text, *pictures], strict=True):
+        check(maps, q, one.k)
+
+
+def test_the_official_formula_is_not_a_map() -> None:
+    """attention_processor.py:391 of the released code: the softmax binds to the keys, and 1 / sqrt d is missing."""
+    q, text = queries(n=63), source(m=4)
+    wrong = q @ text.k.transpose(-2, -1).softmax(dim=-1)
+    assert wrong.min() < 0 and (wrong.sum(dim=-1) - 1).abs().min() > 1e-3
+    with pytest.raises(AssertionError, match="rows do not sum to 1"):
+        check(wrong, q, text.k)
+    with pytest.raises(AssertionError):  # with the brackets set right, the logits are still sqrt d too large
+        check((q @ text.k.transpose(-2, -1)).softmax(dim=-1), q, text.k)
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=["1", "0.6", "0", "pictures", "mask"])
+def test_joint_maps_and_image_mass(scale: Scale) -> None:
+    q, text, pictures = queries(n=63), source(m=77), [source(m=4, scale=scale)]
+    of_text, of_image = softmax_maps(q, text, pictures, concatenated)
+    log_lambda = lambda_of(scale, 63).log()
+    assert max_error(torch.cat([of_text, of_image], -1), naive(q, text.k, pictures[0].k, log_lambda=log_lambda)) < EXACT
+    assert max_error(image_mass(q, text, pictures), of_image.sum(dim=-1)) < EXACT
+
+
+def test_image_mass_of_several_sources_and_its_gate() -> None:
+    q, text, pictures = queries(n=15), source(m=5), [source(m=4, scale=0.3), source(m=16, scale=1.7, seed=2)]
+    _, *of_image = softmax_maps(q, text, pictures, concatenated)
+    mass = image_mass(q, text, pictures)
+    assert max_error(mass, sum(part.sum(dim=-1) for part in of_image)) < EXACT  # type: ignore[arg-type]
+    one = pictures[:1]
+    gate = image_mass(q, text, one)[..., None]
+    mixed = (1 - gate) * decoupled(q, text, []) + gate * decoupled(q, Source(one[0].k, one[0].v), [])
+    assert max_error(mixed, concatenated(q, text, one)) < EXACT
+
+
+def keep(found: list[Tensor], scores: Callable[..., Tensor], heads: int, *args: Any) -> Tensor:
+    """Diffusers' scores of one layer, noted as they pass."""
+    found.append(rearrange(probs := scores(*args), "(b h) n m -> b h n m", h=heads))
+    return probs
+
+
+@pytest.mark.parametrize("size", [(65, 33), (9, 7)])
+def test_a_whole_unet_against_diffusers_scores(size: tuple[int, int]) -> None:
+    """Every map, text and two image prompts, is what diffusers' `get_attention_scores` gives; the grids are the true ones."""
+    both = unet_pair(replace(SMALL_SD15, res_blocks=1), linear=False)
+    adapters = [adapter_for(both.ours, seed) for seed in (3, 4)]
+    both.peer._load_ip_adapter_weights([official(adapter, both.ours) for adapter in adapters], low_cpu_mem_usage=False)
+    scores: dict[str, list[Tensor]] = defaultdict(list)
+    for name, layer in both.peer.named_modules():
+        if name.endswith("attn2"):
+            fast = layer.processor  # the classic processor, unlike this one, asks the layer for its scores
+            classic = IPAdapterAttnProcessor(fast.hidden_size, fast.cross_attention_dim, (4, 4), [0.7, 0.4]).double()
+            classic.load_state_dict(fast.state_dict())
+            layer.set_processor(classic)
+            layer.get_attention_scores = partial(keep, scores[name], layer.get_attention_scores, layer.heads)
+    x, t, text = randn(2, 4, *size, seed=1), torch.tensor([7, 981]), randn(2, 77, SMALL_SD15.context_dim, seed=2)
+    embeddings = [randn(2, 1, IMAGE, seed=5 + i) for i in range(2)]
+    want = both.peer(x, t, text, added_cond_kwargs={"image_embeds": embeddings}).sample
+    context = Context(text)
+    for adapter, embedding, scale in zip(adapters, embeddings, (0.7, 0.4), strict=True):
+        context = adapter(context, embedding, scale)
+    with record(both.ours) as maps:
+        got = both.ours(x, t, context)
+    assert max_error(got, want) < EXACT
+    assert [one.layer for one in maps] == list(range(len(both.ours.cross_attentions())))
+    order = {"d": 0, "m": 1, "u": 2}  # down, mid, up
+    theirs = [scores[name] for name in sorted(scores, key=lambda name: (order[name[0]], name))]
+    for one, (their_text, *their_image) in zip(maps, theirs, strict=True):
+        ours = [one.text, *one.image]
+        assert max(max_error(a.double(), b) for a, b in zip(ours, [their_text, *their_image], strict=True)) < STORED
+        assert {part.dtype for part in ours} == {torch.float32} and one.t == (7, 981) and one.call == 0
+        assert one.weights == (0.7, 0.4) and one.image_mass is None
+    h, w = size
+    halves = [(h, w), ((h + 1) // 2, (w + 1) // 2), ((h + 3) // 4, (w + 3) // 4), ((h + 7) // 8, (w + 7) // 8)]
+    assert [one.grid for one in maps] == [halves[i] for i in (0, 1, 2, 3, 2, 2, 1, 1, 0, 0)]
+
+
+ONE = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4)
+
+
+@pytest.fixture
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(ONE).double().eval().requires_grad_(False)
+
+
+def context_for(unet: UNet, scale: Scale = 0.6, fuse: Fuse = decoupled, batch: int = 2) -> Context:
+    return adapter_for(unet)(Context(randn(batch, 5, 8), fuse=fuse), randn(batch, IMAGE, seed=1), scale)
+
+
+@pytest.mark.parametrize("fuse", [decoupled, concatenated])
+def test_a_planted_key_lights_its_place(unet: UNet, fuse: Fuse) -> None:
+    """Rows 2-4, columns 1-2 of a 9 x 7 picture must look at text token 3 and at image token 2; the map shows them there."""
+    place = torch.zeros(9, 7, dtype=torch.bool)
+    place[2:5, 1:3] = True
+    planted = torch.where(place.reshape(1, 63, 1), 1.0, -1.0).double().expand(1, 63, 8)
+    layer = unet.cross_attentions()[0]
+    layer.to_q.weight.copy_(torch.eye(8))
+    layer.to_k.weight.copy_(torch.zeros(8, 8)).data[:, 0] = 1.0  # a key is its token's first number, on every axis
+    text, keys = torch.zeros(1, 5, 8).double(), torch.zeros(1, 2, 4, 4).double()
+    text[0, 3, 0] = keys[:, :, 2] = 10.0
+    context = context_for(unet, scale=1.0, fuse=fuse, batch=1)
+    context = replace(context, text=text, image=((Source(keys, keys), *context.image[0][1:]),))
+    layer.register_forward_pre_hook(lambda _, args: (planted, args[1]))
+    with record(unet) as maps:
+        unet(randn(1, 4, 9, 7), 500, context)
+    seen = 1.0 if fuse is decoupled else 0.5  # they share a joint softmax
+    for part, token in ((maps[0].text, 3), (maps[0].image[0], 2)):
+        picture = maps[0].picture(part)[0, :, token]
+        assert picture.shape == (2, 9, 7)
+        assert max_error(picture, seen * place.float().expand(2, 9, 7)) < SEVERAL
+
+
+def test_recording_changes_nothing_and_leaves_nothing(unet: UNet) -> None:
+    x, context = randn(2, 4, 9, 7), context_for(unet)
+    before = {name: dict(vars(module)) for name, module in unet.named_modules()}
+    plain = unet(x, 500, context)
+    with record(unet) as maps:
+        assert torch.equal(unet(x, 500, context), plain)
+    assert len(maps) == len(unet.cross_attentions())
+    with pytest.raises(RuntimeError, match="stop"), record(unet):
+        raise RuntimeError("stop")
+    assert torch.equal(unet(x, 500, context), plain) and len(maps) == len(unet.cross_attentions())
+    for name, module in unet.named_modules():
+        assert vars(module).keys() == before[name].keys()
+        assert not (module._forward_hooks or module._forward_pre_hooks or module._forward_hooks_with_kwargs), name
+        assert not module._forward_pre_hooks_with_kwargs, name
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_rows_calls_and_timesteps_of_guided_steps(unet: UNet, guidance: float) -> None:
+    """A guidance batch is [uncond, cond]; without guidance there is only cond."""
+    uncond, cond = context_for(unet, batch=1), context_for(unet, scale=0.9, batch=1)
+    cond = replace(cond, text=cond.text.flip(1))
+    denoise, x = guided(unet, uncond, cond, guidance), randn(1, 4, 9, 7)
+    with record(unet) as maps:
+        denoise(x, 981)
+        denoise(x, 7)
+    layers = len(unet.cross_attentions())
+    assert [one.call for one in maps] == [0] * layers + [1] * layers
+    rows = 1 if guidance == 1 else 2
+    assert [one.t for one in maps] == [(981,) * rows] * layers + [(7,) * rows] * layers
+    for half, row in ((uncond, 0), (cond, -1))[2 - rows :]:
+        with record(unet) as alone:
+            unet(x, 981, half)
+        for one, both in zip(alone, maps[:layers], strict=True):
+            assert max_error(one.text, both.text[row][None]) < STORED
+            assert max_error(one.image[0], both.image[0][row][None]) < STORED
+
+
+def test_arguments_by_name_and_an_emptied_list(unet: UNet) -> None:
+    x, context = randn(2, 4, 9, 7), context_for(unet)
+    with record(unet) as maps:
+        unet(x=x, t=7, context=context)
+        maps.clear()
+        unet(x, context=context, t=torch.tensor([3, 4]))
+    assert {(one.call, one.t) for one in maps} == {(1, (3, 4))}
+
+
+@pytest.mark.parametrize("fuse", [decoupled, concatenated])
+@pytest.mark.parametrize("scale", SCALES, ids=["1", "0.6", "0", "pictures", "mask"])
+def test_lambda_scales_what_is_read(unet: UNet, scale: Scale, fuse: Fuse) -> None:
+    """Maps and weights together give what the layer read: A_text V + sum of weight A_image V'. Lambda is in the weights of
+    `decoupled`, and leaves its maps as they are; a joint softmax has it inside."""
+    x, one, context = randn(2, 4, 9, 7), context_for(unet, 1.0, fuse), context_for(unet, scale, fuse)
+    layer, inputs = unet.cross_attentions()[0], []
+    handle = layer.to_out.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with record(unet) as maps:
+        unet(x, 500, context)
+    handle.remove()
+    first = maps[0]
+    with record(unet) as plain:
+        unet(x, 500, one)
+    v, w = layer.split(layer.to_v(context.text)), first.weights[0]
+    read = first.text.double() @ v + w * (first.image[0].double() @ context.at(0)[0].v)
+    assert max_error(read, layer.split(inputs[0])) < SEVERAL
+    if fuse is decoupled:
+        assert torch.equal(first.image[0], plain[0].image[0]) and torch.equal(first.text, plain[0].text)
+        want = lambda_of(scale, 63)
+        assert max_error(torch.as_tensor(w, dtype=torch.float64) + torch.zeros_like(want), want) < STORED
+        assert first.image_mass is None
+    else:
+        assert w == 1 and first.image_mass is not None
+        assert max_error(first.image_mass, first.image[0].sum(dim=-1)) < SEVERAL
+        assert (scale is SCALES[0]) == torch.equal(first.image[0], plain[0].image[0])
+
+
+def test_half_precision_maps_are_exact_softmaxes_of_its_queries(unet: UNet) -> None:
+    context = context_for(unet)
+    half = Context(
+        context.text.bfloat16(), (tuple(replace(s, k=s.k.bfloat16(), v=s.v.bfloat16()) for s in context.image[0]),)
+    )
+    with record(unet.bfloat16()) as maps:
+        unet(randn(2, 4, 9, 7).bfloat16(), 500, half)
+    for one in maps:
+        for part in (one.text, *one.image):
+            assert (part.sum(dim=-1) - 1).abs().max() < SEVERAL
+
+
+def test_text_alone_has_no_image_maps(unet: UNet) -> None:
+    with record(unet) as maps:
+        unet(randn(1, 4, 9, 7), 500, Context(randn(1, 5, 8), fuse=concatenated))
+    assert all(one.image == () and one.image_mass is None for one in maps)
+
+
+def test_a_compiled_unet_is_refused(unet: UNet) -> None:
+    fast: Any = torch.compile(unet)
+    with pytest.raises(ValueError, match="compiled UNet does not run hooks"), record(fast):
+        pass
+
+
+def test_finest_is_the_last_row_of_the_finest_layers(unet: UNet) -> None:
+    with record(unet) as maps:
+        unet(randn(2, 4, 9, 7), 500, context_for(unet))
+    got = finest(maps)
+    fine = [one for one in maps if one.layer != 1]  # layer 1 is the middle, 5 x 4
+    want = np.mean([np.concatenate([one.text[1], one.image[0][1]], -1).mean(0) for one in fine], 0)  # n m
+    assert got.shape == (9, 9, 7)
+    assert max_error(got, torch.from_numpy(want.T.reshape(9, 9, 7))) < STORED
+    assert max(max_error(part.sum(0), torch.ones(9, 7)) for part in (got[:5], got[5:])) < SEVERAL
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a fox on a pink background", "antidisestablishmentarianism, 42 foxes", "", "fox " * 90]
+)
+def test_words_are_where_transformers_puts_them(prompt: str) -> None:
+    tokenizer = clip_tokenizer()
+    encoded = tokenizer(prompt, truncation=True)
+    with torch.device("meta"):
+        encoder = TextEncoder()
+    want: dict[int, list[int]] = defaultdict(list)
+    for place, word in enumerate(encoded.word_ids()):
+        if word is not None and 0 < place < len(encoded.input_ids) - 1:
+            want[word].append(place)
+    got = word_positions(encoder, prompt)
+    assert [places for _, places in got] == list(want.values())
+    for word, places in got[:-1]:
+        assert tokenizer.decode([encoded.input_ids[place] for place in places]).strip() == word
+
+
+def test_unknown_words_have_no_place() -> None:
+    encoder = TextEncoder(replace(MINI_TEXT, width=8, layers=1, heads=2))
+    with warnings.catch_warnings(record=True):
+        rows = encoder.tokenize(["a marvellous fox on pink"])[0]
+    places = word_positions(encoder, "a marvellous fox on pink")
+    assert [word for word, _ in places] == ["a", "fox", "on", "pink"]
+    assert [encoder.tokenize([word])[0, 1] for word, _ in places] == [rows[place] for _, (place,) in places]
+
+
+def test_named_maps_share_out_all_attention() -> None:
+    with torch.device("meta"):
+        encoder = TextEncoder()
+    maps = torch.cat([randn(77, 9, 7).softmax(0), randn(4, 9, 7, seed=1).softmax(0)])
+    words, tokens = name_maps(encoder, "antidisestablishmentarianism rocks", maps)
+    assert [name for name, _ in words] == ["antidisestablishmentarianism", "rocks", "start, end, padding"]
+    assert [name for name, _ in tokens] == [f"image token {i}" for i in (1, 2, 3, 4)]
+    places = word_positions(encoder, "antidisestablishmentarianism rocks")[0][1]
+    assert len(places) > 2 and max_error(words[0][1] / len(places), maps[places].mean(0)) < EXACT
+    for named in (words, tokens):
+        assert max_error(sum(heat for _, heat in named), torch.ones(9, 7).double()) < EXACT  # type: ignore[arg-type]
+
+
+def test_an_overlay_is_bright_where_the_map_is() -> None:
+    """White, so that only the heat shows: bilinear as torch's, whatever the map's largest value, and none where it is 0."""
+    heat = torch.rand(9, 7, generator=torch.Generator().manual_seed(0))
+    white, odd = Image.new("RGB", (70, 45), "white"), Image.new("RGB", (13, 29), "white")
+    for picture in (white, odd):
+        drawn = np.asarray(overlay(picture, 0.01 * heat)).astype(int)
+        assert np.array_equal(drawn, np.asarray(overlay(picture, heat)))
+        size = picture.size[::-1]
+        want = torch.nn.functional.interpolate(
+            heat[None, None] / heat.max(), size, mode="bilinear", align_corners=False
+        )
+        alpha = want[0, 0].double().numpy()
+        red = np.interp(alpha, np.linspace(0, 1, 5), [60, 170, 235, 255, 255])
+        assert np.abs(drawn[..., 0] - (102 + 0.85 * alpha * (red - 102))).max() <= 0.51
+    assert np.asarray(overlay(white, torch.zeros(9, 7))).max() == 102  # dimmed, no heat and no division by 0
+
+
+def attention(*options: object) -> None:
+    """The command, as the shell gives it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["eval", "attention", *map(str, options)])
+        cli.main()
+
+
+def rows_of(path: Path) -> int:
+    with Image.open(path) as sheet:
+        return round((sheet.height - 10) / (72 + CELL + 56))
+
+
+def test_the_command_draws_a_sheet(weights: Path, image: Path, tmp_path: Path) -> None:
+    """A section each for what was drawn, the words and the image tokens; the same command gives the same sheet."""
+    out = [tmp_path / f"{name}.png" for name in ("both", "again", "text", "image", "folder/other")]
+    given = ("--checkpoint", weights, "--steps", 2)
+    for path in out[:2]:
+        attention(*given, "--image", image, "--prompt", "a fox", "--out", path)
+    attention(*given, "--prompt", "a fox", "--out", out[2])
+    attention(*given, "--image", image, "--out", out[3])
+    attention(*given, "--image", image, "--prompt", "a fox", "--scale", 0.3, "--seed", 3, "--out", out[4])
+    assert [rows_of(path) for path in out] == [3, 3, 2, 2, 3]
+    pixels = [test_cli.pixels_of(path) for path in out]
+    assert np.array_equal(pixels[0], pixels[1]) and not np.array_equal(pixels[0], pixels[4])
+    assert read_settings(out[0])["arguments"]["prompt"] == "a fox"
+
+
+def test_the_command_reads_official_files(image: Path, tmp_path: Path) -> None:
+    """A diffusers folder at its own picture size, the adapter as .bin, the encoder in transformers' layout."""
+    model = build(tmp_path, "sd15")
+    files = ("--checkpoint", model.base, "--ip-adapter", model.adapters[0], "--image-encoder", model.encoder)
+    attention(*files, "--image", image, "--prompt", "a fox", "--steps", 1, "--out", tmp_path / "out.png")
+    assert rows_of(tmp_path / "out.png") == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ((), "nothing to look at: give --prompt, --image, or both"),
+        (("--image", "missing.png"), "missing.png: there is no such file"),
+        (("--prompt", "a fox", "--steps", 0), "steps must be between 1 and 1000"),
+        (("--prompt", "a fox", "--checkpoint", "missing"), "missing"),
+    ],
+)
+def test_bad_input_is_one_sentence(weights: Path, tmp_path: Path, options: tuple[object, ...], sentence: str) -> None:
+    out = tmp_path / "out.png"
+    with pytest.raises(SystemExit, match=sentence) as error:
+        attention("--checkpoint", weights, "--out", out, *options)
+    assert str(error.value).startswith("error: ") and not out.exists()
