@@ -34,8 +34,18 @@ from torch import Tensor, nn
 from model import configs
 from model.adapter import IPAdapter
 from model.image_encoder import ImageConfig, ImageEncoder
-from model.image_projection import ImageProjection
-from model.names import TRANSPOSED, Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
+from model.image_projection import HEAD, ImageProjection, MLPProjection, Projection, Resampler
+from model.names import (
+    TRANSPOSED,
+    Names,
+    adapter_names,
+    image_names,
+    named,
+    projection_names,
+    text_names,
+    unet_rows,
+    vae_rows,
+)
 from model.text_encoder import TextConfig, TextEncoder
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
@@ -552,6 +562,12 @@ def files_of(path: Path) -> list[Path]:
 
 BASES = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2.1", 2048: "Stable Diffusion XL"}
 ENCODERS = {1024: "ViT-H", 1280: "ViT-bigG", 768: "ViT-L"}
+FINE = {1280: "ViT-H", 1664: "ViT-bigG", 1024: "ViT-L"}  # by the width of their fine features
+PROJECTIONS: dict[str, type[Projection]] = {
+    "IP-Adapter": ImageProjection,
+    "IP-Adapter Plus": Resampler,
+    "IP-Adapter Full": MLPProjection,
+}
 
 
 def _called(names: dict[int, str], width: int) -> str:
@@ -577,10 +593,8 @@ def adapter_file(path: Path) -> File:
                     if f"{layer}.{to}" in file:
                         names[f"ip_adapter.{2 * position + 1}.{to}"] = f"{layer}.{to}"
         file = file.renamed(names)
-    if (kind := adapter_kind(file)) != "IP-Adapter":
-        raise ValueError(
-            f"{path} is {kind}; only the base IP-Adapter (linear projection of a global embedding) is read"
-        )
+    if (kind := adapter_kind(file)) not in PROJECTIONS:
+        raise ValueError(f"{path} is {kind}; only the base IP-Adapter, Plus and Full are read")
     return file
 
 
@@ -599,50 +613,88 @@ def adapter_kind(file: File) -> str:
     if any("lora" in name for name in file) or any(name.startswith("image_proj.perceiver_resampler.") for name in file):
         return "an IP-Adapter FaceID"
     if "image_proj.latents" in file:
-        return "an IP-Adapter Plus"
+        return "IP-Adapter Plus"
     if "image_proj.proj.3.weight" in file:
-        return "an IP-Adapter Full"
+        return "IP-Adapter Full"
     if "image_proj.proj.0.weight" in file:
         return "an IP-Adapter FaceID"
     return "IP-Adapter" if "image_proj.proj.weight" in file else "not an adapter"
 
 
-def adapter_sizes(file: File) -> tuple[int, int, int]:
-    """(width of the image embedding, width of the context, tokens), from the shapes."""
-    for name in ("image_proj.proj.weight", "image_proj.norm.weight"):
-        if name not in file or len(file.shape(name)) != 2 - ("norm" in name):
+def adapter_sizes(file: File) -> dict[str, int]:
+    """The sizes of an adapter's projection, as its class in PROJECTIONS takes them, from the shapes.
+
+    Raises ValueError when a tensor that shows one is missing or misshapen.
+    """
+
+    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
+        name = f"image_proj.{name}"
+        if name not in file or len(file.shape(name)) != axes or 0 in file.shape(name):
             raise ValueError(f"{file.path} is not a complete adapter: {name} is missing or misshapen")
-    (rows, image_dim), (context_dim,) = file.shape("image_proj.proj.weight"), file.shape("image_proj.norm.weight")
-    if not (context_dim and rows and image_dim) or rows % context_dim:
-        raise ValueError(
-            f"{file.path}: a projection to {rows} numbers is no whole number of tokens of width {context_dim}"
-        )
-    return image_dim, context_dim, rows // context_dim
+        return file.shape(name)
+
+    def whole(rows: int, size: int, what: str) -> int:
+        if rows % size:
+            raise ValueError(
+                f"{file.path}: a projection to {rows} numbers is no whole number of {what} of width {size}"
+            )
+        return rows // size
+
+    kind = adapter_kind(file)
+    if kind == "IP-Adapter Plus":
+        _, tokens, width = shape("latents", 3)
+        return {
+            "image_dim": shape("proj_in.weight")[1],
+            "context_dim": shape("proj_out.weight")[0],
+            "tokens": tokens,
+            "width": width,
+            "depth": sum(name.endswith(".to_kv.weight") for name in file),
+            "heads": whole(shape("layers.0.0.to_q.weight")[0], HEAD, "heads"),
+        }
+    if kind == "IP-Adapter Full":
+        return {"image_dim": shape("proj.0.weight")[1], "context_dim": shape("proj.3.weight", 1)[0]}
+    (rows, image_dim), (context_dim,) = shape("proj.weight"), shape("norm.weight", 1)
+    return {"image_dim": image_dim, "context_dim": context_dim, "tokens": whole(rows, context_dim, "tokens")}
+
+
+def _projection(file: File) -> Projection:
+    """The empty projection of an adapter's file."""
+    with torch.device("meta"):
+        return PROJECTIONS[adapter_kind(file)](**adapter_sizes(file))
+
+
+def _encoder(projection: Projection, width: int) -> str:
+    """The image encoder whose embeddings, or fine features, are that wide."""
+    return f"the fine features of {_called(FINE, width)}" if projection.fine else _called(ENCODERS, width)
 
 
 def load_adapter(
-    path: Path, unet: UNet, image_dim: int | None = None, dtype: torch.dtype | None = torch.float32
+    path: Path,
+    unet: UNet,
+    image_dim: int | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    fine_dim: int | None = None,
 ) -> IPAdapter:
-    """An adapter for this UNet, and for an encoder whose embeddings are `image_dim` wide.
+    """An adapter for this UNet, and for an encoder whose embeddings are `image_dim` wide, its fine features `fine_dim`.
 
-    Tokens and widths come from the weights; a file without W'_k and W'_v shares the UNet's. Raises ValueError when the adapter
-    is for another base or encoder, or of another kind.
+    The form, tokens and widths come from the weights; a file without W'_k and W'_v shares the UNet's. Raises ValueError when
+    the adapter is for another base or encoder, or of another kind.
     """
     file = adapter_file(path)
-    reads, context_dim, tokens = adapter_sizes(file)
+    projection = _projection(file)
+    context_dim, encoder_dim = projection.context_dim, fine_dim if projection.fine else image_dim
     if context_dim != unet.config.context_dim:
         wants, given = _called(BASES, context_dim), _called(BASES, unet.config.context_dim)
         raise ValueError(
             f"{path} is an adapter for {wants}, you gave a base of {given}: use the adapter made for this base"
         )
-    if image_dim is not None and reads != image_dim:
-        wants, given = _called(ENCODERS, reads), _called(ENCODERS, image_dim)
+    if encoder_dim is not None and projection.image_dim != encoder_dim:
+        wants, given = _encoder(projection, projection.image_dim), _encoder(projection, encoder_dim)
         raise ValueError(
             f"{path} wants {wants}, you gave {given}: pass that encoder as --image-encoder, or another adapter"
         )
     own = any(name.startswith("ip_adapter.") for name in file)
     with torch.device("meta"):
-        projection = ImageProjection(reads, context_dim, tokens)
         adapter = IPAdapter(UNet(unet.config) if own else unet, projection, own_projections=own)
     names = adapter_names(adapter.state_dict(), unet)
     return assemble(adapter, names, file, "an adapter for this base model", dtype)
@@ -725,18 +777,18 @@ def _size(tensors: Iterable[Tensor]) -> str:
     return f"{sum(count.values()):,} parameters in {len(sizes)} tensors, {kinds}"
 
 
-_ADAPTER = re.compile(r"image_proj\.(proj|norm)\.(weight|bias)$|ip_adapter\.\d+\.to_[kv]_ip\.weight$")
+_LAYER = re.compile(r"(ip_adapter\.\d+)\.to_[kv]_ip\.weight$")
 
 
 def _broken(file: File) -> list[str]:
     """What is wrong with an adapter, whatever its base."""
-    layers = {name.rpartition(".to_")[0] for name in file if name.startswith("ip_adapter.") and _ADAPTER.match(name)}
-    wanted = {f"image_proj.{part}.{leaf}" for part in ("proj", "norm") for leaf in ("weight", "bias")}
-    wanted |= {f"{layer}.to_{x}_ip.weight" for layer in layers for x in "kv"}
+    projection = projection_names(f"image_projection.{name}" for name in _projection(file).state_dict())
+    layers = {m[1] for name in file if (m := _LAYER.match(name))}
+    wanted = {name for (name,) in projection.values()} | {f"{layer}.to_{x}_ip.weight" for layer in layers for x in "kv"}
     dtypes = {name: file[name].dtype for name in file}
     lines = (
         ("it lacks", wanted - file.keys()),
-        ("it also holds", [name for name in file if not _ADAPTER.match(name)]),
+        ("it also holds", file.keys() - wanted),
         (
             "weights that are not float32, float16 or bfloat16:",
             [n for n, dtype in dtypes.items() if dtype not in FLOATS],
@@ -751,10 +803,11 @@ def _broken(file: File) -> list[str]:
 
 def _describe_adapter(path: Path) -> list[str]:
     file = adapter_file(path)
-    image_dim, context_dim, tokens = adapter_sizes(file)
+    projection, tokens = _projection(file), adapter_sizes(file).get("tokens")
+    context_dim, reads = projection.context_dim, _encoder(projection, projection.image_dim)
     layers = [int(m[1]) for name in file if (m := re.match(r"ip_adapter\.(\d+)\.to_k_ip\.weight$", name))]
     lines = [
-        f"IP-Adapter for {_called(BASES, context_dim)}, reads {_called(ENCODERS, image_dim)}, {tokens} tokens",
+        f"{adapter_kind(file)} for {_called(BASES, context_dim)}, reads {reads}, {tokens or 'as many'} tokens",
         f"{len(layers)} cross-attention layers, {_size(file[name] for name in file)}",
     ]
     wanted = {768: 16, 1024: 16, 2048: 70}.get(context_dim, len(layers))

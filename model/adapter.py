@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from model.attention import Context, Scale, Source
-from model.image_projection import ImageProjection
+from model.image_projection import Projection
 from model.unet import UNet
 
 
@@ -31,7 +31,7 @@ class IPAdapter(nn.Module):
     With `own_projections=False` the frozen W_k, W_v of the UNet are used instead (the ablation's other axis).
     """
 
-    def __init__(self, unet: UNet, image_projection: ImageProjection, own_projections: bool = True) -> None:
+    def __init__(self, unet: UNet, image_projection: Projection, own_projections: bool = True) -> None:
         super().__init__()
         layers = unet.cross_attentions()
         if image_projection.context_dim != unet.config.context_dim:
@@ -54,15 +54,19 @@ class IPAdapter(nn.Module):
         return list(zip(self.to_k, self.to_v, strict=True)) if self.own_projections else list(self.shared)
 
     def tokens(self, embedding: Tensor) -> Tensor:
-        """Image tokens c_i, `b n c`. Of several pictures (`b k e`) the tokens are joined, so they share one softmax."""
-        pictures = embedding if embedding.ndim == 3 else embedding[:, None]
-        tokens = self.image_projection(rearrange(pictures, "b k e -> (b k) e"))
+        """Image tokens c_i, `b n c`. Of several pictures the tokens are joined, so they share one softmax.
+
+        `embedding`: `b e` or `b k e`; of fine features `b m e` or `b k m e`.
+        """
+        pictures = embedding if embedding.ndim == 3 + self.image_projection.fine else embedding[:, None]
+        tokens = self.image_projection(pictures.flatten(0, 1))
         return rearrange(tokens, "(b k) n c -> b (k n) c", b=len(pictures))
 
     def forward(self, context: Context, embedding: Tensor, scale: Scale | Sequence[Scale] = 1.0) -> Context:
-        """Adds a picture to a Context. `embedding`: `b e`, or `b k e` for k pictures. `scale`: lambda, or one a layer.
+        """Adds a picture to a Context. `embedding`: as `tokens` takes it. `scale`: lambda, or one a layer.
 
-        A dropped picture is a zero embedding (section 3.2.3): its tokens are LayerNorm(bias), not zeros.
+        A dropped picture is a zero embedding (section 3.2.3): its tokens are LayerNorm(bias), not zeros. For fine features
+        it is zero pixels through the encoder.
         """
         tokens = self.tokens(embedding)
         scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(self.heads)

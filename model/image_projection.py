@@ -1,26 +1,137 @@
-"""From an image embedding to image tokens c_i."""
+"""From what the image encoder sees to image tokens c_i: the base form, and the two for fine-grained features (Figure 11)."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.attention import attention
 
-class ImageProjection(nn.Module):
+HEAD = 64  # the width of the Resampler's heads, which its weights do not show
+
+
+class Projection(nn.Module):
+    """A picture's features to tokens `context_dim` wide.
+
+    `fine`: it reads `ImageEncoder.fine`, `b n c`, not the global embedding, `b e`. Then the null image is zero pixels through
+    the encoder; for the global embedding it is zeros.
+    """
+
+    fine: ClassVar[bool]
+
+    def __init__(self, image_dim: int, context_dim: int) -> None:
+        super().__init__()
+        self.image_dim, self.context_dim = image_dim, context_dim
+
+    def check(self, features: Tensor) -> None:
+        """Raises ValueError when the features are of another kind, or come from another encoder."""
+        name = "fine features" if self.fine else "image embeddings"
+        if features.ndim != 2 + self.fine:
+            raise ValueError(f"this adapter reads {name}, a {'matrix' if self.fine else 'vector'} for each picture")
+        if features.shape[-1] != self.image_dim:
+            raise ValueError(
+                f"this adapter reads {name} of width {self.image_dim}, but the image encoder gives "
+                f"{features.shape[-1]}: use the encoder that it was trained with"
+            )
+
+
+class ImageProjection(Projection):
     """c_i = LayerNorm(W e + b) as N tokens (section 3.2.1): the trainable linear layer and norm of Figure 2."""
 
+    fine = False
+
     def __init__(self, image_dim: int = 1024, context_dim: int = 768, tokens: int = 4) -> None:
-        super().__init__()
-        self.image_dim, self.context_dim, self.tokens = image_dim, context_dim, tokens
+        super().__init__(image_dim, context_dim)
+        self.tokens = tokens
         self.proj = nn.Linear(image_dim, tokens * context_dim)
         self.norm = nn.LayerNorm(context_dim)
 
     def forward(self, embedding: Tensor) -> Tensor:
         """`b e` -> `b n c`. Raises ValueError when the embedding comes from another encoder."""
-        if embedding.shape[-1] != self.image_dim:
-            raise ValueError(
-                f"this adapter reads image embeddings of width {self.image_dim}, but the image encoder gives "
-                f"{embedding.shape[-1]}: use the encoder that it was trained with"
-            )
+        self.check(embedding)
         out: Tensor = self.norm(rearrange(self.proj(embedding), "b (n c) -> b n c", n=self.tokens))
+        return out
+
+
+class MLPProjection(Projection):
+    """IP-Adapter Full: c_i = LayerNorm(W_2 GELU(W_1 x + b_1) + b_2), a token for each of the encoder's own."""
+
+    fine = True
+
+    def __init__(self, image_dim: int = 1280, context_dim: int = 768) -> None:
+        super().__init__(image_dim, context_dim)
+        self.proj = nn.Sequential(
+            nn.Linear(image_dim, image_dim), nn.GELU(), nn.Linear(image_dim, context_dim), nn.LayerNorm(context_dim)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`b n e` -> `b n c`. Raises ValueError when the features come from another encoder."""
+        self.check(features)
+        out: Tensor = self.proj(features)
+        return out
+
+
+class Perceiver(nn.Module):
+    """One layer of the Resampler: the queries z read the picture x and one another.
+
+    z <- z + W_o attention(W_q z', W_k [x'; z'], W_v [x'; z']), with x' and z' after a norm each; then z <- z + ff(z). No biases.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_x, self.norm_z = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * HEAD, bias=False)
+        self.to_kv = nn.Linear(width, 2 * heads * HEAD, bias=False)
+        self.to_out = nn.Linear(heads * HEAD, width, bias=False)
+        self.ff = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width, bias=False),
+            nn.GELU(),
+            nn.Linear(4 * width, width, bias=False),
+        )
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """`b m c` and `b n c` -> `b m c`."""
+        own = self.norm_z(z)
+        q = rearrange(self.to_q(own), "b m (h d) -> b h m d", h=self.heads)
+        kv = self.to_kv(torch.cat([self.norm_x(x), own], dim=1))
+        k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=self.heads)
+        z = z + self.to_out(rearrange(attention(q, k, v), "b h m d -> b m (h d)"))
+        out: Tensor = z + self.ff(z)
+        return out
+
+
+class Resampler(Projection):
+    """IP-Adapter Plus: N learned queries read the fine features through `depth` layers, and become the tokens c_i."""
+
+    fine = True
+
+    def __init__(
+        self,
+        image_dim: int = 1280,
+        context_dim: int = 768,
+        tokens: int = 16,
+        width: int = 768,
+        depth: int = 4,
+        heads: int = 12,
+    ) -> None:
+        super().__init__(image_dim, context_dim)
+        self.tokens = tokens
+        self.queries = nn.Parameter(torch.randn(1, tokens, width) / width**0.5)
+        self.proj_in = nn.Linear(image_dim, width)
+        self.layers = nn.ModuleList(Perceiver(width, heads) for _ in range(depth))
+        self.proj_out = nn.Linear(width, context_dim)
+        self.norm_out = nn.LayerNorm(context_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`b n e` -> `b N c`. Raises ValueError when the features come from another encoder."""
+        self.check(features)
+        x, z = self.proj_in(features), self.queries.expand(len(features), -1, -1)
+        for layer in self.layers:
+            z = layer(z, x)
+        out: Tensor = self.norm_out(self.proj_out(z))
         return out

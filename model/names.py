@@ -51,6 +51,17 @@ _CLIP: tuple[Row, ...] = (
     ("mlp.c_fc", "mlp.fc1", ""),
     ("mlp.c_proj", "mlp.fc2", ""),
 )
+_PROJECTION: tuple[Row, ...] = tuple(
+    (f"image_projection.{name}", f"image_proj.{name}", "")
+    for name in ("proj", "norm", "proj.0", "proj.2", "proj.3", "proj_in", "proj_out", "norm_out")
+)
+_PERCEIVER: tuple[Row, ...] = (
+    ("norm_x", "0.norm1", ""),
+    ("norm_z", "0.norm2", ""),
+    *((name, f"0.{name}", "") for name in ("to_q", "to_kv", "to_out")),
+    *((f"ff.{i}", f"1.{i}", "") for i in (0, 1, 3)),
+)
+_LAYER = re.compile(r"(to_[kv])\.(\d+)\.weight$")
 TRANSPOSED = ("text_projection.weight", "visual_projection.weight")  # open_clip multiplies from the other side
 
 
@@ -177,14 +188,18 @@ def image_names(ours: Iterable[str], config: ImageConfig) -> Names:
     return clip_names(ours, config.layers[0], "vision_model.", modules, tensors)
 
 
+def projection_names(ours: Iterable[str]) -> Names:
+    """The official names of an image projection, whatever its form; what does not begin with `image_projection.` is left out."""
+    ours, queries, rows = list(ours), "image_projection.queries", list(_PROJECTION)
+    for i in range(sum(name.endswith(".to_kv.weight") for name in ours)):
+        rows += _inside((f"image_projection.layers.{i}", f"image_proj.layers.{i}", ""), _PERCEIVER)
+    return named(ours, rows, 1) | ({queries: ("image_proj.latents",)} if queries in ours else {})
+
+
 def adapter_names(ours: Iterable[str], unet: UNet) -> Names:
     """The official adapter layout: keys 1, 3, 5, ... count diffusers' processors, whose order is down, up, **mid last**."""
     mid = {module.layer for module in unet.mid.modules() if isinstance(module, CrossAttention)}
     order = sorted((layer.layer for layer in unet.cross_attentions()), key=lambda layer: (layer in mid, layer))
-    key = {layer: 2 * position + 1 for position, layer in enumerate(order)}
-    return {
-        tensor: (tensor.replace("image_projection.", "image_proj."),)
-        if tensor.startswith("image_projection.")
-        else (re.sub(r"^(to_[kv])\.(\d+)\.", lambda m: f"ip_adapter.{key[int(m[2])]}.{m[1]}_ip.", tensor),)
-        for tensor in ours
-    }
+    key, ours = {layer: 2 * position + 1 for position, layer in enumerate(order)}, list(ours)
+    layers = {n: (f"ip_adapter.{key[int(m[2])]}.{m[1]}_ip.weight",) for n in ours if (m := _LAYER.match(n))}
+    return projection_names(ours) | layers

@@ -179,6 +179,37 @@ def vision_pair(config: ImageConfig) -> tuple[Any, ImageEncoder]:
     return peer, from_peer(ours, image_names(ours.state_dict(), config), peer.state_dict())
 
 
+def official_projection(
+    form: str, image_dim: int, context_dim: int, tokens: int = 16, width: int = 768, heads: int = 12
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of `image_proj` in the released files of IP-Adapter Plus and Full, by their names."""
+
+    def norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+    def linear(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+    if form == "Full":
+        hidden = linear("proj.0", image_dim, image_dim)
+        return hidden | linear("proj.2", context_dim, image_dim) | norm("proj.3", context_dim)
+    shapes: dict[str, tuple[int, ...]] = {"latents": (1, tokens, width)}
+    shapes |= linear("proj_in", width, image_dim) | linear("proj_out", context_dim, width)
+    shapes |= norm("norm_out", context_dim)
+    for i in range(4):
+        for name in ("0.norm1", "0.norm2", "1.0"):
+            shapes |= norm(f"layers.{i}.{name}", width)
+        for name, out, into in (
+            ("0.to_q", 64 * heads, width),
+            ("0.to_kv", 2 * 64 * heads, width),
+            ("0.to_out", width, 64 * heads),
+            ("1.1", 4 * width, width),
+            ("1.3", width, 4 * width),
+        ):
+            shapes[f"layers.{i}.{name}.weight"] = (out, into)
+    return shapes
+
+
 def number_of(module: nn.Module) -> tuple[int, int]:
     """How many parameters, in how many tensors."""
     return sum(p.numel() for p in module.parameters()), len(module.state_dict())

@@ -800,8 +800,6 @@ def nest(*keys: str) -> Tensors:
 
 LORA = "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"
 FOREIGN = {
-    "Plus": (nest("image_proj.latents", "image_proj.proj_in.weight"), "is an IP-Adapter Plus; only the base"),
-    "Full": (nest("image_proj.proj.0.weight", "image_proj.proj.3.weight"), "is an IP-Adapter Full; only the base"),
     "FaceID": (nest("image_proj.proj.0.weight", "image_proj.norm.weight"), "is an IP-Adapter FaceID; only"),
     "FaceID LoRA": (nest("image_proj.proj.weight", "ip_adapter.0.to_q_lora.down.weight"), "is an IP-Adapter FaceID"),
     "FaceID Plus": (nest("image_proj.perceiver_resampler.proj_in.weight"), "is an IP-Adapter FaceID; only the base"),
@@ -825,7 +823,7 @@ def test_other_kinds_are_named(tiny: UNet, tmp_path: Path, case: str) -> None:
 
 
 def test_a_base_model_is_no_adapter(tiny: UNet, single: Path) -> None:
-    with pytest.raises(ValueError, match=r"is Stable Diffusion 1\.x; only the base IP-Adapter"):
+    with pytest.raises(ValueError, match=r"is Stable Diffusion 1\.x; only the base IP-Adapter, Plus and Full are read"):
         load_adapter(single, tiny)
 
 

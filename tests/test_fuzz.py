@@ -8,6 +8,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from model.adapter import IPAdapter
 from model.image_encoder import ImageConfig, ImageEncoder
-from model.image_projection import ImageProjection
+from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
 from model.names import Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
 from model.text_encoder import TextConfig, TextEncoder
 from model.unet import UNet, UNetConfig
@@ -261,6 +262,14 @@ def test_adapters_in_safetensors(unet: UNet, official: Path, tmp_path: Path) -> 
     path = tmp_path / "adapter.safetensors"
     write = damaged(official, path)
     run("adapter.safetensors", 250, path, write, lambda: adapter_parts(path, unet))
+
+
+@pytest.mark.parametrize("form", [MLPProjection, partial(Resampler, tokens=2, width=4, depth=1, heads=1)])
+def test_fine_grained_adapters(unet: UNet, tmp_path: Path, form: Callable[..., Projection]) -> None:
+    torch.manual_seed(0)
+    valid, path = tmp_path / "valid.safetensors", tmp_path / "adapter.safetensors"
+    save_adapter(IPAdapter(unet, form(5, 6)), unet, valid, {}, torch.float32)
+    run("adapter.safetensors", 120, path, damaged(valid, path), lambda: adapter_parts(path, unet))
 
 
 def damage_tree(tensors: Tensors, rng: random.Random) -> Any:
