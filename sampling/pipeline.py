@@ -13,18 +13,19 @@ from torch import Tensor
 
 import weights_convert
 from model.adapter import IPAdapter
-from model.attention import Context, Fuse, Scale, decoupled
+from model.attention import Context, Fuse, decoupled
 from model.image_encoder import Fit, ImageEncoder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
 from sampling.ddim import Sampler, State, ddim
 from sampling.edit import Edit, begin
+from sampling.embeddings import Strength, parts, weigh_tokens
 from sampling.guidance import guided
+from sampling.lambdas import moving
 from sampling.schedule import Schedule, schedule_of
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-Lambda = Scale | Sequence[Scale]  # of one adapter: for all its layers, or one for each
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,26 @@ class Pipeline:
     adapters: tuple[IPAdapter, ...] = ()
 
     @torch.no_grad()
-    def embed(self, pictures: Sequence[Image.Image], fit: Fit = "crop") -> Tensor:
-        """The embeddings of RGB pictures that make up one prompt, `1 k e`."""
+    def embed(self, pictures: Sequence[Image.Image], fit: Fit = "crop", adapter: int = 0) -> Tensor:
+        """What an adapter reads of RGB pictures that make up one prompt: embeddings `1 k e`, or fine features `1 k m e`."""
         if self.image is None or not self.adapters:
             raise FileNotFoundError(
                 "an image prompt needs an image encoder and an adapter; `make weights` trains the mini ones"
             )
         pixels = torch.stack([self.image.preprocess(picture, fit) for picture in pictures])
         like = next(self.image.parameters())
-        return self.image(pixels.to(like))[None]
+        read = self.image.fine if self.adapters[adapter].image_projection.fine else self.image
+        return read(pixels.to(like))[None]
+
+    def null(self, adapter: IPAdapter, like: Tensor) -> Tensor:
+        """No picture (section 3.2.3), for as many as in `like`: zeros, or of fine features those of zero pixels."""
+        if not adapter.image_projection.fine:
+            return torch.zeros_like(like)
+        if self.image is None:
+            raise ValueError("to leave its picture out, an adapter of fine features needs the image encoder too")
+        size = self.image.config.image_size
+        pixels = torch.zeros(1, 3, size, size).to(next(self.image.parameters()))
+        return self.image.fine(pixels).to(like).expand(*like.shape[:-2], -1, -1)
 
     @torch.no_grad()
     def contexts(
@@ -55,12 +67,16 @@ class Pipeline:
         prompts: Sequence[str],
         negatives: Sequence[str],
         embedding: Tensor | Sequence[Tensor] | None = None,
-        scale: Lambda | Sequence[Lambda] = 1.0,
+        scale: Strength | Sequence[Strength] = 1.0,
         fuse: Fuse = decoupled,
+        grid: tuple[int, int] | None = None,
+        against: Sequence[Tensor | None] | None = None,
     ) -> tuple[Context, Context]:
-        """(uncond, cond) for b prompts. `embedding`: `1 k e` or `b k e`; the unconditional side has the null image, zeros.
+        """(uncond, cond) for b prompts. `embedding`: as `embed` gives it, or `b k ...`; the unconditional side has the null image.
 
-        With several adapters `embedding` is a sequence, one for each, and `scale` is one for all or a sequence too.
+        With several adapters `embedding` is a sequence, one for each, and `scale` is one for all or a sequence too. `grid` is
+        (height, width) of the latents, for a mask. `against` has for each adapter embeddings that the unconditional side reads
+        in place of the null image, or None.
         """
         device = next(self.unet.parameters()).device
         text = self.text(self.text.tokenize([*negatives, *prompts]).to(device))
@@ -71,12 +87,17 @@ class Pipeline:
         scales: list[Any] = [scale] * len(embeddings)
         if isinstance(scale, Sequence) and not isinstance(embedding, Tensor):
             scales = list(scale)
-        if not len(embeddings) == len(scales) == len(self.adapters):
+        against = [None] * len(embeddings) if against is None else against
+        if not len(embeddings) == len(scales) == len(against) == len(self.adapters):
             given = f"{len(embeddings)} embeddings and {len(scales)} scales"
             raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {given} are given")
-        for adapter, one, lam in zip(self.adapters, embeddings, scales, strict=True):
-            one = one.expand(len(prompts), -1, -1)
-            uncond, cond = adapter(uncond, torch.zeros_like(one), lam), adapter(cond, one, lam)
+        grid = grid or (self.unet.config.sample_size, self.unet.config.sample_size)
+        for adapter, pictures, no, lam in zip(self.adapters, embeddings, against, scales, strict=True):
+            for part in parts(pictures, no, lam, self.unet.config, grid):
+                one = part.embedding.expand(len(prompts), *part.embedding.shape[1:])
+                null = self.null(adapter, one) if part.against is None else part.against.expand_as(one)
+                uncond = adapter(uncond, null, part.scale)
+                cond = weigh_tokens(adapter(cond, one, part.scale), part.weights)
         return uncond, cond
 
     @torch.no_grad()
@@ -86,7 +107,7 @@ class Pipeline:
         seeds: Sequence[int],
         embedding: Tensor | Sequence[Tensor] | None = None,
         negatives: Sequence[str] | None = None,
-        scale: Lambda | Sequence[Lambda] = 1.0,
+        scale: Strength | Sequence[Strength] = 1.0,
         guidance: float = 7.5,
         steps: int = 50,
         eta: float = 0.0,
@@ -95,18 +116,26 @@ class Pipeline:
         watch: Callable[[State], None] | None = None,
         sampler: Sampler = ddim,
         edit: Edit | None = None,
+        image_guidance: float | None = None,
+        against: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """One picture for each prompt and seed, `b 3 H W`, about [-1, 1].
 
-        `scale` is lambda (Eq. 8), `guidance` is w (Eq. 7), `size` is (height, width) in pixels, multiples of the VAE's factor.
-        Picture i's noise comes from a CPU generator seeded `seeds[i]` alone. `watch` is called after every step. `sampler`
-        is `ddim` or `dpm`. With `edit` a picture is changed, and `size` is its own.
+        `scale` is lambda (Eq. 8), `guidance` is w (Eq. 7), and of the text alone where the picture has its `image_guidance`.
+        `size` is (height, width) in pixels, multiples of the VAE's factor. Picture i's noise comes from a CPU generator seeded
+        `seeds[i]` alone. `watch` is called after every step. `sampler` is `ddim` or `dpm`. With `edit` a picture is changed,
+        and `size` is its own. `against` are negative image prompts, as `contexts` takes them.
         """
-        uncond, cond = self.contexts(prompts, negatives or [""] * len(prompts), embedding, scale, fuse)
         size = size or (edit.size if edit else self.native_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         canvas = begin(edit, self.unet.config.in_channels, self.vae, self.schedule, steps, generators, size)
-        denoise, x = canvas.denoiser(guided(self.unet, uncond, cond, guidance)), canvas.noise
+        x, negatives = canvas.noise, negatives or [""] * len(prompts)
+        uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, (x.shape[-2], x.shape[-1]), against)
+        # a network of one number tells which timesteps the sampler visits
+        times = [state.t for state in sampler(lambda x, t: x, torch.zeros(1), self.schedule, steps, start=canvas.start)]
+        lambdas = scale if isinstance(scale, Sequence) else [scale] * len(self.adapters)
+        move = moving(lambdas if cond.image else [], times)
+        denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move))
         for state in sampler(denoise, x, self.schedule, steps, eta, generators, canvas.start, canvas.enter):
             x = state.x
             if watch is not None:
@@ -145,8 +174,8 @@ def load(
         weights_convert.adapter_sizes(weights_convert.adapter_file(file))
     base = weights_convert.load_base(checkpoint, dtype)
     image = weights_convert.load_image_encoder(image_encoder, dtype) if image_encoder else None
-    image_dim = image.config.output_dim if image else None
-    adapters = tuple(weights_convert.load_adapter(file, base.unet, image_dim, dtype) for file in files)
+    widths = (image.config.output_dim, image.config.fine_dim) if image else (None, None)
+    adapters = tuple(weights_convert.load_adapter(file, base.unet, widths[0], dtype, widths[1]) for file in files)
     for part in (base.unet, base.vae, base.text, image, *adapters):
         if part is not None:
             part.to(device)

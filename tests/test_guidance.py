@@ -112,3 +112,36 @@ def test_a_compiled_unet_is_one_graph_for_all_timesteps(unet: UNet) -> None:
         for t in (981, 501, 1):
             assert torch.equal(denoise(x, t), want(x, t))
         assert len(graphs) == most
+
+
+# text and picture with a weight each
+
+
+@pytest.mark.parametrize(("w_t", "w_i"), [(7.5, 3.0), (1.0, 2.0), (2.0, 0.0), (0.0, 1.5), (-0.5, 1.0)])
+def test_apart_equals_three_separate_passes(
+    unet: UNet, contexts: tuple[Context, Context], monkeypatch: pytest.MonkeyPatch, w_t: float, w_i: float
+) -> None:
+    """InstructPix2Pix's sum (diffusers: `noise_pred_uncond + guidance (text - image) + image_guidance (image - uncond)`)."""
+    uncond, cond = contexts
+    x, t = randn(2, 4, 8, 8, seed=5), 500
+    alone = Context(uncond.text, cond.image)
+    eps_u, eps_i, eps_c = unet(x, t, uncond), unet(x, t, alone), unet(x, t, cond)
+    assert min(float((a - b).abs().max()) for a, b in ((eps_u, eps_i), (eps_i, eps_c), (eps_u, eps_c))) > 1e-3
+    want = eps_u + w_i * (eps_i - eps_u) + w_t * (eps_c - eps_i)
+    counting = Counting(unet, monkeypatch)
+    torch.testing.assert_close(guided(unet, uncond, cond, w_t, w_i)(x, t), want, atol=1e-12, rtol=0)
+    assert counting.rows == [6]
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 7.5])
+def test_equal_weights_are_eq_7(unet: UNet, contexts: tuple[Context, Context], w: float) -> None:
+    """The plain path bit for bit, and the three passes' own sum at a weight next to it."""
+    x = randn(2, 4, 8, 8, seed=5)
+    want = guided(unet, *contexts, w)(x, 500)
+    assert torch.equal(guided(unet, *contexts, w, w)(x, 500), want)
+    torch.testing.assert_close(guided(unet, *contexts, w, w + 1e-13)(x, 500), want, atol=1e-11, rtol=0)
+
+
+def test_without_a_picture_the_text_has_its_weight(unet: UNet) -> None:
+    uncond, cond, x = Context(randn(1, 5, 6, seed=6)), Context(randn(1, 5, 6, seed=7)), randn(1, 4, 8, 8, seed=8)
+    assert torch.equal(guided(unet, uncond, cond, 3.0, 9.0)(x, 9), guided(unet, uncond, cond, 3.0)(x, 9))

@@ -14,7 +14,9 @@ def test_the_endpoint_is_read_off_the_line_between_two_lambdas() -> None:
     following, error = np.array([1.0, 0.9, 0.5, 0.1]), np.array([60.0, 40.0, 20.0, 10.0])
     assert error_at(following, error, 0.8) == pytest.approx(40 - 20 * (0.9 - 0.8) / (0.9 - 0.5), abs=1e-12)
     assert error_at(following, error, 0.9) == pytest.approx(40)
-    assert error_at(following, error, 0.05) == pytest.approx(10), "a curve that never falls so low ends at its last lambda"
+    assert error_at(following, error, 0.05) == pytest.approx(10), (
+        "a curve that never falls so low ends at its last lambda"
+    )
 
 
 def test_a_larger_lambda_that_helps_nothing_does_not_hurt_the_endpoint() -> None:

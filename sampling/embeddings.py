@@ -1,0 +1,122 @@
+"""Image prompts as embeddings: a weight for each picture, pictures that speak against, and files.
+
+"The weight of a picture" is three different things in public code. Here each has a name, and `parts` applies it:
+
+- output: Z = A(Q, K, V) + lambda sum_j w_j A(Q, K'_j, V'_j): a softmax for each picture (diffusers, with masks).
+- embedding: e'_j = w_j e_j before the projection (ComfyUI_IPAdapter_plus, `IPAdapterEncoder`).
+- tokens: c'_j = w_j c_j after the projection (refiners, cubiq/Diffusers_IPAdapter).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.adapter import IPAdapter
+from model.attention import Context, Scale
+from model.unet import UNetConfig
+from sampling.lambdas import Lambda
+
+Strength = Scale | Sequence[Scale] | Lambda  # lambda of one adapter: for all its layers, one for each, or as data
+
+
+@dataclass(frozen=True)
+class Part:
+    """One image prompt: embeddings `1 k e` or `b k e`, those against it, lambda, and the weights of its tokens."""
+
+    embedding: Tensor
+    against: Tensor | None
+    scale: Scale | Sequence[Scale]
+    weights: tuple[float, ...] = ()
+
+
+def parts(
+    embedding: Tensor, against: Tensor | None, lam: Strength, config: UNetConfig, grid: tuple[int, int]
+) -> list[Part]:
+    """The image prompts of one adapter: one, or with the rule "output" one for each picture.
+
+    `against` has as many pictures as `embedding`, or one for all of them; only the rule "output" weighs them too, as diffusers
+    does. Raises ValueError when weights or pictures are not as many. `config` and `grid` are those of `Lambda.by_layer`.
+    """
+    pictures = embedding.shape[1]
+    if against is not None and against.shape[1] not in (1, pictures):
+        raise ValueError(f"{against.shape[1]} negative images for {pictures} images: give one, or {pictures}")
+    if not isinstance(lam, Lambda):
+        return [Part(embedding, against, lam)]
+    if lam.images and len(lam.images) != pictures:
+        raise ValueError(f"{len(lam.images)} image weights for {pictures} images: give each its own")
+    if lam.images and lam.rule == "output":
+        halves = against.expand(-1, pictures, *against.shape[2:]) if against is not None else None
+        return [
+            Part(embedding[:, j : j + 1], None if halves is None else halves[:, j : j + 1], scale)
+            for j, scale in enumerate(lam.by_layer(config, grid, weight) for weight in lam.images)
+        ]
+    scale = lam.by_layer(config, grid)
+    if lam.rule == "embedding":
+        return [Part(weigh_embedding(embedding, lam.images), against, scale)]
+    return [Part(embedding, against, scale, lam.images)]
+
+
+def weigh_embedding(embedding: Tensor, weights: Sequence[float]) -> Tensor:
+    """e'_j = w_j e_j of `b k e` or `b k m e`, before the projection: the rule "embedding", ComfyUI_IPAdapter_plus's.
+
+    The LayerNorm that ends the projection divides w away again but for the bias and its epsilon; w = 0 is the null image.
+    """
+    if not weights:
+        return embedding
+    return embedding * embedding.new_tensor(weights).reshape(-1, *[1] * (embedding.ndim - 2))
+
+
+def weigh_tokens(context: Context, weights: Sequence[float]) -> Context:
+    """c'_j = w_j c_j of k pictures: the rule "tokens", refiners' and cubiq/Diffusers_IPAdapter's, for the last image prompt.
+
+    K' and V' are linear in c, so they are scaled in its place: w sharpens the softmax, and scales what is read.
+    """
+    if not weights:
+        return context
+
+    def weighed(x: Tensor) -> Tensor:
+        each = x.new_tensor(weights).repeat_interleave(x.shape[-2] // len(weights))
+        return x * each[:, None]
+
+    sources = tuple(replace(source, k=weighed(source.k), v=weighed(source.v)) for source in context.image[-1])
+    return replace(context, image=(*context.image[:-1], sources))
+
+
+def save_embedding(embedding: Tensor, path: Path) -> None:
+    """Writes what `Pipeline.embed` gave as safetensors, under a temporary name, then renamed."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"embedding": embedding.cpu().contiguous()}, part)
+    os.replace(part, path)
+
+
+def load_embedding(path: Path, adapter: IPAdapter) -> Tensor:
+    """What `save_embedding` wrote, as the adapter reads it: `1 k e`, or `1 k m e` of fine features.
+
+    Raises ValueError when it is something else, was made for another adapter, or is not finite.
+    """
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+    reads, like = adapter.image_projection, next(adapter.parameters())
+    embedding = tensors.get("embedding")
+    if embedding is None or not embedding.is_floating_point() or 0 in embedding.shape or embedding.shape[:1] != (1,):
+        raise ValueError(f"{path}: holds no image embedding; --save-embedding writes such files")
+    if embedding.ndim != 3 + reads.fine or embedding.shape[-1] != reads.image_dim:
+        shape = f"1 k {'m ' * reads.fine}{reads.image_dim}"
+        raise ValueError(
+            f"{path}: is {tuple(embedding.shape)}, but this adapter reads `{shape}`: it was made for another"
+        )
+    if not embedding.isfinite().all():
+        raise ValueError(f"{path}: not all of its numbers are finite; make it again with --save-embedding")
+    return embedding.to(like)
