@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import weights_convert
 from eval import attributes
+from model.attention import Fuse, decoupled
 from sampling.images import to_images
 from sampling.pipeline import Pipeline, load
 from train.colour import coarse_name
@@ -39,7 +40,7 @@ from train.world import (
     random_scene,
 )
 
-LAMBDAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 FOLLOW = 0.75  # the text-following that the chosen lambda must keep on validation prompts
 
 
@@ -101,6 +102,7 @@ def draw(
     steps: int,
     name: str,
     batch: int = 64,
+    fuse: Fuse = decoupled,
 ) -> Tensor:
     """One picture for each prompt, seeds 0 .. n-1; `pixels` are the image prompts."""
     drawn = []
@@ -110,7 +112,9 @@ def draw(
         if pixels is not None:
             embedding = torch.cat([pipeline.embed([image]) for image in to_images(pixels[rows])])
         seeds = list(range(rows.start, rows.stop))
-        drawn.append(pipeline.draw(prompts[rows], seeds, embedding, scale=scale, guidance=guidance, steps=steps))
+        drawn.append(
+            pipeline.draw(prompts[rows], seeds, embedding, scale=scale, guidance=guidance, steps=steps, fuse=fuse)
+        )
     return torch.cat(drawn)
 
 

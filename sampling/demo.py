@@ -21,7 +21,7 @@ from sampling.pipeline import Pipeline, load
 EXAMPLES = Path(__file__).parent / "examples"
 LAMBDAS = (0.0, 0.25, 0.5, 1.0, 1.5)
 ROWS, CELL, GAP = 4, 128, 6
-GUIDANCE, STEPS, WITH_TEXT = 4.0, 20, 0.6
+GUIDANCE, STEPS, WITH_TEXT = 4.0, 20, 0.4
 BACKGROUNDS = ("a white", "a yellow", "a green", "a blue", "a pink", "a purple")
 WORDS = (
     "a fox",

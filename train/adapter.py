@@ -1,7 +1,9 @@
 """Stage 4: the adapter, by the paper's recipe.  `python -m train adapter`
 
 Eq. 6 on a frozen base: AdamW, weight decay 0.01, text / image / both dropped in 5 % of the pictures each (exclusive), a dropped
-picture being a zero embedding, W'_k and W'_v started from W_k and W_v. Only the projection and W'_k, W'_v train.
+picture being a zero embedding, W'_k and W'_v started from W_k and W_v. Only the projection and W'_k, W'_v train. A user's pictures
+are trained on just so. The mini world has hours where the paper had days, so there the captions say less, as those of the web do,
+and min-SNR weights take the gradient's noise from timesteps where a picture can tell nothing.
 
 The log answers "does it learn?": `gain_zero` is the held-out loss with a zero image minus that with the picture, `gain_shuffled`
 with another picture's embedding minus that with its own. Before step 1 the gates of `check_gates` must hold.
@@ -9,8 +11,10 @@ with another picture's embedding minus that with its own. Before step 1 the gate
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +32,9 @@ from train.loss import diffusion_loss, noise_for
 from train.unet import HELD_OUT, PICTURES, rows_of
 from weights_convert import save_adapter
 
-PLAN = Plan("ip_adapter", steps=2000, batch=32, lr=2e-3, ema=0.99, bf16=True, validate_every=500)
+PLAN = Plan("ip_adapter", steps=5000, batch=32, lr=3e-3, ema=0.99, bf16=True, validate_every=1000)
 TOKENS, DROP = 4, 0.05
+SAYS, GAMMA = 0.5, 1.0  # of the mini world: the share of captions that name a thing; min-SNR's gamma
 
 
 def drops(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -119,45 +124,87 @@ def load_pairs(pipeline: Pipeline, source: Source, folder: Path) -> tuple[Pairs,
         raise ValueError(f"{source.base} has no image encoder: name one with --image-encoder")
     parts = pipeline.vae, pipeline.text, pipeline.image
     if source.data is None:
-        return world_pairs(*parts, "train", PICTURES, folder), world_pairs(*parts, "val", HELD_OUT, folder)
+        return (
+            world_pairs(*parts, "train", PICTURES, folder, SAYS),
+            world_pairs(*parts, "val", HELD_OUT, folder, SAYS),
+        )
     files, side = captioned_files(source.data), source.side or pipeline.native_size[0]
     kept = [f for i, f in enumerate(files) if i % 50] or files
     return file_pairs(*parts, kept, side, folder), file_pairs(*parts, files[::50], side, folder)
 
 
-def train(
+@dataclass(frozen=True)
+class Setting:
+    """What adapters of one experiment share: the frozen base, its pictures, and the held-out ones."""
+
+    pipeline: Pipeline
+    pairs: Pairs
+    held_out: Pairs
+    gamma: float | None = None  # of min-SNR weights; the paper has none
+
+    def adapter(self, own_projections: bool = True, tokens: int = TOKENS) -> IPAdapter:
+        """An untrained adapter for this base and encoder, on the base's device."""
+        assert self.pairs.images is not None
+        unet = self.pipeline.unet
+        projection = ImageProjection(self.pairs.images.shape[1], unet.config.context_dim, tokens)
+        return IPAdapter(unet, projection, own_projections).to(next(unet.parameters()).device)
+
+
+def prepare(source: Source, folder: Path, device: str = "cpu") -> Setting:
+    """Loads the base and computes, or finds in `folder`, what the adapter reads."""
+    pipeline = load(source.base, (), source.image_encoder, device=device)
+    if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+        raise ValueError(
+            f"{source.base} is a model for inpainting: train on the ordinary one, whose adapters it can use"
+        )
+    setting = Setting(pipeline, *load_pairs(pipeline, source, folder), GAMMA if source.data is None else None)
+    pipeline.unet.checkpointing = source.checkpointing
+    return setting
+
+
+def fit(
+    setting: Setting,
+    adapter: IPAdapter,
+    plan: Plan,
     folder: Path,
-    weights: Path,
-    plan: Plan = PLAN,
-    source: Source | None = None,
-    own_projections: bool = True,
     fuse: Fuse = decoupled,
-) -> None:
-    torch.manual_seed(plan.seed)
-    source = source or Source(base=weights)
-    pipeline = load(source.base, (), source.image_encoder, device=plan.device)
-    unet, schedule = pipeline.unet, pipeline.schedule
-    pairs, held_out = load_pairs(pipeline, source, folder)
-    assert pairs.images is not None
-    image_dim = pairs.images.shape[1]
-    adapter = IPAdapter(unet, ImageProjection(image_dim, unet.config.context_dim, TOKENS), own_projections).to(
-        plan.device
-    )
-    check_gates(unet, adapter, schedule, held_out, fuse, plan.device)
-    unet.to(source.base_dtype).checkpointing = source.checkpointing
+    watch: Callable[[IPAdapter], None] = lambda _: None,
+    until: int | None = None,
+) -> tuple[IPAdapter, list[dict[str, Any]]]:
+    """Trains an adapter; returns what to keep and the log. `watch` sees what would be kept at every validation.
+
+    With `until` it stops early, after that many of the plan's steps, and the next call goes on from there.
+    """
+    unet, schedule, pairs = setting.pipeline.unet, setting.pipeline.schedule, setting.pairs
 
     def loss(step: int, g: torch.Generator) -> dict[str, Tensor]:
         batch = batch_of(pairs, rows_of(pairs, plan, step), g, plan.device, dropping=True)
         context = adapter(Context(batch.text, fuse=fuse), batch.image)
-        return {"loss": diffusion_loss(unet, schedule, batch.x0, context, batch.t, batch.eps).mean()}
+        each = diffusion_loss(unet, schedule, batch.x0, context, batch.t, batch.eps, setting.gamma)
+        return {"loss": each.mean()}
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, IPAdapter)
+        watch(module)
+        with torch.autocast(plan.device.split(":")[0], torch.bfloat16, enabled=plan.bf16):
+            return held_out_losses(unet, module, schedule, setting.held_out, fuse, plan.device)
+
+    kept, log = run(plan, adapter, lambda step: step, loss, validate, folder, 0, until)
+    assert isinstance(kept, IPAdapter)
+    return kept, log
+
+
+def train(folder: Path, weights: Path, plan: Plan = PLAN, source: Source | None = None) -> None:
+    torch.manual_seed(plan.seed)
+    source = source or Source(base=weights)
+    setting = prepare(source, folder, plan.device)
+    pipeline, adapter = setting.pipeline, setting.adapter()
+    check_gates(pipeline.unet, adapter, pipeline.schedule, setting.held_out, device=plan.device)
+    pipeline.unet.to(source.base_dtype)
+
+    def sheet(module: IPAdapter) -> None:
         if source.data is None:
             preview.prompts(replace(pipeline, adapters=(module,)), folder / f"{plan.name}.png")
-        with torch.autocast(plan.device.split(":")[0], torch.bfloat16, enabled=plan.bf16):
-            return held_out_losses(unet, module, schedule, held_out, fuse, plan.device)
 
-    kept, log = run(plan, adapter, lambda step: step, loss, validate, folder, workers=0)
-    assert isinstance(kept, IPAdapter)
-    save_adapter(kept, unet, weights / "ip_adapter.safetensors", card((plan,), log, "python -m train adapter"))
+    kept, log = fit(setting, adapter, plan, folder, watch=sheet)
+    save_adapter(kept, pipeline.unet, weights / "ip_adapter.safetensors", card((plan,), log, "python -m train adapter"))
