@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 import weights_convert
 from eval import attributes
-from model.attention import Fuse, decoupled
 from sampling.images import to_images
 from sampling.pipeline import Pipeline, load
 from train.colour import coarse_name
@@ -102,7 +101,6 @@ def draw(
     steps: int,
     name: str,
     batch: int = 64,
-    fuse: Fuse = decoupled,
 ) -> Tensor:
     """One picture for each prompt, seeds 0 .. n-1; `pixels` are the image prompts."""
     drawn = []
@@ -112,9 +110,7 @@ def draw(
         if pixels is not None:
             embedding = torch.cat([pipeline.embed([image]) for image in to_images(pixels[rows])])
         seeds = list(range(rows.start, rows.stop))
-        drawn.append(
-            pipeline.draw(prompts[rows], seeds, embedding, scale=scale, guidance=guidance, steps=steps, fuse=fuse)
-        )
+        drawn.append(pipeline.draw(prompts[rows], seeds, embedding, scale=scale, guidance=guidance, steps=steps))
     return torch.cat(drawn)
 
 

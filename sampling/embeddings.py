@@ -28,34 +28,32 @@ Strength = Scale | Sequence[Scale] | Lambda  # lambda of one adapter: for all it
 
 @dataclass(frozen=True)
 class Part:
-    """One image prompt: embeddings `1 k e` or `b k e`, those against it, lambda, and the weights of its tokens."""
+    """One image prompt: embeddings `1 k e` or `b k e`, what the unconditional side reads, lambda, and the weights of its tokens."""
 
     embedding: Tensor
-    against: Tensor | None
+    against: Tensor
     scale: Scale | Sequence[Scale]
     weights: tuple[float, ...] = ()
 
 
-def parts(
-    embedding: Tensor, against: Tensor | None, lam: Strength, config: UNetConfig, grid: tuple[int, int]
-) -> list[Part]:
+def parts(embedding: Tensor, against: Tensor, lam: Strength, config: UNetConfig, grid: tuple[int, int]) -> list[Part]:
     """The image prompts of one adapter: one, or with the rule "output" one for each picture.
 
-    `against` has as many pictures as `embedding`, or one for all of them; only the rule "output" weighs them too, as diffusers
-    does. Raises ValueError when weights or pictures are not as many. `config` and `grid` are those of `Lambda.by_layer`.
+    `against`, negative pictures or the null image, has as many as `embedding`, or one for all of them; only the rule "output"
+    weighs them too, as diffusers does. Raises ValueError when weights or pictures are not as many. `config` and `grid` are
+    those of `Lambda.by_layer`.
     """
     pictures = embedding.shape[1]
-    if against is not None and against.shape[1] not in (1, pictures):
+    if against.shape[1] not in (1, pictures):
         raise ValueError(f"{against.shape[1]} negative images for {pictures} images: give one, or {pictures}")
     if not isinstance(lam, Lambda):
         return [Part(embedding, against, lam)]
     if lam.images and len(lam.images) != pictures:
         raise ValueError(f"{len(lam.images)} image weights for {pictures} images: give each its own")
     if lam.images and lam.rule == "output":
-        halves = against.expand(-1, pictures, *against.shape[2:]) if against is not None else None
+        each = embedding.split(1, dim=1), against.expand(-1, pictures, *against.shape[2:]).split(1, dim=1)
         return [
-            Part(embedding[:, j : j + 1], None if halves is None else halves[:, j : j + 1], scale)
-            for j, scale in enumerate(lam.by_layer(config, grid, weight) for weight in lam.images)
+            Part(one, no, lam.by_layer(config, grid, weight)) for one, no, weight in zip(*each, lam.images, strict=True)
         ]
     scale = lam.by_layer(config, grid)
     if lam.rule == "embedding":

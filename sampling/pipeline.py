@@ -52,14 +52,14 @@ class Pipeline:
         return read(pixels.to(like))[None]
 
     def null(self, adapter: IPAdapter, like: Tensor) -> Tensor:
-        """No picture (section 3.2.3), for as many as in `like`: zeros, or of fine features those of zero pixels."""
+        """No picture (section 3.2.3), for pictures such as `like`: zeros, `1 1 e`, or the fine features of zero pixels, `1 1 m e`."""
         if not adapter.image_projection.fine:
-            return torch.zeros_like(like)
+            return torch.zeros_like(like[:1, :1])
         if self.image is None:
             raise ValueError("to leave its picture out, an adapter of fine features needs the image encoder too")
         size = self.image.config.image_size
         pixels = torch.zeros(1, 3, size, size).to(next(self.image.parameters()))
-        return self.image.fine(pixels).to(like).expand(*like.shape[:-2], -1, -1)
+        return self.image.fine(pixels)[None].to(like)
 
     @torch.no_grad()
     def contexts(
@@ -93,10 +93,10 @@ class Pipeline:
             raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {given} are given")
         grid = grid or (self.unet.config.sample_size, self.unet.config.sample_size)
         for adapter, pictures, no, lam in zip(self.adapters, embeddings, against, scales, strict=True):
+            no = self.null(adapter, pictures) if no is None else no
             for part in parts(pictures, no, lam, self.unet.config, grid):
                 one = part.embedding.expand(len(prompts), *part.embedding.shape[1:])
-                null = self.null(adapter, one) if part.against is None else part.against.expand_as(one)
-                uncond = adapter(uncond, null, part.scale)
+                uncond = adapter(uncond, part.against.expand_as(one), part.scale)
                 cond = weigh_tokens(adapter(cond, one, part.scale), part.weights)
         return uncond, cond
 

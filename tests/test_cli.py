@@ -25,6 +25,8 @@ from model.vae import VAE, VAEConfig
 from sampling import __main__ as cli
 from sampling.images import read_settings, save_image
 from sampling.lambdas import Lambda
+from sampling.pipeline import load
+from train import adapter as training
 from train.clip import MINI_TEXT
 
 UNET = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4, sample_size=4)
@@ -479,6 +481,21 @@ def nine(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     unet = loud(UNet(replace(UNET, in_channels=9)))
     weights_convert.save(unet, folder / "unet.safetensors", {"command": "a test"})
     return folder
+
+
+def test_an_adapter_is_not_trained_on_a_network_that_inpaints(nine: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a model for inpainting: train on the ordinary one"):
+        training.prepare(training.Source(base=nine), tmp_path)
+
+
+def test_what_is_no_adapter_is_told_before_the_base_is_read(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_convert, "load_base", lambda *_: pytest.fail("the base was read"))
+    with pytest.raises(FileNotFoundError, match=r"none\.bin is not there"):
+        load(weights, tmp_path / "none.bin")
+    with pytest.raises(ValueError, match="is not an adapter; only the base IP-Adapter"):
+        load(weights, weights / "vae.safetensors")
 
 
 def test_a_network_that_inpaints(nine: Path, tmp_path: Path, photo: tuple[Path, Path], image: Path) -> None:

@@ -460,4 +460,4 @@ def test_pictures_and_weights_that_do_not_fit_are_refused(world: Any) -> None:
         pipe.contexts(PROMPTS, NEGATIVES, pictures, Lambda(images=(1.0, 2.0)))
     with pytest.raises(ValueError, match="2 negative images for 3 images"):
         pipe.contexts(PROMPTS, NEGATIVES, pictures, against=[pictures[:, :2]])
-    assert len(parts(pictures, None, Lambda(images=(1.0, 2.0, 3.0)), SD15, (8, 8))) == 3
+    assert len(parts(pictures, randn(1, 1, IMAGE), Lambda(images=(1.0, 2.0, 3.0)), SD15, (8, 8))) == 3

@@ -196,16 +196,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
     return get
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Image prompts that are not square."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for i, size in enumerate([(61, 40), (33, 70), (50, 50)]):
-        pixels = np.random.default_rng(i).integers(0, 256, (size[1] // 5, size[0] // 5, 3), np.uint8)
-        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return sorted(folder.iterdir())
-
-
 @dataclass(frozen=True)
 class Ask:
     """What to draw. `images`: for each adapter the numbers of its pictures, and lambda in `scales`."""

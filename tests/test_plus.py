@@ -21,7 +21,7 @@ from torch import Tensor
 
 import weights_convert
 from model.adapter import IPAdapter
-from model.image_encoder import normalise
+from model.image_encoder import ImageEncoder, normalise
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
 from model.names import adapter_names, projection_names
 from model.unet import SD15, SDXL, UNet, UNetConfig
@@ -236,15 +236,6 @@ ASKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("pictures")
-    for i, size in enumerate([(61, 40), (33, 70), (50, 50)]):
-        pixels = np.random.default_rng(i).integers(0, 256, (size[1] // 5, size[0] // 5, 3), np.uint8)
-        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return sorted(folder.iterdir())
-
-
 def ours(files: Files, forms: list[str], ask: Ask, pictures: list[Path]) -> np.ndarray:
     pipe = load(files.model.base, [files.paths[form] for form in forms], files.model.encoder)
     opened = [[Image.open(pictures[i]).convert("RGB") for i in numbers] for numbers in ask.images]
@@ -299,6 +290,15 @@ def test_another_null_image_shows(
     right = ours(files, [form], ask, pictures)
     monkeypatch.setattr(Pipeline, "null", null)
     assert difference(ours(files, [form], ask, pictures), right) > 10
+
+
+@pytest.mark.parametrize("form", ["Plus", "Full"])
+def test_an_encoder_of_another_width_is_refused_at_load(files: Files, form: str, tmp_path: Path) -> None:
+    encoder = weights_convert.load_image_encoder(files.model.encoder)
+    wider = ImageEncoder(replace(encoder.config, width=2 * encoder.config.width))
+    weights_convert.save(wider, tmp_path / "image_encoder.safetensors", {})
+    with pytest.raises(ValueError, match="wants the fine features of 24-d, you gave the fine features of 48-d"):
+        load(files.model.base, [files.paths[form]], tmp_path / "image_encoder.safetensors")
 
 
 def test_without_the_encoder_there_is_no_null_image(files: Files) -> None:

@@ -142,11 +142,11 @@ class Setting:
     held_out: Pairs
     gamma: float | None = None  # of min-SNR weights; the paper has none
 
-    def adapter(self, own_projections: bool = True, tokens: int = TOKENS) -> IPAdapter:
+    def adapter(self, own_projections: bool = True) -> IPAdapter:
         """An untrained adapter for this base and encoder, on the base's device."""
         assert self.pairs.images is not None
         unet = self.pipeline.unet
-        projection = ImageProjection(self.pairs.images.shape[1], unet.config.context_dim, tokens)
+        projection = ImageProjection(self.pairs.images.shape[1], unet.config.context_dim, TOKENS)
         return IPAdapter(unet, projection, own_projections).to(next(unet.parameters()).device)
 
 
