@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     same.add_argument("--out", type=Path, default=Path("results/parity.json"))
     speed = commands.add_parser("benchmark", help="speed and memory beside diffusers")
     speed.add_argument("--rounds", type=int, default=3)
+    speed.add_argument("--row", action="append", default=[], help="measure this row alone; the others stay in --out")
     speed.add_argument("--out", type=Path, default=Path("results/benchmark.json"))
     for command in (same, speed):
         command.add_argument("--state", type=Path, default=Path("runs/official"), help="folder of the random weights")
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.command == "parity":
         print(parity.table(parity.evaluate(args.state, args.out, args.side)))
     elif args.command == "benchmark":
-        print(benchmark.table(benchmark.evaluate(args.state, args.out, args.rounds)))
+        print(benchmark.table(benchmark.evaluate(args.state, args.out, args.rounds, args.row)))
     elif args.command == "attention":
         attention_maps.run(args)
     else:

@@ -1,7 +1,7 @@
 """Speed and memory beside diffusers, at the true size.  `python -m eval benchmark`
 
 Same files, weights, threads and dtype; ours and theirs in turn in one process; the medians of the ratios (machines are noisy,
-ratios less so). The machine's own matrix-multiply peak is measured too, as the limit that nothing can pass.
+ratios less so). The machine's own matrix-multiply peak is measured beside each step, as the limit that nothing can pass.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import weights_convert
 from eval import official
@@ -50,9 +52,9 @@ def beside(ours: Run, theirs: Run, rounds: int) -> dict[str, float]:
 
 
 def peak(dtype: torch.dtype, n: int = 4096) -> float:
-    """The best of five matrix products, in GFLOP/s."""
+    """The best of five matrix products, in FLOP/s."""
     a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
-    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(5)) / 1e9
+    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(5))
 
 
 def _inputs(dtype: torch.dtype, batch: int = 2) -> tuple[torch.Tensor, ...]:
@@ -63,7 +65,10 @@ def _inputs(dtype: torch.dtype, batch: int = 2) -> tuple[torch.Tensor, ...]:
 
 
 def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = False) -> dict[str, float]:
-    """One UNet call with the adapter: a guidance batch of 2, 64 x 64 latents. Theirs is diffusers' default."""
+    """One UNet call with the adapter: a guidance batch of 2, 64 x 64 latents. Theirs is diffusers' default.
+
+    `limit`: the seconds that its matrix products and convolutions take at the machine's peak, if nothing else took any.
+    """
     peer = official.peer_unet(folder, dtype)
     unet, adapter = _ours(folder, dtype)
     if compile_ours:
@@ -72,7 +77,10 @@ def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = Fa
     context = adapter(Context(text), image)
     added = {"image_embeds": [image[:, None]]}
     with torch.no_grad():
-        return beside(lambda: unet(x, 500, context), lambda: peer(x, 500, text, added_cond_kwargs=added), rounds)
+        with FlopCounterMode(display=False) as counter:
+            peer(x, 500, text, added_cond_kwargs=added)
+        times = beside(lambda: unet(x, 500, context), lambda: peer(x, 500, text, added_cond_kwargs=added), rounds)
+    return times | {"limit": counter.get_total_flops() / peak(dtype)}
 
 
 def _ours(folder: Path, dtype: torch.dtype) -> tuple[UNet, Any]:
@@ -80,8 +88,8 @@ def _ours(folder: Path, dtype: torch.dtype) -> tuple[UNet, Any]:
     return unet, weights_convert.load_adapter(folder / official.ADAPTER, unet, 1024, dtype)
 
 
-def pipelines(folder: Path, few: tuple[int, int] = (1, 3)) -> dict[str, float]:
-    """Prompt and picture to picture, 512 x 512, 50 steps, guidance 7.5; extrapolated from two short runs."""
+def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> dict[str, Any]:
+    """Prompt and picture to picture, 512 x 512, 50 steps, guidance 7.5; extrapolated from two short runs each, in turn."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     dtype = torch.float32
@@ -114,12 +122,16 @@ def pipelines(folder: Path, few: tuple[int, int] = (1, 3)) -> dict[str, float]:
             output_type="pt",
         )
 
-    times = {}
+    def our_picture(n: int) -> Any:
+        return ours.draw(["a fox"], [0], image, steps=n)
+
     with torch.no_grad():
-        for name, run in (("ours", lambda n: ours.draw(["a fox"], [0], image, steps=n)), ("theirs", their_picture)):
-            short, long = (seconds(lambda n=n, run=run: run(n)) for n in few)
-            times[name] = short + (50 - few[0]) * (long - short) / (few[1] - few[0])
-    return times | {"ratio": times["ours"] / times["theirs"], "extrapolated_from": few}
+        short, long = (beside(partial(our_picture, n), partial(their_picture, n), rounds) for n in few)
+    whole = {
+        side: short[side] + (50 - few[0]) * (long[side] - short[side]) / (few[1] - few[0])
+        for side in ("ours", "theirs")
+    }
+    return whole | {"ratio": whole["ours"] / whole["theirs"], "extrapolated_from": few}
 
 
 def training(folder: Path, rounds: int) -> dict[str, float]:
@@ -152,47 +164,53 @@ def training(folder: Path, rounds: int) -> dict[str, float]:
 
 
 _LOAD = """
-import resource, sys, time, json, torch
+import json, re, sys, time, torch
 from pathlib import Path
-folder, side = Path(sys.argv[1]), sys.argv[2]
+import weights_convert
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
+folder, side, dtype = Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+before, began = peak(), time.perf_counter()
 if side == "ours":
-    import weights_convert
-    run = lambda: weights_convert.load_single(folder / "sd15.safetensors", torch.float16)
+    base = weights_convert.load_single(folder / "sd15.safetensors", dtype)
+    parts = [base.unet, base.vae, base.text]
 else:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
-    classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    run = lambda: [
-        *(c.from_pretrained(folder / "diffusers" / name, torch_dtype=torch.float16) for name, c in classes.items()),
-        CLIPTextModel.from_pretrained(folder / "diffusers" / "text_encoder", dtype=torch.float16),
+    parts = [
+        UNet2DConditionModel.from_pretrained(folder / "diffusers" / "unet", torch_dtype=dtype),
+        AutoencoderKL.from_pretrained(folder / "diffusers" / "vae", torch_dtype=dtype),
+        CLIPTextModel.from_pretrained(folder / "diffusers" / "text_encoder", dtype=dtype),
     ]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-began = time.perf_counter()
-kept = run()
-took = time.perf_counter() - began
-print(json.dumps([took, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)]))
+for p in (p for part in parts for p in part.parameters()):
+    p.as_strided((-(-p.numel() // 1024),), (1024,)).sum()
+print(json.dumps([time.perf_counter() - began, peak() - before, sum(p.nbytes for m in parts for p in m.parameters())]))
 """
 
 
-def loading(folder: Path, rounds: int) -> dict[str, float]:
-    """Reading the base model in float16, each time in a fresh process: ours from the single file, theirs from their own folder."""
+def loading(folder: Path, rounds: int, dtype: str) -> dict[str, float]:
+    """Reading the base model, each time in a fresh process: ours from the single file (float16), theirs from their own folder.
+
+    Until every page of the weights is in memory: diffusers maps a file of the wanted dtype and reads it when it is first used.
+    `*_memory` is the peak over the bytes of the weights.
+    """
     for name, peer in (("unet", official.peer_unet), ("vae", official.peer_vae), ("text_encoder", official.peer_text)):
         if not (folder / "diffusers" / name).exists():
             options = {"adapter": False} if name == "unet" else {}
             peer(folder, torch.float16, **options).save_pretrained(folder / "diffusers" / name)
             gc.collect()
     found: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         for side, rows in found.items():
-            command = [sys.executable, "-c", _LOAD, str(folder), side]
-            rows.append(tuple(json.loads(subprocess.run(command, capture_output=True, check=True).stdout)))
-    size = (folder / official.SINGLE).stat().st_size
+            command = [sys.executable, "-c", _LOAD, str(folder), side, dtype]
+            took, grown, size = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+            rows.append((took, grown / size))
+    ours, theirs = (rows[1:] for rows in found.values())
     return {
-        "ours": statistics.median(s for s, _ in found["ours"]),
-        "theirs": statistics.median(s for s, _ in found["theirs"]),
-        "ratio": statistics.median(a[0] / b[0] for a, b in zip(found["ours"], found["theirs"], strict=True)),
-        "our_memory_per_file": max(m for _, m in found["ours"]) / size,
-        "their_memory_per_file": max(m for _, m in found["theirs"]) / size,
+        "ours": statistics.median(s for s, _ in ours),
+        "theirs": statistics.median(s for s, _ in theirs),
+        "ratio": statistics.median(a[0] / b[0] for a, b in zip(ours, theirs, strict=True)),
+        "our_memory": max(m for _, m in ours),
+        "their_memory": max(m for _, m in theirs),
     }
 
 
@@ -203,25 +221,32 @@ def machine() -> str:
     return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def evaluate(folder: Path, out: Path, rounds: int) -> dict[str, Any]:
-    """Measures everything and writes `out` (JSON) after every row."""
-    official.write(folder)
+def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Measures every row, or `only` some and keeps the others of `out`; writes `out` (JSON) after each.
+
+    Raises ValueError for a row that is none.
+    """
     results: dict[str, Any] = {
         "command": f"python -m eval benchmark --rounds {rounds}",
         "machine": machine(),
         "torch": torch.__version__,
-        "peak_gflops": {"float32": peak(torch.float32), "bfloat16": peak(torch.bfloat16)},
     }
-    rows: dict[str, Callable[[], dict[str, float]]] = {
-        "load": lambda: loading(folder, rounds),
+    rows: dict[str, Callable[[], dict[str, Any]]] = {
+        "load, float16": lambda: loading(folder, rounds, "float16"),
+        "load, float32": lambda: loading(folder, rounds, "float32"),
         "step, float32": lambda: steps(folder, torch.float32, rounds),
         "step, bfloat16": lambda: steps(folder, torch.bfloat16, rounds),
         "training step": lambda: training(folder, rounds),
-        "50-step pipeline": lambda: pipelines(folder),
+        "50-step pipeline": lambda: pipelines(folder, rounds),
         "step, float32, ours compiled": lambda: steps(folder, torch.float32, rounds, compile_ours=True),
     }
-    for name, row in rows.items():
-        results[name] = row()
+    if strange := [name for name in only if name not in rows]:
+        raise ValueError(f"the benchmark has no row {strange[0]!r}: its rows are {', '.join(rows)}")
+    official.write(folder)
+    if only:
+        results = weights_convert.read_json(out) | results
+    for name in only or rows:
+        results[name] = rows[name]()
         print(name, json.dumps(results[name]), flush=True)
         weights_convert.write_json(out, results)
         gc.collect()
@@ -230,11 +255,13 @@ def evaluate(folder: Path, out: Path, rounds: int) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The results as the table of the README."""
-    lines = ["| | ours | diffusers | ratio |", "|---|---|---|---|"]
+    lines = ["| | ours | diffusers | ratio | at the peak |", "|---|---|---|---|---|"]
     for name, row in results.items():
-        if isinstance(row, dict) and "ratio" in row:
-            lines.append(f"| {name} | {row['ours']:.1f} s | {row['theirs']:.1f} s | {row['ratio']:.2f} |")
-    load = results["load"]
-    memory = load["our_memory_per_file"], load["their_memory_per_file"]
-    lines.append(f"| load, peak memory / file | {memory[0]:.2f} | {memory[1]:.2f} | {memory[0] / memory[1]:.2f} |")
+        if isinstance(row, dict):
+            limit = f"{row['limit']:.1f} s" if "limit" in row else ""
+            lines.append(f"| {name} | {row['ours']:.1f} s | {row['theirs']:.1f} s | {row['ratio']:.2f} | {limit} |")
+    for name, row in results.items():
+        if name.startswith("load"):
+            ours, theirs = row["our_memory"], row["their_memory"]
+            lines.append(f"| {name}: peak memory / weights | {ours:.2f} | {theirs:.2f} | {ours / theirs:.2f} | |")
     return "\n".join(lines)

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     only.add_argument("--image-encoder", type=Path, help="folder or file (default: the base folder's own)")
     only.add_argument("--data", type=Path, help='JSON list [{"image_file": ..., "text": ...}], or pictures with .txt')
     only.add_argument("--side", type=int, help="of the training pictures (default: the base model's own)")
+    only.add_argument("--fine", action="store_true", help="train Plus, which reads fine features (ip_adapter_plus)")
     only.add_argument("--checkpointing", action="store_true", help="recompute the UNet's stages: less memory, slower")
     return p
 
@@ -55,12 +56,14 @@ def main(argv: list[str] | None = None) -> None:
         source = adapter.Source(
             args.base or args.weights,
             args.image_encoder,
+            args.fine,
             args.data,
             args.side,
             torch.bfloat16 if args.bf16 else torch.float32,
             args.checkpointing,
         )
-        adapter.train(args.state, args.weights, plan_of(adapter.PLAN), source)
+        plan = replace(adapter.PLAN, name="ip_adapter_plus") if args.fine else adapter.PLAN
+        adapter.train(args.state, args.weights, plan_of(plan), source)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from model.adapter import IPAdapter
 from model.attention import Context, Fuse, decoupled
-from model.image_projection import ImageProjection
+from model.image_projection import HEAD, ImageProjection, Projection, Resampler
 from model.unet import UNet
 from sampling.pipeline import Pipeline, load
 from sampling.schedule import Schedule
@@ -34,6 +34,7 @@ from weights_convert import save_adapter
 
 PLAN = Plan("ip_adapter", steps=5000, batch=32, lr=3e-3, ema=0.99, bf16=True, validate_every=1000)
 TOKENS, DROP = 4, 0.05
+FINE_TOKENS, DEPTH = 16, 4  # of Plus
 SAYS, GAMMA = 0.5, 1.0  # of the mini world: the share of captions that name a thing; min-SNR's gamma
 
 
@@ -47,7 +48,7 @@ def drops(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents x_0, timesteps, noise, text tokens c_t, image embeddings."""
+    """Latents x_0, timesteps, noise, text tokens c_t, and what the adapter reads of the pictures."""
 
     x0: Tensor
     t: Tensor
@@ -62,22 +63,24 @@ def batch_of(pairs: Pairs, rows: Tensor, g: torch.Generator, device: str, droppi
     t, eps = noise_for(x0, g)
     drop_text, drop_image = drops(len(rows), g) if dropping else (torch.zeros(len(rows), dtype=torch.bool),) * 2
     text = pairs.texts[torch.where(drop_text, 0, pairs.caption[rows])].float()
-    assert pairs.images is not None
-    image = pairs.images[rows].float() * ~drop_image[:, None]
+    assert pairs.images is not None and pairs.null is not None
+    kept = ~drop_image.view(-1, *[1] * pairs.null.ndim)
+    image = torch.where(kept, pairs.images[rows].float(), pairs.null.float())
     return Batch(*(tensor.to(device) for tensor in (x0, t, eps, text, image)))
 
 
 def held_out_losses(
     unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu"
 ) -> dict[str, float]:
-    """Unweighted losses at noise and timesteps that never change: with the picture, and what a zero or another adds."""
+    """Unweighted losses at noise and timesteps that never change: with the picture, and what none or another adds."""
+    assert pairs.null is not None
     sums = {"own": 0.0, "zero": 0.0, "shuffled": 0.0}
     with torch.no_grad():
         for i, rows in enumerate(torch.arange(len(pairs)).split(64)):
             batch = batch_of(pairs, rows, generator(1, i), device)
             others = {
                 "own": batch.image,
-                "zero": torch.zeros_like(batch.image),
+                "zero": pairs.null.to(batch.image).expand_as(batch.image),
                 "shuffled": batch.image.roll(1, dims=0),
             }
             for name, image in others.items():
@@ -108,10 +111,14 @@ def check_gates(
 
 @dataclass(frozen=True)
 class Source:
-    """What to train on: the mini world, or with `data` a user's pictures; at which size and precision the base runs."""
+    """What to train on: the mini world, or with `data` a user's pictures; at which size and precision the base runs.
+
+    With `fine` the adapter is Plus (Figure 11), which reads the encoder's fine features.
+    """
 
     base: Path = Path("weights")
     image_encoder: Path | None = None
+    fine: bool = False
     data: Path | None = None
     side: int | None = None
     base_dtype: torch.dtype = torch.float32
@@ -125,12 +132,15 @@ def load_pairs(pipeline: Pipeline, source: Source, folder: Path) -> tuple[Pairs,
     parts = pipeline.vae, pipeline.text, pipeline.image
     if source.data is None:
         return (
-            world_pairs(*parts, "train", PICTURES, folder, SAYS),
-            world_pairs(*parts, "val", HELD_OUT, folder, SAYS),
+            world_pairs(*parts, "train", PICTURES, folder, SAYS, source.fine),
+            world_pairs(*parts, "val", HELD_OUT, folder, SAYS, source.fine),
         )
     files, side = captioned_files(source.data), source.side or pipeline.native_size[0]
     kept = [f for i, f in enumerate(files) if i % 50] or files
-    return file_pairs(*parts, kept, side, folder), file_pairs(*parts, files[::50], side, folder)
+    return (
+        file_pairs(*parts, kept, side, folder, source.fine),
+        file_pairs(*parts, files[::50], side, folder, source.fine),
+    )
 
 
 @dataclass(frozen=True)
@@ -142,11 +152,16 @@ class Setting:
     held_out: Pairs
     gamma: float | None = None  # of min-SNR weights; the paper has none
 
-    def adapter(self, own_projections: bool = True) -> IPAdapter:
-        """An untrained adapter for this base and encoder, on the base's device."""
+    def adapter(self, own_projections: bool = True, tokens: int | None = None) -> IPAdapter:
+        """An untrained adapter for this base and encoder, on the base's device. For fine features it is Plus, with 16 tokens."""
         assert self.pairs.images is not None
-        unet = self.pipeline.unet
-        projection = ImageProjection(self.pairs.images.shape[1], unet.config.context_dim, TOKENS)
+        unet, seen = self.pipeline.unet, self.pairs.images.shape[-1]
+        width = unet.config.context_dim
+        if self.pairs.images.ndim == 3:
+            heads = max(1, width // HEAD)
+            projection: Projection = Resampler(seen, width, tokens or FINE_TOKENS, width, DEPTH, heads)
+        else:
+            projection = ImageProjection(seen, width, tokens or TOKENS)
         return IPAdapter(unet, projection, own_projections).to(next(unet.parameters()).device)
 
 
@@ -207,4 +222,7 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN, source: Source | None 
             preview.prompts(replace(pipeline, adapters=(module,)), folder / f"{plan.name}.png")
 
     kept, log = fit(setting, adapter, plan, folder, watch=sheet)
-    save_adapter(kept, pipeline.unet, weights / "ip_adapter.safetensors", card((plan,), log, "python -m train adapter"))
+    file, command = weights / "ip_adapter.safetensors", "python -m train adapter"
+    if source.fine:
+        file, command = weights / "ip_adapter_plus.safetensors", command + " --fine"
+    save_adapter(kept, pipeline.unet, file, card((plan,), log, command))

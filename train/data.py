@@ -26,13 +26,15 @@ from train.world import SAYS, Scene, Split, World, pictures
 @dataclass(frozen=True)
 class Pairs:
     """Picture-text pairs. `mean`, `std`: `n c h w` of q(z|x), scaled; `caption`: row of `texts` for each picture;
-    `texts`: `m 77 c`, the different captions' text tokens, the empty one first; `images`: `n e` embeddings, if asked for."""
+    `texts`: `m 77 c`, the different captions' text tokens, the empty one first. If asked for, `images` are what an adapter reads,
+    embeddings `n e` or fine features `n m e`, and `null` is what it reads of no picture: zeros `e`, or those of zero pixels, `m e`."""
 
     mean: Tensor
     std: Tensor
     caption: Tensor
     texts: Tensor
     images: Tensor | None
+    null: Tensor | None
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -80,11 +82,17 @@ def latents(vae: VAE, batches: Callable[[int], Tensor], count: int, folder: Path
     return found["mean"], found["std"]
 
 
-def embeddings(image: ImageEncoder, batches: Callable[[int], Tensor], count: int, folder: Path, data: str) -> Tensor:
-    """Image embeddings `n e` for `count` batches of pixels `b 3 s s`."""
-    weight = next(image.parameters())
-    cache = folder / f"{data}-images-{_name(image)}.safetensors"
-    return _computed(cache, batches, count, lambda x: {"images": image(x.to(weight))})["images"]
+def features(
+    image: ImageEncoder, batches: Callable[[int], Tensor], count: int, folder: Path, data: str, fine: bool
+) -> tuple[Tensor, Tensor]:
+    """(images, null) of `Pairs` for `count` batches of pixels `b 3 s s`: image embeddings, or fine features."""
+    weight, size = next(image.parameters()), image.config.image_size
+    read: Callable[[Tensor], Tensor] = image.fine if fine else image
+    cache = folder / f"{data}-{'fine' if fine else 'images'}-{_name(image)}.safetensors"
+    images = _computed(cache, batches, count, lambda x: {"images": read(x.to(weight))})["images"]
+    with torch.no_grad():
+        null = read(torch.zeros(1, 3, size, size).to(weight))[0].cpu() if fine else torch.zeros(images.shape[1])
+    return images, null
 
 
 @torch.no_grad()
@@ -106,8 +114,9 @@ def world_pairs(
     count: int,
     folder: Path,
     says: float = SAYS,
+    fine: bool = False,
 ) -> Pairs:
-    """The first `count` pictures of a split; what is slow to compute is kept in `folder`. Embeddings only with `image`.
+    """The first `count` pictures of a split; what is slow to compute is kept in `folder`. `images` only with `image`.
 
     `says`: in which share of the captions the concept is named, and in which the background.
     """
@@ -120,11 +129,11 @@ def world_pairs(
 
     data = f"{split}-{count}"
     mean, std = latents(vae, lambda step: 2 * rgb(step) - 1, steps, folder, data)
-    images = None
+    images, null = None, None
     if image is not None:
-        images = embeddings(image, lambda step: normalise(rgb(step)), steps, folder, data)
+        images, null = features(image, lambda step: normalise(rgb(step)), steps, folder, data, fine)
     texts, caption = encode_texts(text, [scene.caption for scene in scenes])
-    return Pairs(mean, std, caption, texts, images)
+    return Pairs(mean, std, caption, texts, images, null)
 
 
 def captioned_files(data: Path) -> list[tuple[Path, str]]:
@@ -153,7 +162,13 @@ def captioned_files(data: Path) -> list[tuple[Path, str]]:
 
 
 def file_pairs(
-    vae: VAE, text: TextEncoder, image: ImageEncoder, files: list[tuple[Path, str]], side: int, folder: Path
+    vae: VAE,
+    text: TextEncoder,
+    image: ImageEncoder,
+    files: list[tuple[Path, str]],
+    side: int,
+    folder: Path,
+    fine: bool = False,
 ) -> Pairs:
     """A user's pictures, short side to `side` and centre crop as the paper does; what is slow is kept in `folder`."""
 
@@ -166,6 +181,6 @@ def file_pairs(
 
     listed = hashlib.sha256(repr([str(file) for file, _ in files]).encode()).hexdigest()[:16]
     mean, std = latents(vae, square, len(files), folder, f"{listed}-{side}")
-    images = embeddings(image, pixels, len(files), folder, listed)
+    images, null = features(image, pixels, len(files), folder, listed, fine)
     texts, caption = encode_texts(text, [words for _, words in files])
-    return Pairs(mean, std, caption, texts, images)
+    return Pairs(mean, std, caption, texts, images, null)

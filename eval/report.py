@@ -1,0 +1,137 @@
+"""results/ablation.json to RESULTS.md: tables and plots, nothing typed by hand.  `python -m eval ablation` writes both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.ablation import FORMS, SHARES
+from eval.statistics import Array, Rows, difference, holm
+from eval.tasks import Row
+
+Results = dict[str, Any]
+FIRST = "ip_adapter"  # what the others are compared with
+
+
+def select(rows: Sequence[Row], **where: Any) -> list[Row]:
+    """The rows whose entries are these; None is an entry that is not there."""
+    return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
+
+
+def right(results: Results, row: Row, key: str) -> Array:
+    """1 where the drawn concept, background or drawing is the wanted one: the text's on `conflict`, else the picture's."""
+    if key == "drawing":
+        wanted = results["drawing"]
+    else:
+        wanted = results["wanted" if row["task"] == "conflict" else "own"][key]
+    return (np.array(row[key]) == np.array(wanted)).astype(float)
+
+
+def curves(results: Results, form: str, share: float = 1.0) -> Rows:
+    """The conflict rows of a form, `seeds lambdas prompts`; the first lambda is 0, the text alone."""
+    conflict = select(results["rows"], task="conflict", control=None)
+    alone, seeds = select(conflict, form="text alone"), range(results["study"]["seeds"])
+    mine = [select(conflict, form=form, seed=seed, share=share) for seed in seeds]
+    rows = [alone + sorted(each, key=lambda row: float(row["lambda"])) for each in mine]
+    return Rows(
+        np.array([[right(results, row, "concept") for row in each] for each in rows]),
+        np.array([[row["palette_error"] for row in each] for each in rows], dtype=float),
+    )
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """The primary endpoint of each form and seed, after each share of the training; differences from IP-Adapter's, by Holm."""
+    study = results["study"]
+    level, forms = study["level"], list(study["forms"])
+    whole = {form: curves(results, form) for form in forms}
+    found = {form: difference(whole[form], whole[FIRST], level, study["resamples"]) for form in forms if form != FIRST}
+    adjusted = holm({form: each.p for form, each in found.items()})
+    return {
+        "endpoint": {form: rows.endpoints(level).tolist() for form, rows in whole.items()},
+        "difference": {
+            form: {"mean": d.mean, "low": d.low, "high": d.high, "p": adjusted[form]} for form, d in found.items()
+        },
+        "share": {
+            form: {f"{s:g}": curves(results, form, s).endpoints(level).tolist() for s in SHARES} for form in forms
+        },
+    }
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def primary(results: Results) -> str:
+    """The primary endpoint, form by form."""
+    found, lines = results["summary"], []
+    for form, ends in found["endpoint"].items():
+        beside, p = "", ""
+        if form in found["difference"]:
+            d = found["difference"][form]
+            beside, p = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]", f"{d['p']:.3f}"
+        rate, size = results["rates"][form]["chosen"], f"{results['parameters'][form]:,}"
+        lines.append((FORMS[form].name, size, f"{rate:g}", _spread(ends), beside, p))
+    return table(("form", "trained", "rate", "palette error", "minus IP-Adapter [95 %]", "p (Holm)"), lines)
+
+
+def by_share(results: Results) -> str:
+    """The endpoint as the training goes on."""
+    found = results["summary"]["share"]
+    head = ("form", *(f"{s:.0%} of the training" for s in SHARES))
+    return table(head, [(FORMS[form].name, *(_spread(ends) for ends in each.values())) for form, each in found.items()])
+
+
+def measures(results: Results, rows: Sequence[Row]) -> tuple[str, ...]:
+    """Means over rows (seeds) and prompts: concept, background, drawing; palette and placement error; CLIP-I, CLIP-T."""
+    shares = [
+        f"{np.mean([right(results, row, key) for row in rows]):.0%}" if key in rows[0] else ""
+        for key in ("concept", "background", "drawing")
+    ]
+    errors = [f"{np.mean([row[key] for row in rows]):.1f}" for key in ("palette_error", "placement_error")]
+    clips = [f"{np.mean([row[key] for row in rows]):.3f}" if key in rows[0] else "" for key in ("clip_i", "clip_t")]
+    return (*shares, *errors, *clips)
+
+
+def task_table(results: Results, task: str) -> str:
+    """Every form at every lambda of a task, and what anchors it."""
+    rows, lines = select(results["rows"], task=task), []
+    for row in select(rows, seed=None):
+        lines.append((row["form"], "", *measures(results, [row])))
+    for form in results["study"]["forms"]:
+        mine = select(rows, form=form, share=1.0)
+        for lam in sorted({row["lambda"] for row in mine if "lambda" in row}):
+            lines.append((FORMS[form].name, f"{lam:g}", *measures(results, select(mine, **{"lambda": lam}))))
+        for control, says in (("shuffled", "another's picture"), ("null", "no picture")):
+            if found := select(mine, control=control):
+                lines.append((FORMS[form].name, f"1, {says}", *measures(results, found)))
+    head = ("form", "λ", "concept", "background", "drawing", "palette error", "placement error", "CLIP-I", "CLIP-T")
+    return table(head, lines)
+
+
+def plot(results: Results, path: Path) -> None:
+    """Each form's curve: text-following against palette error, the mean over seeds; lambda grows to the left."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for form in results["study"]["forms"]:
+        rows = curves(results, form)
+        follow, error = rows.following.mean(axis=(0, 2)), rows.error.mean(axis=(0, 2))
+        axes.plot(100 * follow, error, marker="o", markersize=3, label=FORMS[form].name)
+    axes.axvline(100 * results["study"]["level"], color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("pictures that follow the text, %")
+    axes.set_ylabel("palette error against the image prompt")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
