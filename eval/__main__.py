@@ -5,11 +5,12 @@ compare with diffusers at the true size (they write 3.4 GB of random weights to 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from eval import attention_maps, attributes, benchmark, clip_score, parity, world
+from eval import attention_maps, attributes, benchmark, clip_score, parity, report, world
 from sampling.pipeline import WEIGHTS
 
 
@@ -40,6 +41,15 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--out", type=Path, default=Path("results/benchmark.json"))
     for command in (same, speed):
         command.add_argument("--state", type=Path, default=Path("runs/official"), help="folder of the random weights")
+    claim = commands.add_parser(
+        "ablation", help="decoupled against concatenated: trains, draws, reads, and writes the report"
+    )
+    claim.add_argument("--state", type=Path, default=Path("runs/ablation"))
+    claim.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
+    claim.add_argument(
+        "--smoke", action="store_true", help="everything, but tiny: minutes, and numbers that mean nothing"
+    )
+    claim.add_argument("--out", type=Path, default=Path("."), help="folder of RESULTS.md and results/")
     look = commands.add_parser("attention", help="a sheet: where a drawing looks at each word and each image token")
     look.add_argument("--image", type=Path, action="append", default=[], help="image prompt; several make one prompt")
     look.add_argument("--prompt", default="", help="text prompt")
@@ -67,6 +77,8 @@ def run(args: argparse.Namespace) -> None:
         print(parity.table(parity.evaluate(args.state, args.out, args.side)))
     elif args.command == "benchmark":
         print(benchmark.table(benchmark.evaluate(args.state, args.out, args.rounds, args.row)))
+    elif args.command == "ablation":
+        report.run(args.weights, args.state, args.out, args.jobs, args.smoke)
     elif args.command == "attention":
         attention_maps.run(args)
     else:

@@ -24,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 import weights_convert
-from eval import attributes, world
+from eval import attributes, clip_score, world
+from eval.mass import image_mass
 from eval.tasks import Bench, Row
 from model.adapter import IPAdapter
 from model.attention import Fuse, concatenated, decoupled
@@ -61,18 +62,19 @@ FORMS = {
     "plus": Form("Plus: fine features, own projections, own softmax", True, decoupled, *SUM, fine=True),
 }
 SHARES = (0.25, 0.5, 1.0)
+MASS_PROMPTS = 32
 
 
 @dataclass(frozen=True)
 class Study:
     """How much of everything; the defaults are the published run."""
 
-    steps: int = 600
+    steps: int = 500
     batch: int = 32
     rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
-    rate_steps: int = 150
+    rate_steps: int = 100
     seeds: int = 5
-    prompts: int = 128
+    prompts: int = 96
     draw_steps: int = 12
     guidance: float = 4.0
     forms: tuple[str, ...] = tuple(FORMS)
@@ -89,6 +91,9 @@ class Study:
         return replace(self.plan(form, 1000, rate), name=f"{form}-rate-{rate:g}", steps=steps, validate_every=steps)
 
 
+SMOKE = Study(steps=8, batch=4, rates=(1e-3, 3e-3), rate_steps=4, seeds=2, prompts=4, draw_steps=2, resamples=50)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a study finds its base and keeps its work: `shipped` the finished adapters, `state` all else."""
@@ -100,6 +105,9 @@ class Place:
     def adapter(self, form: str, seed: int, share: float = 1.0) -> Path:
         name = f"{form}-{seed}"
         return self.shipped / f"{name}.safetensors" if share == 1 else self.state / f"{name}-{share:g}.safetensors"
+
+    def card(self, form: str, seed: int) -> dict[str, Any]:
+        return weights_convert.read_json(self.adapter(form, seed).with_suffix(".json"))
 
     def bench(self, study: Study) -> Bench:
         base = self.source.base
@@ -169,6 +177,22 @@ def rows_of(place: Place, study: Study, form: str, seed: int) -> list[Row]:
     return kept(place.state / f"rows-{form}-{seed}.json", files, study, partial(score, place, study, form, seed))
 
 
+def masses_of(place: Place, study: Study, form: str) -> list[Row]:
+    """`image_mass` of a joint softmax, seed 0: untrained, and after each share of the training."""
+
+    def make() -> list[Row]:
+        bench = place.bench(study).first(MASS_PROMPTS)
+        unet = bench.pipeline.unet
+        adapters = {0.0: untrained(place.setting(form), FORMS[form], 0)}
+        adapters |= {share: weights_convert.load_adapter(place.adapter(form, 0, share), unet) for share in SHARES}
+        return [
+            {"form": form, "share": share, **row} for share, one in adapters.items() for row in image_mass(bench, one)
+        ]
+
+    files = [place.adapter(form, 0, share) for share in SHARES]
+    return kept(place.state / f"mass-{form}.json", files, study, make)
+
+
 def anchors_of(place: Place, study: Study) -> list[Row]:
     return kept(
         place.state / "anchors.json",
@@ -206,33 +230,39 @@ def rates_of(pool: ProcessPoolExecutor, place: Place, study: Study) -> dict[str,
     return found
 
 
-def train_all(pool: ProcessPoolExecutor, place: Place, study: Study, rates: dict[str, float]) -> None:
-    """Every form and seed; seeds in the outer loop, so that what is done early is already a comparison."""
-    cells = itertools.product(range(study.seeds), study.forms)
-    shared_out(pool, [partial(train, place, study, form, seed, rates[form]) for seed, form in cells], "adapters")
+def unit(place: Place, study: Study, form: str, seed: int, rate: float) -> list[Row]:
+    """Trains an adapter, draws with it, and reads what it drew; what is done is not done again."""
+    train(place, study, form, seed, rate)
+    return rows_of(place, study, form, seed)
 
 
 def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
     """Trains what is missing, draws and reads every cell; what is done is kept in `place` and not done again."""
+    for fine in {FORMS[form].fine for form in study.forms}:  # once, before many processes want it
+        training.prepare(replace(place.source, fine=fine), place.state)
     with workers(jobs) as pool:
         losses = rates_of(pool, place, study)
         rates = {form: min(tried, key=tried.__getitem__) for form, tried in losses.items()}
-        train_all(pool, place, study, rates)
-        cells = itertools.product(range(study.seeds), study.forms)
-        work = [partial(anchors_of, place, study), *(partial(rows_of, place, study, f, s) for s, f in cells)]
-        rows = list(itertools.chain(*shared_out(pool, work, "cells")))
+        units = itertools.product(range(study.seeds), study.forms)  # so that what is done early is already a comparison
+        work = [partial(unit, place, study, form, seed, rates[form]) for seed, form in units]
+        rows = list(itertools.chain(*shared_out(pool, [*work, partial(anchors_of, place, study)], "adapters")))
+        joint = [partial(masses_of, place, study, form) for form in study.forms if FORMS[form].fuse is concatenated]
+        masses = list(itertools.chain(*shared_out(pool, joint, "image mass")))
     test = world.task(study.prompts, seed=3)
     own = attributes.truth(test.references)
-    cards = {form: weights_convert.read_json(place.adapter(form, 0).with_suffix(".json")) for form in study.forms}
+    cards = {form: [place.card(form, seed) for seed in range(study.seeds)] for form in study.forms}
     return {
         "study": asdict(study),
         "rates": {
             form: {"chosen": rates[form], "held_out": {f"{r:g}": x for r, x in losses[form].items()}}
             for form in study.forms
         },
-        "parameters": {form: card["parameters"] for form, card in cards.items()},
+        "parameters": {form: each[0]["parameters"] for form, each in cards.items()},
+        "scorer": clip_score.NAME,
+        "gains": {form: [card["gains"] for card in each] for form, each in cards.items()},
         "wanted": {"concept": test.concept.tolist(), "background": test.background.tolist()},
         "own": {key: own[key].tolist() for key in ("concept", "background")},
         "drawing": [scene.drawing for scene in test.references],
         "rows": rows,
+        "mass": masses,
     }

@@ -23,8 +23,9 @@ from model.text_encoder import TextEncoder
 from train import clip
 from train.loop import Plan, card, run
 
+NAME = "the mini world's second CLIP"
 PLAN = Plan("clip_score", 1500, 128, 1e-3, decay=0.7, weight_decay=0.05, bf16=True, seed=50, validate_every=500)
-TEXT = replace(clip.MINI_TEXT, width=96, layers=3)
+TEXT = replace(clip.MINI_TEXT, width=96, layers=3, output_dim=192)
 IMAGE = replace(
     MINI_IMAGE, width=24, heads=12, output_dim=192, stem_pool=True
 )  # a grid of 2 x 2: patches twice as large
@@ -91,7 +92,7 @@ def load(weights: Path) -> Scorer:
     """The mini world's second CLIP."""
     image = weights_convert.load_image_encoder(weights / "score_image.safetensors")
     text = weights_convert.load_text_encoder(weights / "score_text.safetensors")
-    return scorer("the mini world's second CLIP", image, text)
+    return scorer(NAME, image, text)
 
 
 def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:

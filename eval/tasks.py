@@ -43,17 +43,10 @@ def oracle(test: world.Task) -> Tensor:
     return to_tensor(pictures(scenes))
 
 
-@functools.cache
-def _drawings(scene: int, references: tuple[Scene, ...]) -> Tensor:
-    own = references[scene]
-    others = [replace(own, drawing=i) for i in range(len(CONCEPTS[CONCEPT_NAMES[own.concept]]))]
-    return to_tensor(pictures(others))
-
-
-def drawing_of(drawn: Tensor, references: Sequence[Scene]) -> list[int]:
-    """Which of its concept's drawings each picture shows: the nearest, in pixels, of all of them rendered as the reference is."""
-    each = [_drawings(i, tuple(references)) for i in range(len(references))]
-    return [int((d - x).square().mean(dim=(1, 2, 3)).argmin()) for d, x in zip(each, drawn, strict=True)]
+def drawings(scene: Scene) -> Tensor:
+    """The scene with each of its concept's drawings in turn, `n 3 64 64`."""
+    codes = CONCEPTS[CONCEPT_NAMES[scene.concept]]
+    return to_tensor(pictures([replace(scene, drawing=i) for i in range(len(codes))]))
 
 
 @dataclass(frozen=True)
@@ -71,6 +64,11 @@ class Bench:
     def of(cls, weights: Path, pipeline: Pipeline, prompts: int, steps: int, guidance: float) -> Bench:
         judge, scorer = attributes.load(weights / "judge.safetensors"), clip_score.load(weights)
         return cls(pipeline, world.task(prompts, seed=3), judge, scorer, steps, guidance)
+
+    def first(self, n: int) -> Bench:
+        """The same with the first n prompts alone."""
+        t = self.test
+        return replace(self, test=world.Task(t.references[:n], t.pixels[:n], t.concept[:n], t.background[:n]))
 
     def texts(self, task: str) -> list[str]:
         """The text of each prompt of a task."""
@@ -94,13 +92,23 @@ class Bench:
             "clip_i": rounded(self.scorer.clip_i(images, to_images(self.test.pixels)), 3),
         }
         if task != "conflict":
-            row["drawing"] = drawing_of(drawn, self.test.references)
+            row["drawing"] = self.nearest(drawn)
         return row if task == "picture" else row | {"clip_t": rounded(self.scorer.clip_t(images, texts), 3)}
 
     def embedding(self, adapter: IPAdapter) -> Tensor:
         """What the adapter reads of the reference pictures, `n 1 ...`."""
         pipeline = replace(self.pipeline, adapters=(adapter,))
         return torch.cat([pipeline.embed([image]) for image in to_images(self.test.pixels)])
+
+    @functools.cached_property
+    def _drawings(self) -> list[Tensor]:
+        return [drawings(scene) for scene in self.test.references]
+
+    def nearest(self, drawn: Tensor) -> list[int]:
+        """Which of its concept's drawings each picture shows: the nearest in pixels, all of them rendered as the reference is."""
+        return [
+            int((each - x).square().mean(dim=(1, 2, 3)).argmin()) for each, x in zip(self._drawings, drawn, strict=True)
+        ]
 
     def draw(
         self, task: str, adapter: IPAdapter | None, fuse: Fuse, embedding: Tensor | None, lam: float, batch: int = 64

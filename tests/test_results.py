@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
 import weights_convert
-from eval import world
+from eval import benchmark, parity, world
 
 ROOT = Path(__file__).parent.parent
 RESULTS = json.loads((ROOT / "results" / "world.json").read_text())
@@ -14,6 +16,14 @@ def test_readme_shows_the_results():
     readme = (ROOT / "README.md").read_text()
     assert world.table(RESULTS) in readme
     assert f"{RESULTS['vae_psnr']:.1f} dB" in readme
+
+
+@pytest.mark.parametrize("measure", [parity, benchmark])
+def test_readme_shows_what_was_measured_beside_diffusers(measure):
+    results = json.loads((ROOT / "results" / f"{measure.__name__.split('.')[-1]}.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert measure.table(results) in readme
+    assert results["command"] in readme and results.get("machine", "") in readme
 
 
 def test_results_are_of_the_shipped_weights():

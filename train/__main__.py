@@ -57,10 +57,10 @@ def main(argv: list[str] | None = None) -> None:
             args.base or args.weights,
             args.image_encoder,
             args.fine,
-            args.data,
-            args.side,
-            torch.bfloat16 if args.bf16 else torch.float32,
-            args.checkpointing,
+            data=args.data,
+            side=args.side,
+            base_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+            checkpointing=args.checkpointing,
         )
         plan = replace(adapter.PLAN, name="ip_adapter_plus") if args.fine else adapter.PLAN
         adapter.train(args.state, args.weights, plan_of(plan), source)

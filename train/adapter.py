@@ -119,6 +119,7 @@ class Source:
     base: Path = Path("weights")
     image_encoder: Path | None = None
     fine: bool = False
+    pictures: int = PICTURES  # of the mini world
     data: Path | None = None
     side: int | None = None
     base_dtype: torch.dtype = torch.float32
@@ -131,9 +132,10 @@ def load_pairs(pipeline: Pipeline, source: Source, folder: Path) -> tuple[Pairs,
         raise ValueError(f"{source.base} has no image encoder: name one with --image-encoder")
     parts = pipeline.vae, pipeline.text, pipeline.image
     if source.data is None:
+        held_out = min(HELD_OUT, source.pictures)
         return (
-            world_pairs(*parts, "train", PICTURES, folder, SAYS, source.fine),
-            world_pairs(*parts, "val", HELD_OUT, folder, SAYS, source.fine),
+            world_pairs(*parts, "train", source.pictures, folder, SAYS, source.fine),
+            world_pairs(*parts, "val", held_out, folder, SAYS, source.fine),
         )
     files, side = captioned_files(source.data), source.side or pipeline.native_size[0]
     kept = [f for i, f in enumerate(files) if i % 50] or files

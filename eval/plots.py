@@ -1,0 +1,104 @@
+"""The plots of RESULTS.md, and the contact sheet of Figure 10."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+import weights_convert
+from eval.ablation import FORMS, Place, Study
+from eval.report import Results, best_lambda, curves, select
+from sampling.images import to_images
+
+matplotlib.use("agg")
+
+
+def draw(results: Results, place: Place, study: Study, folder: Path) -> None:
+    """Writes all of them into `folder`."""
+    plot_curves(results, folder / "ablation_curves.png")
+    plot_gains(results, folder / "ablation_gains.png")
+    plot_mass(results, folder / "ablation_mass.png")
+    contact_sheet(results, place, study, folder / "ablation_pictures.png")
+
+
+def plot_curves(results: Results, path: Path) -> None:
+    """Each form's curve: text-following against palette error, the mean over seeds; lambda grows to the left."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for form in results["study"]["forms"]:
+        rows = curves(results, form)
+        follow, error = rows.following.mean(axis=(0, 2)), rows.error.mean(axis=(0, 2))
+        axes.plot(100 * follow, error, marker="o", markersize=3, label=FORMS[form].name)
+    axes.axvline(100 * results["study"]["level"], color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("pictures that follow the text, %")
+    axes.set_ylabel("palette error against the image prompt")
+    axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def plot_gains(results: Results, path: Path) -> None:
+    """What the picture tells as the training goes on: held-out loss with another's picture minus that with its own."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for form, logs in results["gains"].items():
+        steps = [row["step"] for row in logs[0]]
+        axes.plot(
+            steps, np.mean([[row["gain_shuffled"] for row in log] for log in logs], axis=0), label=FORMS[form].name
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("gain of the picture over another's")
+    axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def plot_mass(results: Results, path: Path) -> None:
+    """1 - g over layers and over timesteps, after the whole training; with all text keys, and with the words alone."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    rows = select(results["mass"], share=1.0)
+    for key, axes in zip(("layer", "t"), panels, strict=True):
+        ticks = sorted({row[key] for row in rows})
+        for form, words, picture in itertools.product(
+            dict.fromkeys(row["form"] for row in rows), sorted({row["words"] for row in rows}), ("own", "null")
+        ):
+            mine = select(rows, form=form, words=words, picture=picture)
+            mass = [np.mean([row["heads"] for row in select(mine, **{key: tick})]) for tick in ticks]
+            label = f"{form}, {words} text keys, {'its picture' if picture == 'own' else 'no picture'}"
+            axes.plot(ticks, mass, marker="o", markersize=3, linestyle="-" if picture == "own" else ":", label=label)
+        axes.set_xlabel({"layer": "layer, in execution order", "t": "timestep"}[key])
+    panels[0].set_ylabel("share of the attention that image keys take")
+    panels[1].legend(fontsize=6)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def contact_sheet(results: Results, place: Place, study: Study, path: Path, n: int = 8) -> None:
+    """Figure 10: the first n prompts of `conflict`, a column a form at its `best_lambda`, seed 0, nothing picked."""
+    bench, cell, gap, top = place.bench(study).first(n), 128, 6, 44
+    columns = [("image prompt", to_images(bench.test.pixels))]
+    for form in study.forms:
+        adapter, lam = (
+            weights_convert.load_adapter(place.adapter(form, 0), bench.pipeline.unet),
+            best_lambda(results, form),
+        )
+        drawn = bench.draw("conflict", adapter, FORMS[form].fuse, bench.embedding(adapter), lam)
+        columns.append((f"{form}\nlambda {lam:g}", to_images(drawn)))
+    height = cell + 22
+    canvas = Image.new("RGB", (gap + len(columns) * (cell + gap), top + height * len(bench.test.references)), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for x, (title, images) in enumerate(columns):
+        left = gap + x * (cell + gap)
+        pen.text((left, 6), title, fill="black", font=font)
+        for y, image in enumerate(images):
+            canvas.paste(image.resize((cell, cell), Image.Resampling.LANCZOS), (left, top + y * height))
+    for y, text in enumerate(bench.texts("conflict")):
+        pen.text((gap + cell + gap, top + y * height + cell + 2), text, fill="#333333", font=font)
+    canvas.save(path)
