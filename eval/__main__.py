@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from eval import attention_maps, attributes, benchmark, clip_score, parity, report, world
+from eval import attention_maps, attributes, benchmark, calibration, clip_score, parity, report, world
 from sampling.pipeline import WEIGHTS
 
 
@@ -50,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
         "--smoke", action="store_true", help="everything, but tiny: minutes, and numbers that mean nothing"
     )
     claim.add_argument("--out", type=Path, default=Path("."), help="folder of RESULTS.md and results/")
+    trust = commands.add_parser("calibration", help="how often the judge sees what a person saw in drawn pictures")
+    trust.add_argument(
+        "--draw", action="store_true", help="draw the pictures anew: their labels must be written anew too"
+    )
+    trust.add_argument("--out", type=Path, default=Path("results"))
     look = commands.add_parser("attention", help="a sheet: where a drawing looks at each word and each image token")
     look.add_argument("--image", type=Path, action="append", default=[], help="image prompt; several make one prompt")
     look.add_argument("--prompt", default="", help="text prompt")
@@ -79,6 +84,10 @@ def run(args: argparse.Namespace) -> None:
         print(benchmark.table(benchmark.evaluate(args.state, args.out, args.rounds, args.row)))
     elif args.command == "ablation":
         report.run(args.weights, args.state, args.out, args.jobs, args.smoke)
+    elif args.command == "calibration":
+        if args.draw:
+            calibration.draw(args.weights, args.out / "labels.png")
+        print(attributes.summary(calibration.agreement(attributes.load(args.weights / "judge.safetensors"), args.out)))
     elif args.command == "attention":
         attention_maps.run(args)
     else:

@@ -120,7 +120,8 @@ def task_table(results: Results, task: str) -> str:
 
 def best_lambda(results: Results, form: str) -> float:
     """The lambda with the lowest palette error among those that follow the text often enough, on the mean over seeds."""
-    rows, lambdas = curves(results, form), FORMS[form].lambdas
+    rows, conflict = curves(results, form), select(results["rows"], task="conflict", control=None)
+    lambdas = sorted({float(row["lambda"]) for row in select(conflict, form=form, share=1.0)})
     follow, error = rows.following.mean(axis=(0, 2))[1:], rows.error.mean(axis=(0, 2))[1:]
     allowed = [i for i, f in enumerate(follow) if f >= results["study"]["level"]] or [int(follow.argmax())]
     return lambdas[min(allowed, key=error.__getitem__)]
@@ -150,7 +151,7 @@ def run(weights: Path, state: Path, out: Path, jobs: int, smoke: bool) -> None:
 
     study = SMOKE if smoke else Study()
     shipped = out / "weights" if smoke else weights / "ablation"
-    place = Place(Source(base=weights, pictures=256) if smoke else Source(base=weights), shipped, state)
+    place = Place(Source(base=weights, pictures=64) if smoke else Source(base=weights), shipped, state)
     results = evaluate(place, study, jobs)
     results["summary"] = summary(results)
     weights_convert.write_json(out / "results" / "ablation.json", results)

@@ -428,8 +428,9 @@ def test_an_exclamation_mark_where_it_pads(peer_tokens: Callable[..., list[int]]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("form", ["base", "plus"])
 def test_an_adapter_is_trained_on_the_files_of_a_base_model(
-    model: Callable[[str], Model], pictures: list[Path], tmp_path: Path
+    form: str, model: Callable[[str], Model], pictures: list[Path], tmp_path: Path
 ) -> None:
     """As with official weights: one's own pictures, bfloat16 base, recomputed stages; what comes out, diffusers loads."""
     files = model("sd15")
@@ -438,9 +439,10 @@ def test_an_adapter_is_trained_on_the_files_of_a_base_model(
     named = {"base": files.base, "image-encoder": files.encoder, "data": tmp_path / "data.json"}
     named |= {"weights": tmp_path / "out", "state": tmp_path / "state", "steps": 3, "batch": 2, "accumulate": 2}
     options = [str(part) for name, value in named.items() for part in (f"--{name}", value)]
-    train.main(["adapter", *options, "--bf16", "--checkpointing"])
-    trained, base = tmp_path / "out" / "ip_adapter.safetensors", load(files.base, ()).unet
-    assert load_adapter(trained, base).image_projection.tokens == 4
+    fine, name, tokens = (["--fine"], "ip_adapter_plus", 16) if form == "plus" else ([], "ip_adapter", 4)
+    train.main(["adapter", *options, *fine, "--bf16", "--checkpointing"])
+    trained, base = tmp_path / "out" / f"{name}.safetensors", load(files.base, ()).unet
+    assert load_adapter(trained, base).image_projection.tokens == tokens
     files.peers[0].unet._load_ip_adapter_weights([nested(load_file(trained))])
     files.peers[0].unload_ip_adapter()
     with pytest.raises(ValueError, match="name one with --image-encoder"):

@@ -19,7 +19,8 @@ from model.text_encoder import TextEncoder
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
 from sampling.schedule import Prediction, Schedule
-from train.adapter import check_gates, drops, held_out_losses
+from train import adapter as adapter_stage
+from train.adapter import batch_of, check_gates, drops, held_out_losses
 from train.clip import MINI_TEXT
 from train.data import Pairs, encode_texts, world_pairs
 from train.loop import Plan
@@ -51,6 +52,7 @@ def pairs() -> Pairs:
         torch.arange(n) % 3,
         randn(3, 5, 8, seed=2),
         randn(n, EMBEDDING, seed=3),
+        torch.zeros(EMBEDDING),
     )
 
 
@@ -281,6 +283,22 @@ def test_pairs_of_the_world_and_their_cache(tmp_path: Path) -> None:
     again = world_pairs(*encoders, "val", 3, cache)
     assert torch.equal(again.mean, found.mean) and torch.equal(again.images, found.images)
     assert {path.suffix for path in cache.iterdir()} == {".safetensors"} and len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_no_picture_is_a_zero_embedding_or_zero_pixels(tmp_path: Path) -> None:
+    """What a dropped picture is: zeros for the base form (section 3.2.3), the features of zero pixels for Plus."""
+    encoders, drop = tiny_encoders(), torch.tensor([True, False])
+    with torch.no_grad():
+        wanted = {False: torch.zeros(12), True: encoders[2].fine(torch.zeros(1, 3, 64, 64))[0]}
+    for fine, null in wanted.items():
+        pairs = world_pairs(*encoders, "val", 2, tmp_path, fine=fine)
+        assert pairs.null is not None and torch.equal(pairs.null, null) and pairs.images is not None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(adapter_stage, "drops", lambda n, g: (~drop, drop))
+            batch = batch_of(pairs, torch.arange(2), torch.Generator().manual_seed(0), "cpu", dropping=True)
+        assert torch.equal(batch.image[0], null) and torch.equal(batch.image[1], pairs.images[1].float())
+        assert torch.equal(batch.text[1], pairs.texts[0].float())
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -1,0 +1,176 @@
+"""The ablation: fair starts, honest reading, and everything end to end in small."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from eval import attributes, calibration, clip_score, report, world
+from eval.ablation import FORMS, SHARES, untrained
+from eval.tasks import Bench, drawings, oracle
+from sampling.pipeline import load
+from train import clip
+from train.adapter import Setting
+from train.data import Pairs
+from train.loop import Plan, generator
+from train.world import CONCEPT_NAMES, CONCEPTS, World
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = ROOT / "weights"
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict[bool, Setting]:
+    """The mini world's base with pictures that are noise: global and fine."""
+    pipeline, empty = load(WEIGHTS, ()), torch.zeros(4)
+    shapes: dict[bool, tuple[int, ...]] = {False: (4, 256), True: (4, 16, 640)}
+    pairs = {fine: Pairs(empty, empty, empty, empty, torch.randn(s), torch.zeros(s[1:])) for fine, s in shapes.items()}
+    return {fine: Setting(pipeline, each, each) for fine, each in pairs.items()}
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    pipeline = load(WEIGHTS)
+    scorer = clip_score.Scorer(
+        "none", lambda pictures: torch.ones(len(pictures), 2), lambda texts: torch.ones(len(texts), 2)
+    )
+    judge = attributes.load(WEIGHTS / "judge.safetensors")
+    return Bench(pipeline, world.task(12, seed=3), judge, scorer, steps=2)
+
+
+def test_forms_of_one_seed_start_from_the_same_projection(settings: dict[bool, Setting]) -> None:
+    def first(form: str, seed: int) -> Tensor:
+        return untrained(settings[FORMS[form].fine], FORMS[form], seed).image_projection.proj.weight
+
+    alike = [first(form, 1) for form in ("ip_adapter", "shared", "concatenated", "simple")]
+    assert all(torch.equal(alike[0], other) for other in alike[1:])
+    assert not torch.equal(alike[0], first("ip_adapter", 2))
+
+
+def test_forms_differ_in_what_is_trained(settings: dict[bool, Setting]) -> None:
+    sizes = {
+        name: sum(p.numel() for p in untrained(settings[form.fine], form, 0).parameters())
+        for name, form in FORMS.items()
+    }
+    layers = settings[False].pipeline.unet.cross_attentions()
+    own = sum(layer.to_k.weight.numel() + layer.to_v.weight.numel() for layer in layers)
+    assert sizes["ip_adapter"] == sizes["concatenated"] == sizes["simple"] + own
+    assert sizes["shared"] == sizes["simple"]
+    assert abs(sizes["simple_wide"] / sizes["ip_adapter"] - 1) < 0.05
+
+
+def test_the_truth_is_read_as_what_it_is(bench: Bench) -> None:
+    """The true conflict pictures follow the text in concept and background, the picture in its palette (CIE76 below 5)."""
+    row = bench.read("conflict", oracle(bench.test), form="truth")
+    assert row["concept"] == bench.test.concept.tolist() and row["background"] == bench.test.background.tolist()
+    assert np.mean(row["palette_error"]) < 5
+    own = bench.read("picture", bench.test.pixels, form="itself")
+    assert own["concept"] == [scene.concept for scene in bench.test.references]
+    assert np.mean(own["placement_error"]) < 2 and own["drawing"] == [s.drawing for s in bench.test.references]
+
+
+def test_the_nearest_drawing_is_told_among_all(bench: Bench) -> None:
+    many = [i for i in range(200) if len(CONCEPTS[CONCEPT_NAMES[World("val")[i].concept]]) > 1][:6]
+    scenes = [World("val")[i] for i in many]
+    other = [replace(s, drawing=(s.drawing + 1) % len(drawings(s))) for s in scenes]
+    here = replace(bench, test=replace(bench.test, references=scenes))
+    assert here.nearest(torch.stack([drawings(s)[s.drawing] for s in scenes])) == [s.drawing for s in scenes]
+    assert here.nearest(torch.stack([drawings(s)[s.drawing] for s in other])) == [s.drawing for s in other]
+
+
+def test_controls_are_not_the_picture(bench: Bench) -> None:
+    adapter = bench.pipeline.adapters[0]
+    few = bench.first(3)
+    rows = few.cell("conflict", adapter, FORMS["ip_adapter"].fuse, (1.0,)) + few.controls(
+        adapter, FORMS["ip_adapter"].fuse
+    )
+    assert [row.get("control") for row in rows] == [None, "shuffled", "null"]
+    assert len({tuple(row["palette_error"]) for row in rows}) == 3
+
+
+def results() -> report.Results:
+    """Two forms whose rows are made up: the second's palette is 5 worse at every lambda."""
+    n, seeds = 40, range(3)
+    rng, wanted = np.random.default_rng(0), [i % 7 for i in range(n)]
+
+    def row(follows: float, error: float, **cell: object) -> dict[str, object]:
+        concept = [w if i < follows * n else 63 for i, w in enumerate(wanted)]
+        errors = (error + rng.normal(0, 0.1, n)).tolist()
+        plain = {"background": wanted, "placement_error": errors, "clip_i": errors, "clip_t": errors}
+        return {"task": "conflict", "concept": concept, "palette_error": errors, **plain, **cell}
+
+    rows = [row(1.0, 60, form="text alone")]
+    for form, worse in (("ip_adapter", 0), ("simple", 5)):
+        for seed in seeds:
+            for share in SHARES:
+                for lam, follows, error in ((1.0, 0.9, 40), (2.0, 0.7, 30)):
+                    later = 10 * (1 - share)
+                    where = {"form": form, "seed": seed, "share": share, "lambda": lam}
+                    rows.append(row(follows, error + worse + later, **where))
+    return {
+        "study": {"seeds": 3, "level": 0.8, "resamples": 200, "forms": ["ip_adapter", "simple"]},
+        "rows": rows,
+        "wanted": {"concept": wanted, "background": wanted},
+        "rates": {form: {"chosen": 1e-3} for form in ("ip_adapter", "simple")},
+        "parameters": {"ip_adapter": 1234, "simple": 567},
+    }
+
+
+def test_the_endpoint_is_read_where_text_is_followed_equally_often() -> None:
+    """Between 90 % at 40 and 70 % at 30 lies 80 % at 35 (to 0.1), and a form that is 5 worse is told so."""
+    found = results()
+    found["summary"] = summary = report.summary(found)
+    assert summary["endpoint"]["ip_adapter"] == pytest.approx([35] * 3, abs=0.1)
+    assert summary["difference"]["simple"]["mean"] == pytest.approx(5, abs=0.1)
+    assert summary["difference"]["simple"]["low"] > 0 and summary["difference"]["simple"]["p"] < 0.05
+    assert summary["share"]["simple"]["0.5"] == pytest.approx([45] * 3, abs=0.1)
+    assert "| 1,234 | 0.001 | 35.0 ± 0.0 |" in report.primary(found)
+    assert report.best_lambda(found, "ip_adapter") == 1.0
+
+
+def test_the_judge_sees_what_a_person_sees() -> None:
+    """On pictures that the models drew, labelled by eye: the judge is no better than these shares, and no worse."""
+    found = calibration.agreement(attributes.load(WEIGHTS / "judge.safetensors"), ROOT / "results")
+    labels = json.loads((ROOT / "results" / "labels.json").read_text())
+    assert len(labels["concept"]) == len(labels["background"]) == calibration.ROWS * calibration.COLUMNS >= 100
+    assert found["concept"] >= 0.8 and found["background"] >= 0.97
+
+
+def test_the_second_clip_can_be_trained() -> None:
+    """Both towers end in the same width, so that their cosines exist."""
+    towers, plan = clip.CLIP(clip_score.TEXT, clip_score.IMAGE), replace(clip_score.PLAN, batch=4)
+    assert isinstance(plan, Plan)
+    loss = clip.clip_loss(towers, clip.batch_of(towers.text, plan, 0), generator(0, 0))
+    assert torch.isfinite(loss["loss"])
+
+
+def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
+    """Training, drawing, reading and the report; a second call does nothing again and gives the same digits."""
+    command = [
+        sys.executable,
+        "-m",
+        "eval",
+        "ablation",
+        "--smoke",
+        "--state",
+        str(tmp_path / "state"),
+        "--out",
+        str(tmp_path),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    written = (tmp_path / "results" / "ablation.json").read_text()
+    made = json.loads(written)
+    assert {row["form"] for row in made["rows"]} >= set(made["study"]["forms"])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert all((tmp_path / name).exists() for name in ("results/ablation_pictures.png", "results/ablation_mass.png"))
+    assert report.primary(made) in text
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "results" / "ablation.json").read_text() == written
