@@ -1,14 +1,18 @@
 # make demo   draws a contact sheet with the mini weights (SEED=1 draws another)
+# make gallery   draws a sheet for each way to steer them
 # make test   runs ruff, mypy and all tests
 # make weights   trains the mini world from nothing (hours; a stopped run goes on)
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test weights world clean
+.PHONY: demo gallery test weights world clean
 
 demo: .venv/ready
 	$(BIN)/python -m sampling.demo --seed $(SEED)
+
+gallery: .venv/ready
+	$(BIN)/python -m sampling.gallery --seed $(SEED)
 
 test: .venv/tests
 	$(BIN)/ruff check .
@@ -18,6 +22,7 @@ test: .venv/tests
 weights: .venv/tests
 	$(BIN)/python -m train all
 	$(BIN)/python -m eval judge
+	$(BIN)/python -m eval clip
 
 world: .venv/tests
 	$(BIN)/python -m eval world

@@ -388,13 +388,18 @@ def _ema(file: File) -> File:
     return file.renamed({name: slow.get(name, name) for name in file})
 
 
-def load_single(path: Path, dtype: torch.dtype | None = torch.float32, ema: bool = False) -> Base:
-    """Stable Diffusion 1.x from one file in LDM's layout, `.safetensors` or `.ckpt`; with `ema` the UNet's slow copy."""
-    file = _ema(File(path)) if ema else File(path)
+def _single(path: Path) -> File:
+    file = File(path)
     if (kind := single_kind(file)) != "Stable Diffusion 1.x":
         raise ValueError(
             f"{path} is {kind}; of single files only Stable Diffusion 1.x is read (others as diffusers folders)"
         )
+    return file
+
+
+def load_single(path: Path, dtype: torch.dtype | None = torch.float32, ema: bool = False) -> Base:
+    """Stable Diffusion 1.x from one file in LDM's layout, `.safetensors` or `.ckpt`; with `ema` the UNet's slow copy."""
+    file = _ema(_single(path)) if ema else _single(path)
     unet, vae, text = (file.part(prefix) for prefix in LDM.values())
     with _blame(path, "is not a complete Stable Diffusion 1.x checkpoint"):
         sizes = configs.ldm_unet(unet.shapes), configs.ldm_vae(vae.shapes), configs.ldm_text(text.shapes)
@@ -461,23 +466,45 @@ def _weights_in(folder: Path) -> File:
     raise FileNotFoundError(f"{folder} holds no weights, neither {names[0]} nor {names[1]} nor their .bin")
 
 
+def _carded(path: Path, module: Callable[..., M], config: type[Any] | None) -> M:
+    """The empty module that the card of a file of our own describes."""
+    card = read_card(path)
+    with torch.device("meta"), _blame(path.with_suffix(".json"), "does not describe a network"):
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()} if config else {}
+        return _empty(module, config(**values)) if config else module()
+
+
 def load(
     path: Path, module: Callable[..., M], config: type[Any] | None, dtype: torch.dtype | None = torch.float32
 ) -> M:
     """A module of our own from its file and card."""
-    card, file = read_card(path), File(path)
-    with torch.device("meta"), _blame(path.with_suffix(".json"), "does not describe a network"):
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()} if config else {}
-        empty = _empty(module, config(**values)) if config else module()
+    empty, file = _carded(path, module, config), File(path)
     return assemble(empty, {name: (name,) for name in empty.state_dict()}, file, "what its card says", dtype)
+
+
+def _described_unet(folder: Path) -> UNet:
+    prediction = scheduler_config(folder.parent).get("prediction_type", "epsilon")
+    return _described(folder, UNet, lambda config: configs.unet_config(config, prediction), "a UNet")
+
+
+def unet_config(path: Path) -> UNetConfig:
+    """The config of a base model's UNet, without its weights: from its card, its `config.json`, or a single file's header.
+
+    Raises what `load_base` does where that does not describe one.
+    """
+    if path.is_file():
+        with _blame(path, "is not a complete Stable Diffusion 1.x checkpoint"):
+            return configs.ldm_unet(_single(path).part(LDM["unet"]).shapes)
+    if (path / "unet").is_dir():
+        return _described_unet(path / "unet").config
+    return _carded(path / "unet.safetensors", UNet, UNetConfig).config
 
 
 def load_unet(path: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
     """A UNet: a file of our own, or a diffusers folder (whether it predicts v stands in the scheduler's folder beside it)."""
     if not path.is_dir():
         return load(path, UNet, UNetConfig, dtype)
-    prediction = scheduler_config(path.parent).get("prediction_type", "epsilon")
-    unet = _described(path, UNet, lambda config: configs.unet_config(config, prediction), "a UNet")
+    unet = _described_unet(path)
     names = named(unet.state_dict(), unet_rows(unet.config), 1)
     return assemble(unet, names, _weights_in(path), "the UNet of its config.json", dtype)
 
@@ -657,8 +684,8 @@ def adapter_sizes(file: File) -> dict[str, int]:
     return {"image_dim": image_dim, "context_dim": context_dim, "tokens": whole(rows, context_dim, "tokens")}
 
 
-def _projection(file: File) -> Projection:
-    """The empty projection of an adapter's file."""
+def projection_of(file: File) -> Projection:
+    """The empty projection of an adapter's file, from its header."""
     with torch.device("meta"):
         return PROJECTIONS[adapter_kind(file)](**adapter_sizes(file))
 
@@ -681,7 +708,7 @@ def load_adapter(
     the adapter is for another base or encoder, or of another kind.
     """
     file = adapter_file(path)
-    projection = _projection(file)
+    projection = projection_of(file)
     context_dim, encoder_dim = projection.context_dim, fine_dim if projection.fine else image_dim
     if context_dim != unet.config.context_dim:
         wants, given = _called(BASES, context_dim), _called(BASES, unet.config.context_dim)
@@ -782,7 +809,7 @@ _LAYER = re.compile(r"(ip_adapter\.\d+)\.to_[kv]_ip\.weight$")
 
 def _broken(file: File) -> list[str]:
     """What is wrong with an adapter, whatever its base."""
-    projection = projection_names(f"image_projection.{name}" for name in _projection(file).state_dict())
+    projection = projection_names(f"image_projection.{name}" for name in projection_of(file).state_dict())
     layers = {m[1] for name in file if (m := _LAYER.match(name))}
     wanted = {name for (name,) in projection.values()} | {f"{layer}.to_{x}_ip.weight" for layer in layers for x in "kv"}
     dtypes = {name: file[name].dtype for name in file}
@@ -803,7 +830,7 @@ def _broken(file: File) -> list[str]:
 
 def _describe_adapter(path: Path) -> list[str]:
     file = adapter_file(path)
-    projection, tokens = _projection(file), adapter_sizes(file).get("tokens")
+    projection, tokens = projection_of(file), adapter_sizes(file).get("tokens")
     context_dim, reads = projection.context_dim, _encoder(projection, projection.image_dim)
     layers = [int(m[1]) for name in file if (m := re.match(r"ip_adapter\.(\d+)\.to_k_ip\.weight$", name))]
     lines = [

@@ -1,6 +1,7 @@
 """Measures: `judge` and `clip` train the networks that read pictures, `world` scores the shipped mini weights against the
-truth, `examples` writes the demo's image prompts, `attention` draws where a drawing looks at its prompts; `parity` and `benchmark`
-compare with diffusers at the true size (they write 3.4 GB of random weights to a folder, and want the extra `test`)."""
+truth, `examples` writes the demo's image prompts, `attention` draws where a drawing looks at its prompts, `ablation` compares
+decoupled with concatenated attention, `calibration` the judge with a person; `parity` and `benchmark` compare with diffusers at
+the true size (they write 3.4 GB of random weights to a folder, and want the extra `test`)."""
 
 from __future__ import annotations
 
@@ -49,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     claim.add_argument(
         "--smoke", action="store_true", help="everything, but tiny: minutes, and numbers that mean nothing"
     )
+    claim.add_argument(
+        "--cell", metavar="FORM:SEED:TASK", help="draw and read one cell of the results again, and compare"
+    )
     claim.add_argument("--out", type=Path, default=Path("."), help="folder of RESULTS.md and results/")
     trust = commands.add_parser("calibration", help="how often the judge sees what a person saw in drawn pictures")
     trust.add_argument(
@@ -83,7 +87,10 @@ def run(args: argparse.Namespace) -> None:
     elif args.command == "benchmark":
         print(benchmark.table(benchmark.evaluate(args.state, args.out, args.rounds, args.row)))
     elif args.command == "ablation":
-        report.run(args.weights, args.state, args.out, args.jobs, args.smoke)
+        if args.cell:
+            print(report.cell(args.weights, args.out, args.cell))
+        else:
+            report.run(args.weights, args.state, args.out, args.jobs, args.smoke)
     elif args.command == "calibration":
         if args.draw:
             calibration.draw(args.weights, args.out / "labels.png")

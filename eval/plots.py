@@ -9,12 +9,12 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 
 import weights_convert
 from eval.ablation import FORMS, Place, Study
 from eval.report import Results, best_lambda, curves, select
 from sampling.images import to_images
+from sampling.sheets import sheet
 
 matplotlib.use("agg")
 
@@ -82,23 +82,14 @@ def _save(figure: Figure, path: Path) -> None:
 
 def contact_sheet(results: Results, place: Place, study: Study, path: Path, n: int = 8) -> None:
     """Figure 10: the first n prompts of `conflict`, a column a form at its `best_lambda`, seed 0, nothing picked."""
-    bench, cell, gap, top = place.bench(study).first(n), 128, 6, 44
-    columns = [("image prompt", to_images(bench.test.pixels))]
+    bench = place.bench(study).first(n)
+    titles, columns = [], [to_images(bench.test.pixels)]
     for form in study.forms:
-        adapter, lam = (
-            weights_convert.load_adapter(place.adapter(form, 0), bench.pipeline.unet),
-            best_lambda(results, form),
-        )
-        drawn = bench.draw("conflict", adapter, FORMS[form].fuse, bench.embedding(adapter), lam)
-        columns.append((f"{form}\nlambda {lam:g}", to_images(drawn)))
-    height = cell + 22
-    canvas = Image.new("RGB", (gap + len(columns) * (cell + gap), top + height * len(bench.test.references)), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for x, (title, images) in enumerate(columns):
-        left = gap + x * (cell + gap)
-        pen.text((left, 6), title, fill="black", font=font)
-        for y, image in enumerate(images):
-            canvas.paste(image.resize((cell, cell), Image.Resampling.LANCZOS), (left, top + y * height))
-    for y, text in enumerate(bench.texts("conflict")):
-        pen.text((gap + cell + gap, top + y * height + cell + 2), text, fill="#333333", font=font)
-    canvas.save(path)
+        adapter = weights_convert.load_adapter(place.adapter(form, 0), bench.pipeline.unet)
+        lam, embedding = best_lambda(results, form), bench.embedding(adapter)
+        columns.append(to_images(bench.draw("conflict", adapter, FORMS[form].fuse, embedding, lam)))
+        titles.append(f"{form}, {lam:g}")
+    rows = list(zip(*columns, strict=True))
+    sheet(
+        [["image prompt"], titles], rows, bench.texts("conflict"), note_at=1, title="Each form at its best lambda"
+    ).save(path)

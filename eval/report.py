@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import weights_convert
 from eval.ablation import FORMS, SHARES, SMOKE, Place, Study, evaluate
@@ -143,6 +144,30 @@ def markdown(results: Results) -> str:
         shares=by_share(results),
         **{task: task_table(results, task) for task in TASKS},
     )
+
+
+def cell(weights: Path, out: Path, name: str) -> str:
+    """Draws and reads FORM:SEED:TASK again, from the shipped adapter; says whether every digit is that of the results.
+
+    Raises ValueError for a cell that is none.
+    """
+    results = weights_convert.read_json(out / "results" / "ablation.json")
+    study = Study(**{key: tuple(v) if isinstance(v, list) else v for key, v in results["study"].items()})
+    form, seed, task = (*name.split(":"), "", "")[:3]
+    if form not in study.forms or seed not in map(str, range(study.seeds)) or task not in TASKS:
+        raise ValueError(
+            f"{name} is no cell: give FORM:SEED:TASK, a form of {', '.join(study.forms)}, a seed below {study.seeds}, "
+            f"a task of {', '.join(TASKS)}"
+        )
+    torch.set_num_threads(1)  # as the published run
+    place = Place(Source(base=weights), weights / "ablation", out)
+    bench, form_ = place.bench(study), FORMS[form]
+    adapter = weights_convert.load_adapter(place.adapter(form, int(seed)), bench.pipeline.unet)
+    lambdas = form_.lambdas if task == "conflict" else form_.few
+    rows = bench.cell(task, adapter, form_.fuse, lambdas, form=form, seed=int(seed), share=1.0)
+    before = select(results["rows"], form=form, seed=int(seed), share=1.0, task=task, control=None)
+    same = "equal, digit by digit, to" if rows == before else "not equal to"
+    return task_table(results | {"rows": rows}, task) + f"\n\n{same} results/ablation.json"
 
 
 def run(weights: Path, state: Path, out: Path, jobs: int, smoke: bool) -> None:

@@ -6,7 +6,8 @@ All concepts x backgrounds, one picture each, seeds 0 .. n-1, nothing picked. Ev
 - `text`: "a fox on a pink background"; its palette error is that of chance, since the caption says no colour.
 - `colour`: "a teal fox on a pink background", the right coarse name of the reference's first colour.
 - `image`: the reference alone, empty text, lambda 1.
-- `conflict`: the reference with the text of another concept and background, at one lambda, fixed on validation prompts.
+- `conflict`: the reference with the text of another concept and background, at one lambda, fixed on validation prompts: a
+  number for all cross-attention layers, or for those of the finest level alone (`Lambda.layers`), which carry colours.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from tqdm import tqdm
 
 import weights_convert
 from eval import attributes
+from sampling.embeddings import Strength
 from sampling.images import to_images
+from sampling.lambdas import Lambda
 from sampling.pipeline import Pipeline, load
 from train.colour import coarse_name
 from train.vae import psnr, to_tensor
@@ -39,8 +42,8 @@ from train.world import (
     random_scene,
 )
 
-LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-FOLLOW = 0.75  # the text-following that the chosen lambda must keep on validation prompts
+LAMBDAS = {"all": (0.2, 0.3, 0.4, 0.6), "finest": (0.5, 0.6, 0.7, 1.0)}
+FOLLOW = {"concept": 0.75, "background": 0.9}  # what must follow the text on validation prompts at the chosen lambda
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,13 @@ def draw(
     pipeline: Pipeline,
     prompts: list[str],
     pixels: Tensor | None,
-    scale: float,
+    scale: Strength,
     guidance: float,
     steps: int,
     name: str,
     batch: int = 64,
 ) -> Tensor:
-    """One picture for each prompt, seeds 0 .. n-1; `pixels` are the image prompts."""
+    """One picture for each prompt, seeds 0 .. n-1, in bfloat16; `pixels` are the image prompts."""
     drawn = []
     for first in tqdm(range(0, len(prompts), batch), desc=name, unit="batch"):
         rows = slice(first, min(first + batch, len(prompts)))
@@ -110,22 +113,32 @@ def draw(
         if pixels is not None:
             embedding = torch.cat([pipeline.embed([image]) for image in to_images(pixels[rows])])
         seeds = list(range(rows.start, rows.stop))
-        drawn.append(pipeline.draw(prompts[rows], seeds, embedding, scale=scale, guidance=guidance, steps=steps))
+        with torch.autocast("cpu", torch.bfloat16):
+            x = pipeline.draw(prompts[rows], seeds, embedding, scale=scale, guidance=guidance, steps=steps)
+        drawn.append(x.float())
     return torch.cat(drawn)
+
+
+def lambda_of(layers: str, scale: float) -> Lambda:
+    """lambda in all layers, or in those of a preset."""
+    return Lambda(scale, None if layers == "all" else layers)
 
 
 def choose_lambda(
     pipeline: Pipeline, judge: attributes.Judge, guidance: float, steps: int, n: int
-) -> tuple[float, list[dict[str, float]]]:
-    """The largest lambda whose pictures still follow the text's concept in `FOLLOW` of the validation prompts, and the sweep."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Of the lambdas whose pictures follow the text as often as `FOLLOW` asks on validation prompts, the one with the lowest
+    palette error; and the sweep."""
     val, sweep = task(n, seed=1), []
-    for scale in LAMBDAS:
-        read = attributes.read(
-            judge, draw(pipeline, val.captions(), val.pixels, scale, guidance, steps, f"lambda {scale}")
-        )
-        sweep.append({"lambda": scale, **attributes.score(read, val.concept, val.background, val.palette)})
-    keep = [row["lambda"] for row in sweep if row["concept"] >= FOLLOW]
-    return (max(keep) if keep else LAMBDAS[0]), sweep
+    for layers, scales in LAMBDAS.items():
+        for scale in scales:
+            lam, name = lambda_of(layers, scale), f"lambda {scale:g}, {layers} layers"
+            read = attributes.read(judge, draw(pipeline, val.captions(), val.pixels, lam, guidance, steps, name))
+            scores = attributes.score(read, val.concept, val.background, val.palette)
+            sweep.append({"lambda": scale, "layers": layers, **scores})
+            print(name, attributes.summary(scores), flush=True)
+    keep = [row for row in sweep if all(row[key] >= least for key, least in FOLLOW.items())]
+    return min(keep or sweep[:1], key=lambda row: float(row["palette_error"])), sweep
 
 
 def evaluate(
@@ -143,7 +156,7 @@ def evaluate(
         reconstructed = torch.cat([pipeline.vae.decode(pipeline.vae.encode(part)) for part in test.pixels.split(64)])
     results: dict[str, Any] = {
         "command": f"python -m eval world --n {n} --steps {steps} --guidance {guidance:g}",
-        "settings": {"n": n, "steps": steps, "guidance": guidance, "seeds": f"0..{n - 1}"},
+        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": "bfloat16", "seeds": f"0..{n - 1}"},
         "sha256": {path.name: weights_convert.sha256(path) for path in sorted(weights.glob("*.safetensors"))},
         "vae_psnr": psnr(pipeline.vae, test.pixels),
         "true": attributes.score(
@@ -153,20 +166,21 @@ def evaluate(
             attributes.read(judge, reconstructed), own["concept"], own["background"], own["palette"]
         ),
     }
-    scale, sweep = choose_lambda(pipeline, judge, guidance, steps, max(64, n // 8))
-    results |= {"lambda": scale, "sweep": sweep}
+    chosen, sweep = choose_lambda(pipeline, judge, guidance, steps, max(64, n // 8))
+    results |= {"lambda": chosen["lambda"], "layers": chosen["layers"], "sweep": sweep}
+    lam = lambda_of(chosen["layers"], chosen["lambda"])
     names = [coarse_name(scene.palette[0]) for scene in test.references]
     colour = [
         caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b])
         for c, name, b in zip(test.concept, names, test.background, strict=True)
     ]
-    for key, prompts, pixels, lam, concept, background in (
+    for key, prompts, pixels, strength, concept, background in (
         ("text", test.captions(), None, 0.0, test.concept, test.background),
         ("colour", colour, None, 0.0, test.concept, test.background),
         ("image", [""] * n, test.pixels, 1.0, own["concept"], own["background"]),
-        ("conflict", test.captions(), test.pixels, scale, test.concept, test.background),
+        ("conflict", test.captions(), test.pixels, lam, test.concept, test.background),
     ):
-        read = attributes.read(judge, draw(pipeline, prompts, pixels, lam, guidance, steps, key))
+        read = attributes.read(judge, draw(pipeline, prompts, pixels, strength, guidance, steps, key))
         results[key] = attributes.score(read, concept, background, test.palette)
         print(key, attributes.summary(results[key]))
         weights_convert.write_json(out, results)
@@ -181,7 +195,7 @@ def table(results: dict[str, Any]) -> str:
         "text": "text: concept and background",
         "colour": "text: with the right colour name",
         "image": "image prompt alone, λ = 1",
-        "conflict": f"image prompt against text, λ = {results['lambda']:g}",
+        "conflict": f"image prompt against text, λ = {results['lambda']:g} in {results['layers']} layers",
     }
     lines = ["| | concept | background | palette error |", "|---|---|---|---|"]
     for key, name in rows.items():

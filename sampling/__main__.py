@@ -26,7 +26,7 @@ from model.image_encoder import Fit
 from sampling import images
 from sampling.edit import Edit
 from sampling.embeddings import load_embedding, save_embedding
-from sampling.lambdas import Lambda
+from sampling.lambdas import Lambda, layer_weights
 from sampling.options import DTYPES, OUTPUTS, PATHS, SAMPLERS, adapter_files, image_prompts, parser, settle
 from sampling.pipeline import Pipeline, compiled, load, prompt_files
 
@@ -47,16 +47,28 @@ def lambda_of(prompt: argparse.Namespace) -> Lambda:
 
 
 def read_prompt(paths: list[Path]) -> list[Image.Image | Path]:
-    """Opened pictures; a file of an embedding stays a path, because its adapter has to be there to check it."""
+    """Opened pictures; a file of an embedding stays a path until `read_embeddings`, which needs its adapter's file."""
     return [path if path.suffix == ".safetensors" else images.open_image(path) for path in paths]
 
 
-def embed(pipeline: Pipeline, prompt: Sequence[Image.Image | Path], fit: Fit, adapter: int) -> Tensor:
-    """Pictures and files of embeddings, in their order, as one prompt of an adapter."""
+def read_embeddings(prompt: list[Image.Image | Path], adapter: Path) -> list[Image.Image | Tensor]:
+    """A prompt with its files of embeddings read, as the header of the adapter's file says that it reads them."""
+    reads = weights_convert.projection_of(weights_convert.adapter_file(adapter))
+    return [load_embedding(one, reads) if isinstance(one, Path) else one for one in prompt]
+
+
+def check_layers(checkpoint: Path, lambdas: list[Lambda]) -> None:
+    """Raises ValueError where --image-layers does not fit the base model, as its config or header describes it."""
+    for layers in [lam.layers for lam in lambdas if lam.layers is not None]:
+        layer_weights(layers, weights_convert.unet_config(checkpoint))
+
+
+def embed(pipeline: Pipeline, prompt: Sequence[Image.Image | Tensor], fit: Fit, adapter: int) -> Tensor:
+    """Pictures and embeddings, in their order, as one prompt of an adapter."""
     pictures = [one for one in prompt if isinstance(one, Image.Image)]
     seen = iter(pipeline.embed(pictures, fit, adapter).split(1, dim=1) if pictures else ())
-    each = [load_embedding(one, pipeline.adapters[adapter]) if isinstance(one, Path) else next(seen) for one in prompt]
-    return torch.cat(each, dim=1)
+    like = next(pipeline.adapters[adapter].parameters())
+    return torch.cat([one.to(like) if isinstance(one, Tensor) else next(seen) for one in prompt], dim=1)
 
 
 def opened(args: argparse.Namespace) -> Edit | None:
@@ -156,6 +168,11 @@ def run(argv: list[str] | None = None) -> None:
         raise FileNotFoundError(
             f"an image prompt needs {flag}, {args.checkpoint} has none; `make weights` trains the mini ones"
         )
+    check_layers(args.checkpoint, lambdas)
+    read, read_against = (
+        [read_embeddings(prompt, adapter) for prompt, adapter in zip(each, adapters, strict=False)]
+        for each in (prompts, negatives)
+    )
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -163,8 +180,8 @@ def run(argv: list[str] | None = None) -> None:
     pipeline = load(args.checkpoint, adapters, encoder, DTYPES[args.dtype], args.device)
     if args.compile:
         pipeline = replace(pipeline, unet=compiled(pipeline.unet))
-    embeddings = [embed(pipeline, prompt, args.fit, i) for i, prompt in enumerate(prompts)]
-    against = [embed(pipeline, prompt, args.fit, i) if prompt else None for i, prompt in enumerate(negatives)]
+    embeddings = [embed(pipeline, prompt, args.fit, i) for i, prompt in enumerate(read)]
+    against = [embed(pipeline, prompt, args.fit, i) if prompt else None for i, prompt in enumerate(read_against)]
     pictures = draw(pipeline, args, embeddings, against, lambdas, edit)
     if args.save_embedding:
         save_embedding(embeddings[0], args.save_embedding)

@@ -12,16 +12,28 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 from sampling.images import open_image, save_image, to_images
+from sampling.lambdas import layer_weights
 from sampling.pipeline import Pipeline, load
+from sampling.sheets import sheet
 
 EXAMPLES = Path(__file__).parent / "examples"
 LAMBDAS = (0.0, 0.25, 0.5, 1.0, 1.5)
-ROWS, CELL, GAP = 4, 128, 6
-GUIDANCE, STEPS, WITH_TEXT = 4.0, 20, 0.4
+COLUMNS = (
+    ["image prompt"],
+    ["variations", ""],
+    ["with the text below", ""],
+    [f"lambda {scale:g}" for scale in LAMBDAS],
+)
+ROWS = 4
+GUIDANCE, STEPS, WITH_TEXT = (
+    4.0,
+    20,
+    0.6,
+)  # lambda with text: in the finest layers, so that colours come and shapes do not
 BACKGROUNDS = ("a white", "a yellow", "a green", "a blue", "a pink", "a purple")
 WORDS = (
     "a fox",
@@ -51,44 +63,30 @@ def plan(seed: int) -> list[tuple[Path, str]]:
 
 
 def draw_rows(pipeline: Pipeline, rows: list[tuple[Path, str]], seed: int) -> list[list[Image.Image]]:
-    """For each row: the prompt, two variations (empty text), two with text, and one picture for each of LAMBDAS."""
+    """For each row: the prompt, two variations (empty text), two with text (the picture in the finest layers alone), and one
+    picture for each of LAMBDAS (in all layers)."""
     variations, with_text = 2, 2
     scales = [1.0] * variations + [WITH_TEXT] * with_text + list(LAMBDAS)
+    alone = [1.0] * variations + [0.0] * with_text + [1.0] * len(LAMBDAS)  # whether the coarse layers see the picture
+    finest = layer_weights("finest", pipeline.unet.config)
     seeds = [seed, seed + 1] * 2 + [seed] * len(LAMBDAS)
     drawn, prompts = [], [open_image(picture) for picture, _ in rows]
     with tqdm(total=STEPS * len(rows), desc="drawing", unit="step", disable=None) as bar:
         for prompt, (_, text) in zip(prompts, rows, strict=True):
             texts = [""] * variations + [text] * (with_text + len(LAMBDAS))
             lam = torch.tensor(scales).view(-1, 1, 1, 1)
+            coarse = lam * torch.tensor(alone).view(-1, 1, 1, 1)
             pictures = pipeline.draw(
                 texts,
                 seeds,
                 pipeline.embed([prompt]),
-                scale=lam,
+                scale=[lam if weight else coarse for weight in finest],
                 guidance=GUIDANCE,
                 steps=STEPS,
                 watch=lambda _: bar.update() and None,
             )
             drawn.append([prompt, *to_images(pictures)])
     return drawn
-
-
-def sheet(drawn: list[list[Image.Image]], texts: list[str]) -> Image.Image:
-    """The contact sheet: a row a prompt, titles above the columns, the text prompt under its pictures."""
-    font, small = ImageFont.load_default(17), ImageFont.load_default(14)
-    titles = ["image prompt", "variations", "", "with the text below", "", *(f"lambda {scale:g}" for scale in LAMBDAS)]
-    groups = [0, 1, 1, 3, 3, *[5] * len(LAMBDAS)]
-    lefts = [GAP + i * (CELL + GAP) + 18 * sorted(set(groups)).index(group) for i, group in enumerate(groups)]
-    top, row_height = 36, CELL + 30
-    canvas = Image.new("RGB", (lefts[-1] + CELL + GAP, top + row_height * len(drawn)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for left, title in zip(lefts, titles, strict=True):
-        pen.text((left, 10), title, fill="black", font=font)
-    for y, (pictures, text) in enumerate(zip(drawn, texts, strict=True)):
-        for left, picture in zip(lefts, pictures, strict=True):
-            canvas.paste(picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (left, top + y * row_height))
-        pen.text((lefts[3], top + y * row_height + CELL + 4), text, fill="#333333", font=small)
-    return canvas
 
 
 def main() -> None:
@@ -105,7 +103,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     rows = plan(args.seed)
     save_image(
-        sheet(draw_rows(pipeline, rows, args.seed), [text for _, text in rows]),
+        sheet(COLUMNS, draw_rows(pipeline, rows, args.seed), [text for _, text in rows], note_at=3),
         args.out,
         {"command": f"python -m sampling.demo --seed {args.seed}"},
     )

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.adapter import IPAdapter
 from model.attention import Context, Scale
+from model.image_projection import Projection
 from model.unet import UNetConfig
 from sampling.lambdas import Lambda
 
@@ -95,8 +95,8 @@ def save_embedding(embedding: Tensor, path: Path) -> None:
     os.replace(part, path)
 
 
-def load_embedding(path: Path, adapter: IPAdapter) -> Tensor:
-    """What `save_embedding` wrote, as the adapter reads it: `1 k e`, or `1 k m e` of fine features.
+def load_embedding(path: Path, reads: Projection) -> Tensor:
+    """What `save_embedding` wrote, for an adapter's projection: `1 k e`, or `1 k m e` of fine features.
 
     Raises ValueError when it is something else, was made for another adapter, or is not finite.
     """
@@ -106,7 +106,6 @@ def load_embedding(path: Path, adapter: IPAdapter) -> Tensor:
         raise ValueError(f"{path}: there is no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
-    reads, like = adapter.image_projection, next(adapter.parameters())
     embedding = tensors.get("embedding")
     if embedding is None or not embedding.is_floating_point() or 0 in embedding.shape or embedding.shape[:1] != (1,):
         raise ValueError(f"{path}: holds no image embedding; --save-embedding writes such files")
@@ -117,4 +116,4 @@ def load_embedding(path: Path, adapter: IPAdapter) -> Tensor:
         )
     if not embedding.isfinite().all():
         raise ValueError(f"{path}: not all of its numbers are finite; make it again with --save-embedding")
-    return embedding.to(like)
+    return embedding

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from model.attention import Context, Scale, Source, pyramid
 from model.unet import UNetConfig
 
 Blocks = Mapping[str, Any]  # the dict of diffusers' `set_ip_adapter_scale`
-Preset = Literal["style", "layout"]
+Preset = Literal["style", "layout", "finest"]
 Rule = Literal["output", "embedding", "tokens"]
 Move = Callable[[Context, int], Context]  # a Context to that of timestep t
 
@@ -91,13 +91,17 @@ def places(config: UNetConfig) -> list[tuple[str, str, int]]:
 
 
 def preset(name: Preset, config: UNetConfig) -> Blocks:
-    """InstantStyle's blocks (arXiv 2404.02733), those of the deepest level that has cross-attention.
+    """Blocks that a picture acts in: InstantStyle's two (arXiv 2404.02733), of the deepest level with cross-attention, or the finest's.
 
     In SDXL, from the paper, the second attention alone: style is `up block_0 [0, 1, 0]`, layout `down block_2 [0, 1]`. For
     SD 1.5 the rule is InvokeAI's: style is all of `up block_1`, layout all of `down block_2` and the middle. Its layers in
     the same place of SD 2.1 and of the mini UNet (`up block_1`, and `down block_1` with the middle) are ours by analogy.
+    "finest" is ours: all of the finest level with cross-attention, down and up, which in the mini world carries the colours.
     """
-    deepest = max(level for level, depth in enumerate(config.depth) if depth)
+    levels = [level for level, depth in enumerate(config.depth) if depth]
+    if name == "finest":
+        return {"down": {f"block_{levels[0]}": 1.0}, "up": {f"block_{len(config.depth) - 1 - levels[0]}": 1.0}}
+    deepest = levels[-1]
     down, up = f"block_{deepest}", f"block_{len(config.depth) - 1 - deepest}"
     if config.added_dim:  # SDXL
         return {"up": {up: [0.0, 1.0, 0.0]}} if name == "style" else {"down": {down: [0.0, 1.0]}}
@@ -115,8 +119,8 @@ def layer_weights(layers: Preset | Blocks | Sequence[float] | None, config: UNet
     if layers is None:
         return [1.0] * len(found)
     if isinstance(layers, str):
-        if layers not in ("style", "layout"):
-            raise ValueError(f"layers are style, layout, or weights in JSON, not {layers}")
+        if layers not in get_args(Preset):
+            raise ValueError(f"layers are {', '.join(get_args(Preset))}, or weights in JSON, not {layers}")
         layers = preset(layers, config)
     if not isinstance(layers, Mapping):
         if len(layers) != len(found) or not all(isinstance(weight, int | float) for weight in layers):

@@ -63,7 +63,8 @@ def _image_prompt(p: argparse.ArgumentParser) -> None:
     add(
         "--image-layers",
         layers,
-        "where it acts: style, layout (InstantStyle's blocks), a JSON list of a weight for each cross-attention layer, "
+        "where it acts: style, layout (InstantStyle's blocks), finest (the finest level, which carries colours in the mini world), "
+        "a JSON list of a weight for each cross-attention layer, "
         """or diffusers' blocks: '{"up": {"block_1": [0, 1, 0]}}' (default: all alike)""",
     )
     add("--image-start", float, "the share of the steps that are over when it begins to act (default 0)")

@@ -614,7 +614,7 @@ def test_again_knows_where_and_when(weights: Path, tmp_path: Path, image: Path, 
         ("--image-guidance 2", "--image-guidance is for an image prompt: name it with --image"),
         ("--image IMAGE --image-end 0", "0 <= start < end <= 1, not 0.0 to 0.0"),
         ("--image IMAGE --image-end 0.5 --image-end 0.6", "--image-end is given twice"),
-        ("--image IMAGE --image-layers styles", "style, layout, or weights"),
+        ("--image IMAGE --image-layers styles", "style, layout, finest, or weights"),
         ("--image IMAGE --image-layers [1]", "cross-attention layers"),
         ("--image IMAGE --image-mask none.png", r"none\.png: there is no such file"),
         ("--image IMAGE --negative-image none.png", r"none\.png: there is no such file"),
@@ -634,6 +634,23 @@ def test_image_prompts_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match=message):
         draw(weights, tmp_path / "a.png", *[named.get(part, part) for part in options.split()])
     assert names(tmp_path) == ["masks"]
+
+
+@pytest.mark.parametrize("layout", ["own", "diffusers"])
+def test_layers_that_do_not_fit_are_refused_before_the_weights_are_read(
+    weights: Path, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("the weights were read"))
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    if layout == "diffusers":
+        weights_convert.save_diffusers(UNet(UNET), folder / "unet")
+    for layers, message in (
+        ("[1]", "cross-attention layers"),
+        ('{"down": {"block_7": 1}}', "no cross-attention in down block_7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(folder, tmp_path / "a.png", "--image", image, "--image-layers", layers)
 
 
 def test_negative_images_and_weights(weights: Path, tmp_path: Path, image: Path, second: Path) -> None:
@@ -682,8 +699,10 @@ def test_a_saved_embedding_is_its_picture(weights: Path, tmp_path: Path, image: 
     ],
 )
 def test_a_bad_embedding_is_refused(
-    weights: Path, tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor], message: str
 ) -> None:
+    """From its adapter's header, so before the base model is read."""
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("the weights were read"))
     path = tmp_path / "bad.safetensors"
     if tensors:
         save_file(tensors, path)

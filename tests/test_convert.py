@@ -51,6 +51,7 @@ from weights_convert import (
     save,
     save_adapter,
     save_diffusers,
+    unet_config,
     verify,
     write_json,
     write_tensors,
@@ -251,6 +252,15 @@ def test_a_single_file(base: Peers, tmp_path: Path, suffix: str, dtype: torch.dt
     check_base(found, base.ours, dtype)
     assert found.unet.config == UNET and found.vae.config == VAE_CONFIG and found.text.config == TEXT
     assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
+
+
+def test_the_config_of_a_unet_without_its_weights(base: Peers, single: Path, folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own" / "unet.safetensors"
+    save(base.ours.unet, own, {})
+    assert [unet_config(path) for path in (single, folder, own.parent)] == [UNET] * 3
+    save_file({"conditioner.embedders.0": torch.ones(1)}, tmp_path / "xl.safetensors")
+    with pytest.raises(ValueError, match="is Stable Diffusion XL; of single files"):
+        unet_config(tmp_path / "xl.safetensors")
 
 
 def test_a_single_file_without_anything_else(base: Peers, tmp_path: Path) -> None:

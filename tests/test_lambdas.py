@@ -63,8 +63,15 @@ def test_presets_name_the_published_blocks() -> None:
 
 
 DICTS: dict[str, list[Any]] = {
-    "sd15": ["style", "layout", {"up": 1.0}, {"down": [0.2, 0.7], "mid": 0.5}, {"up": {"block_2": 0.3}, "mid": [0.4]}],
-    "sdxl": ["style", "layout", {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": [0.0, 1.0, 0.0]}}],
+    "sd15": [
+        "style",
+        "layout",
+        "finest",
+        {"up": 1.0},
+        {"down": [0.2, 0.7], "mid": 0.5},
+        {"up": {"block_2": 0.3}, "mid": [0.4]},
+    ],
+    "sdxl": ["style", "layout", "finest", {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": [0.0, 1.0, 0.0]}}],
 }
 
 
@@ -97,7 +104,7 @@ def test_layer_weights_equal_diffusers(name: str, layers: Any) -> None:
         ({"mid": "x"}, "mid"),
         ([1.0] * 15, "has 16 cross-attention layers"),
         (["a"] * 16, "has 16 cross-attention layers"),
-        ("styles", "style, layout, or weights"),
+        ("styles", "style, layout, finest, or weights"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused(layers: Any, message: str) -> None:

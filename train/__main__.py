@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
             checkpointing=args.checkpointing,
         )
         plan = replace(adapter.PLAN, name="ip_adapter_plus") if args.fine else adapter.PLAN
-        adapter.train(args.state, args.weights, plan_of(plan), source)
+        phases = adapter.PHASES if args.data is None and not args.fine else (plan,)
+        adapter.train(args.state, args.weights, tuple(plan_of(phase) for phase in phases), source)
 
 
 if __name__ == "__main__":

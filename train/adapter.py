@@ -33,6 +33,7 @@ from train.unet import HELD_OUT, PICTURES, rows_of
 from weights_convert import save_adapter
 
 PLAN = Plan("ip_adapter", steps=5000, batch=32, lr=3e-3, ema=0.99, bf16=True, validate_every=1000)
+PHASES = (PLAN, replace(PLAN, name="ip_adapter_longer", steps=2200, lr=2e-3, decay=0.7, seed=1, validate_every=1100))
 TOKENS, DROP = 4, 0.05
 FINE_TOKENS, DEPTH = 16, 4  # of Plus
 SAYS, GAMMA = 0.5, 1.0  # of the mini world: the share of captions that name a thing; min-SNR's gamma
@@ -211,7 +212,8 @@ def fit(
     return kept, log
 
 
-def train(folder: Path, weights: Path, plan: Plan = PLAN, source: Source | None = None) -> None:
+def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES, source: Source | None = None) -> None:
+    plan = phases[0]
     torch.manual_seed(plan.seed)
     source = source or Source(base=weights)
     setting = prepare(source, folder, plan.device)
@@ -223,8 +225,10 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN, source: Source | None 
         if source.data is None:
             preview.prompts(replace(pipeline, adapters=(module,)), folder / f"{plan.name}.png")
 
-    kept, log = fit(setting, adapter, plan, folder, watch=sheet)
+    for phase in phases:
+        kept, log = fit(setting, adapter, phase, folder, watch=sheet)
+        adapter.load_state_dict(kept.state_dict())
     file, command = weights / "ip_adapter.safetensors", "python -m train adapter"
     if source.fine:
         file, command = weights / "ip_adapter_plus.safetensors", command + " --fine"
-    save_adapter(kept, pipeline.unet, file, card((plan,), log, command))
+    save_adapter(adapter, pipeline.unet, file, card(phases, log, command))
