@@ -1,12 +1,13 @@
 # make demo   draws a contact sheet with the mini weights (SEED=1 draws another)
 # make gallery   draws a sheet for each way to steer them
 # make test   runs ruff, mypy and all tests
+# make ablation   compares decoupled with concatenated attention (about eight CPU hours; a stopped run goes on)
 # make weights   trains the mini world from nothing (hours; a stopped run goes on)
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo gallery test weights world clean
+.PHONY: demo gallery test weights ablation world clean
 
 demo: .venv/ready
 	$(BIN)/python -m sampling.demo --seed $(SEED)
@@ -23,6 +24,9 @@ weights: .venv/tests
 	$(BIN)/python -m train all
 	$(BIN)/python -m eval judge
 	$(BIN)/python -m eval clip
+
+ablation: .venv/tests
+	$(BIN)/python -m eval ablation
 
 world: .venv/tests
 	$(BIN)/python -m eval world

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +37,30 @@ def test_weights_are_small_and_licensed():
     assert {"unet", "vae", "text_encoder", "image_encoder", "ip_adapter", "judge"} <= {f.stem for f in files}
     assert sum(f.stat().st_size for f in files) < 40e6
     assert all("OpenMoji" in weights_convert.read_card(f)["licence"] for f in files)
+
+
+def test_the_lambda_is_the_best_of_those_that_follow_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of made-up scores: the lowest palette error where concept and background follow often enough; else the first."""
+    table = {("all", 0.2): (0.95, 1.0, 50), ("all", 0.4): (0.74, 1.0, 30), ("finest", 0.5): (0.9, 0.95, 40)}
+    table |= {("finest", 0.6): (0.9, 0.9, 38), ("finest", 0.7): (0.9, 0.89, 36)}
+    monkeypatch.setattr(world, "LAMBDAS", {"all": (0.2, 0.4), "finest": (0.5, 0.6, 0.7)})
+    monkeypatch.setattr(world, "draw", lambda *args: args[3])
+    monkeypatch.setattr(world.attributes, "read", lambda judge, lam: (lam.layers or "all", lam.scale))
+    names = ("concept", "background", "palette_error")
+    monkeypatch.setattr(world.attributes, "score", lambda read, *_: dict(zip(names, table[read], strict=True)))
+    nothing: Any = None
+    chosen, sweep = world.choose_lambda(nothing, nothing, 4.0, 2, 3)
+    assert (chosen["layers"], chosen["lambda"], len(sweep)) == ("finest", 0.6, 5)
+    monkeypatch.setattr(world, "FOLLOW", {"concept": 0.99})
+    assert world.choose_lambda(nothing, nothing, 4.0, 2, 3)[0]["lambda"] == 0.2
+
+
+def test_the_second_clip_is_another_than_the_adapters() -> None:
+    """No adapter ever saw it: another width, another patch size; and it tells concepts apart (the probe of its card)."""
+    found = json.loads((ROOT / "weights" / "score_image.json").read_text())["results"]
+    assert found["concept"] > 0.95 and found["background"] > 0.95
+    score, own = (
+        weights_convert.load_image_encoder(ROOT / "weights" / f"{n}.safetensors").config
+        for n in ("score_image", "image_encoder")
+    )
+    assert score.width != own.width and score.stem_pool != own.stem_pool and score.output_dim != own.output_dim
