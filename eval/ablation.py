@@ -238,6 +238,7 @@ def unit(place: Place, study: Study, form: str, seed: int, rate: float) -> list[
 
 def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
     """Trains what is missing, draws and reads every cell; what is done is kept in `place` and not done again."""
+    place.bench(study)  # what will read the pictures must be there before hours of training
     for fine in {FORMS[form].fine for form in study.forms}:  # once, before many processes want it
         training.prepare(replace(place.source, fine=fine), place.state)
     with workers(jobs) as pool:

@@ -188,7 +188,8 @@ TEXT = """# Decoupled against concatenated
 
 `python -m eval ablation` made this file and its pictures; [results/ablation.json](results/ablation.json) has every row. {size}; the
 same data order, noise and initial projection for all forms of one seed, a rate for each from the grid {rates}. Pictures are
-drawn with {steps} DDIM steps and guidance {guidance}, one for each of {prompts} prompts, seeds 0 .. {prompts} - 1, nothing picked.
+drawn in bfloat16 with {steps} DDIM steps and guidance {guidance}, one for each of {prompts} prompts,
+seeds 0 .. {prompts} - 1, nothing picked.
 
 ## The primary endpoint
 

@@ -51,7 +51,7 @@ def drawings(scene: Scene) -> Tensor:
 
 @dataclass(frozen=True)
 class Bench:
-    """What draws and reads every picture of a study: the prompts, the judge and the second CLIP; float32 on the CPU."""
+    """What draws and reads every picture of a study: the prompts, the judge and the second CLIP."""
 
     pipeline: Pipeline
     test: world.Task
@@ -97,8 +97,7 @@ class Bench:
 
     def embedding(self, adapter: IPAdapter) -> Tensor:
         """What the adapter reads of the reference pictures, `n 1 ...`."""
-        pipeline = replace(self.pipeline, adapters=(adapter,))
-        return torch.cat([pipeline.embed([image]) for image in to_images(self.test.pixels)])
+        return world.embedding(replace(self.pipeline, adapters=(adapter,)), self.test.pixels)
 
     @functools.cached_property
     def _drawings(self) -> list[Tensor]:
@@ -110,19 +109,10 @@ class Bench:
             int((each - x).square().mean(dim=(1, 2, 3)).argmin()) for each, x in zip(self._drawings, drawn, strict=True)
         ]
 
-    def draw(
-        self, task: str, adapter: IPAdapter | None, fuse: Fuse, embedding: Tensor | None, lam: float, batch: int = 64
-    ) -> Tensor:
+    def draw(self, task: str, adapter: IPAdapter | None, fuse: Fuse, embedding: Tensor | None, lam: float) -> Tensor:
         """One picture a prompt, seeds 0 .. n-1, in bfloat16."""
-        pipeline = replace(self.pipeline, adapters=(adapter,) if adapter else ())
-        texts, drawn = self.texts(task), []
-        for rows in torch.arange(len(texts)).split(batch):
-            words, seeds = [texts[i] for i in rows], rows.tolist()
-            part = None if embedding is None else embedding[rows]
-            settings = {"scale": lam, "fuse": fuse, "guidance": self.guidance, "steps": self.steps}
-            with torch.autocast("cpu", torch.bfloat16):
-                drawn.append(pipeline.draw(words, seeds, part, **settings).float())
-        return torch.cat(drawn)
+        pipeline, name = replace(self.pipeline, adapters=(adapter,) if adapter else ()), f"{task}, lambda {lam:g}"
+        return world.draw(pipeline, self.texts(task), embedding, lam, self.guidance, self.steps, name, fuse)
 
     def anchors(self) -> list[Row]:
         """Rows between which every form lies: the truth, the truth through the VAE, and the text without a picture."""

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import weights_convert
 from eval import attributes
+from model.attention import Fuse, decoupled
 from sampling.embeddings import Strength
 from sampling.images import to_images
 from sampling.lambdas import Lambda
@@ -95,26 +96,29 @@ def task(n: int, seed: int) -> Task:
     return Task(references, to_tensor(pictures(references)), torch.from_numpy(concept), torch.from_numpy(background))
 
 
+def embedding(pipeline: Pipeline, pixels: Tensor) -> Tensor:
+    """What the pipeline's adapter reads of pictures `n 3 h w`, each a prompt of its own, `n 1 ...`."""
+    return torch.cat([pipeline.embed([image]) for image in to_images(pixels)])
+
+
 def draw(
     pipeline: Pipeline,
     prompts: list[str],
-    pixels: Tensor | None,
+    pictured: Tensor | None,
     scale: Strength,
     guidance: float,
     steps: int,
     name: str,
+    fuse: Fuse = decoupled,
     batch: int = 64,
 ) -> Tensor:
-    """One picture for each prompt, seeds 0 .. n-1, in bfloat16; `pixels` are the image prompts."""
+    """One picture for each prompt, beside what an adapter reads of its image prompt, `n 1 ...`, if any; seeds 0 .. n-1, in bfloat16."""
     drawn = []
     for first in tqdm(range(0, len(prompts), batch), desc=name, unit="batch"):
         rows = slice(first, min(first + batch, len(prompts)))
-        embedding = None
-        if pixels is not None:
-            embedding = torch.cat([pipeline.embed([image]) for image in to_images(pixels[rows])])
-        seeds = list(range(rows.start, rows.stop))
+        seen, seeds = None if pictured is None else pictured[rows], list(range(rows.start, rows.stop))
         with torch.autocast("cpu", torch.bfloat16):
-            x = pipeline.draw(prompts[rows], seeds, embedding, scale=scale, guidance=guidance, steps=steps)
+            x = pipeline.draw(prompts[rows], seeds, seen, scale=scale, guidance=guidance, steps=steps, fuse=fuse)
         drawn.append(x.float())
     return torch.cat(drawn)
 
@@ -130,10 +134,11 @@ def choose_lambda(
     """Of the lambdas whose pictures follow the text as often as `FOLLOW` asks on validation prompts, the one with the lowest
     palette error; and the sweep."""
     val, sweep = task(n, seed=1), []
+    seen = embedding(pipeline, val.pixels)
     for layers, scales in LAMBDAS.items():
         for scale in scales:
             lam, name = lambda_of(layers, scale), f"lambda {scale:g}, {layers} layers"
-            read = attributes.read(judge, draw(pipeline, val.captions(), val.pixels, lam, guidance, steps, name))
+            read = attributes.read(judge, draw(pipeline, val.captions(), seen, lam, guidance, steps, name))
             scores = attributes.score(read, val.concept, val.background, val.palette)
             sweep.append({"lambda": scale, "layers": layers, **scores})
             print(name, attributes.summary(scores), flush=True)
@@ -174,13 +179,14 @@ def evaluate(
         caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b])
         for c, name, b in zip(test.concept, names, test.background, strict=True)
     ]
-    for key, prompts, pixels, strength, concept, background in (
+    seen = embedding(pipeline, test.pixels)
+    for key, prompts, pictured, strength, concept, background in (
         ("text", test.captions(), None, 0.0, test.concept, test.background),
         ("colour", colour, None, 0.0, test.concept, test.background),
-        ("image", [""] * n, test.pixels, 1.0, own["concept"], own["background"]),
-        ("conflict", test.captions(), test.pixels, lam, test.concept, test.background),
+        ("image", [""] * n, seen, 1.0, own["concept"], own["background"]),
+        ("conflict", test.captions(), seen, lam, test.concept, test.background),
     ):
-        read = attributes.read(judge, draw(pipeline, prompts, pixels, strength, guidance, steps, key))
+        read = attributes.read(judge, draw(pipeline, prompts, pictured, strength, guidance, steps, key))
         results[key] = attributes.score(read, concept, background, test.palette)
         print(key, attributes.summary(results[key]))
         weights_convert.write_json(out, results)

@@ -29,11 +29,8 @@ COLUMNS = (
     [f"lambda {scale:g}" for scale in LAMBDAS],
 )
 ROWS = 4
-GUIDANCE, STEPS, WITH_TEXT = (
-    4.0,
-    20,
-    0.6,
-)  # lambda with text: in the finest layers, so that colours come and shapes do not
+GUIDANCE, STEPS = 4.0, 20
+WITH_TEXT = 0.6  # lambda beside a text, in the finest layers, so that colours come and shapes do not
 BACKGROUNDS = ("a white", "a yellow", "a green", "a blue", "a pink", "a purple")
 WORDS = (
     "a fox",

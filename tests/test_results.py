@@ -44,6 +44,7 @@ def test_the_lambda_is_the_best_of_those_that_follow_the_text(monkeypatch: pytes
     table = {("all", 0.2): (0.95, 1.0, 50), ("all", 0.4): (0.74, 1.0, 30), ("finest", 0.5): (0.9, 0.95, 40)}
     table |= {("finest", 0.6): (0.9, 0.9, 38), ("finest", 0.7): (0.9, 0.89, 36)}
     monkeypatch.setattr(world, "LAMBDAS", {"all": (0.2, 0.4), "finest": (0.5, 0.6, 0.7)})
+    monkeypatch.setattr(world, "embedding", lambda *_: None)
     monkeypatch.setattr(world, "draw", lambda *args: args[3])
     monkeypatch.setattr(world.attributes, "read", lambda judge, lam: (lam.layers or "all", lam.scale))
     names = ("concept", "background", "palette_error")
