@@ -9,6 +9,7 @@ Axes: `b n c` tokens, `b h n d` heads; `n` queries, `m` keys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,11 +19,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Scale = float | Tensor | Mapping[int, Tensor]
+SMALL = 2**16  # queries times keys
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt d + bias) V  (Eq. 3), for `b h n d`, `b h m d`, `b h m d`, and a bias that broadcasts to `b h n m`."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    """softmax(Q K^T / sqrt d + bias) V  (Eq. 3), for `b h n d`, `b h m d`, `b h m d`, and a bias that broadcasts to `b h n m`.
+
+    By PyTorch's fused kernel, but for small maps that a CPU trains through: there its backward is slower than the equation.
+    """
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not trained or q.device.type != "cpu" or q.shape[-2] * k.shape[-2] > SMALL:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    logits = q @ k.mT / math.sqrt(q.shape[-1])
+    return (logits if bias is None else logits + bias).softmax(dim=-1).to(v) @ v
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,24 @@ def test_attention_is_a_naive_softmax(shape: tuple[int, int, int]) -> None:
     assert max_error(attention(q, text.k, text.v), naive(q, text.k, text.v)) < TOLERANCE
 
 
+@pytest.mark.parametrize("small", [0, 2**16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_is_trained_through_equals_a_naive_softmax(
+    small: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The value and all gradients, by the kernel and by the equation."""
+    monkeypatch.setattr("model.attention.SMALL", small)
+    bias = randn(1, 1, 15, 4, seed=9) if biased else torch.zeros(1, 1, 15, 4).double()
+    inputs = [x.requires_grad_() for x in (queries(), source().k, source().v)]
+    own = attention(*inputs, bias=bias if biased else None)
+    logits = torch.einsum("bhnd,bhmd->bhnm", *inputs[:2]) / math.sqrt(8) + bias
+    true = torch.einsum("bhnm,bhmd->bhnd", logits.exp() / logits.exp().sum(-1, keepdim=True), inputs[2])
+    weights = randn(*own.shape, seed=5)
+    found, wanted = (torch.autograd.grad((x * weights).sum(), inputs) for x in (own, true))
+    assert max_error(own.detach(), true.detach()) < TOLERANCE
+    assert all(max_error(a, b) < TOLERANCE for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_self_attention_equals_diffusers(bias: bool) -> None:
     peer = randomise(PeerAttention(query_dim=DIM, heads=HEADS, dim_head=DIM // HEADS, bias=bias), peaky=4.0)
