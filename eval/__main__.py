@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from eval import attention_maps, attributes, benchmark, calibration, clip_score, parity, report, world
+from eval.ablation import SMOKE, Place, Study
 from sampling.pipeline import WEIGHTS
+from train.adapter import Source
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,6 +56,17 @@ def parser() -> argparse.ArgumentParser:
         "--cell", metavar="FORM:SEED:TASK", help="draw and read one cell of the results again, and compare"
     )
     claim.add_argument("--out", type=Path, default=Path("."), help="folder of RESULTS.md and results/")
+    claim.add_argument(
+        "--base", type=Path, help="base model, a single file or a folder (default: --weights); with --data"
+    )
+    claim.add_argument("--image-encoder", type=Path, help="folder or file (default: the base folder's own)")
+    claim.add_argument("--data", type=Path, help="your pictures and captions, as `python -m train adapter` takes them")
+    claim.add_argument(
+        "--scorer", help="the CLIP that reads pictures: ARCHITECTURE:PRETRAINED of open_clip (default: --weights' own)"
+    )
+    claim.add_argument("--device", default="cpu", help="other than cpu: one process")
+    for name, help in (("seeds", "adapters a form, no more"), ("prompts", ""), ("steps", "of training"), ("batch", "")):
+        claim.add_argument(f"--{name}", type=int, help=help or None)
     trust = commands.add_parser("calibration", help="how often the judge sees what a person saw in drawn pictures")
     trust.add_argument(
         "--draw", action="store_true", help="draw the pictures anew: their labels must be written anew too"
@@ -75,6 +88,27 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def place_of(args: argparse.Namespace) -> Place:
+    """Where the ablation finds and keeps things. Raises ValueError when options don't go together."""
+    if args.smoke and args.out == Path("."):
+        raise ValueError("the numbers of --smoke mean nothing: name another folder for them with --out")
+    if (args.base is None) != (args.data is None):
+        raise ValueError("--base and --data go together: the mini world's pictures are for the mini world's base")
+    if args.data is not None and args.scorer is None:
+        raise ValueError("name the CLIP that reads the pictures, as in --scorer ViT-L-14:openai")
+    pictures = 64 if args.smoke else Source.pictures
+    source = Source(args.base or args.weights, args.image_encoder, pictures=pictures, data=args.data)
+    return Place(source, args.out / "results" / "ablation", args.state, args.scorer or str(args.weights))
+
+
+def study_of(args: argparse.Namespace) -> Study:
+    study = replace(SMOKE if args.smoke else Study(), device=args.device)
+    given = {key: value for key in ("prompts", "steps", "batch") if (value := getattr(args, key)) is not None}
+    if args.seeds is not None:
+        given |= {"seeds": args.seeds, "most_seeds": args.seeds}
+    return replace(study, **given)
+
+
 def run(args: argparse.Namespace) -> None:
     if args.command == "judge":
         attributes.train(args.state, args.weights, replace(attributes.PLAN, steps=args.steps))
@@ -88,9 +122,9 @@ def run(args: argparse.Namespace) -> None:
         print(benchmark.table(benchmark.evaluate(args.state, args.out, args.rounds, args.row)))
     elif args.command == "ablation":
         if args.cell:
-            print(report.cell(args.weights, args.out, args.cell))
+            print(report.cell(place_of(args), args.out, args.cell))
         else:
-            report.run(args.weights, args.state, args.out, args.jobs, args.smoke)
+            report.run(place_of(args), study_of(args), args.out, args.jobs if args.device == "cpu" else 1)
     elif args.command == "calibration":
         if args.draw:
             calibration.draw(args.weights, args.out / "labels.png")

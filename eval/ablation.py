@@ -5,13 +5,15 @@ and whose softmax weighs them. Every form is trained by the recipe of train/adap
 same pictures in the same order with the same noise; only `fuse` and `own` differ. A rate for each form comes from one small
 grid. What they draw is read by eval/tasks.py.
 
-Work is shared out to processes of one thread each, so that no number depends on how many cores a machine has.
+Work is shared out to processes of one thread each, so that no number depends on how many cores a machine has. A unit of work
+(a rate, an adapter, ...) is done once: what it found is kept in a file, and all of them in results/ablation.json, from which
+another machine goes on.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,14 +26,15 @@ import torch
 from tqdm import tqdm
 
 import weights_convert
-from eval import attributes, clip_score, world
+from eval import attributes, clip_score
 from eval.mass import image_mass
-from eval.tasks import Bench, Row
+from eval.tasks import Bench, Prompts, Row
 from model.adapter import IPAdapter
 from model.attention import Fuse, concatenated, decoupled
 from sampling.pipeline import load
 from train import adapter as training
 from train.adapter import Setting, Source
+from train.data import captioned_files, fingerprint
 from train.loop import Plan
 
 T = TypeVar("T")
@@ -39,15 +42,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Form:
-    """One way to let a picture in. `own`: W'_k and W'_v of its own, or the text's; `tokens`: how many image tokens, if not the
-    usual number; `fine`: it reads fine features (Plus)."""
+    """One way to let a picture in. `own`: W'_k and W'_v of its own, or the text's; `wide`: tokens enough for as many
+    parameters as those have; `fine`: it reads fine features (Plus)."""
 
     name: str
     own: bool
     fuse: Fuse
     lambdas: tuple[float, ...]
     few: tuple[float, ...]  # for the tasks and shares that are not the primary endpoint's
-    tokens: int | None = None
+    wide: bool = False
     fine: bool = False
 
 
@@ -58,91 +61,154 @@ FORMS = {
     "shared": Form("the text's projections, own softmax", False, decoupled, *SUM),
     "concatenated": Form("own projections, joint softmax", True, concatenated, *ODDS),
     "simple": Form("the simple adapter: the text's projections, joint softmax", False, concatenated, *ODDS),
-    "simple_wide": Form("the simple adapter with as many parameters", False, concatenated, *ODDS, tokens=10),
+    "simple_wide": Form("the simple adapter with as many parameters", False, concatenated, *ODDS, wide=True),
     "plus": Form("Plus: fine features, own projections, own softmax", True, decoupled, *SUM, fine=True),
 }
+FIRST, PRIMARY = "ip_adapter", "simple"  # the paper's comparison: the second minus the first is the primary difference
 SHARES = (0.25, 0.5, 1.0)
 MASS_PROMPTS = 32
 
 
 @dataclass(frozen=True)
 class Study:
-    """How much of everything; the defaults are the published run."""
+    """How much of everything; the defaults are the published run. `seeds` grow one by one, up to `most_seeds`, until the
+    primary difference is known to `half_width`."""
 
     steps: int = 500
     batch: int = 32
     rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3, 27e-3)
     rate_steps: int = 100
     seeds: int = 5
+    most_seeds: int = 10
+    half_width: float = 3.0
     prompts: int = 96
     draw_steps: int = 12
+    check_steps: int = 50
     guidance: float = 4.0
     forms: tuple[str, ...] = tuple(FORMS)
     level: float = 0.8
     resamples: int = 2000
+    device: str = "cpu"
 
     def plan(self, form: str, seed: int, rate: float) -> Plan:
         every = round(self.steps * SHARES[0])
         name, kept = f"{form}-{seed}", {"ema": 0.98, "save_every": 50, "validate_every": every}
-        return Plan(name, self.steps, self.batch, rate, warmup=50, bf16=True, seed=seed, **kept)
+        settings: dict[str, Any] = {"warmup": 50, "bf16": True, "seed": seed, "device": self.device, **kept}
+        return Plan(name, self.steps, self.batch, rate, **settings)
 
     def rate_plan(self, form: str, rate: float) -> Plan:
         steps = self.rate_steps
         return replace(self.plan(form, 1000, rate), name=f"{form}-rate-{rate:g}", steps=steps, validate_every=steps)
 
+    def drawing(self) -> dict[str, Any]:
+        """What pictures depend on beside the weights."""
+        return {key: getattr(self, key) for key in ("prompts", "draw_steps", "guidance")}
 
-SMOKE = Study(steps=8, batch=4, rates=(1e-3, 3e-3), rate_steps=4, seeds=2, prompts=4, draw_steps=2, resamples=50)
+
+SMOKE = Study(
+    steps=8,
+    batch=4,
+    rates=(1e-3, 3e-3),
+    rate_steps=4,
+    seeds=2,
+    most_seeds=2,
+    prompts=4,
+    draw_steps=2,
+    check_steps=3,
+    resamples=50,
+)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study finds its base and keeps its work: `shipped` the finished adapters, `state` all else."""
+    """Where a study finds its base, whose UNet has the fingerprint `base`, and the CLIP that scores it (`clip_score.find`), and
+    keeps its work: `shipped` the finished adapters, `state` all else."""
 
     source: Source
     shipped: Path
     state: Path
+    scorer: str
+    base: str = ""
 
     def adapter(self, form: str, seed: int, share: float = 1.0) -> Path:
         name = f"{form}-{seed}"
         return self.shipped / f"{name}.safetensors" if share == 1 else self.state / f"{name}-{share:g}.safetensors"
 
-    def card(self, form: str, seed: int) -> dict[str, Any]:
-        return weights_convert.read_json(self.adapter(form, seed).with_suffix(".json"))
+    def card(self, form: str, seed: int, share: float = 1.0) -> dict[str, Any]:
+        path = self.adapter(form, seed, share)
+        return weights_convert.read_json(path.with_suffix(".json")) if path.exists() else {}
 
     def bench(self, study: Study) -> Bench:
-        base = self.source.base
-        return Bench.of(base, load(base, ()), study.prompts, study.draw_steps, study.guidance)
+        source, judge = self.source, None
+        pipeline, scorer = (
+            load(source.base, (), source.image_encoder, device=study.device),
+            clip_score.find(self.scorer),
+        )
+        if source.data is None:
+            prompts, judge = Prompts.of_the_world(study.prompts), attributes.load(source.base / "judge.safetensors")
+        else:
+            held_out = captioned_files(source.data)[::50][: study.prompts]
+            prompts = Prompts.of_files(held_out, pipeline.native_size[0])
+        return Bench(pipeline, prompts, scorer, judge, study.draw_steps, study.guidance)
 
-    def setting(self, form: str) -> Setting:
-        return training.prepare(replace(self.source, fine=FORMS[form].fine), self.state)
+    def setting(self, study: Study, form: str) -> Setting:
+        return training.prepare(replace(self.source, fine=FORMS[form].fine), self.state, study.device)
+
+
+def as_many(setting: Setting) -> int:
+    """The tokens of which a projection has about as many parameters as one of the usual number beside W'_k and W'_v."""
+
+    def size(own: bool, tokens: int | None = None) -> int:
+        return sum(p.numel() for p in setting.adapter(own, tokens).parameters())
+
+    one, two = size(False, 1), size(False, 2)
+    return 1 + round((size(True) - one) / (two - one))
 
 
 def untrained(setting: Setting, form: Form, seed: int) -> IPAdapter:
     """What a form starts from: of one seed, all forms with as many tokens have the same projection."""
+    tokens = as_many(setting) if form.wide else None
     torch.manual_seed(seed)
-    return setting.adapter(form.own, form.tokens)
+    return setting.adapter(form.own, tokens)
+
+
+def kept(path: Path, key: dict[str, Any], make: Callable[[], T]) -> T:
+    """make(), or what it gave when it was last called for the same key; a value that JSON holds."""
+    if path.exists() and (found := weights_convert.read_json(path))["key"] == key:
+        value: T = found["value"]
+        return value
+    value = make()
+    weights_convert.write_json(path, {"key": key, "value": value})
+    return value
 
 
 def try_rate(place: Place, study: Study, form: str, rate: float) -> float:
     """How much a picture tells after a short run at this rate (seed 1000): `gain_shuffled` of train/adapter.py."""
-    setting, form_ = place.setting(form), FORMS[form]
-    start = untrained(setting, form_, 1000)
-    _, log = training.fit(setting, start, study.rate_plan(form, rate), place.state, form_.fuse)
-    return float(log[-1]["gain_shuffled"])
+    plan, form_ = study.rate_plan(form, rate), FORMS[form]
+
+    def make() -> float:
+        setting = place.setting(study, form)
+        _, log = training.fit(setting, untrained(setting, form_, 1000), plan, place.state, form_.fuse)
+        return float(log[-1]["gain_shuffled"])
+
+    return kept(place.state / f"{plan.name}.json", {"base": place.base, "plan": asdict(plan)}, make)
 
 
 def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None:
-    """Trains one adapter; writes what it is after each share of its steps, unless the files are there."""
-    files = {share: place.adapter(form, seed, share) for share in SHARES}
-    if all(path.exists() for path in files.values()):
+    """Trains one adapter; writes what it is after each share of its steps, where that is not there."""
+    plan, fuse = study.plan(form, seed, rate), FORMS[form].fuse
+    settings = {"base": place.base, **asdict(plan)}
+    missing = [share for share in SHARES if place.card(form, seed, share).get("settings") != settings]
+    if not missing:
         return
-    setting, plan, fuse = place.setting(form), study.plan(form, seed, rate), FORMS[form].fuse
-    for share, path in files.items():
+    setting = place.setting(study, form)
+    for share in SHARES:
         start = untrained(setting, FORMS[form], seed)
-        kept, log = training.fit(setting, start, plan, place.state, fuse, until=round(share * plan.steps))
-        size, gains = sum(p.numel() for p in kept.parameters()), [row for row in log if "held_out" in row]
-        card = {"command": "python -m eval ablation", "settings": asdict(plan), "parameters": size, "gains": gains}
-        weights_convert.save_adapter(kept, setting.pipeline.unet, path, card)
+        adapter, log = training.fit(setting, start, plan, place.state, fuse, until=round(share * plan.steps))
+        size, gains = sum(p.numel() for p in adapter.parameters()), [row for row in log if "held_out" in row]
+        card = {"command": "python -m eval ablation", "settings": settings, "parameters": size, "gains": gains}
+        if share in missing:
+            weights_convert.save_adapter(adapter, setting.pipeline.unet, place.adapter(form, seed, share), card)
 
 
 def score(place: Place, study: Study, form: str, seed: int) -> list[Row]:
@@ -150,7 +216,7 @@ def score(place: Place, study: Study, form: str, seed: int) -> list[Row]:
     form_, bench = FORMS[form], place.bench(study)
     rows: list[Row] = []
     for share in SHARES:
-        adapter = weights_convert.load_adapter(place.adapter(form, seed, share), bench.pipeline.unet)
+        adapter = weights_convert.load_adapter(place.adapter(form, seed, share), bench.pipeline.unet).to(study.device)
         where = {"form": form, "seed": seed, "share": share}
         whole = share == 1
         rows += bench.cell("conflict", adapter, form_.fuse, form_.lambdas if whole else form_.few, **where)
@@ -161,45 +227,52 @@ def score(place: Place, study: Study, form: str, seed: int) -> list[Row]:
     return rows
 
 
-def kept(path: Path, made_from: Sequence[Path], study: Study, make: Callable[[], list[Row]]) -> list[Row]:
-    """make(), or what it gave when it was last called for the same weights and the same way to draw."""
-    digests = [weights_convert.sha256(file) for file in made_from]
-    key = {"sha256": digests, "prompts": study.prompts, "steps": study.draw_steps, "guidance": study.guidance}
-    if path.exists() and (found := weights_convert.read_json(path))["key"] == key:
-        return list(found["rows"])
-    rows = make()
-    weights_convert.write_json(path, {"key": key, "rows": rows})
-    return rows
+def unit(place: Place, study: Study, form: str, seed: int, rate: float) -> list[Row]:
+    """Trains an adapter, draws with it, and reads what it drew."""
+    plan, path = study.plan(form, seed, rate), place.state / f"rows-{form}-{seed}.json"
+    key = {"base": place.base, "plan": asdict(plan), "drawing": study.drawing()}
+
+    def make() -> list[Row]:
+        train(place, study, form, seed, rate)
+        return score(place, study, form, seed)
+
+    if not place.adapter(form, seed).exists():  # rows without the adapter that drew them can't be drawn again
+        path.unlink(missing_ok=True)
+    return kept(path, key, make)
 
 
-def rows_of(place: Place, study: Study, form: str, seed: int) -> list[Row]:
-    files = [place.adapter(form, seed, share) for share in SHARES]
-    return kept(place.state / f"rows-{form}-{seed}.json", files, study, partial(score, place, study, form, seed))
-
-
-def masses_of(place: Place, study: Study, form: str) -> list[Row]:
+def masses(place: Place, study: Study, form: str, rate: float) -> list[Row]:
     """`image_mass` of a joint softmax, seed 0: untrained, and after each share of the training."""
 
     def make() -> list[Row]:
+        train(place, study, form, 0, rate)
         bench = place.bench(study).first(MASS_PROMPTS)
         unet = bench.pipeline.unet
-        adapters = {0.0: untrained(place.setting(form), FORMS[form], 0)}
+        adapters = {0.0: untrained(place.setting(study, form), FORMS[form], 0)}
         adapters |= {share: weights_convert.load_adapter(place.adapter(form, 0, share), unet) for share in SHARES}
-        return [
-            {"form": form, "share": share, **row} for share, one in adapters.items() for row in image_mass(bench, one)
-        ]
+        rows = ((share, image_mass(bench, adapter.to(study.device))) for share, adapter in adapters.items())
+        return [{"form": form, "share": share, **row} for share, found in rows for row in found]
 
-    files = [place.adapter(form, 0, share) for share in SHARES]
-    return kept(place.state / f"mass-{form}.json", files, study, make)
+    key = {"base": place.base, "plan": asdict(study.plan(form, 0, rate)), "drawing": study.drawing()}
+    return kept(place.state / f"mass-{form}.json", key, make)
 
 
-def anchors_of(place: Place, study: Study) -> list[Row]:
-    return kept(
-        place.state / "anchors.json",
-        [place.source.base / "unet.safetensors"],
-        study,
-        lambda: place.bench(study).anchors(),
-    )
+def anchors(place: Place, study: Study) -> list[Row]:
+    key = {"base": place.base, "drawing": study.drawing()}
+    return kept(place.state / "anchors.json", key, lambda: place.bench(study).anchors())
+
+
+def checked(place: Place, study: Study, form: str, rate: float) -> list[Row]:
+    """The first of a form's `few` rows again, seed 0, drawn in `check_steps`: are so few steps enough to compare?"""
+
+    def make() -> list[Row]:
+        bench, form_ = replace(place.bench(study), steps=study.check_steps), FORMS[form]
+        adapter = weights_convert.load_adapter(place.adapter(form, 0), bench.pipeline.unet).to(study.device)
+        where = {"form": form, "seed": 0, "share": 1.0, "steps": study.check_steps}
+        return bench.cell("conflict", adapter, form_.fuse, form_.few[:1], **where)
+
+    key = {"base": place.base, "plan": asdict(study.plan(form, 0, rate)), "drawing": study.drawing()}
+    return kept(place.state / f"steps-{form}.json", key | {"steps": study.check_steps}, make)
 
 
 @contextmanager
@@ -212,58 +285,62 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def shared_out(pool: ProcessPoolExecutor, work: Iterable[Callable[[], T]], what: str) -> list[T]:
-    """The results of picklable calls, in their order."""
-    futures = [pool.submit(call) for call in work]
-    for done in tqdm(as_completed(futures), total=len(futures), desc=what, position=0):
+def shared_out(pool: ProcessPoolExecutor, work: Mapping[Any, Callable[[], T]], what: str) -> dict[Any, T]:
+    """The results of picklable calls, by their names, in order."""
+    futures = {name: pool.submit(call) for name, call in work.items()}
+    for done in tqdm(as_completed(futures.values()), total=len(futures), desc=what, position=0):
         done.result()
-    return [future.result() for future in futures]
+    return {name: future.result() for name, future in futures.items()}
 
 
-def rates_of(pool: ProcessPoolExecutor, place: Place, study: Study) -> dict[str, dict[float, float]]:
-    """{form: {rate: gain after a short run}}."""
-    grid = list(itertools.product(study.forms, study.rates))
-    gains = shared_out(pool, [partial(try_rate, place, study, form, rate) for form, rate in grid], "rates")
-    found: dict[str, dict[float, float]] = {form: {} for form in study.forms}
-    for (form, rate), gain in zip(grid, gains, strict=True):
-        found[form][rate] = gain
-    return found
-
-
-def unit(place: Place, study: Study, form: str, seed: int, rate: float) -> list[Row]:
-    """Trains an adapter, draws with it, and reads what it drew; what is done is not done again."""
-    train(place, study, form, seed, rate)
-    return rows_of(place, study, form, seed)
+def go_on(place: Place, results: Mapping[str, Any]) -> None:
+    """Puts the units of a results file where they are looked for, unless newer ones are there."""
+    for name, found in results["units"].items():
+        if not (path := place.state / f"{name}.json").exists():
+            weights_convert.write_json(path, found)
 
 
 def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
-    """Trains what is missing, draws and reads every cell; what is done is kept in `place` and not done again."""
-    place.bench(study)  # what will read the pictures must be there before hours of training
+    """Does every unit of work that is not done; returns them all, and what is needed to read them."""
+    bench = place.bench(study)  # what will read the pictures must be there before hours of training
+    place = replace(place, base=fingerprint(bench.pipeline.unet))
     for fine in {FORMS[form].fine for form in study.forms}:  # once, before many processes want it
-        training.prepare(replace(place.source, fine=fine), place.state)
+        training.prepare(replace(place.source, fine=fine), place.state, study.device)
+    joint = [form for form in study.forms if FORMS[form].fuse is concatenated]
     with workers(jobs) as pool:
-        gains = rates_of(pool, place, study)
-        rates = {form: max(tried, key=tried.__getitem__) for form, tried in gains.items()}
-        units = itertools.product(range(study.seeds), study.forms)  # so that what is done early is already a comparison
-        work = [partial(unit, place, study, form, seed, rates[form]) for seed, form in units]
-        rows = list(itertools.chain(*shared_out(pool, [*work, partial(anchors_of, place, study)], "adapters")))
-        joint = [partial(masses_of, place, study, form) for form in study.forms if FORMS[form].fuse is concatenated]
-        masses = list(itertools.chain(*shared_out(pool, joint, "image mass")))
-    test = world.task(study.prompts, seed=3)
-    own = attributes.truth(test.references)
+        grid = {
+            (form, rate): partial(try_rate, place, study, form, rate) for form in study.forms for rate in study.rates
+        }
+        gains = shared_out(pool, grid, "rates")
+        rates = {form: max(study.rates, key=lambda rate: gains[form, rate]) for form in study.forms}
+        # seed by seed, so that what is done early is already a comparison
+        pairs = list(itertools.product(range(study.seeds), study.forms))
+        work: dict[str, Callable[[], list[Row]]] = {"anchors": partial(anchors, place, study)}
+        work |= {f"rows-{form}-{seed}": partial(unit, place, study, form, seed, rates[form]) for seed, form in pairs}
+        shared_out(pool, work, "adapters")
+        more = {f"mass-{form}": partial(masses, place, study, form, rates[form]) for form in joint}
+        more |= {f"steps-{form}": partial(checked, place, study, form, rates[form]) for form in (FIRST, PRIMARY)}
+        shared_out(pool, more, "image mass, more steps")
+    names = [*(study.rate_plan(*pair).name for pair in grid), *work, *more]
     cards = {form: [place.card(form, seed) for seed in range(study.seeds)] for form in study.forms}
-    return {
+    prompts = bench.prompts
+    results: dict[str, Any] = {
         "study": asdict(study),
+        "scorer": bench.scorer.name,
+        "prompts": {"agreeing": prompts.own, "conflict": prompts.other, "seeds": list(range(len(prompts.own)))},
         "rates": {
-            form: {"chosen": rates[form], "gains": {f"{r:g}": x for r, x in gains[form].items()}}
+            form: {"chosen": rates[form], "gains": {f"{rate:g}": gains[form, rate] for rate in study.rates}}
             for form in study.forms
         },
         "parameters": {form: each[0]["parameters"] for form, each in cards.items()},
-        "scorer": clip_score.NAME,
         "gains": {form: [card["gains"] for card in each] for form, each in cards.items()},
-        "wanted": {"concept": test.concept.tolist(), "background": test.background.tolist()},
-        "own": {key: own[key].tolist() for key in ("concept", "background")},
-        "drawing": [scene.drawing for scene in test.references],
-        "rows": rows,
-        "mass": masses,
+        "units": {name: weights_convert.read_json(place.state / f"{name}.json") for name in names},
     }
+    if prompts.truth is not None:
+        own = attributes.truth(prompts.truth.references)
+        results["truth"] = {
+            "wanted": {"concept": prompts.truth.concept.tolist(), "background": prompts.truth.background.tolist()},
+            "own": {key: own[key].tolist() for key in ("concept", "background")},
+            "drawing": [scene.drawing for scene in prompts.truth.references],
+        }
+    return results

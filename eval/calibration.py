@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import weights_convert
-from eval import attributes
-from eval.tasks import Bench
+from eval import attributes, clip_score
+from eval.tasks import Bench, Prompts
 from sampling.images import to_images
 from sampling.pipeline import load
 from train.vae import to_tensor
@@ -27,10 +27,11 @@ LAMBDAS = (0.0, 0.4, 0.8, 1.2)
 
 def draw(weights: Path, path: Path) -> None:
     """Writes the sheet."""
-    bench = Bench.of(weights, load(weights), COLUMNS * ROWS, steps=12, guidance=4.0)
+    judge, scorer = attributes.load(weights / "judge.safetensors"), clip_score.load(weights)
+    bench = Bench(load(weights), Prompts.of_the_world(COLUMNS * ROWS), scorer, judge)
     embedding = bench.embedding(bench.pipeline.adapters[0])
     lam = torch.tensor(LAMBDAS).repeat(COLUMNS * ROWS // len(LAMBDAS)).view(-1, 1, 1, 1)
-    texts, sheet = bench.texts("conflict"), Image.new("RGB", (COLUMNS * SIZE, ROWS * SIZE))
+    texts, sheet = bench.prompts.texts("conflict"), Image.new("RGB", (COLUMNS * SIZE, ROWS * SIZE))
     for rows in torch.arange(len(texts)).split(COLUMNS):
         words, seeds = [texts[i] for i in rows], rows.tolist()
         drawn = bench.pipeline.draw(words, seeds, embedding[rows], scale=lam[rows], guidance=4.0, steps=12)

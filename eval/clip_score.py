@@ -95,6 +95,20 @@ def load(weights: Path) -> Scorer:
     return scorer(NAME, image, text)
 
 
+def find(name: str) -> Scorer:
+    """The CLIP of a folder that has score_image and score_text, or one of open_clip as ARCHITECTURE:PRETRAINED.
+
+    Raises ValueError when the name is neither.
+    """
+    if Path(name).is_dir():
+        return load(Path(name))
+    if ":" not in name:
+        raise ValueError(
+            f"{name} is no CLIP: name one of open_clip, as in ViT-L-14:openai or ViT-L-14:model.safetensors"
+        )
+    return open_clip_scorer(*name.split(":", 1))
+
+
 def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
     torch.manual_seed(plan.seed)
     towers = clip.CLIP(TEXT, IMAGE)

@@ -22,18 +22,16 @@ TIMES = (981, 801, 601, 401, 201, 21)
 @torch.no_grad()
 def image_mass(bench: Bench, adapter: IPAdapter) -> list[Row]:
     """The mean over pictures and queries of 1 - g, a list of heads for each layer, timestep, number of text keys, and picture."""
-    pipeline, test = bench.pipeline, bench.test
-    tokens = pipeline.text.tokenize(test.captions())
-    text, longest = (
-        pipeline.text(tokens),
-        int(tokens.argmax(dim=1).max()) + 1,
-    )  # <|endoftext|> is the last in the vocabulary
+    pipeline, device = bench.pipeline, next(bench.pipeline.unet.parameters()).device
+    tokens = pipeline.text.tokenize(bench.prompts.other)
+    longest = int(tokens.argmax(dim=1).max()) + 1  # <|endoftext|> is the last in the vocabulary
+    text = pipeline.text(tokens.to(device))
     own = bench.embedding(adapter)
     null = replace(pipeline, adapters=(adapter,)).null(adapter, own).expand_as(own)
-    x0 = pipeline.vae.encode(test.pixels)
-    eps, rows = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), []
+    x0 = pipeline.vae.encode(bench.prompts.pixels.to(device))
+    eps, rows = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device), []
     for t in TIMES:
-        x_t = pipeline.schedule.add_noise(x0, eps, torch.full((len(x0),), t))
+        x_t = pipeline.schedule.add_noise(x0, eps, torch.full((len(x0),), t, device=device))
         for words in (text.shape[1], longest):
             for picture, embedding in (("own", own), ("null", null)):
                 with record(pipeline.unet) as maps:

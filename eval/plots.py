@@ -28,7 +28,7 @@ def draw(results: Results, place: Place, study: Study, folder: Path) -> None:
 
 
 def plot_curves(results: Results, path: Path) -> None:
-    """Each form's curve: text-following against palette error, the mean over seeds; lambda grows to the left."""
+    """Each form's curve: text-following against error, the mean over seeds; lambda grows to the left."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for form in results["study"]["forms"]:
         rows = curves(results, form)
@@ -36,7 +36,7 @@ def plot_curves(results: Results, path: Path) -> None:
         axes.plot(100 * follow, error, marker="o", markersize=3, label=FORMS[form].name)
     axes.axvline(100 * results["study"]["level"], color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel("pictures that follow the text, %")
-    axes.set_ylabel("palette error against the image prompt")
+    axes.set_ylabel("error against the image prompt" + (", palette" if "truth" in results else ", 100 (1 - CLIP-I)"))
     axes.legend(fontsize=7)
     _save(figure, path)
 
@@ -58,7 +58,8 @@ def plot_gains(results: Results, path: Path) -> None:
 def plot_mass(results: Results, path: Path) -> None:
     """1 - g over layers and over timesteps, after the whole training; with all text keys, and with the words alone."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    rows = select(results["mass"], share=1.0)
+    masses = (unit["value"] for name, unit in results["units"].items() if name.startswith("mass-"))
+    rows = select(list(itertools.chain(*masses)), share=1.0)
     for key, axes in zip(("layer", "t"), panels, strict=True):
         ticks = sorted({row[key] for row in rows})
         for form, words, picture in itertools.product(
@@ -83,13 +84,17 @@ def _save(figure: Figure, path: Path) -> None:
 def contact_sheet(results: Results, place: Place, study: Study, path: Path, n: int = 8) -> None:
     """Figure 10: the first n prompts of `conflict`, a column a form at its `best_lambda`, seed 0, nothing picked."""
     bench = place.bench(study).first(n)
-    titles, columns = [], [to_images(bench.test.pixels)]
+    titles, columns = [], [bench.prompts.images]
     for form in study.forms:
-        adapter = weights_convert.load_adapter(place.adapter(form, 0), bench.pipeline.unet)
+        adapter = weights_convert.load_adapter(place.adapter(form, 0), bench.pipeline.unet).to(study.device)
         lam, embedding = best_lambda(results, form), bench.embedding(adapter)
         columns.append(to_images(bench.draw("conflict", adapter, FORMS[form].fuse, embedding, lam)))
         titles.append(f"{form}, {lam:g}")
     rows = list(zip(*columns, strict=True))
     sheet(
-        [["image prompt"], titles], rows, bench.texts("conflict"), note_at=1, title="Each form at its best lambda"
+        [["image prompt"], titles],
+        rows,
+        bench.prompts.texts("conflict"),
+        note_at=1,
+        title="Each form at its best lambda",
     ).save(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,33 @@ import numpy as np
 import torch
 
 import weights_convert
-from eval.ablation import FORMS, SHARES, SMOKE, Place, Study, evaluate
+from eval.ablation import FIRST, FORMS, PRIMARY, SHARES, Place, Study, evaluate, go_on
+from eval.clip_score import clip_score
 from eval.statistics import Array, Rows, difference, holm
 from eval.tasks import TASKS, Row
-from train.adapter import Source
 
 Results = dict[str, Any]
-FIRST = "ip_adapter"  # what the others are compared with
+SCHEMA = {
+    "study": "how much of everything was done",
+    "scorer": "the CLIP of CLIP-I and CLIP-T, and its preprocessing",
+    "prompts": "the texts of two tasks, a line a prompt, and the seeds of their noise; the third task has no text",
+    "rates": "form -> the rate chosen, and gain_shuffled after a short run at each rate of the grid",
+    "parameters": "form -> how many are trained",
+    "gains": "form -> a list a seed: held-out losses as the training goes on (train/adapter.py::held_out_losses)",
+    "truth": "in the mini world: the concept and background that the conflicting text wants, the picture's own, its drawing",
+    "units": "name -> {key: what it was made from, value}; the value of rows-FORM-SEED, anchors and steps-FORM is a list of rows, "
+    "that of mass-FORM of masses, that of FORM-rate-RATE a number",
+    "row": "a form, seed, share of the training, task, lambda (or a control), and a list over prompts of each measure: concept, "
+    "background and drawing (numbers), palette_error (CIE76), placement_error (pixels), clip_i and clip_t (cosines)",
+    "mass": "a form, share, layer, timestep t, number of text keys (words), its own picture or the null one, and 1 - g of each head",
+    "summary": "the primary endpoint of each form, seed and share, and the differences from IP-Adapter",
+}
+
+
+def rows_of(results: Results) -> list[Row]:
+    """All rows of the forms and their anchors."""
+    units = results["units"].items()
+    return list(itertools.chain(*(unit["value"] for name, unit in units if name.startswith(("rows-", "anchors")))))
 
 
 def select(rows: Sequence[Row], **where: Any) -> list[Row]:
@@ -26,37 +48,46 @@ def select(rows: Sequence[Row], **where: Any) -> list[Row]:
 
 def right(results: Results, row: Row, key: str) -> Array:
     """1 where the drawn concept, background or drawing is the wanted one: the text's on `conflict`, else the picture's."""
-    if key == "drawing":
-        wanted = results["drawing"]
-    else:
-        wanted = results["wanted" if row["task"] == "conflict" else "own"][key]
+    truth = results["truth"]
+    wanted = truth["drawing"] if key == "drawing" else truth["wanted" if row["task"] == "conflict" else "own"][key]
     return (np.array(row[key]) == np.array(wanted)).astype(float)
+
+
+def following(results: Results, row: Row, alone: Row) -> Array:
+    """How far each picture follows the text: whether it shows the text's concept; where no truth is known, its CLIP-T as a
+    share of what the text alone gets."""
+    if "truth" in results:
+        return right(results, row, "concept")
+    return np.array(row["clip_t"]) / np.mean(alone["clip_t"])
+
+
+def error(row: Row) -> Array:
+    """How far each picture is from its image prompt: the palette error; where no truth is known, 100 (1 - CLIP-I)."""
+    return np.array(row["palette_error"]) if "palette_error" in row else 100 * (1 - np.array(row["clip_i"]))
 
 
 def curves(results: Results, form: str, share: float = 1.0) -> Rows:
     """The conflict rows of a form, `seeds lambdas prompts`; the first lambda is 0, the text alone."""
-    conflict = select(results["rows"], task="conflict", control=None)
-    alone, seeds = select(conflict, form="text alone"), range(results["study"]["seeds"])
+    conflict = select(rows_of(results), task="conflict", control=None)
+    (alone,), seeds = select(conflict, form="text alone"), range(results["study"]["seeds"])
     mine = [select(conflict, form=form, seed=seed, share=share) for seed in seeds]
-    rows = [alone + sorted(each, key=lambda row: float(row["lambda"])) for each in mine]
-    return Rows(
-        np.array([[right(results, row, "concept") for row in each] for each in rows]),
-        np.array([[row["palette_error"] for row in each] for each in rows], dtype=float),
-    )
+    rows = [[alone, *sorted(each, key=lambda row: float(row["lambda"]))] for each in mine]
+    follow = np.array([[following(results, row, alone) for row in each] for each in rows])
+    return Rows(follow, np.array([[error(row) for row in each] for each in rows]))
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """The primary endpoint of each form and seed, after each share of the training; differences from IP-Adapter's, by Holm."""
+    """The primary endpoint of each form and seed, after each share of the training; its differences from IP-Adapter's: the
+    primary one, and the others adjusted by Holm."""
     study = results["study"]
     level, forms = study["level"], list(study["forms"])
     whole = {form: curves(results, form) for form in forms}
     found = {form: difference(whole[form], whole[FIRST], level, study["resamples"]) for form in forms if form != FIRST}
-    adjusted = holm({form: each.p for form, each in found.items()})
+    p = {form: each.p for form, each in found.items()}
+    p |= holm({form: p[form] for form in found if form != PRIMARY})
     return {
         "endpoint": {form: rows.endpoints(level).tolist() for form, rows in whole.items()},
-        "difference": {
-            form: {"mean": d.mean, "low": d.low, "high": d.high, "p": adjusted[form]} for form, d in found.items()
-        },
+        "difference": {form: {"mean": d.mean, "low": d.low, "high": d.high, "p": p[form]} for form, d in found.items()},
         "share": {
             form: {f"{s:g}": curves(results, form, s).endpoints(level).tolist() for s in SHARES} for form in forms
         },
@@ -75,14 +106,18 @@ def _spread(values: Sequence[float]) -> str:
 def primary(results: Results) -> str:
     """The primary endpoint, form by form."""
     found, lines = results["summary"], []
+    through = select(rows_of(results), form="truth, through the VAE")
     for form, ends in found["endpoint"].items():
+        times = f"{np.mean(ends) / np.mean(error(through[0])):.1f}" if through else ""
         beside, p = "", ""
         if form in found["difference"]:
             d = found["difference"][form]
-            beside, p = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]", f"{d['p']:.3f}"
+            beside = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
+            p = f"{d['p']:.3f}" + (", primary" if form == PRIMARY else "")
         rate, size = results["rates"][form]["chosen"], f"{results['parameters'][form]:,}"
-        lines.append((FORMS[form].name, size, f"{rate:g}", _spread(ends), beside, p))
-    return table(("form", "trained", "rate", "palette error", "minus IP-Adapter [95 %]", "p (Holm)"), lines)
+        lines.append((FORMS[form].name, size, f"{rate:g}", _spread(ends), times, beside, p))
+    head = ("form", "trained", "rate", "error", "times the VAE's own", "minus IP-Adapter [95 %]", "p")
+    return table(head, lines)
 
 
 def by_share(results: Results) -> str:
@@ -93,19 +128,23 @@ def by_share(results: Results) -> str:
 
 
 def measures(results: Results, rows: Sequence[Row]) -> tuple[str, ...]:
-    """Means over rows (seeds) and prompts: concept, background, drawing; palette and placement error; CLIP-I, CLIP-T."""
+    """Means over rows (seeds) and prompts: concept, background, drawing; palette and placement error; CLIP-I, CLIP-T, CLIPScore."""
+
+    def mean(key: str, form: str) -> str:
+        return format(np.mean([row[key] for row in rows]), form) if key in rows[0] else ""
+
     shares = [
         f"{np.mean([right(results, row, key) for row in rows]):.0%}" if key in rows[0] else ""
         for key in ("concept", "background", "drawing")
     ]
-    errors = [f"{np.mean([row[key] for row in rows]):.1f}" for key in ("palette_error", "placement_error")]
-    clips = [f"{np.mean([row[key] for row in rows]):.3f}" if key in rows[0] else "" for key in ("clip_i", "clip_t")]
-    return (*shares, *errors, *clips)
+    scores = [clip_score(torch.tensor(row["clip_t"])).mean() for row in rows if "clip_t" in row]
+    clips = [mean("clip_i", ".3f"), mean("clip_t", ".3f"), f"{float(sum(scores)) / len(scores):.2f}" if scores else ""]
+    return (*shares, mean("palette_error", ".1f"), mean("placement_error", ".1f"), *clips)
 
 
 def task_table(results: Results, task: str) -> str:
     """Every form at every lambda of a task, and what anchors it."""
-    rows, lines = select(results["rows"], task=task), []
+    rows, lines = select(rows_of(results), task=task), []
     for row in select(rows, seed=None):
         lines.append((row["form"], "", *measures(results, [row])))
     for form in results["study"]["forms"]:
@@ -115,17 +154,37 @@ def task_table(results: Results, task: str) -> str:
         for control, says in (("shuffled", "another's picture"), ("null", "no picture")):
             if found := select(mine, control=control):
                 lines.append((FORMS[form].name, f"1, {says}", *measures(results, found)))
-    head = ("form", "λ", "concept", "background", "drawing", "palette error", "placement error", "CLIP-I", "CLIP-T")
-    return table(head, lines)
+    judged = ("concept", "background", "drawing", "palette error", "placement error")
+    return table(("form", "λ", *judged, "CLIP-I", "CLIP-T", "CLIPScore"), lines)
 
 
 def best_lambda(results: Results, form: str) -> float:
-    """The lambda with the lowest palette error among those that follow the text often enough, on the mean over seeds."""
-    rows, conflict = curves(results, form), select(results["rows"], task="conflict", control=None)
+    """The lambda with the lowest error among those that follow the text often enough, on the mean over seeds."""
+    rows, conflict = curves(results, form), select(rows_of(results), task="conflict", control=None)
     lambdas = sorted({float(row["lambda"]) for row in select(conflict, form=form, share=1.0)})
     follow, error = rows.following.mean(axis=(0, 2))[1:], rows.error.mean(axis=(0, 2))[1:]
     allowed = [i for i, f in enumerate(follow) if f >= results["study"]["level"]] or [int(follow.argmax())]
     return lambdas[min(allowed, key=error.__getitem__)]
+
+
+def checked(results: Results) -> str:
+    """Pictures drawn in few and in many steps, seed 0."""
+    lines = []
+    for form in (FIRST, PRIMARY):
+        (many,) = results["units"][f"steps-{form}"]["value"]
+        where = {key: many[key] for key in ("task", "form", "seed", "share", "lambda")}
+        (few,) = select(rows_of(results), **where, control=None)
+        (alone,) = select(rows_of(results), task="conflict", form="text alone")
+        for row, steps in ((few, results["study"]["draw_steps"]), (many, many["steps"])):
+            follows = f"{following(results, row, alone).mean():.0%}"
+            lines.append((FORMS[form].name, f"{row['lambda']:g}", steps, follows, f"{error(row).mean():.1f}"))
+    return table(("form", "λ", "steps", "follows the text", "error"), lines)
+
+
+def half_width(results: Results) -> float:
+    """Of the primary difference's interval."""
+    found = results["summary"]["difference"][PRIMARY]
+    return float(found["high"] - found["low"]) / 2
 
 
 def markdown(results: Results) -> str:
@@ -138,15 +197,19 @@ def markdown(results: Results) -> str:
         prompts=study["prompts"],
         steps=study["draw_steps"],
         guidance=f"{study['guidance']:g}",
-        scorer=results["scorer"],
+        measures=(WORLD if "truth" in results else FILES).format(scorer=results["scorer"]),
         rates=", ".join(f"{rate:g}" for rate in study["rates"]),
+        first=FORMS[FIRST].name,
+        second=FORMS[PRIMARY].name,
+        width=f"{half_width(results):.1f}",
         primary=primary(results),
         shares=by_share(results),
+        checked=checked(results),
         **{task: task_table(results, task) for task in TASKS},
     )
 
 
-def cell(weights: Path, out: Path, name: str) -> str:
+def cell(place: Place, out: Path, name: str) -> str:
     """Draws and reads FORM:SEED:TASK again, from the shipped adapter; says whether every digit is that of the results.
 
     Raises ValueError for a cell that is none.
@@ -160,47 +223,58 @@ def cell(weights: Path, out: Path, name: str) -> str:
             f"a task of {', '.join(TASKS)}"
         )
     torch.set_num_threads(1)  # as the published run
-    place = Place(Source(base=weights), weights / "ablation", out)
     bench, form_ = place.bench(study), FORMS[form]
-    adapter = weights_convert.load_adapter(place.adapter(form, int(seed)), bench.pipeline.unet)
+    adapter = weights_convert.load_adapter(place.adapter(form, int(seed)), bench.pipeline.unet).to(study.device)
     lambdas = form_.lambdas if task == "conflict" else form_.few
     rows = bench.cell(task, adapter, form_.fuse, lambdas, form=form, seed=int(seed), share=1.0)
-    before = select(results["rows"], form=form, seed=int(seed), share=1.0, task=task, control=None)
+    before = select(rows_of(results), form=form, seed=int(seed), share=1.0, task=task, control=None)
     same = "equal, digit by digit, to" if rows == before else "not equal to"
-    return task_table(results | {"rows": rows}, task) + f"\n\n{same} results/ablation.json"
+    drawn = results | {"units": {"rows-": {"value": rows}}}
+    return task_table(drawn, task) + f"\n\n{same} {out / 'results' / 'ablation.json'}"
 
 
-def run(weights: Path, state: Path, out: Path, jobs: int, smoke: bool) -> None:
-    """Does what is missing of the study, and writes results/ablation.json, RESULTS.md and its plots into `out`."""
+def run(place: Place, study: Study, out: Path, jobs: int) -> None:
+    """Does what is missing of the study, and writes results/ablation.json, RESULTS.md and its plots into `out`.
+
+    Seeds are added one by one while the primary difference is not known well enough.
+    """
     from eval import plots  # matplotlib is an extra
 
-    study = SMOKE if smoke else Study()
-    shipped = out / "weights" if smoke else weights / "ablation"
-    place = Place(Source(base=weights, pictures=64) if smoke else Source(base=weights), shipped, state)
-    results = evaluate(place, study, jobs)
-    results["summary"] = summary(results)
-    weights_convert.write_json(out / "results" / "ablation.json", results)
+    path = out / "results" / "ablation.json"
+    if path.exists():
+        go_on(place, weights_convert.read_json(path))
+    while True:
+        results = evaluate(place, study, jobs)
+        results["summary"] = summary(results)
+        if half_width(results) <= study.half_width or study.seeds >= study.most_seeds:
+            break
+        study = replace(study, seeds=study.seeds + 1)
+    weights_convert.write_json(path, {"schema": SCHEMA, **results})
     plots.draw(results, place, study, out / "results")
     (out / "RESULTS.md").write_text(markdown(results))
 
 
 TEXT = """# Decoupled against concatenated
 
-`python -m eval ablation` made this file and its pictures; [results/ablation.json](results/ablation.json) has every row. {size}; the
-same data order, noise and initial projection for all forms of one seed, a rate for each from the grid {rates}. Pictures are
-drawn in bfloat16 with {steps} DDIM steps and guidance {guidance}, one for each of {prompts} prompts,
-seeds 0 .. {prompts} - 1, nothing picked.
+`python -m eval ablation` made this file and its pictures; [results/ablation.json](results/ablation.json) has every row, and says what
+its entries are. {size}; the same data order, noise and initial projection for all forms of one seed, a rate for
+each from the grid {rates}. Pictures are drawn in bfloat16 with {steps} DDIM steps and guidance {guidance}, one for each of
+{prompts} prompts, seeds 0 .. {prompts} - 1, nothing picked.
 
 ## The primary endpoint
 
-Named before the runs: **the palette error against the image prompt where {level} of the pictures follow a conflicting text**,
-interpolated on the curve that a form draws as lambda grows. Lower is better. The interval comes from resampling seeds and prompts together,
-paired by seed. It is conditional on one base model and one CLIP, those of the mini world. Plus reads other features than the
-rest: it belongs to Figure 11, not to this comparison.
+Named before the runs: **the error against the image prompt where {level} of the pictures follow a conflicting text**,
+interpolated on the curve that a form draws as lambda grows; lower is better. The primary difference is the paper's:
+{second}, minus {first}.
+{measures}
+
+Intervals come from resampling seeds and prompts together, paired by seed (the half-width of the primary difference: {width});
+the p-values of the other differences are Holm's. All of it is conditional on one base model and one CLIP. Plus reads other
+features than the rest: it belongs to Figure 11, not to this comparison.
 
 {primary}
 
-![text-following against palette error](results/ablation_curves.png)
+![following the text against the error](results/ablation_curves.png)
 
 The first prompts of the conflict, in order, each form at the best of its lambdas, seed 0:
 
@@ -218,10 +292,13 @@ The first prompts of the conflict, in order, each form at the best of its lambda
 
 ![image mass](results/ablation_mass.png)
 
+## Are so few steps enough?
+
+{checked}
+
 ## Every task
 
-Concept and background: the text's on the conflict, else the picture's. Drawing: which of its concept's drawings the picture
-shows. Placement: distance from the image prompt's centre and size, in pixels. CLIP-I and CLIP-T: cosines by {scorer}.
+`python -m eval ablation --cell simple:0:conflict` draws and reads one cell again.
 
 ### The picture alone
 
@@ -235,3 +312,12 @@ shows. Placement: distance from the image prompt's centre and size, in pixels. C
 
 {conflict}
 """
+WORLD = """
+A picture follows the text when the judge (eval/attributes.py) sees the text's concept in it; the error is the CIELAB difference of
+its palette from the image prompt's (CIE76, the mean over the pair). In the tables below concept and background are the text's on
+the conflict, else the picture's; drawing is which of its concept's drawings is shown; placement is the distance from the image
+prompt's centre and size, in pixels. CLIP-I and CLIP-T are cosines by {scorer}; CLIPScore is 2.5 max(cos, 0) of the latter."""
+FILES = """
+Of these pictures no truth is known. How far one follows the text is its CLIP-T as a share of what the text alone gets; the error
+is 100 (1 - CLIP-I); the conflicting text is another picture's caption. CLIP-I and CLIP-T are cosines by {scorer};
+CLIPScore is 2.5 max(cos, 0) of the latter."""

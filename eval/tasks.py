@@ -7,11 +7,12 @@ Three tasks, each over the same reference pictures:
 
 Rows that anchor them: the true conflict pictures, the same through the VAE, the text alone, a shuffled image prompt, and no image
 prompt but the adapter's null image, which in a joint softmax still takes its share of the attention.
+
+Of a user's pictures no truth is known: there the conflicting text is another picture's caption, and CLIP alone reads.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from eval import attributes, clip_score, world
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
-from sampling.images import to_images
+from model.image_encoder import centre_square
+from sampling.images import open_image, to_images
 from sampling.pipeline import Pipeline
 from train.vae import to_tensor
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, CONCEPTS, Scene, caption, pictures, random_scene
@@ -50,82 +53,106 @@ def drawings(scene: Scene) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What draws and reads every picture of a study: the prompts, the judge and the second CLIP."""
+class Prompts:
+    """n image prompts; for each the caption of itself and one that conflicts; in the mini world also the truth."""
 
-    pipeline: Pipeline
-    test: world.Task
-    judge: attributes.Judge
-    scorer: clip_score.Scorer
-    steps: int = 12
-    guidance: float = 4.0
+    images: list[Image.Image]
+    own: list[str]
+    other: list[str]
+    truth: world.Task | None = None
 
     @classmethod
-    def of(cls, weights: Path, pipeline: Pipeline, prompts: int, steps: int, guidance: float) -> Bench:
-        judge, scorer = attributes.load(weights / "judge.safetensors"), clip_score.load(weights)
-        return cls(pipeline, world.task(prompts, seed=3), judge, scorer, steps, guidance)
+    def of_the_world(cls, n: int, seed: int = 3) -> Prompts:
+        test = world.task(n, seed)
+        own = [caption(CONCEPT_NAMES[s.concept], None, BACKGROUND_NAMES[s.background]) for s in test.references]
+        return cls(to_images(test.pixels), own, test.captions(), test)
 
-    def first(self, n: int) -> Bench:
-        """The same with the first n prompts alone."""
-        t = self.test
-        return replace(self, test=world.Task(t.references[:n], t.pixels[:n], t.concept[:n], t.background[:n]))
+    @classmethod
+    def of_files(cls, files: Sequence[tuple[Path, str]], side: int) -> Prompts:
+        """A user's pictures, each against the next one's caption. Raises ValueError when there are fewer than two."""
+        if len(files) < 2:
+            raise ValueError("two held-out pictures at least are needed, and every 50th is held out: give 51 or more")
+        images = [centre_square(open_image(file), side, Image.Resampling.BILINEAR) for file, _ in files]
+        own = [text for _, text in files]
+        return cls(images, own, own[1:] + own[:1])
+
+    @property
+    def pixels(self) -> Tensor:
+        """`n 3 h w` in [-1, 1]."""
+        return to_tensor(np.stack([np.array(image) for image in self.images]))
+
+    def first(self, n: int) -> Prompts:
+        t = self.truth
+        truth = t and world.Task(t.references[:n], t.pixels[:n], t.concept[:n], t.background[:n])
+        return Prompts(self.images[:n], self.own[:n], self.other[:n], truth)
 
     def texts(self, task: str) -> list[str]:
         """The text of each prompt of a task."""
-        if task == "conflict":
-            return self.test.captions()
-        scenes = self.test.references
-        own = [caption(CONCEPT_NAMES[s.concept], None, BACKGROUND_NAMES[s.background]) for s in scenes]
-        return own if task == "agreeing" else [""] * len(own)
+        return {"picture": [""] * len(self.own), "agreeing": self.own, "conflict": self.other}[task]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What draws and reads every picture of a study: the prompts, a CLIP, and in the mini world the judge."""
+
+    pipeline: Pipeline
+    prompts: Prompts
+    scorer: clip_score.Scorer
+    judge: attributes.Judge | None
+    steps: int = 12
+    guidance: float = 4.0
+
+    def first(self, n: int) -> Bench:
+        """The same with the first n prompts alone."""
+        return replace(self, prompts=self.prompts.first(n))
 
     def read(self, task: str, drawn: Tensor, **cell: Any) -> Row:
-        """What pictures show, one entry a prompt: concept, background, palette and placement error by the judge; CLIP-I, CLIP-T."""
-        seen, own = attributes.read(self.judge, drawn), attributes.truth(self.test.references)
-        images, texts = to_images(drawn), self.texts(task)
-        row = {
-            "task": task,
-            **cell,
+        """What pictures show, one entry a prompt: CLIP-I, and CLIP-T where there is a text (cosines); where the truth is known
+        also concept, background, palette and placement error by the judge."""
+        images, texts = to_images(drawn), self.prompts.texts(task)
+        row = {"task": task, **cell}
+        if self.prompts.truth is not None:
+            row |= self._judged(task, drawn, self.prompts.truth.references)
+        row["clip_i"] = rounded(self.scorer.clip_i(images, self.prompts.images), 3)
+        return row if task == "picture" else row | {"clip_t": rounded(self.scorer.clip_t(images, texts), 3)}
+
+    def _judged(self, task: str, drawn: Tensor, references: list[Scene]) -> Row:
+        assert self.judge is not None
+        seen, own = attributes.read(self.judge, drawn), attributes.truth(references)
+        row: Row = {
             "concept": seen.concept.argmax(dim=1).tolist(),
             "background": seen.background.argmax(dim=1).tolist(),
             "palette_error": rounded(attributes.delta_e(seen.palette, own["palette"]), 1),
             "placement_error": rounded((seen.placement - own["placement"]).norm(dim=-1), 1),
-            "clip_i": rounded(self.scorer.clip_i(images, to_images(self.test.pixels)), 3),
         }
-        if task != "conflict":
-            row["drawing"] = self.nearest(drawn)
-        return row if task == "picture" else row | {"clip_t": rounded(self.scorer.clip_t(images, texts), 3)}
+        return row if task == "conflict" else row | {"drawing": nearest(references, drawn)}
 
     def embedding(self, adapter: IPAdapter) -> Tensor:
-        """What the adapter reads of the reference pictures, `n 1 ...`."""
-        return world.embedding(replace(self.pipeline, adapters=(adapter,)), self.test.pixels)
-
-    @functools.cached_property
-    def _drawings(self) -> list[Tensor]:
-        return [drawings(scene) for scene in self.test.references]
-
-    def nearest(self, drawn: Tensor) -> list[int]:
-        """Which of its concept's drawings each picture shows: the nearest in pixels, all of them rendered as the reference is."""
-        return [
-            int((each - x).square().mean(dim=(1, 2, 3)).argmin()) for each, x in zip(self._drawings, drawn, strict=True)
-        ]
+        """What the adapter reads of the image prompts, `n 1 ...`."""
+        pipeline = replace(self.pipeline, adapters=(adapter,))
+        return torch.cat([pipeline.embed([image]) for image in self.prompts.images])
 
     def draw(self, task: str, adapter: IPAdapter | None, fuse: Fuse, embedding: Tensor | None, lam: float) -> Tensor:
         """One picture a prompt, seeds 0 .. n-1, in bfloat16."""
         pipeline, name = replace(self.pipeline, adapters=(adapter,) if adapter else ()), f"{task}, lambda {lam:g}"
-        return world.draw(pipeline, self.texts(task), embedding, lam, self.guidance, self.steps, name, fuse)
+        return world.draw(pipeline, self.prompts.texts(task), embedding, lam, self.guidance, self.steps, name, fuse)
 
     def anchors(self) -> list[Row]:
-        """Rows between which every form lies: the truth, the truth through the VAE, and the text without a picture."""
-        true = oracle(self.test)
-        with torch.no_grad():
-            through = torch.cat([self.pipeline.vae.decode(self.pipeline.vae.encode(part)) for part in true.split(64)])
+        """Rows between which every form lies: the text without a picture; where it is known the truth, and that through the VAE."""
         rows = [
+            self.read(task, self.draw(task, None, decoupled, None, 0.0), form="text alone")
+            for task in ("agreeing", "conflict")
+        ]
+        if self.prompts.truth is None:
+            return rows
+        true, vae = oracle(self.prompts.truth), self.pipeline.vae
+        with torch.no_grad():
+            through = torch.cat([vae.decode(vae.encode(part)) for part in true.split(64)])
+        return [
             self.read("conflict", true, form="truth"),
             self.read("conflict", through, form="truth, through the VAE"),
+            *rows,
         ]
-        for task in ("agreeing", "conflict"):
-            rows.append(self.read(task, self.draw(task, None, decoupled, None, 0.0), form="text alone"))
-        return rows
 
     def cell(self, task: str, adapter: IPAdapter, fuse: Fuse, lambdas: Sequence[float], **where: Any) -> list[Row]:
         """One row a lambda."""
@@ -141,6 +168,14 @@ class Bench:
             self.read("conflict", self.draw("conflict", adapter, fuse, other, 1.0), **where, control=name)
             for name, other in (("shuffled", own.roll(1, dims=0)), ("null", none))
         ]
+
+
+def nearest(references: list[Scene], drawn: Tensor) -> list[int]:
+    """Which of its concept's drawings each picture shows: the nearest in pixels, all of them rendered as the reference is."""
+    found = []
+    for scene, x in zip(references, drawn, strict=True):
+        found.append(int((drawings(scene) - x).square().mean(dim=(1, 2, 3)).argmin()))
+    return found
 
 
 def rounded(values: Tensor, digits: int) -> list[float]:

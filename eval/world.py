@@ -113,13 +113,13 @@ def draw(
     batch: int = 64,
 ) -> Tensor:
     """One picture for each prompt, beside what an adapter reads of its image prompt, `n 1 ...`, if any; seeds 0 .. n-1, in bfloat16."""
-    drawn = []
+    drawn, device = [], next(pipeline.unet.parameters()).device.type
     for first in tqdm(range(0, len(prompts), batch), desc=name, unit="batch"):
         rows = slice(first, min(first + batch, len(prompts)))
         seen, seeds = None if pictured is None else pictured[rows], list(range(rows.start, rows.stop))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             x = pipeline.draw(prompts[rows], seeds, seen, scale=scale, guidance=guidance, steps=steps, fuse=fuse)
-        drawn.append(x.float())
+        drawn.append(x.float().cpu())
     return torch.cat(drawn)
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval import attributes, calibration, clip_score, report, world
+from eval import attributes, calibration, clip_score, report
 from eval.ablation import FORMS, SHARES, untrained
-from eval.tasks import Bench, drawings, oracle
+from eval.tasks import Bench, Prompts, drawings, nearest, oracle
 from sampling.pipeline import load
 from train import clip
 from train.adapter import Setting
@@ -43,7 +43,7 @@ def bench() -> Bench:
         "none", lambda pictures: torch.ones(len(pictures), 2), lambda texts: torch.ones(len(texts), 2)
     )
     judge = attributes.load(WEIGHTS / "judge.safetensors")
-    return Bench(pipeline, world.task(12, seed=3), judge, scorer, steps=2)
+    return Bench(pipeline, Prompts.of_the_world(12), scorer, judge, steps=2)
 
 
 def test_forms_of_one_seed_start_from_the_same_projection(settings: dict[bool, Setting]) -> None:
@@ -69,21 +69,22 @@ def test_forms_differ_in_what_is_trained(settings: dict[bool, Setting]) -> None:
 
 def test_the_truth_is_read_as_what_it_is(bench: Bench) -> None:
     """The true conflict pictures follow the text in concept and background, the picture in its palette (CIE76 below 5)."""
-    row = bench.read("conflict", oracle(bench.test), form="truth")
-    assert row["concept"] == bench.test.concept.tolist() and row["background"] == bench.test.background.tolist()
+    test = bench.prompts.truth
+    assert test is not None and torch.equal(bench.prompts.pixels, test.pixels)
+    row = bench.read("conflict", oracle(test), form="truth")
+    assert row["concept"] == test.concept.tolist() and row["background"] == test.background.tolist()
     assert np.mean(row["palette_error"]) < 5
-    own = bench.read("picture", bench.test.pixels, form="itself")
-    assert own["concept"] == [scene.concept for scene in bench.test.references]
-    assert np.mean(own["placement_error"]) < 2 and own["drawing"] == [s.drawing for s in bench.test.references]
+    own = bench.read("picture", test.pixels, form="itself")
+    assert own["concept"] == [scene.concept for scene in test.references]
+    assert np.mean(own["placement_error"]) < 2 and own["drawing"] == [s.drawing for s in test.references]
 
 
-def test_the_nearest_drawing_is_told_among_all(bench: Bench) -> None:
+def test_the_nearest_drawing_is_told_among_all() -> None:
     many = [i for i in range(200) if len(CONCEPTS[CONCEPT_NAMES[World("val")[i].concept]]) > 1][:6]
     scenes = [World("val")[i] for i in many]
     other = [replace(s, drawing=(s.drawing + 1) % len(drawings(s))) for s in scenes]
-    here = replace(bench, test=replace(bench.test, references=scenes))
-    assert here.nearest(torch.stack([drawings(s)[s.drawing] for s in scenes])) == [s.drawing for s in scenes]
-    assert here.nearest(torch.stack([drawings(s)[s.drawing] for s in other])) == [s.drawing for s in other]
+    assert nearest(scenes, torch.stack([drawings(s)[s.drawing] for s in scenes])) == [s.drawing for s in scenes]
+    assert nearest(scenes, torch.stack([drawings(s)[s.drawing] for s in other])) == [s.drawing for s in other]
 
 
 def test_controls_are_not_the_picture(bench: Bench) -> None:
@@ -117,8 +118,8 @@ def results() -> report.Results:
                     rows.append(row(follows, error + worse + later, **where))
     return {
         "study": {"seeds": 3, "level": 0.8, "resamples": 200, "forms": ["ip_adapter", "simple"]},
-        "rows": rows,
-        "wanted": {"concept": wanted, "background": wanted},
+        "units": {"rows-": {"value": rows}},
+        "truth": {"wanted": {"concept": wanted, "background": wanted}},
         "rates": {form: {"chosen": 1e-3} for form in ("ip_adapter", "simple")},
         "parameters": {"ip_adapter": 1234, "simple": 567},
     }
@@ -133,6 +134,7 @@ def test_the_endpoint_is_read_where_text_is_followed_equally_often() -> None:
     assert summary["difference"]["simple"]["low"] > 0 and summary["difference"]["simple"]["p"] < 0.05
     assert summary["share"]["simple"]["0.5"] == pytest.approx([45] * 3, abs=0.1)
     assert "| 1,234 | 0.001 | 35.0 ± 0.0 |" in report.primary(found)
+    assert report.half_width(found) < 1
     assert report.best_lambda(found, "ip_adapter") == 1.0
 
 

@@ -62,7 +62,7 @@ def _computed(
     return load_file(cache)
 
 
-def _name(module: nn.Module) -> str:
+def fingerprint(module: nn.Module) -> str:
     """A few digits that change when a module's weights do."""
     digest = hashlib.sha256()
     for tensor in module.state_dict().values():
@@ -78,7 +78,7 @@ def latents(vae: VAE, batches: Callable[[int], Tensor], count: int, folder: Path
         mean, logvar = vae.moments(x.to(weight))
         return {"mean": mean * vae.config.scale, "std": (0.5 * logvar).exp() * vae.config.scale}
 
-    found = _computed(folder / f"{data}-latents-{_name(vae)}.safetensors", batches, count, encode)
+    found = _computed(folder / f"{data}-latents-{fingerprint(vae)}.safetensors", batches, count, encode)
     return found["mean"], found["std"]
 
 
@@ -88,7 +88,7 @@ def features(
     """(images, null) of `Pairs` for `count` batches of pixels `b 3 s s`: image embeddings, or fine features."""
     weight, size = next(image.parameters()), image.config.image_size
     read: Callable[[Tensor], Tensor] = image.fine if fine else image
-    cache = folder / f"{data}-{'fine' if fine else 'images'}-{_name(image)}.safetensors"
+    cache = folder / f"{data}-{'fine' if fine else 'images'}-{fingerprint(image)}.safetensors"
     images = _computed(cache, batches, count, lambda x: {"images": read(x.to(weight))})["images"]
     with torch.no_grad():
         null = read(torch.zeros(1, 3, size, size).to(weight))[0].cpu() if fine else torch.zeros(images.shape[1])
