@@ -304,10 +304,16 @@ def _written(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+_LINES = re.compile(r"\n *")
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON under a temporary name, then renames it."""
+    """Writes JSON, a list of plain values on one line, under a temporary name, then renames it."""
+    text = re.sub(
+        r"\[\n([^][{}]*)\n *\]", lambda found: f"[{_LINES.sub(' ', found[1]).strip()}]", json.dumps(data, indent=1)
+    )
     with _written(path) as part:
-        part.write_text(json.dumps(data, indent=1) + "\n")
+        part.write_text(text + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:

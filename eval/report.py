@@ -246,7 +246,7 @@ def run(place: Place, study: Study, out: Path, jobs: int) -> None:
     while True:
         results = evaluate(place, study, jobs)
         results["summary"] = summary(results)
-        if half_width(results) <= study.half_width or study.seeds >= study.most_seeds:
+        if not half_width(results) > study.half_width or study.seeds >= study.most_seeds:  # it may be no number
             break
         study = replace(study, seeds=study.seeds + 1)
     weights_convert.write_json(path, {"schema": SCHEMA, **results})

@@ -110,7 +110,7 @@ def draw(
     steps: int,
     name: str,
     fuse: Fuse = decoupled,
-    batch: int = 64,
+    batch: int = 32,
 ) -> Tensor:
     """One picture for each prompt, beside what an adapter reads of its image prompt, `n 1 ...`, if any; seeds 0 .. n-1, in bfloat16."""
     drawn, device = [], next(pipeline.unet.parameters()).device.type

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import weights_convert
+from eval import __main__ as commands
 from eval import attributes, calibration, clip_score, report
 from eval.ablation import FORMS, SHARES, untrained
 from eval.tasks import Bench, Prompts, drawings, nearest, oracle
@@ -157,24 +160,61 @@ def test_the_second_clip_can_be_trained() -> None:
 
 
 def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
-    """Training, drawing, reading and the report; a second call does nothing again and gives the same digits."""
-    command = [
-        sys.executable,
-        "-m",
-        "eval",
-        "ablation",
-        "--smoke",
-        "--state",
-        str(tmp_path / "state"),
-        "--out",
-        str(tmp_path),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    """Training, drawing, reading and the report. Another machine, which has the published files alone, does nothing again and
+    gets the same digits; a cell that is drawn again has them too."""
+
+    def call(*options: str) -> str:
+        command = [sys.executable, "-m", "eval", "ablation", "--out", str(tmp_path), *options]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    smoke, state = ("--smoke", "--state", str(tmp_path / "state")), tmp_path / "state"
+    call(*smoke)
     written = (tmp_path / "results" / "ablation.json").read_text()
     made = json.loads(written)
-    assert {row["form"] for row in made["rows"]} >= set(made["study"]["forms"])
+    rows = report.rows_of(made)
+    assert {row["form"] for row in rows} >= set(made["study"]["forms"]) and made["truth"]["wanted"]["concept"]
+    assert set(made) <= set(made["schema"]) | {"schema"} and set(rows[-1]) - {"concept", "background", "drawing"} <= {
+        *("form", "seed", "share", "task", "lambda", "control", "palette_error", "placement_error", "clip_i", "clip_t")
+    }
     text = (tmp_path / "RESULTS.md").read_text()
-    assert all((tmp_path / name).exists() for name in ("results/ablation_pictures.png", "results/ablation_mass.png"))
     assert report.primary(made) in text
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert (tmp_path / "results" / "ablation.json").read_text() == written
+    assert all((tmp_path / link).exists() for link in re.findall(r"\]\((.*?)\)", text))
+    for file in state.glob("*"):
+        if not file.name.startswith(("train-", "val-")):
+            file.unlink()
+    call(*smoke)
+    assert (tmp_path / "results" / "ablation.json").read_text() == written and not list(state.glob("*.pt"))
+    assert "| 0.5 |" in (again := call("--cell", "plus:1:agreeing")) and "equal, digit by digit" in again
+    made["units"]["rows-plus-1"]["value"][-1]["clip_i"][0] += 0.001
+    (tmp_path / "results" / "ablation.json").write_text(json.dumps(made))
+    assert "equal, digit by digit" in call("--cell", "plus:1:agreeing")
+    assert "not equal to" in call("--cell", "plus:1:conflict")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--smoke"], "name another folder"),
+        (["--base", "sd15.safetensors"], "go together"),
+        (["--base", "b", "--data", "d"], "--scorer ViT-L-14:openai"),
+        (["--cell", "plus:99:agreeing"], "is no cell|is not there"),
+        (["--cell", "plus"], "is no cell|is not there"),
+    ],
+)
+def test_what_does_not_go_together_is_told_first(options: list[str], says: str) -> None:
+    args = commands.parser().parse_args(["ablation", *options])
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        commands.run(args)
+
+
+def test_a_clip_that_is_none_is_told() -> None:
+    with pytest.raises(ValueError, match="ViT-L-14:openai"):
+        clip_score.find("nothing")
+
+
+def test_a_json_list_of_plain_values_is_one_line(tmp_path: Path) -> None:
+    data = {"a": [1, 2.5, "x, [y]", None], "b": [[1], [2, 3]], "c": [], "d": [{"e": ["f\n", "g"]}]}
+    weights_convert.write_json(tmp_path / "x.json", data)
+    assert json.loads((tmp_path / "x.json").read_text()) == data
+    weights_convert.write_json(tmp_path / "y.json", {"a": [1, 2, {"b": ["c", "d"]}]})
+    assert '["c", "d"]' in (tmp_path / "y.json").read_text()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from eval import __main__ as measures
 from model.image_encoder import ImageConfig
 from model.text_encoder import END, TextConfig, words_of
 from model.unet import UNetConfig
@@ -447,6 +448,29 @@ def test_an_adapter_is_trained_on_the_files_of_a_base_model(
     files.peers[0].unload_ip_adapter()
     with pytest.raises(ValueError, match="name one with --image-encoder"):
         train.main(["adapter", *[o for o in options if o not in ("--image-encoder", str(files.encoder))]])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_ablation_runs_on_the_files_of_a_base_model(
+    model: Callable[[str], Model], pictures: list[Path], tmp_path: Path
+) -> None:
+    """As with official weights and one's own pictures: no truth, so CLIP alone reads; every form is trained and drawn with."""
+    files = model("sd15")
+    data = [{"image_file": str(pictures[i % 3]), "text": f"picture {i}"} for i in range(101)]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    named = {"base": files.base, "image-encoder": files.encoder, "data": tmp_path / "data.json", "scorer": "weights"}
+    named |= {"state": tmp_path / "state", "out": tmp_path, "seeds": 1, "steps": 4, "batch": 2, "jobs": 2}
+    options = [str(part) for name, value in named.items() for part in (f"--{name}", value)]
+    measures.run(measures.parser().parse_args(["ablation", "--smoke", *options]))
+    found = json.loads((tmp_path / "results" / "ablation.json").read_text())
+    assert found["prompts"]["agreeing"] == ["picture 0", "picture 50", "picture 100"]
+    assert found["prompts"]["conflict"] == ["picture 50", "picture 100", "picture 0"]
+    assert "truth" not in found and set(found["summary"]["endpoint"]) == set(found["study"]["forms"])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "no truth is known" in text and "another picture's caption" in text
+    trained = load_file(tmp_path / "results" / "ablation" / "ip_adapter-0.safetensors")
+    files.peers[0].unet._load_ip_adapter_weights([nested(trained)])
+    files.peers[0].unload_ip_adapter()
 
 
 def nested(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
