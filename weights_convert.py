@@ -235,8 +235,9 @@ def _read(file: File, theirs: tuple[str, ...], like: Tensor, transposed: bool, d
             )
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     tensor = (tensor.T if transposed else tensor).reshape(like.shape)
-    ours = torch.empty_like(like, dtype=dtype or tensor.dtype, device="cpu").copy_(tensor)
-    if not _finite(ours):
+    flat = torch.empty(like.numel(), dtype=dtype or tensor.dtype)
+    ours = flat.as_strided(like.shape, like.stride()).copy_(tensor)
+    if not _finite(flat):
         raise ValueError(f"{file.path} holds values that are not finite in {ours.dtype}, in {theirs[0]}")
     return ours
 
