@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 import weights_convert
 from eval.ablation import FORMS, Place, Study
-from eval.report import Results, best_lambda, curves, select
+from eval.report import Results, best_lambda, curves, mass, masses, select
 from sampling.images import to_images
 from sampling.sheets import sheet
 
@@ -58,17 +58,16 @@ def plot_gains(results: Results, path: Path) -> None:
 def plot_mass(results: Results, path: Path) -> None:
     """1 - g over layers and over timesteps, after the whole training; with all text keys, and with the words alone."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    masses = (unit["value"] for name, unit in results["units"].items() if name.startswith("mass-"))
-    rows = select(list(itertools.chain(*masses)), share=1.0)
+    rows = select(masses(results), share=1.0)
     for key, axes in zip(("layer", "t"), panels, strict=True):
         ticks = sorted({row[key] for row in rows})
         for form, words, picture in itertools.product(
             dict.fromkeys(row["form"] for row in rows), sorted({row["words"] for row in rows}), ("own", "null")
         ):
-            mine = select(rows, form=form, words=words, picture=picture)
-            mass = [np.mean([row["heads"] for row in select(mine, **{key: tick})]) for tick in ticks]
+            where = {"form": form, "share": 1.0, "words": words, "picture": picture}
+            line = [mass(results, **where, **{key: tick}) for tick in ticks]
             label = f"{form}, {words} text keys, {'its picture' if picture == 'own' else 'no picture'}"
-            axes.plot(ticks, mass, marker="o", markersize=3, linestyle="-" if picture == "own" else ":", label=label)
+            axes.plot(ticks, line, marker="o", markersize=3, linestyle="-" if picture == "own" else ":", label=label)
         axes.set_xlabel({"layer": "layer, in execution order", "t": "timestep"}[key])
     panels[0].set_ylabel("share of the attention that image keys take")
     panels[1].legend(fontsize=6)

@@ -41,6 +41,17 @@ def rows_of(results: Results) -> list[Row]:
     return list(itertools.chain(*(unit["value"] for name, unit in units if name.startswith(("rows-", "anchors")))))
 
 
+def masses(results: Results) -> list[Row]:
+    """All masses of the joint softmaxes."""
+    units = results["units"].items()
+    return list(itertools.chain(*(unit["value"] for name, unit in units if name.startswith("mass-"))))
+
+
+def mass(results: Results, **where: Any) -> float:
+    """The mean of 1 - g over the heads of all masses whose entries are these."""
+    return float(np.mean([row["heads"] for row in select(masses(results), **where)]))
+
+
 def select(rows: Sequence[Row], **where: Any) -> list[Row]:
     """The rows whose entries are these; None is an entry that is not there."""
     return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
