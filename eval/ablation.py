@@ -12,7 +12,8 @@ another machine goes on.
 
 from __future__ import annotations
 
-import itertools
+import functools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from model.adapter import IPAdapter
 from model.attention import Fuse, concatenated, decoupled
 from sampling.pipeline import load
 from train import adapter as training
+from train import checkpoint
 from train.adapter import Setting, Source
 from train.data import captioned_files, fingerprint
 from train.loop import Plan
@@ -79,9 +81,10 @@ class Study:
     rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3, 27e-3)
     rate_steps: int = 100
     seeds: int = 5
+    fine_seeds: int = 2  # of Plus, which is beside the comparison
     most_seeds: int = 10
     half_width: float = 3.0
-    prompts: int = 96
+    prompts: int = 80
     draw_steps: int = 12
     check_steps: int = 50
     guidance: float = 4.0
@@ -99,6 +102,9 @@ class Study:
     def rate_plan(self, form: str, rate: float) -> Plan:
         steps = self.rate_steps
         return replace(self.plan(form, 1000, rate), name=f"{form}-rate-{rate:g}", steps=steps, validate_every=steps)
+
+    def seeds_of(self, form: str) -> range:
+        return range(min(self.seeds, self.fine_seeds) if FORMS[form].fine else self.seeds)
 
     def drawing(self) -> dict[str, Any]:
         """What pictures depend on beside the weights."""
@@ -152,7 +158,13 @@ class Place:
         return Bench(pipeline, prompts, scorer, judge, study.draw_steps, study.guidance)
 
     def setting(self, study: Study, form: str) -> Setting:
-        return training.prepare(replace(self.source, fine=FORMS[form].fine), self.state, study.device)
+        return prepared(replace(self.source, fine=FORMS[form].fine), self.state, study.device)
+
+
+@functools.cache
+def prepared(source: Source, folder: Path, device: str) -> Setting:
+    """What a form is trained on; once in a process, as nothing changes it."""
+    return training.prepare(source, folder, device)
 
 
 def as_many(setting: Setting) -> int:
@@ -172,9 +184,14 @@ def untrained(setting: Setting, form: Form, seed: int) -> IPAdapter:
     return setting.adapter(form.own, tokens)
 
 
+def plain(data: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back, which has no tuples."""
+    return dict(json.loads(json.dumps(data)))
+
+
 def kept(path: Path, key: dict[str, Any], make: Callable[[], T]) -> T:
-    """make(), or what it gave when it was last called for the same key; a value that JSON holds."""
-    if path.exists() and (found := weights_convert.read_json(path))["key"] == key:
+    """make(), or what it gave when it was last called for the same key; a value that JSON holds, as the key."""
+    if path.exists() and (found := weights_convert.read_json(path))["key"] == plain(key):
         value: T = found["value"]
         return value
     value = make()
@@ -197,10 +214,12 @@ def try_rate(place: Place, study: Study, form: str, rate: float) -> float:
 def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None:
     """Trains one adapter; writes what it is after each share of its steps, where that is not there."""
     plan, fuse = study.plan(form, seed, rate), FORMS[form].fuse
-    settings = {"base": place.base, **asdict(plan)}
+    settings, state = plain({"base": place.base, **asdict(plan)}), place.state / f"{plan.name}.pt"
     missing = [share for share in SHARES if place.card(form, seed, share).get("settings") != settings]
     if not missing:
         return
+    if (found := checkpoint.load(state)) and found["step"] > round(missing[0] * plan.steps):
+        state.unlink()  # what a share was can't be had from a state that is past it
     setting = place.setting(study, form)
     for share in SHARES:
         start = untrained(setting, FORMS[form], seed)
@@ -304,8 +323,8 @@ def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
     """Does every unit of work that is not done; returns them all, and what is needed to read them."""
     bench = place.bench(study)  # what will read the pictures must be there before hours of training
     place = replace(place, base=fingerprint(bench.pipeline.unet))
-    for fine in {FORMS[form].fine for form in study.forms}:  # once, before many processes want it
-        training.prepare(replace(place.source, fine=fine), place.state, study.device)
+    for form in study.forms:  # computed once, before many processes want it
+        place.setting(study, form)
     joint = [form for form in study.forms if FORMS[form].fuse is concatenated]
     with workers(jobs) as pool:
         grid = {
@@ -313,8 +332,9 @@ def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
         }
         gains = shared_out(pool, grid, "rates")
         rates = {form: max(study.rates, key=lambda rate: gains[form, rate]) for form in study.forms}
-        # seed by seed, so that what is done early is already a comparison
-        pairs = list(itertools.product(range(study.seeds), study.forms))
+        # seed by seed, so that what is done early is already a comparison; what is beside it comes last
+        pairs = [(seed, form) for form in study.forms for seed in study.seeds_of(form)]
+        pairs.sort(key=lambda pair: (FORMS[pair[1]].fine, pair[0]))
         work: dict[str, Callable[[], list[Row]]] = {"anchors": partial(anchors, place, study)}
         work |= {f"rows-{form}-{seed}": partial(unit, place, study, form, seed, rates[form]) for seed, form in pairs}
         shared_out(pool, work, "adapters")
@@ -322,7 +342,7 @@ def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
         more |= {f"steps-{form}": partial(checked, place, study, form, rates[form]) for form in (FIRST, PRIMARY)}
         shared_out(pool, more, "image mass, more steps")
     names = [*(study.rate_plan(*pair).name for pair in grid), *work, *more]
-    cards = {form: [place.card(form, seed) for seed in range(study.seeds)] for form in study.forms}
+    cards = {form: [place.card(form, seed) for seed in study.seeds_of(form)] for form in study.forms}
     prompts = bench.prompts
     results: dict[str, Any] = {
         "study": asdict(study),

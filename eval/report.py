@@ -80,9 +80,9 @@ def error(row: Row) -> Array:
 def curves(results: Results, form: str, share: float = 1.0) -> Rows:
     """The conflict rows of a form, `seeds lambdas prompts`; the first lambda is 0, the text alone."""
     conflict = select(rows_of(results), task="conflict", control=None)
-    (alone,), seeds = select(conflict, form="text alone"), range(results["study"]["seeds"])
-    mine = [select(conflict, form=form, seed=seed, share=share) for seed in seeds]
-    rows = [[alone, *sorted(each, key=lambda row: float(row["lambda"]))] for each in mine]
+    (alone,), mine = select(conflict, form="text alone"), select(conflict, form=form, share=share)
+    seeds = sorted({row["seed"] for row in mine})
+    rows = [[alone, *sorted(select(mine, seed=seed), key=lambda row: float(row["lambda"]))] for seed in seeds]
     follow = np.array([[following(results, row, alone) for row in each] for each in rows])
     return Rows(follow, np.array([[error(row) for row in each] for each in rows]))
 
@@ -93,7 +93,10 @@ def summary(results: Results) -> dict[str, Any]:
     study = results["study"]
     level, forms = study["level"], list(study["forms"])
     whole = {form: curves(results, form) for form in forms}
-    found = {form: difference(whole[form], whole[FIRST], level, study["resamples"]) for form in forms if form != FIRST}
+    first = {form: whole[FIRST].first(len(rows.error)) for form, rows in whole.items()}  # of as many seeds
+    found = {
+        form: difference(rows, first[form], level, study["resamples"]) for form, rows in whole.items() if form != FIRST
+    }
     p = {form: each.p for form, each in found.items()}
     p |= holm({form: p[form] for form in found if form != PRIMARY})
     return {
@@ -201,7 +204,8 @@ def half_width(results: Results) -> float:
 def markdown(results: Results) -> str:
     """RESULTS.md."""
     study, forms = results["study"], results["study"]["forms"]
-    size = f"{len(forms)} forms, {study['seeds']} seeds each, {study['steps']} steps of {study['batch']} pictures"
+    size = f"{len(forms)} forms, {study['seeds']} seeds each (of Plus {min(study['seeds'], study['fine_seeds'])})"
+    size += f", {study['steps']} steps of {study['batch']} pictures"
     return TEXT.format(
         size=size,
         level=f"{study['level']:.0%}",
@@ -228,10 +232,10 @@ def cell(place: Place, out: Path, name: str) -> str:
     results = weights_convert.read_json(out / "results" / "ablation.json")
     study = Study(**{key: tuple(v) if isinstance(v, list) else v for key, v in results["study"].items()})
     form, seed, task = (*name.split(":"), "", "")[:3]
-    if form not in study.forms or seed not in map(str, range(study.seeds)) or task not in TASKS:
+    if form not in study.forms or seed not in map(str, study.seeds_of(form)) or task not in TASKS:
         raise ValueError(
-            f"{name} is no cell: give FORM:SEED:TASK, a form of {', '.join(study.forms)}, a seed below {study.seeds}, "
-            f"a task of {', '.join(TASKS)}"
+            f"{name} is no cell: give FORM:SEED:TASK, a form of {', '.join(study.forms)}, a seed below {study.seeds} "
+            f"(of Plus below {study.fine_seeds}), a task of {', '.join(TASKS)}"
         )
     torch.set_num_threads(1)  # as the published run
     bench, form_ = place.bench(study), FORMS[form]

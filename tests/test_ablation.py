@@ -6,22 +6,24 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import weights_convert
 from eval import __main__ as commands
 from eval import attributes, calibration, clip_score, report
-from eval.ablation import FORMS, SHARES, untrained
+from eval.ablation import FORMS, SHARES, SMOKE, Place, Study, kept, train, untrained
 from eval.tasks import Bench, Prompts, drawings, nearest, oracle
 from sampling.pipeline import load
-from train import clip
-from train.adapter import Setting
+from train import checkpoint, clip
+from train.adapter import Setting, Source
 from train.data import Pairs
 from train.loop import Plan, generator
 from train.world import CONCEPT_NAMES, CONCEPTS, World
@@ -157,6 +159,42 @@ def test_the_second_clip_can_be_trained() -> None:
     assert isinstance(plan, Plan)
     loss = clip.clip_loss(towers, clip.batch_of(towers.text, plan, 0), generator(0, 0))
     assert torch.isfinite(loss["loss"])
+
+
+def test_a_unit_is_done_once_for_its_key(tmp_path: Path) -> None:
+    """A key of settings, whose tuples JSON gives back as lists."""
+    plan = Study().plan("simple", 0, 1e-3)
+    key = {"plan": asdict(plan)}
+    assert kept(tmp_path / "x.json", key, lambda: [1]) == [1]
+    assert kept(tmp_path / "x.json", key, lambda: [2]) == [1]
+    assert kept(tmp_path / "x.json", {"plan": asdict(replace(plan, seed=1))}, lambda: [3]) == [3]
+
+
+def test_a_lost_share_is_trained_again_not_taken_from_a_later_state(
+    settings: dict[bool, Setting], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training is made up: every step adds 1 to a bias, and a state remembers how many were done."""
+    place, study = Place(Source(), tmp_path / "shipped", tmp_path, "weights"), replace(SMOKE, steps=8)
+
+    def fit(setting: Setting, start: Any, plan: Plan, folder: Path, fuse: Any, until: int) -> Any:
+        done = (checkpoint.load(folder / f"{plan.name}.pt") or {"step": 0})["step"]
+        start.image_projection.proj.bias.data.fill_(max(done, until))
+        checkpoint.save(folder / f"{plan.name}.pt", {"step": max(done, until)})
+        return start, []
+
+    def biases() -> list[float]:
+        files = [place.adapter("shared", 0, share) for share in SHARES]
+        return [float(load_file(file)["image_proj.proj.bias"][0]) for file in files]
+
+    monkeypatch.setattr(Place, "setting", lambda *_: settings[False])
+    monkeypatch.setattr("train.adapter.fit", fit)
+    train(place, study, "shared", 0, 1e-3)
+    assert biases() == [2, 4, 8]
+    place.adapter("shared", 0, 0.25).unlink()
+    train(place, study, "shared", 0, 1e-3)
+    assert biases() == [2, 4, 8]
+    monkeypatch.setattr("train.adapter.fit", None)
+    train(place, study, "shared", 0, 1e-3)  # nothing is left to do
 
 
 def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
