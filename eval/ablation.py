@@ -13,6 +13,7 @@ another machine goes on.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -45,7 +46,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Form:
     """One way to let a picture in. `own`: W'_k and W'_v of its own, or the text's; `wide`: tokens enough for as many
-    parameters as those have; `fine`: it reads fine features (Plus)."""
+    parameters as those have."""
 
     name: str
     own: bool
@@ -53,7 +54,6 @@ class Form:
     lambdas: tuple[float, ...]
     few: tuple[float, ...]  # for the tasks and shares that are not the primary endpoint's
     wide: bool = False
-    fine: bool = False
 
 
 SUM = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.5, 1.0)  # lambda scales what is read
@@ -64,7 +64,6 @@ FORMS = {
     "concatenated": Form("own projections, joint softmax", True, concatenated, *ODDS),
     "simple": Form("the simple adapter: the text's projections, joint softmax", False, concatenated, *ODDS),
     "simple_wide": Form("the simple adapter with as many parameters", False, concatenated, *ODDS, wide=True),
-    "plus": Form("Plus: fine features, own projections, own softmax", True, decoupled, *SUM, fine=True),
 }
 FIRST, PRIMARY = "ip_adapter", "simple"  # the paper's comparison: the second minus the first is the primary difference
 SHARES = (0.25, 0.5, 1.0)
@@ -78,10 +77,9 @@ class Study:
 
     steps: int = 500
     batch: int = 32
-    rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3, 27e-3)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 9e-3, 27e-3)
     rate_steps: int = 100
     seeds: int = 5
-    fine_seeds: int = 2  # of Plus, which is beside the comparison
     most_seeds: int = 10
     half_width: float = 3.0
     prompts: int = 80
@@ -102,9 +100,6 @@ class Study:
     def rate_plan(self, form: str, rate: float) -> Plan:
         steps = self.rate_steps
         return replace(self.plan(form, 1000, rate), name=f"{form}-rate-{rate:g}", steps=steps, validate_every=steps)
-
-    def seeds_of(self, form: str) -> range:
-        return range(min(self.seeds, self.fine_seeds) if FORMS[form].fine else self.seeds)
 
     def drawing(self) -> dict[str, Any]:
         """What pictures depend on beside the weights."""
@@ -157,13 +152,13 @@ class Place:
             prompts = Prompts.of_files(held_out, pipeline.native_size[0])
         return Bench(pipeline, prompts, scorer, judge, study.draw_steps, study.guidance)
 
-    def setting(self, study: Study, form: str) -> Setting:
-        return prepared(replace(self.source, fine=FORMS[form].fine), self.state, study.device)
+    def setting(self, study: Study) -> Setting:
+        return prepared(self.source, self.state, study.device)
 
 
 @functools.cache
 def prepared(source: Source, folder: Path, device: str) -> Setting:
-    """What a form is trained on; once in a process, as nothing changes it."""
+    """What every form is trained on; once in a process, as nothing changes it."""
     return training.prepare(source, folder, device)
 
 
@@ -204,7 +199,7 @@ def try_rate(place: Place, study: Study, form: str, rate: float) -> float:
     plan, form_ = study.rate_plan(form, rate), FORMS[form]
 
     def make() -> float:
-        setting = place.setting(study, form)
+        setting = place.setting(study)
         _, log = training.fit(setting, untrained(setting, form_, 1000), plan, place.state, form_.fuse)
         return float(log[-1]["gain_shuffled"])
 
@@ -220,7 +215,7 @@ def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None
         return
     if (found := checkpoint.load(state)) and found["step"] > round(missing[0] * plan.steps):
         state.unlink()  # what a share was can't be had from a state that is past it
-    setting = place.setting(study, form)
+    setting = place.setting(study)
     for share in SHARES:
         start = untrained(setting, FORMS[form], seed)
         adapter, log = training.fit(setting, start, plan, place.state, fuse, until=round(share * plan.steps))
@@ -267,7 +262,7 @@ def masses(place: Place, study: Study, form: str, rate: float) -> list[Row]:
         train(place, study, form, 0, rate)
         bench = place.bench(study).first(MASS_PROMPTS)
         unet = bench.pipeline.unet
-        adapters = {0.0: untrained(place.setting(study, form), FORMS[form], 0)}
+        adapters = {0.0: untrained(place.setting(study), FORMS[form], 0)}
         adapters |= {share: weights_convert.load_adapter(place.adapter(form, 0, share), unet) for share in SHARES}
         rows = ((share, image_mass(bench, adapter.to(study.device))) for share, adapter in adapters.items())
         return [{"form": form, "share": share, **row} for share, found in rows for row in found]
@@ -323,8 +318,7 @@ def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
     """Does every unit of work that is not done; returns them all, and what is needed to read them."""
     bench = place.bench(study)  # what will read the pictures must be there before hours of training
     place = replace(place, base=fingerprint(bench.pipeline.unet))
-    for form in study.forms:  # computed once, before many processes want it
-        place.setting(study, form)
+    place.setting(study)  # computed once, before many processes want it
     joint = [form for form in study.forms if FORMS[form].fuse is concatenated]
     with workers(jobs) as pool:
         grid = {
@@ -332,9 +326,8 @@ def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
         }
         gains = shared_out(pool, grid, "rates")
         rates = {form: max(study.rates, key=lambda rate: gains[form, rate]) for form in study.forms}
-        # seed by seed, so that what is done early is already a comparison; what is beside it comes last
-        pairs = [(seed, form) for form in study.forms for seed in study.seeds_of(form)]
-        pairs.sort(key=lambda pair: (FORMS[pair[1]].fine, pair[0]))
+        # seed by seed, so that what is done early is already a comparison
+        pairs = list(itertools.product(range(study.seeds), study.forms))
         work: dict[str, Callable[[], list[Row]]] = {"anchors": partial(anchors, place, study)}
         work |= {f"rows-{form}-{seed}": partial(unit, place, study, form, seed, rates[form]) for seed, form in pairs}
         shared_out(pool, work, "adapters")
@@ -342,7 +335,7 @@ def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
         more |= {f"steps-{form}": partial(checked, place, study, form, rates[form]) for form in (FIRST, PRIMARY)}
         shared_out(pool, more, "image mass, more steps")
     names = [*(study.rate_plan(*pair).name for pair in grid), *work, *more]
-    cards = {form: [place.card(form, seed) for seed in study.seeds_of(form)] for form in study.forms}
+    cards = {form: [place.card(form, seed) for seed in range(study.seeds)] for form in study.forms}
     prompts = bench.prompts
     results: dict[str, Any] = {
         "study": asdict(study),

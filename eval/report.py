@@ -93,10 +93,7 @@ def summary(results: Results) -> dict[str, Any]:
     study = results["study"]
     level, forms = study["level"], list(study["forms"])
     whole = {form: curves(results, form) for form in forms}
-    first = {form: whole[FIRST].first(len(rows.error)) for form, rows in whole.items()}  # of as many seeds
-    found = {
-        form: difference(rows, first[form], level, study["resamples"]) for form, rows in whole.items() if form != FIRST
-    }
+    found = {form: difference(whole[form], whole[FIRST], level, study["resamples"]) for form in forms if form != FIRST}
     p = {form: each.p for form, each in found.items()}
     p |= holm({form: p[form] for form in found if form != PRIMARY})
     return {
@@ -204,8 +201,7 @@ def half_width(results: Results) -> float:
 def markdown(results: Results) -> str:
     """RESULTS.md."""
     study, forms = results["study"], results["study"]["forms"]
-    size = f"{len(forms)} forms, {study['seeds']} seeds each (of Plus {min(study['seeds'], study['fine_seeds'])})"
-    size += f", {study['steps']} steps of {study['batch']} pictures"
+    size = f"{len(forms)} forms, {study['seeds']} seeds each, {study['steps']} steps of {study['batch']} pictures"
     return TEXT.format(
         size=size,
         level=f"{study['level']:.0%}",
@@ -232,10 +228,10 @@ def cell(place: Place, out: Path, name: str) -> str:
     results = weights_convert.read_json(out / "results" / "ablation.json")
     study = Study(**{key: tuple(v) if isinstance(v, list) else v for key, v in results["study"].items()})
     form, seed, task = (*name.split(":"), "", "")[:3]
-    if form not in study.forms or seed not in map(str, study.seeds_of(form)) or task not in TASKS:
+    if form not in study.forms or seed not in map(str, range(study.seeds)) or task not in TASKS:
         raise ValueError(
-            f"{name} is no cell: give FORM:SEED:TASK, a form of {', '.join(study.forms)}, a seed below {study.seeds} "
-            f"(of Plus below {study.fine_seeds}), a task of {', '.join(TASKS)}"
+            f"{name} is no cell: give FORM:SEED:TASK, a form of {', '.join(study.forms)}, a seed below {study.seeds}, "
+            f"a task of {', '.join(TASKS)}"
         )
     torch.set_num_threads(1)  # as the published run
     bench, form_ = place.bench(study), FORMS[form]
@@ -284,8 +280,7 @@ interpolated on the curve that a form draws as lambda grows; lower is better. Th
 {measures}
 
 Intervals come from resampling seeds and prompts together, paired by seed (the half-width of the primary difference: {width});
-the p-values of the other differences are Holm's. All of it is conditional on one base model and one CLIP. Plus reads other
-features than the rest: it belongs to Figure 11, not to this comparison.
+the p-values of the other differences are Holm's. All of it is conditional on one base model and one CLIP.
 
 {primary}
 

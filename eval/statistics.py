@@ -37,9 +37,6 @@ class Rows:
     following: Array
     error: Array
 
-    def first(self, seeds: int) -> Rows:
-        return Rows(self.following[:seeds], self.error[:seeds])
-
     def endpoints(self, level: float, prompts: Array | None = None) -> Array:
         """`error_at` for every seed; `prompts` says how often each prompt counts."""
         w = np.ones(self.error.shape[-1]) if prompts is None else prompts

@@ -33,12 +33,11 @@ WEIGHTS = ROOT / "weights"
 
 
 @pytest.fixture(scope="module")
-def settings() -> dict[bool, Setting]:
-    """The mini world's base with pictures that are noise: global and fine."""
-    pipeline, empty = load(WEIGHTS, ()), torch.zeros(4)
-    shapes: dict[bool, tuple[int, ...]] = {False: (4, 256), True: (4, 16, 640)}
-    pairs = {fine: Pairs(empty, empty, empty, empty, torch.randn(s), torch.zeros(s[1:])) for fine, s in shapes.items()}
-    return {fine: Setting(pipeline, each, each) for fine, each in pairs.items()}
+def setting() -> Setting:
+    """The mini world's base with pictures that are noise."""
+    empty = torch.zeros(4)
+    pairs = Pairs(empty, empty, empty, empty, torch.randn(4, 256), torch.zeros(256))
+    return Setting(load(WEIGHTS, ()), pairs, pairs)
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +50,18 @@ def bench() -> Bench:
     return Bench(pipeline, Prompts.of_the_world(12), scorer, judge, steps=2)
 
 
-def test_forms_of_one_seed_start_from_the_same_projection(settings: dict[bool, Setting]) -> None:
+def test_forms_of_one_seed_start_from_the_same_projection(setting: Setting) -> None:
     def first(form: str, seed: int) -> Tensor:
-        return untrained(settings[FORMS[form].fine], FORMS[form], seed).image_projection.proj.weight
+        return untrained(setting, FORMS[form], seed).image_projection.proj.weight
 
     alike = [first(form, 1) for form in ("ip_adapter", "shared", "concatenated", "simple")]
     assert all(torch.equal(alike[0], other) for other in alike[1:])
     assert not torch.equal(alike[0], first("ip_adapter", 2))
 
 
-def test_forms_differ_in_what_is_trained(settings: dict[bool, Setting]) -> None:
-    sizes = {
-        name: sum(p.numel() for p in untrained(settings[form.fine], form, 0).parameters())
-        for name, form in FORMS.items()
-    }
-    layers = settings[False].pipeline.unet.cross_attentions()
+def test_forms_differ_in_what_is_trained(setting: Setting) -> None:
+    sizes = {name: sum(p.numel() for p in untrained(setting, form, 0).parameters()) for name, form in FORMS.items()}
+    layers = setting.pipeline.unet.cross_attentions()
     own = sum(layer.to_k.weight.numel() + layer.to_v.weight.numel() for layer in layers)
     assert sizes["ip_adapter"] == sizes["concatenated"] == sizes["simple"] + own
     assert sizes["shared"] == sizes["simple"]
@@ -171,7 +167,7 @@ def test_a_unit_is_done_once_for_its_key(tmp_path: Path) -> None:
 
 
 def test_a_lost_share_is_trained_again_not_taken_from_a_later_state(
-    settings: dict[bool, Setting], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training is made up: every step adds 1 to a bias, and a state remembers how many were done."""
     place, study = Place(Source(), tmp_path / "shipped", tmp_path, "weights"), replace(SMOKE, steps=8)
@@ -186,7 +182,7 @@ def test_a_lost_share_is_trained_again_not_taken_from_a_later_state(
         files = [place.adapter("shared", 0, share) for share in SHARES]
         return [float(load_file(file)["image_proj.proj.bias"][0]) for file in files]
 
-    monkeypatch.setattr(Place, "setting", lambda *_: settings[False])
+    monkeypatch.setattr(Place, "setting", lambda *_: setting)
     monkeypatch.setattr("train.adapter.fit", fit)
     train(place, study, "shared", 0, 1e-3)
     assert biases() == [2, 4, 8]
@@ -222,11 +218,11 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
             file.unlink()
     call(*smoke)
     assert (tmp_path / "results" / "ablation.json").read_text() == written and not list(state.glob("*.pt"))
-    assert "| 0.5 |" in (again := call("--cell", "plus:1:agreeing")) and "equal, digit by digit" in again
-    made["units"]["rows-plus-1"]["value"][-1]["clip_i"][0] += 0.001
+    assert "| 0.5 |" in (again := call("--cell", "shared:1:agreeing")) and "equal, digit by digit" in again
+    made["units"]["rows-shared-1"]["value"][-1]["clip_i"][0] += 0.001
     (tmp_path / "results" / "ablation.json").write_text(json.dumps(made))
-    assert "equal, digit by digit" in call("--cell", "plus:1:agreeing")
-    assert "not equal to" in call("--cell", "plus:1:conflict")
+    assert "equal, digit by digit" in call("--cell", "shared:1:agreeing")
+    assert "not equal to" in call("--cell", "shared:1:conflict")
 
 
 @pytest.mark.parametrize(
@@ -235,8 +231,8 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
         (["--smoke"], "name another folder"),
         (["--base", "sd15.safetensors"], "go together"),
         (["--base", "b", "--data", "d"], "--scorer ViT-L-14:openai"),
-        (["--cell", "plus:99:agreeing"], "is no cell|is not there"),
-        (["--cell", "plus"], "is no cell|is not there"),
+        (["--cell", "shared:99:agreeing"], "is no cell|is not there"),
+        (["--cell", "shared"], "is no cell|is not there"),
     ],
 )
 def test_what_does_not_go_together_is_told_first(options: list[str], says: str) -> None:
