@@ -30,7 +30,7 @@ from tqdm import tqdm
 import weights_convert
 from eval import attributes, clip_score
 from eval.mass import image_mass
-from eval.tasks import Bench, Prompts, Row
+from eval.tasks import Bench, Prompts, Row, drawing_of
 from model.adapter import IPAdapter
 from model.attention import Fuse, concatenated, decoupled
 from sampling.pipeline import load
@@ -354,6 +354,6 @@ def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
         results["truth"] = {
             "wanted": {"concept": prompts.truth.concept.tolist(), "background": prompts.truth.background.tolist()},
             "own": {key: own[key].tolist() for key in ("concept", "background")},
-            "drawing": [scene.drawing for scene in prompts.truth.references],
+            "drawing": [drawing_of(scene) for scene in prompts.truth.references],
         }
     return results

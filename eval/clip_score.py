@@ -33,7 +33,7 @@ IMAGE = replace(
 
 @dataclass(frozen=True)
 class Scorer:
-    """A CLIP as two functions to embeddings `b e`; of which model is in `name`."""
+    """A CLIP as two functions to embeddings `b e`; of which model, and what is done to pictures first, is in `name`."""
 
     name: str
     images: Callable[[Sequence[Image.Image]], Tensor]
@@ -85,14 +85,15 @@ def open_clip_scorer(architecture: str, pretrained: str) -> Scorer:
         found: Tensor = model.encode_text(tokenizer(list(captions)))
         return found
 
-    return Scorer(f"{architecture}, {pretrained}", images, texts)
+    return Scorer(f"{architecture}, {pretrained} (open_clip, with its preprocessing)", images, texts)
 
 
 def load(weights: Path) -> Scorer:
     """The mini world's second CLIP."""
     image = weights_convert.load_image_encoder(weights / "score_image.safetensors")
     text = weights_convert.load_text_encoder(weights / "score_text.safetensors")
-    return scorer(NAME, image, text)
+    size = image.config.image_size
+    return scorer(f"{NAME} ({size} x {size} pixels, bicubic, centre crop)", image, text)
 
 
 def find(name: str) -> Scorer:

@@ -25,7 +25,8 @@ SCHEMA = {
     "rates": "form -> the rate chosen, and gain_shuffled after a short run at each rate of the grid",
     "parameters": "form -> how many are trained",
     "gains": "form -> a list a seed: held-out losses as the training goes on (train/adapter.py::held_out_losses)",
-    "truth": "in the mini world: the concept and background that the conflicting text wants, the picture's own, its drawing",
+    "truth": "in the mini world: the concept and background that the conflicting text wants, the picture's own, and which of its "
+    "concept's drawings it shows, if there are several",
     "units": "name -> {key: what it was made from, value}; the value of rows-FORM-SEED, anchors and steps-FORM is a list of rows, "
     "that of mass-FORM of masses, that of FORM-rate-RATE a number",
     "row": "a form, seed, share of the training, task, lambda (or a control), and a list over prompts of each measure: concept, "
@@ -58,10 +59,11 @@ def select(rows: Sequence[Row], **where: Any) -> list[Row]:
 
 
 def right(results: Results, row: Row, key: str) -> Array:
-    """1 where the drawn concept, background or drawing is the wanted one: the text's on `conflict`, else the picture's."""
+    """1 where the drawn concept, background or drawing is the wanted one: the text's on `conflict`, else the picture's. Of
+    drawings those prompts count whose concept has several."""
     truth = results["truth"]
     wanted = truth["drawing"] if key == "drawing" else truth["wanted" if row["task"] == "conflict" else "own"][key]
-    return (np.array(row[key]) == np.array(wanted)).astype(float)
+    return np.array([float(a == b) for a, b in zip(row[key], wanted, strict=True) if b is not None])
 
 
 def following(results: Results, row: Row, alone: Row) -> Array:
@@ -144,10 +146,11 @@ def measures(results: Results, rows: Sequence[Row]) -> tuple[str, ...]:
     def mean(key: str, form: str) -> str:
         return format(np.mean([row[key] for row in rows]), form) if key in rows[0] else ""
 
-    shares = [
-        f"{np.mean([right(results, row, key) for row in rows]):.0%}" if key in rows[0] else ""
-        for key in ("concept", "background", "drawing")
-    ]
+    def share(key: str) -> str:
+        hits = np.concatenate([right(results, row, key) for row in rows]) if key in rows[0] else np.zeros(0)
+        return f"{hits.mean():.0%}" if hits.size else ""
+
+    shares = [share(key) for key in ("concept", "background", "drawing")]
     scores = [clip_score(torch.tensor(row["clip_t"])).mean() for row in rows if "clip_t" in row]
     clips = [mean("clip_i", ".3f"), mean("clip_t", ".3f"), f"{float(sum(scores)) / len(scores):.2f}" if scores else ""]
     return (*shares, mean("palette_error", ".1f"), mean("placement_error", ".1f"), *clips)
@@ -325,8 +328,9 @@ The first prompts of the conflict, in order, each form at the best of its lambda
 WORLD = """
 A picture follows the text when the judge (eval/attributes.py) sees the text's concept in it; the error is the CIELAB difference of
 its palette from the image prompt's (CIE76, the mean over the pair). In the tables below concept and background are the text's on
-the conflict, else the picture's; drawing is which of its concept's drawings is shown; placement is the distance from the image
-prompt's centre and size, in pixels. CLIP-I and CLIP-T are cosines by {scorer}; CLIPScore is 2.5 max(cos, 0) of the latter."""
+the conflict, else the picture's; drawing is which of its concept's drawings is shown, where there are several; placement is the
+distance from the image prompt's centre and size, in pixels. CLIP-I and CLIP-T are cosines by {scorer};
+CLIPScore is 2.5 max(cos, 0) of the latter."""
 FILES = """
 Of these pictures no truth is known. How far one follows the text is its CLIP-T as a share of what the text alone gets; the error
 is 100 (1 - CLIP-I); the conflicting text is another picture's caption. CLIP-I and CLIP-T are cosines by {scorer};

@@ -52,6 +52,11 @@ def drawings(scene: Scene) -> Tensor:
     return to_tensor(pictures([replace(scene, drawing=i) for i in range(len(codes))]))
 
 
+def drawing_of(scene: Scene) -> int | None:
+    """Which of its concept's drawings a scene shows, or None where there is but one."""
+    return scene.drawing if len(CONCEPTS[CONCEPT_NAMES[scene.concept]]) > 1 else None
+
+
 @dataclass(frozen=True)
 class Prompts:
     """n image prompts; for each the caption of itself and one that conflicts; in the mini world also the truth."""
