@@ -227,7 +227,7 @@ def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> 
     Raises ValueError for a row that is none.
     """
     results: dict[str, Any] = {
-        "command": f"python -m eval benchmark --rounds {rounds}",
+        "command": "python -m eval benchmark",
         "machine": machine(),
         "torch": torch.__version__,
     }
@@ -246,7 +246,7 @@ def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> 
     if only:
         results = weights_convert.read_json(out) | results
     for name in only or rows:
-        results[name] = rows[name]()
+        results[name] = rows[name]() | {"rounds": rounds}
         print(name, json.dumps(results[name]), flush=True)
         weights_convert.write_json(out, results)
         gc.collect()
