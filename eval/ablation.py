@@ -206,6 +206,11 @@ def try_rate(place: Place, study: Study, form: str, rate: float) -> float:
     return kept(place.state / f"{plan.name}.json", {"base": place.base, "plan": asdict(plan)}, make)
 
 
+def gains_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The step of a row of a training's log, and what it says of held-out pictures."""
+    return {key: row[key] for key in ("step", "held_out", "gain_zero", "gain_shuffled")}
+
+
 def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None:
     """Trains one adapter; writes what it is after each share of its steps, where that is not there."""
     plan, fuse = study.plan(form, seed, rate), FORMS[form].fuse
@@ -219,7 +224,7 @@ def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None
     for share in SHARES:
         start = untrained(setting, FORMS[form], seed)
         adapter, log = training.fit(setting, start, plan, place.state, fuse, until=round(share * plan.steps))
-        size, gains = sum(p.numel() for p in adapter.parameters()), [row for row in log if "held_out" in row]
+        size, gains = sum(p.numel() for p in adapter.parameters()), [gains_of(row) for row in log if "held_out" in row]
         card = {"command": "python -m eval ablation", "settings": settings, "parameters": size, "gains": gains}
         if share in missing:
             weights_convert.save_adapter(adapter, setting.pipeline.unet, place.adapter(form, seed, share), card)
