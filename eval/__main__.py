@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from eval import attention_maps, attributes, benchmark, calibration, clip_score, parity, report, world
 from eval.ablation import SMOKE, Place, Study
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     claim = commands.add_parser(
         "ablation", help="decoupled against concatenated: trains, draws, reads, and writes the report"
     )
-    claim.add_argument("--state", type=Path, default=Path("runs/ablation"))
+    claim.add_argument("--state", type=Path, help="checkpoints and caches (default: runs/ablation in --out)")
     claim.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     claim.add_argument(
         "--smoke", action="store_true", help="everything, but tiny: minutes, and numbers that mean nothing"
@@ -65,8 +66,10 @@ def parser() -> argparse.ArgumentParser:
         "--scorer", help="the CLIP that reads pictures: ARCHITECTURE:PRETRAINED of open_clip (default: --weights' own)"
     )
     claim.add_argument("--device", default="cpu", help="other than cpu: one process")
-    for name, help in (("seeds", "adapters a form, no more"), ("prompts", ""), ("steps", "of training"), ("batch", "")):
-        claim.add_argument(f"--{name}", type=int, help=help or None)
+    claim.add_argument("--seeds", type=int, help="adapters of each form, no more and no fewer")
+    claim.add_argument("--rates", type=float, nargs="+", help="the grid of learning rates")
+    for name, help in (("steps", "of training, 4 or more"), ("batch", "pictures a step"), ("prompts", "held out")):
+        claim.add_argument(f"--{name}", type=int, help=help)
     trust = commands.add_parser("calibration", help="how often the judge sees what a person saw in drawn pictures")
     trust.add_argument(
         "--draw", action="store_true", help="draw the pictures anew: their labels must be written anew too"
@@ -90,23 +93,36 @@ def parser() -> argparse.ArgumentParser:
 
 def place_of(args: argparse.Namespace) -> Place:
     """Where the ablation finds and keeps things. Raises ValueError when options don't go together."""
-    if args.smoke and args.out == Path("."):
-        raise ValueError("the numbers of --smoke mean nothing: name another folder for them with --out")
+    other = [name for name in ("smoke", "data", "steps", "batch", "prompts", "rates") if getattr(args, name)]
+    other += ["device"] if args.device != "cpu" else []
+    if other and args.out == Path("."):
+        raise ValueError(
+            f"with --{other[0]} it is another study than the published one: name a folder for it with --out"
+        )
     if (args.base is None) != (args.data is None):
         raise ValueError("--base and --data go together: the mini world's pictures are for the mini world's base")
     if args.data is not None and args.scorer is None:
         raise ValueError("name the CLIP that reads the pictures, as in --scorer ViT-L-14:openai")
     pictures = 64 if args.smoke else Source.pictures
     source = Source(args.base or args.weights, args.image_encoder, pictures=pictures, data=args.data)
-    return Place(source, args.out / "results" / "ablation", args.state, args.scorer or str(args.weights))
+    shipped, state = args.out / "results" / "ablation", args.state or args.out / "runs" / "ablation"
+    return Place(source, shipped, state, args.scorer or str(args.weights))
 
 
 def study_of(args: argparse.Namespace) -> Study:
+    """How much of everything. Raises ValueError for less than makes a study."""
     study = replace(SMOKE if args.smoke else Study(), device=args.device)
-    given = {key: value for key in ("prompts", "steps", "batch") if (value := getattr(args, key)) is not None}
+    given: dict[str, Any] = {
+        key: found for key in ("prompts", "steps", "batch") if (found := getattr(args, key)) is not None
+    }
     if args.seeds is not None:
         given |= {"seeds": args.seeds, "most_seeds": args.seeds}
-    return replace(study, **given)
+    if args.rates is not None:
+        given |= {"rates": tuple(args.rates)}
+    study = replace(study, **given)
+    if study.steps < 4 or min(study.seeds, study.prompts, study.batch, *study.rates) <= 0:
+        raise ValueError("--steps must be 4 or more, --seeds, --prompts, --batch and --rates more than 0")
+    return study
 
 
 def run(args: argparse.Namespace) -> None:
@@ -122,7 +138,10 @@ def run(args: argparse.Namespace) -> None:
         print(benchmark.table(benchmark.evaluate(args.state, args.out, args.rounds, args.row)))
     elif args.command == "ablation":
         if args.cell:
-            print(report.cell(place_of(args), args.out, args.cell))
+            said, same = report.cell(place_of(args), args.out, args.cell)
+            print(said)
+            if not same:
+                sys.exit(1)
         else:
             report.run(place_of(args), study_of(args), args.out, args.jobs if args.device == "cpu" else 1)
     elif args.command == "calibration":

@@ -3,7 +3,8 @@
 Two questions that the paper's comparison (section 4.4.1, Figure 10) asks at once: whose keys and values read the image tokens,
 and whose softmax weighs them. Every form is trained by the recipe of train/adapter.py from the same initial projection, on the
 same pictures in the same order with the same noise; only `fuse` and `own` differ. A rate for each form comes from one small
-grid. What they draw is read by eval/tasks.py.
+grid, by how much a picture tells after a short run. What they draw is read by eval/tasks.py. (The simple adapter with as many
+parameters has more tokens, so its projection starts as another.)
 
 Work is shared out to processes of one thread each, so that no number depends on how many cores a machine has. A unit of work
 (a rate, an adapter, ...) is done once: what it found is kept in a file, and all of them in results/ablation.json, from which
@@ -13,12 +14,13 @@ another machine goes on.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +32,7 @@ from tqdm import tqdm
 import weights_convert
 from eval import attributes, clip_score
 from eval.mass import image_mass
-from eval.tasks import Bench, Prompts, Row, drawing_of
+from eval.tasks import TASKS, Bench, Prompts, Row, drawing_of
 from model.adapter import IPAdapter
 from model.attention import Fuse, concatenated, decoupled
 from sampling.pipeline import load
@@ -52,12 +54,12 @@ class Form:
     own: bool
     fuse: Fuse
     lambdas: tuple[float, ...]
-    few: tuple[float, ...]  # for the tasks and shares that are not the primary endpoint's
+    few: tuple[float, ...]  # of them, for the parts of the training
     wide: bool = False
 
 
 SUM = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.5, 1.0)  # lambda scales what is read
-ODDS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0), (1.0, 8.0)  # lambda scales the odds of being looked at
+ODDS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0, 64.0), (1 / 4, 4.0)  # lambda scales the odds of being looked at
 FORMS = {
     "ip_adapter": Form("IP-Adapter: own projections, own softmax", True, decoupled, *SUM),
     "shared": Form("the text's projections, own softmax", False, decoupled, *SUM),
@@ -65,7 +67,10 @@ FORMS = {
     "simple": Form("the simple adapter: the text's projections, joint softmax", False, concatenated, *ODDS),
     "simple_wide": Form("the simple adapter with as many parameters", False, concatenated, *ODDS, wide=True),
 }
-FIRST, PRIMARY = "ip_adapter", "simple"  # the paper's comparison: the second minus the first is the primary difference
+BASELINE, PRIMARY = (
+    "ip_adapter",
+    "simple",
+)  # the paper's comparison: the second minus the first is the primary difference
 SHARES = (0.25, 0.5, 1.0)
 MASS_PROMPTS = 32
 
@@ -92,18 +97,13 @@ class Study:
     device: str = "cpu"
 
     def plan(self, form: str, seed: int, rate: float) -> Plan:
-        every = round(self.steps * SHARES[0])
-        name, kept = f"{form}-{seed}", {"ema": 0.98, "save_every": 50, "validate_every": every}
-        settings: dict[str, Any] = {"warmup": 50, "bf16": True, "seed": seed, "device": self.device, **kept}
-        return Plan(name, self.steps, self.batch, rate, **settings)
+        often: dict[str, Any] = {"save_every": 50, "validate_every": round(self.steps * SHARES[0])}
+        settings: dict[str, Any] = {"warmup": 50, "ema": 0.98, "bf16": True, "seed": seed, "device": self.device}
+        return Plan(f"{form}-{seed}", self.steps, self.batch, rate, **settings, **often)
 
     def rate_plan(self, form: str, rate: float) -> Plan:
         steps = self.rate_steps
         return replace(self.plan(form, 1000, rate), name=f"{form}-rate-{rate:g}", steps=steps, validate_every=steps)
-
-    def drawing(self) -> dict[str, Any]:
-        """What pictures depend on beside the weights."""
-        return {key: getattr(self, key) for key in ("prompts", "draw_steps", "guidance")}
 
 
 SMOKE = Study(
@@ -122,18 +122,22 @@ SMOKE = Study(
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study finds its base, whose UNet has the fingerprint `base`, and the CLIP that scores it (`clip_score.find`), and
-    keeps its work: `shipped` the finished adapters, `state` all else."""
+    """Where a study finds its base and the CLIP that scores it (`clip_score.find`), and keeps its work: `shipped` the finished
+    adapters, `state` all else, in a folder for what everything is `made_from`."""
 
     source: Source
     shipped: Path
     state: Path
     scorer: str
-    base: str = ""
+    made_from: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        return self.state / hashlib.sha256(json.dumps(self.made_from).encode()).hexdigest()[:8]
 
     def adapter(self, form: str, seed: int, share: float = 1.0) -> Path:
         name = f"{form}-{seed}"
-        return self.shipped / f"{name}.safetensors" if share == 1 else self.state / f"{name}-{share:g}.safetensors"
+        return self.shipped / f"{name}.safetensors" if share == 1 else self.work / f"{name}-{share:g}.safetensors"
 
     def card(self, form: str, seed: int, share: float = 1.0) -> dict[str, Any]:
         path = self.adapter(form, seed, share)
@@ -141,16 +145,23 @@ class Place:
 
     def bench(self, study: Study) -> Bench:
         source, judge = self.source, None
-        pipeline, scorer = (
-            load(source.base, (), source.image_encoder, device=study.device),
-            clip_score.find(self.scorer),
-        )
+        pipeline = load(source.base, (), source.image_encoder, device=study.device)
         if source.data is None:
             prompts, judge = Prompts.of_the_world(study.prompts), attributes.load(source.base / "judge.safetensors")
         else:
             held_out = captioned_files(source.data)[::50][: study.prompts]
             prompts = Prompts.of_files(held_out, pipeline.native_size[0])
+        scorer = clip_score.find(self.scorer, study.device)
         return Bench(pipeline, prompts, scorer, judge, study.draw_steps, study.guidance)
+
+    def found(self, bench: Bench) -> Place:
+        """The same, knowing what everything is made from: weights by their fingerprints, the data, the CLIP."""
+        parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")}
+        data = None if self.source.data is None else captioned_files(self.source.data)
+        listed = [[file.name, text] for file, text in data or []]
+        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:8] if data else self.source.pictures
+        weights = {name: fingerprint(part) for name, part in parts.items() if part is not None}
+        return replace(self, made_from={**weights, "data": digest, "scorer": bench.scorer.name})
 
     def setting(self, study: Study) -> Setting:
         return prepared(self.source, self.state, study.device)
@@ -194,16 +205,20 @@ def kept(path: Path, key: dict[str, Any], make: Callable[[], T]) -> T:
     return value
 
 
-def try_rate(place: Place, study: Study, form: str, rate: float) -> float:
-    """How much a picture tells after a short run at this rate (seed 1000): `gain_shuffled` of train/adapter.py."""
+def try_rate(place: Place, study: Study, form: str, rate: float) -> float | None:
+    """How much a picture tells after a short run at this rate (seed 1000), `gain_shuffled` of train/adapter.py; None if the loss
+    was not finite."""
     plan, form_ = study.rate_plan(form, rate), FORMS[form]
 
-    def make() -> float:
+    def make() -> float | None:
         setting = place.setting(study)
-        _, log = training.fit(setting, untrained(setting, form_, 1000), plan, place.state, form_.fuse)
+        try:
+            _, log = training.fit(setting, untrained(setting, form_, 1000), plan, place.work, form_.fuse)
+        except FloatingPointError:
+            return None
         return float(log[-1]["gain_shuffled"])
 
-    return kept(place.state / f"{plan.name}.json", {"base": place.base, "plan": asdict(plan)}, make)
+    return kept(place.work / f"{plan.name}.json", {"plan": asdict(plan)}, make)
 
 
 def gains_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +229,7 @@ def gains_of(row: dict[str, Any]) -> dict[str, Any]:
 def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None:
     """Trains one adapter; writes what it is after each share of its steps, where that is not there."""
     plan, fuse = study.plan(form, seed, rate), FORMS[form].fuse
-    settings, state = plain({"base": place.base, **asdict(plan)}), place.state / f"{plan.name}.pt"
+    settings, state = plain({"made_from": place.made_from, **asdict(plan)}), place.work / f"{plan.name}.pt"
     missing = [share for share in SHARES if place.card(form, seed, share).get("settings") != settings]
     if not missing:
         return
@@ -223,7 +238,7 @@ def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None
     setting = place.setting(study)
     for share in SHARES:
         start = untrained(setting, FORMS[form], seed)
-        adapter, log = training.fit(setting, start, plan, place.state, fuse, until=round(share * plan.steps))
+        adapter, log = training.fit(setting, start, plan, place.work, fuse, until=round(share * plan.steps))
         size, gains = sum(p.numel() for p in adapter.parameters()), [gains_of(row) for row in log if "held_out" in row]
         card = {"command": "python -m eval ablation", "settings": settings, "parameters": size, "gains": gains}
         if share in missing:
@@ -237,27 +252,33 @@ def score(place: Place, study: Study, form: str, seed: int) -> list[Row]:
     for share in SHARES:
         adapter = weights_convert.load_adapter(place.adapter(form, seed, share), bench.pipeline.unet).to(study.device)
         where = {"form": form, "seed": seed, "share": share}
-        whole = share == 1
-        rows += bench.cell("conflict", adapter, form_.fuse, form_.lambdas if whole else form_.few, **where)
-        if whole:
-            for task in ("picture", "agreeing"):
-                rows += bench.cell(task, adapter, form_.fuse, form_.few, **where)
-            rows += bench.controls(adapter, form_.fuse, **where)
-    return rows
+        for task in TASKS if share == 1 else ("conflict",):
+            rows += bench.cell(task, adapter, form_.fuse, form_.few if share < 1 else lambdas_of(form_, task), **where)
+    return rows + bench.controls(adapter, form_.fuse, **where)
+
+
+def lambdas_of(form: Form, task: str) -> tuple[float, ...]:
+    return form.lambdas if task == "conflict" else (1.0,)
 
 
 def unit(place: Place, study: Study, form: str, seed: int, rate: float) -> list[Row]:
     """Trains an adapter, draws with it, and reads what it drew."""
-    plan, path = study.plan(form, seed, rate), place.state / f"rows-{form}-{seed}.json"
-    key = {"base": place.base, "plan": asdict(plan), "drawing": study.drawing()}
 
     def make() -> list[Row]:
         train(place, study, form, seed, rate)
         return score(place, study, form, seed)
 
-    if not place.adapter(form, seed).exists():  # rows without the adapter that drew them can't be drawn again
-        path.unlink(missing_ok=True)
+    path, key = place.work / f"rows-{form}-{seed}.json", key_of(study, form, seed, rate)
+    if place.card(form, seed).get("settings") != plain({"made_from": place.made_from, **key["plan"]}):
+        path.unlink(missing_ok=True)  # rows of an adapter that is not the shipped one could not be drawn again
     return kept(path, key, make)
+
+
+def key_of(study: Study, form: str, seed: int, rate: float) -> dict[str, Any]:
+    """What the rows of an adapter depend on, beside what everything is made from."""
+    form_ = FORMS[form]
+    drawing = {key: getattr(study, key) for key in ("prompts", "draw_steps", "guidance")}
+    return {"plan": asdict(study.plan(form, seed, rate)), **drawing, "lambdas": (form_.lambdas, form_.few)}
 
 
 def masses(place: Place, study: Study, form: str, rate: float) -> list[Row]:
@@ -272,13 +293,13 @@ def masses(place: Place, study: Study, form: str, rate: float) -> list[Row]:
         rows = ((share, image_mass(bench, adapter.to(study.device))) for share, adapter in adapters.items())
         return [{"form": form, "share": share, **row} for share, found in rows for row in found]
 
-    key = {"base": place.base, "plan": asdict(study.plan(form, 0, rate)), "drawing": study.drawing()}
-    return kept(place.state / f"mass-{form}.json", key, make)
+    key = key_of(study, form, 0, rate) | {"first": MASS_PROMPTS}
+    return kept(place.work / f"mass-{form}.json", key, make)
 
 
 def anchors(place: Place, study: Study) -> list[Row]:
-    key = {"base": place.base, "drawing": study.drawing()}
-    return kept(place.state / "anchors.json", key, lambda: place.bench(study).anchors())
+    key = {key: getattr(study, key) for key in ("prompts", "draw_steps", "guidance")}
+    return kept(place.work / "anchors.json", key, lambda: place.bench(study).anchors())
 
 
 def checked(place: Place, study: Study, form: str, rate: float) -> list[Row]:
@@ -290,8 +311,7 @@ def checked(place: Place, study: Study, form: str, rate: float) -> list[Row]:
         where = {"form": form, "seed": 0, "share": 1.0, "steps": study.check_steps}
         return bench.cell("conflict", adapter, form_.fuse, form_.few[:1], **where)
 
-    key = {"base": place.base, "plan": asdict(study.plan(form, 0, rate)), "drawing": study.drawing()}
-    return kept(place.state / f"steps-{form}.json", key | {"steps": study.check_steps}, make)
+    return kept(place.work / f"steps-{form}.json", key_of(study, form, 0, rate) | {"steps": study.check_steps}, make)
 
 
 @contextmanager
@@ -312,17 +332,23 @@ def shared_out(pool: ProcessPoolExecutor, work: Mapping[Any, Callable[[], T]], w
     return {name: future.result() for name, future in futures.items()}
 
 
+def best_rate(gains: Mapping[float, float | None], form: str) -> float:
+    """The rate of the highest gain. Raises ValueError where no loss was finite."""
+    finite = {rate: gain for rate, gain in gains.items() if gain is not None}
+    if not finite:
+        raise ValueError(f"the loss of {form} is not finite at any rate: give lower --rates")
+    return max(finite, key=finite.__getitem__)
+
+
 def go_on(place: Place, results: Mapping[str, Any]) -> None:
-    """Puts the units of a results file where they are looked for, unless newer ones are there."""
-    for name, found in results["units"].items():
-        if not (path := place.state / f"{name}.json").exists():
+    """Puts the units of a results file where they are looked for, if they were made from the same and others are not there."""
+    for name, found in results["units"].items() if results["made_from"] == place.made_from else ():
+        if not (path := place.work / f"{name}.json").exists():
             weights_convert.write_json(path, found)
 
 
-def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
+def evaluate(place: Place, study: Study, bench: Bench, jobs: int) -> dict[str, Any]:
     """Does every unit of work that is not done; returns them all, and what is needed to read them."""
-    bench = place.bench(study)  # what will read the pictures must be there before hours of training
-    place = replace(place, base=fingerprint(bench.pipeline.unet))
     place.setting(study)  # computed once, before many processes want it
     joint = [form for form in study.forms if FORMS[form].fuse is concatenated]
     with workers(jobs) as pool:
@@ -330,19 +356,20 @@ def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
             (form, rate): partial(try_rate, place, study, form, rate) for form in study.forms for rate in study.rates
         }
         gains = shared_out(pool, grid, "rates")
-        rates = {form: max(study.rates, key=lambda rate: gains[form, rate]) for form in study.forms}
+        rates = {form: best_rate({rate: gains[form, rate] for rate in study.rates}, form) for form in study.forms}
         # seed by seed, so that what is done early is already a comparison
         pairs = list(itertools.product(range(study.seeds), study.forms))
         work: dict[str, Callable[[], list[Row]]] = {"anchors": partial(anchors, place, study)}
         work |= {f"rows-{form}-{seed}": partial(unit, place, study, form, seed, rates[form]) for seed, form in pairs}
         shared_out(pool, work, "adapters")
         more = {f"mass-{form}": partial(masses, place, study, form, rates[form]) for form in joint}
-        more |= {f"steps-{form}": partial(checked, place, study, form, rates[form]) for form in (FIRST, PRIMARY)}
+        more |= {f"steps-{form}": partial(checked, place, study, form, rates[form]) for form in (BASELINE, PRIMARY)}
         shared_out(pool, more, "image mass, more steps")
     names = [*(study.rate_plan(*pair).name for pair in grid), *work, *more]
     cards = {form: [place.card(form, seed) for seed in range(study.seeds)] for form in study.forms}
     prompts = bench.prompts
     results: dict[str, Any] = {
+        "made_from": place.made_from,
         "study": asdict(study),
         "scorer": bench.scorer.name,
         "prompts": {"agreeing": prompts.own, "conflict": prompts.other, "seeds": list(range(len(prompts.own)))},
@@ -352,7 +379,7 @@ def evaluate(place: Place, study: Study, jobs: int) -> dict[str, Any]:
         },
         "parameters": {form: each[0]["parameters"] for form, each in cards.items()},
         "gains": {form: [card["gains"] for card in each] for form, each in cards.items()},
-        "units": {name: weights_convert.read_json(place.state / f"{name}.json") for name in names},
+        "units": {name: weights_convert.read_json(place.work / f"{name}.json") for name in names},
     }
     if prompts.truth is not None:
         own = attributes.truth(prompts.truth.references)

@@ -41,11 +41,16 @@ class Scorer:
 
     def clip_i(self, drawn: Sequence[Image.Image], prompts: Sequence[Image.Image]) -> Tensor:
         """Cosine of each drawn picture and its image prompt, `b`."""
-        return F.cosine_similarity(self.images(drawn), self.images(prompts), dim=-1)
+        return cosine(self.images(drawn), self.images(prompts))
 
     def clip_t(self, drawn: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
         """Cosine of each drawn picture and its caption, `b`."""
-        return F.cosine_similarity(self.images(drawn), self.texts(captions), dim=-1)
+        return cosine(self.images(drawn), self.texts(captions))
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of two embeddings `b e`, `b`."""
+    return F.cosine_similarity(a, b, dim=-1)
 
 
 def clip_score(cosine: Tensor) -> Tensor:
@@ -68,24 +73,31 @@ def scorer(name: str, image: ImageEncoder, text: TextEncoder) -> Scorer:
     return Scorer(name, images, texts)
 
 
-def open_clip_scorer(architecture: str, pretrained: str) -> Scorer:
-    """Any CLIP of open_clip, by its names there ("ViT-L-14", "openai") or with the path of a file as `pretrained`."""
+def open_clip_scorer(architecture: str, pretrained: str, device: str = "cpu") -> Scorer:
+    """Any CLIP of open_clip, by its names there ("ViT-L-14", "openai") or with the path of a file as `pretrained`.
+
+    Raises ValueError when open_clip does not know or cannot load it.
+    """
     import open_clip
 
-    model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=pretrained)
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=pretrained)
+    except RuntimeError as error:
+        raise ValueError(f"{architecture}:{pretrained} is no CLIP that open_clip loads: {error}") from error
     tokenizer = open_clip.get_tokenizer(architecture)
-    model.eval()
+    model.eval().to(device)
 
     @torch.no_grad()
     def images(pictures: Sequence[Image.Image]) -> Tensor:
-        return torch.cat([model.encode_image(preprocess(picture)[None]) for picture in pictures])
+        pixels = torch.stack([preprocess(picture) for picture in pictures])
+        return torch.cat([model.encode_image(part.to(device)).cpu() for part in pixels.split(32)])
 
     @torch.no_grad()
     def texts(captions: Sequence[str]) -> Tensor:
-        found: Tensor = model.encode_text(tokenizer(list(captions)))
-        return found
+        tokens = tokenizer(list(captions))
+        return torch.cat([model.encode_text(part.to(device)).cpu() for part in tokens.split(32)])
 
-    return Scorer(f"{architecture}, {pretrained} (open_clip, with its preprocessing)", images, texts)
+    return Scorer(f"{architecture}, {pretrained} (open_clip: {model.visual.preprocess_cfg})", images, texts)
 
 
 def load(weights: Path) -> Scorer:
@@ -96,8 +108,8 @@ def load(weights: Path) -> Scorer:
     return scorer(f"{NAME} ({size} x {size} pixels, bicubic, centre crop)", image, text)
 
 
-def find(name: str) -> Scorer:
-    """The CLIP of a folder that has score_image and score_text, or one of open_clip as ARCHITECTURE:PRETRAINED.
+def find(name: str, device: str = "cpu") -> Scorer:
+    """The CLIP of a folder that has score_image and score_text (on the CPU), or one of open_clip as ARCHITECTURE:PRETRAINED.
 
     Raises ValueError when the name is neither.
     """
@@ -107,7 +119,8 @@ def find(name: str) -> Scorer:
         raise ValueError(
             f"{name} is no CLIP: name one of open_clip, as in ViT-L-14:openai or ViT-L-14:model.safetensors"
         )
-    return open_clip_scorer(*name.split(":", 1))
+    architecture, pretrained = name.split(":", 1)
+    return open_clip_scorer(architecture, pretrained, device)
 
 
 def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:

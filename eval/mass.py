@@ -1,8 +1,8 @@
 """How much of a joint softmax the picture gets: 1 - g of `concatenated`, layer by layer, head by head, timestep by timestep.
 
 Text and picture compete there, 77 keys against a few, so what the picture is left with explains what such a form can learn. The
-number of text keys is an axis: all 77, or the words alone. So is the picture: a dropped one (the null image) is not lambda 0, it
-still takes its share. `decoupled` has no such gate: its (g, 1 - g) is (1, lambda).
+number of text keys is an axis: all 77, or as many as the longest text has. So is the picture: a dropped one (the null image) is
+not lambda 0, it still takes its share. `decoupled` has no such gate: its (g, 1 - g) is (1, lambda).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def plot_curves(results: Results, path: Path) -> None:
         follow, error = rows.following.mean(axis=(0, 2)), rows.error.mean(axis=(0, 2))
         axes.plot(100 * follow, error, marker="o", markersize=3, label=FORMS[form].name)
     axes.axvline(100 * results["study"]["level"], color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("pictures that follow the text, %")
+    axes.set_xlabel("text-following, %")
     axes.set_ylabel("error against the image prompt" + (", palette" if "truth" in results else ", 100 (1 - CLIP-I)"))
     axes.legend(fontsize=7)
     _save(figure, path)

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 import weights_convert
-from eval.ablation import FIRST, FORMS, PRIMARY, SHARES, Place, Study, evaluate, go_on
+from eval.ablation import BASELINE, FORMS, PRIMARY, SHARES, Place, Study, evaluate, go_on, lambdas_of
 from eval.clip_score import clip_score
 from eval.statistics import Array, Rows, difference, holm
 from eval.tasks import TASKS, Row
 
 Results = dict[str, Any]
 SCHEMA = {
+    "made_from": "fingerprints of the base's weights, the data (how many pictures of the mini world, or a digest), the scorer",
     "study": "how much of everything was done",
     "scorer": "the CLIP of CLIP-I and CLIP-T, and its preprocessing",
     "prompts": "the texts of two tasks, a line a prompt, and the seeds of their noise; the third task has no text",
@@ -58,11 +59,11 @@ def select(rows: Sequence[Row], **where: Any) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
 
 
-def right(results: Results, row: Row, key: str) -> Array:
-    """1 where the drawn concept, background or drawing is the wanted one: the text's on `conflict`, else the picture's. Of
-    drawings those prompts count whose concept has several."""
-    truth = results["truth"]
-    wanted = truth["drawing"] if key == "drawing" else truth["wanted" if row["task"] == "conflict" else "own"][key]
+def right(results: Results, row: Row, key: str, whose: str | None = None) -> Array:
+    """1 where the drawn concept, background or drawing is the wanted one: the text's ("wanted") on `conflict`, else the picture's
+    ("own"), or as `whose` says. Of drawings those prompts count whose concept has several."""
+    truth, whose = results["truth"], whose or ("wanted" if row["task"] == "conflict" else "own")
+    wanted = truth["drawing"] if key == "drawing" else truth[whose][key]
     return np.array([float(a == b) for a, b in zip(row[key], wanted, strict=True) if b is not None])
 
 
@@ -79,11 +80,13 @@ def error(row: Row) -> Array:
     return np.array(row["palette_error"]) if "palette_error" in row else 100 * (1 - np.array(row["clip_i"]))
 
 
-def curves(results: Results, form: str, share: float = 1.0) -> Rows:
-    """The conflict rows of a form, `seeds lambdas prompts`; the first lambda is 0, the text alone."""
+def curves(results: Results, form: str, share: float = 1.0, few: bool = False) -> Rows:
+    """The conflict rows of a form, `seeds lambdas prompts`; the first lambda is 0, the text alone. With `few` those of a form's
+    `few` lambdas alone, which are there for every share."""
     conflict = select(rows_of(results), task="conflict", control=None)
     (alone,), mine = select(conflict, form="text alone"), select(conflict, form=form, share=share)
     seeds = sorted({row["seed"] for row in mine})
+    mine = [row for row in mine if not few or row["lambda"] in FORMS[form].few]
     rows = [[alone, *sorted(select(mine, seed=seed), key=lambda row: float(row["lambda"]))] for seed in seeds]
     follow = np.array([[following(results, row, alone) for row in each] for each in rows])
     return Rows(follow, np.array([[error(row) for row in each] for each in rows]))
@@ -95,14 +98,17 @@ def summary(results: Results) -> dict[str, Any]:
     study = results["study"]
     level, forms = study["level"], list(study["forms"])
     whole = {form: curves(results, form) for form in forms}
-    found = {form: difference(whole[form], whole[FIRST], level, study["resamples"]) for form in forms if form != FIRST}
+    found = {
+        form: difference(whole[form], whole[BASELINE], level, study["resamples"]) for form in forms if form != BASELINE
+    }
     p = {form: each.p for form, each in found.items()}
     p |= holm({form: p[form] for form in found if form != PRIMARY})
     return {
         "endpoint": {form: rows.endpoints(level).tolist() for form, rows in whole.items()},
         "difference": {form: {"mean": d.mean, "low": d.low, "high": d.high, "p": p[form]} for form, d in found.items()},
         "share": {
-            form: {f"{s:g}": curves(results, form, s).endpoints(level).tolist() for s in SHARES} for form in forms
+            form: {f"{s:g}": curves(results, form, s, few=True).endpoints(level).tolist() for s in SHARES}
+            for form in forms
         },
     }
 
@@ -129,7 +135,7 @@ def primary(results: Results) -> str:
             p = f"{d['p']:.3f}" + (", primary" if form == PRIMARY else "")
         rate, size = results["rates"][form]["chosen"], f"{results['parameters'][form]:,}"
         lines.append((FORMS[form].name, size, f"{rate:g}", _spread(ends), times, beside, p))
-    head = ("form", "trained", "rate", "error", "times the VAE's own", "minus IP-Adapter [95 %]", "p")
+    head = ("form", "parameters", "rate", "error", "times the VAE's own", "minus IP-Adapter [95 %]", "p")
     return table(head, lines)
 
 
@@ -146,11 +152,13 @@ def measures(results: Results, rows: Sequence[Row]) -> tuple[str, ...]:
     def mean(key: str, form: str) -> str:
         return format(np.mean([row[key] for row in rows]), form) if key in rows[0] else ""
 
-    def share(key: str) -> str:
-        hits = np.concatenate([right(results, row, key) for row in rows]) if key in rows[0] else np.zeros(0)
+    def share(key: str, whose: str | None = None) -> str:
+        hits = np.concatenate([right(results, row, key, whose) for row in rows]) if key in rows[0] else np.zeros(0)
         return f"{hits.mean():.0%}" if hits.size else ""
 
     shares = [share(key) for key in ("concept", "background", "drawing")]
+    if "truth" in results and rows[0]["task"] == "conflict":
+        shares = [f"{share(key)} / {share(key, 'own')}" for key in ("concept", "background")] + [""]
     scores = [clip_score(torch.tensor(row["clip_t"])).mean() for row in rows if "clip_t" in row]
     clips = [mean("clip_i", ".3f"), mean("clip_t", ".3f"), f"{float(sum(scores)) / len(scores):.2f}" if scores else ""]
     return (*shares, mean("palette_error", ".1f"), mean("placement_error", ".1f"), *clips)
@@ -172,6 +180,38 @@ def task_table(results: Results, task: str) -> str:
     return table(("form", "λ", *judged, "CLIP-I", "CLIP-T", "CLIPScore"), lines)
 
 
+def rate_table(results: Results) -> str:
+    """What a picture tells after a short run at each rate, in thousandths of the loss."""
+    rates = [f"{rate:g}" for rate in results["study"]["rates"]]
+    gains = {form: found["gains"] for form, found in results["rates"].items()}
+    lines = [
+        (FORMS[form].name, *("not finite" if each[rate] is None else f"{1000 * each[rate]:.2f}" for rate in rates))
+        for form, each in gains.items()
+    ]
+    return table(("form", *rates), lines)
+
+
+def mass_table(results: Results) -> str:
+    """1 - g of each joint softmax, seed 0, before and after each part of the training; and of no picture, the null image."""
+    few, most = sorted({row["words"] for row in masses(results)})
+    lines = []
+    for form in dict.fromkeys(row["form"] for row in masses(results)):
+        for words, picture in ((most, "own"), (most, "null"), (few, "own"), (few, "null")):
+            where = {"form": form, "words": words, "picture": picture}
+            found = [f"{mass(results, share=share, **where):.1%}" for share in (0.0, *SHARES)]
+            lines.append((FORMS[form].name, words, {"own": "its own", "null": "none"}[picture], *found))
+    return table(("form", "text keys", "picture", "untrained", *(f"{share:.0%}" for share in SHARES)), lines)
+
+
+def verdict(results: Results) -> str:
+    """In words, what each difference says."""
+    says = []
+    for form, d in results["summary"]["difference"].items():
+        sure = "is worse than" if d["low"] > 0 else "is better than" if d["high"] < 0 else "is not told apart from"
+        says.append(f"- *{FORMS[form].name}* {sure} IP-Adapter: {d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}].")
+    return "\n".join(says)
+
+
 def best_lambda(results: Results, form: str) -> float:
     """The lambda with the lowest error among those that follow the text often enough, on the mean over seeds."""
     rows, conflict = curves(results, form), select(rows_of(results), task="conflict", control=None)
@@ -184,7 +224,7 @@ def best_lambda(results: Results, form: str) -> float:
 def checked(results: Results) -> str:
     """Pictures drawn in few and in many steps, seed 0."""
     lines = []
-    for form in (FIRST, PRIMARY):
+    for form in (BASELINE, PRIMARY):
         (many,) = results["units"][f"steps-{form}"]["value"]
         where = {key: many[key] for key in ("task", "form", "seed", "share", "lambda")}
         (few,) = select(rows_of(results), **where, control=None)
@@ -208,12 +248,14 @@ def markdown(results: Results) -> str:
     return TEXT.format(
         size=size,
         level=f"{study['level']:.0%}",
-        prompts=study["prompts"],
+        prompts=len(results["prompts"]["conflict"]),
         steps=study["draw_steps"],
         guidance=f"{study['guidance']:g}",
         measures=(WORLD if "truth" in results else FILES).format(scorer=results["scorer"]),
-        rates=", ".join(f"{rate:g}" for rate in study["rates"]),
-        first=FORMS[FIRST].name,
+        rates=rate_table(results),
+        mass=mass_table(results),
+        verdict=verdict(results),
+        first=FORMS[BASELINE].name,
         second=FORMS[PRIMARY].name,
         width=f"{half_width(results):.1f}",
         primary=primary(results),
@@ -223,8 +265,8 @@ def markdown(results: Results) -> str:
     )
 
 
-def cell(place: Place, out: Path, name: str) -> str:
-    """Draws and reads FORM:SEED:TASK again, from the shipped adapter; says whether every digit is that of the results.
+def cell(place: Place, out: Path, name: str) -> tuple[str, bool]:
+    """Draws and reads FORM:SEED:TASK again, from the shipped adapter: a table, and whether every digit is that of the results.
 
     Raises ValueError for a cell that is none.
     """
@@ -239,12 +281,11 @@ def cell(place: Place, out: Path, name: str) -> str:
     torch.set_num_threads(1)  # as the published run
     bench, form_ = place.bench(study), FORMS[form]
     adapter = weights_convert.load_adapter(place.adapter(form, int(seed)), bench.pipeline.unet).to(study.device)
-    lambdas = form_.lambdas if task == "conflict" else form_.few
-    rows = bench.cell(task, adapter, form_.fuse, lambdas, form=form, seed=int(seed), share=1.0)
+    rows = bench.cell(task, adapter, form_.fuse, lambdas_of(form_, task), form=form, seed=int(seed), share=1.0)
     before = select(rows_of(results), form=form, seed=int(seed), share=1.0, task=task, control=None)
-    same = "equal, digit by digit, to" if rows == before else "not equal to"
+    says = "equal, digit by digit, to" if rows == before else "not equal to"
     drawn = results | {"units": {"rows-": {"value": rows}}}
-    return task_table(drawn, task) + f"\n\n{same} {out / 'results' / 'ablation.json'}"
+    return task_table(drawn, task) + f"\n\n{says} {out / 'results' / 'ablation.json'}", rows == before
 
 
 def run(place: Place, study: Study, out: Path, jobs: int) -> None:
@@ -254,11 +295,17 @@ def run(place: Place, study: Study, out: Path, jobs: int) -> None:
     """
     from eval import plots  # matplotlib is an extra
 
-    path = out / "results" / "ablation.json"
+    path, bench = (
+        out / "results" / "ablation.json",
+        place.bench(study),
+    )  # what reads must be there before hours of training
+    place = place.found(bench)
     if path.exists():
         go_on(place, weights_convert.read_json(path))
+    if study.device == "cpu":
+        torch.set_num_threads(1)
     while True:
-        results = evaluate(place, study, jobs)
+        results = evaluate(place, study, bench, jobs)
         results["summary"] = summary(results)
         if not half_width(results) > study.half_width or study.seeds >= study.most_seeds:  # it may be no number
             break
@@ -271,14 +318,14 @@ def run(place: Place, study: Study, out: Path, jobs: int) -> None:
 TEXT = """# Decoupled against concatenated
 
 `python -m eval ablation` made this file and its pictures; [results/ablation.json](results/ablation.json) has every row, and says what
-its entries are. {size}; the same data order, noise and initial projection for all forms of one seed, a rate for
-each from the grid {rates}. Pictures are drawn in bfloat16 with {steps} DDIM steps and guidance {guidance}, one for each of
-{prompts} prompts, seeds 0 .. {prompts} - 1, nothing picked.
+its entries are. {size}; the same data order, noise and initial projection for all forms of one seed (but for the
+simple adapter with as many parameters, which has more tokens). Pictures are drawn in bfloat16 with {steps} DDIM steps and guidance
+{guidance}, one for each of {prompts} prompts, seeds 0 .. {prompts} - 1, nothing picked.
 
 ## The primary endpoint
 
-Named before the runs: **the error against the image prompt where {level} of the pictures follow a conflicting text**,
-interpolated on the curve that a form draws as lambda grows; lower is better. The primary difference is the paper's:
+Named before the runs: **the error against the image prompt at {level} text-following on conflicting texts**, the lowest on the curve
+that a form draws as lambda grows (straight between two lambdas) up to there; lower is better. The primary difference is the paper's:
 {second}, minus {first}.
 {measures}
 
@@ -286,6 +333,8 @@ Intervals come from resampling seeds and prompts together, paired by seed (the h
 the p-values of the other differences are Holm's. All of it is conditional on one base model and one CLIP.
 
 {primary}
+
+{verdict}
 
 ![following the text against the error](results/ablation_curves.png)
 
@@ -295,15 +344,26 @@ The first prompts of the conflict, in order, each form at the best of its lambda
 
 ## As the training goes on
 
+The same error after parts of the training, read off fewer lambdas, the same two for every part:
+
 {shares}
 
 ![gain of the picture](results/ablation_gains.png)
 
 ## What the picture is left with in a joint softmax
 
-1 - g, the share of the attention that image keys take (`eval/mass.py`):
+1 - g, the share of the attention that image keys take (`eval/mass.py`), the mean over layers, heads and timesteps; with all 77 text
+keys and with as many as the longest text has. A dropped picture is the null image, which is not lambda 0: it still takes its share.
+
+{mass}
 
 ![image mass](results/ablation_mass.png)
+
+## The rates
+
+`gain_shuffled` (train/adapter.py) after a short run of seed 1000, in thousandths; the highest was taken, before any picture was drawn:
+
+{rates}
 
 ## Are so few steps enough?
 
@@ -327,9 +387,9 @@ The first prompts of the conflict, in order, each form at the best of its lambda
 """
 WORLD = """
 A picture follows the text when the judge (eval/attributes.py) sees the text's concept in it; the error is the CIELAB difference of
-its palette from the image prompt's (CIE76, the mean over the pair). In the tables below concept and background are the text's on
-the conflict, else the picture's; drawing is which of its concept's drawings is shown, where there are several; placement is the
-distance from the image prompt's centre and size, in pixels. CLIP-I and CLIP-T are cosines by {scorer};
+its palette from the image prompt's (CIE76, the mean over the pair). In the tables below concept and background are the picture's;
+on the conflict the text's / the picture's. Drawing is which of its concept's drawings is shown, where there are several; placement
+is the distance from the image prompt's centre and size, in pixels. CLIP-I and CLIP-T are cosines by {scorer};
 CLIPScore is 2.5 max(cos, 0) of the latter."""
 FILES = """
 Of these pictures no truth is known. How far one follows the text is its CLIP-T as a share of what the text alone gets; the error

@@ -32,7 +32,7 @@ def error_at(following: Array, error: Array, level: float = 0.8) -> float:
 
 @dataclass(frozen=True)
 class Rows:
-    """Raw rows of one form: `following` (0 or 1) and `error`, both `seeds lambdas prompts`."""
+    """Raw rows of one form: `following` (0 or 1, or a share) and `error`, both `seeds lambdas prompts`."""
 
     following: Array
     error: Array
@@ -68,10 +68,9 @@ def difference(a: Rows, b: Rows, level: float = 0.8, resamples: int = 2000, seed
         rows = rng.integers(seeds, size=seeds)
         means[i] = np.mean((a.endpoints(level, w) - b.endpoints(level, w))[rows])
     low, high = np.quantile(means, (0.025, 0.975))
-    p = 2 * min(np.mean(means <= 0), np.mean(means >= 0))
-    return Difference(
-        float(np.mean(a.endpoints(level) - b.endpoints(level))), float(low), float(high), float(max(p, 1 / resamples))
-    )
+    p = min(1.0, max(1 / resamples, 2 * min(np.mean(means <= 0), np.mean(means >= 0))))
+    mean = np.mean(a.endpoints(level) - b.endpoints(level))
+    return Difference(float(mean), float(low), float(high), float(p) if np.isfinite(means).all() else float("nan"))
 
 
 def holm(p: dict[str, float]) -> dict[str, float]:

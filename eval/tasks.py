@@ -13,6 +13,7 @@ Of a user's pictures no truth is known: there the conflicting text is another pi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,12 +75,15 @@ class Prompts:
 
     @classmethod
     def of_files(cls, files: Sequence[tuple[Path, str]], side: int) -> Prompts:
-        """A user's pictures, each against the next one's caption. Raises ValueError when there are fewer than two."""
-        if len(files) < 2:
-            raise ValueError("two held-out pictures at least are needed, and every 50th is held out: give 51 or more")
-        images = [centre_square(open_image(file), side, Image.Resampling.BILINEAR) for file, _ in files]
+        """A user's pictures, each against the next caption that is another. Raises ValueError when there is none."""
         own = [text for _, text in files]
-        return cls(images, own, own[1:] + own[:1])
+        if len(set(own)) < 2:
+            raise ValueError(
+                "two held-out pictures with different captions at least are needed, and every 50th is held out: give 51 or more"
+            )
+        other = [next(text for text in own[i:] + own[:i] if text != mine) for i, mine in enumerate(own)]
+        images = [centre_square(open_image(file), side, Image.Resampling.BILINEAR) for file, _ in files]
+        return cls(images, own, other)
 
     @property
     def pixels(self) -> Tensor:
@@ -118,8 +122,17 @@ class Bench:
         row = {"task": task, **cell}
         if self.prompts.truth is not None:
             row |= self._judged(task, drawn, self.prompts.truth.references)
-        row["clip_i"] = rounded(self.scorer.clip_i(images, self.prompts.images), 3)
-        return row if task == "picture" else row | {"clip_t": rounded(self.scorer.clip_t(images, texts), 3)}
+        shown = self.scorer.images(images)
+        row["clip_i"] = rounded(clip_score.cosine(shown, self._pictured), 3)
+        return (
+            row
+            if task == "picture"
+            else row | {"clip_t": rounded(clip_score.cosine(shown, self.scorer.texts(texts)), 3)}
+        )
+
+    @functools.cached_property
+    def _pictured(self) -> Tensor:
+        return self.scorer.images(self.prompts.images)
 
     def _judged(self, task: str, drawn: Tensor, references: list[Scene]) -> Row:
         assert self.judge is not None
@@ -143,21 +156,25 @@ class Bench:
         return world.draw(pipeline, self.prompts.texts(task), embedding, lam, self.guidance, self.steps, name, fuse)
 
     def anchors(self) -> list[Row]:
-        """Rows between which every form lies: the text without a picture; where it is known the truth, and that through the VAE."""
+        """Rows between which every form lies: the text without a picture; where it is known the truth, and that through the VAE,
+        which on the other two tasks is the image prompt itself."""
         rows = [
             self.read(task, self.draw(task, None, decoupled, None, 0.0), form="text alone")
             for task in ("agreeing", "conflict")
         ]
-        if self.prompts.truth is None:
-            return rows
-        true, vae = oracle(self.prompts.truth), self.pipeline.vae
-        with torch.no_grad():
-            through = torch.cat([vae.decode(vae.encode(part)) for part in true.split(64)])
-        return [
-            self.read("conflict", true, form="truth"),
-            self.read("conflict", through, form="truth, through the VAE"),
-            *rows,
-        ]
+        for task in TASKS if self.prompts.truth is not None else ():
+            true = oracle(self.prompts.truth) if task == "conflict" else self.prompts.pixels
+            rows += [
+                self.read(task, true, form="truth"),
+                self.read(task, self.through_the_vae(true), form="truth, through the VAE"),
+            ]
+        return rows
+
+    @torch.no_grad()
+    def through_the_vae(self, pictures: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        device = next(vae.parameters()).device
+        return torch.cat([vae.decode(vae.encode(part.to(device))).cpu() for part in pictures.split(32)])
 
     def cell(self, task: str, adapter: IPAdapter, fuse: Fuse, lambdas: Sequence[float], **where: Any) -> list[Row]:
         """One row a lambda."""

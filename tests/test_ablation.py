@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 import weights_convert
 from eval import __main__ as commands
 from eval import attributes, calibration, clip_score, report
-from eval.ablation import FORMS, SHARES, SMOKE, Place, Study, kept, train, untrained
+from eval.ablation import FORMS, SHARES, SMOKE, Place, Study, best_rate, kept, train, untrained
 from eval.tasks import Bench, Prompts, drawings, nearest, oracle
 from sampling.pipeline import load
 from train import checkpoint, clip
@@ -113,7 +114,7 @@ def results() -> report.Results:
     for form, worse in (("ip_adapter", 0), ("simple", 5)):
         for seed in seeds:
             for share in SHARES:
-                for lam, follows, error in ((1.0, 0.9, 40), (2.0, 0.7, 30)):
+                for lam, follows, error in zip(FORMS[form].few, (0.9, 0.7), (40, 30), strict=True):
                     later = 10 * (1 - share)
                     where = {"form": form, "seed": seed, "share": share, "lambda": lam}
                     rows.append(row(follows, error + worse + later, **where))
@@ -136,7 +137,10 @@ def test_the_endpoint_is_read_where_text_is_followed_equally_often() -> None:
     assert summary["share"]["simple"]["0.5"] == pytest.approx([45] * 3, abs=0.1)
     assert "| 1,234 | 0.001 | 35.0 ± 0.0 |" in report.primary(found)
     assert report.half_width(found) < 1
-    assert report.best_lambda(found, "ip_adapter") == 1.0
+    assert report.best_lambda(found, "ip_adapter") == FORMS["ip_adapter"].few[0]
+    assert "*The simple adapter" in report.verdict(found).replace("*the", "*The") and "is worse than" in report.verdict(
+        found
+    )
 
 
 def test_the_judge_sees_what_a_person_sees() -> None:
@@ -170,7 +174,7 @@ def test_a_lost_share_is_trained_again_not_taken_from_a_later_state(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training is made up: every step adds 1 to a bias, and a state remembers how many were done."""
-    place, study = Place(Source(), tmp_path / "shipped", tmp_path, "weights"), replace(SMOKE, steps=8)
+    place, study = Place(Source(), tmp_path / "shipped", tmp_path, "weights", {"made": "up"}), replace(SMOKE, steps=8)
 
     def fit(setting: Setting, start: Any, plan: Plan, folder: Path, fuse: Any, until: int) -> Any:
         done = (checkpoint.load(folder / f"{plan.name}.pt") or {"step": 0})["step"]
@@ -199,10 +203,12 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
 
     def call(*options: str) -> str:
         command = [sys.executable, "-m", "eval", "ablation", "--out", str(tmp_path), *options]
-        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            command, cwd=ROOT, check=not options[0].startswith("--cell"), capture_output=True, text=True
+        ).stdout
 
-    smoke, state = ("--smoke", "--state", str(tmp_path / "state")), tmp_path / "state"
-    call(*smoke)
+    state = tmp_path / "runs" / "ablation"
+    call("--smoke")
     written = (tmp_path / "results" / "ablation.json").read_text()
     made = json.loads(written)
     rows = report.rows_of(made)
@@ -213,13 +219,12 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
     text = (tmp_path / "RESULTS.md").read_text()
     assert report.primary(made) in text
     assert all((tmp_path / link).exists() for link in re.findall(r"\]\((.*?)\)", text))
-    for file in state.glob("*"):
-        if not file.name.startswith(("train-", "val-")):
-            file.unlink()
-    call(*smoke)
-    assert (tmp_path / "results" / "ablation.json").read_text() == written and not list(state.glob("*.pt"))
-    assert "| 0.5 |" in (again := call("--cell", "shared:1:agreeing")) and "equal, digit by digit" in again
-    made["units"]["rows-shared-1"]["value"][-1]["clip_i"][0] += 0.001
+    for folder in (each for each in state.iterdir() if each.is_dir()):
+        shutil.rmtree(folder)
+    call("--smoke")
+    assert (tmp_path / "results" / "ablation.json").read_text() == written and not list(state.rglob("*.pt"))
+    assert "equal, digit by digit" in call("--cell", "shared:1:agreeing")
+    made["units"]["rows-shared-1"]["value"][4]["clip_i"][0] += 0.001
     (tmp_path / "results" / "ablation.json").write_text(json.dumps(made))
     assert "equal, digit by digit" in call("--cell", "shared:1:agreeing")
     assert "not equal to" in call("--cell", "shared:1:conflict")
@@ -228,9 +233,13 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--smoke"], "name another folder"),
+        (["--smoke"], "name a folder for it with --out"),
+        (["--steps", "100"], "name a folder for it with --out"),
+        (["--out", "o", "--steps", "3"], "4 or more"),
+        (["--seeds", "0"], "more than 0"),
+        (["--out", "o", "--data", "d"], "go together"),
         (["--base", "sd15.safetensors"], "go together"),
-        (["--base", "b", "--data", "d"], "--scorer ViT-L-14:openai"),
+        (["--out", "o", "--base", "b", "--data", "d"], "--scorer ViT-L-14:openai"),
         (["--cell", "shared:99:agreeing"], "is no cell|is not there"),
         (["--cell", "shared"], "is no cell|is not there"),
     ],
@@ -241,9 +250,23 @@ def test_what_does_not_go_together_is_told_first(options: list[str], says: str) 
         commands.run(args)
 
 
-def test_a_clip_that_is_none_is_told() -> None:
-    with pytest.raises(ValueError, match="ViT-L-14:openai"):
-        clip_score.find("nothing")
+@pytest.mark.parametrize("name", ["nothing", "ViT-Q-99:openai"])
+def test_a_clip_that_is_none_is_told(name: str) -> None:
+    with pytest.raises(ValueError, match="is no CLIP"):
+        clip_score.find(name)
+
+
+def test_the_rate_is_the_best_of_those_whose_loss_is_finite() -> None:
+    assert best_rate({1e-3: 0.1, 3e-3: 0.2, 9e-3: None}, "simple") == 3e-3
+    with pytest.raises(ValueError, match="lower --rates"):
+        best_rate({9e-3: None}, "simple")
+
+
+def test_a_users_pictures_conflict_with_another_caption(pictures: list[Path]) -> None:
+    files = [(pictures[i % 3], text) for i, text in enumerate(("a", "a", "b", "c"))]
+    assert Prompts.of_files(files, 32).other == ["b", "b", "c", "a"]
+    with pytest.raises(ValueError, match="different captions"):
+        Prompts.of_files(files[:2], 32)
 
 
 def test_a_json_list_of_plain_values_is_one_line(tmp_path: Path) -> None:

@@ -160,6 +160,15 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert same(kept, kept_too) and log_too == log
 
 
+def test_the_state_of_another_run_is_not_taken(tmp_path: Path) -> None:
+    """Nor lost: it stays where it is."""
+    train(tmp_path)
+    before = (tmp_path / "tiny.pt").read_bytes()
+    with pytest.raises(ValueError, match="another steps, lr: name another folder"):
+        train(tmp_path, replace(PLAN, steps=13, lr=2e-2))
+    assert (tmp_path / "tiny.pt").read_bytes() == before
+
+
 def test_an_interrupt_in_the_last_step_finishes(tmp_path: Path) -> None:
     _, kept, _ = train(tmp_path / "a")
     _, kept_too, log = train(tmp_path / "b", make=stop_at(11))

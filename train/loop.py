@@ -138,8 +138,8 @@ def run(
     `make(i)` builds batch i (one a step, or `plan.accumulate`), `loss(batch, generator)` returns named scalars, of which
     "loss" is minimised, `validate(module)` returns named numbers. State and log live in `folder`; a run that finds its
     state goes on from it. With `until` it stops early, after that many of the plan's steps. Raises SystemExit when it was
-    interrupted, after saving, and FloatingPointError, before the weights are changed, when the loss or its gradient is not
-    finite.
+    interrupted, after saving, ValueError when the state is of another plan, and FloatingPointError, before the weights are
+    changed, when the loss or its gradient is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file, log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
@@ -149,6 +149,11 @@ def run(
     kept = module if ema is None else ema
     start, log, end = 0, [], plan.steps if until is None else until
     if state := checkpoint.load(state_file):
+        settings = asdict(plan)
+        if other := [key for key, value in settings.items() if state.get("plan", settings)[key] != value]:
+            raise ValueError(
+                f"{state_file} is the state of a run with another {', '.join(other)}: name another folder, or remove it"
+            )
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         kept.load_state_dict(state["kept"])
@@ -156,7 +161,7 @@ def run(
 
     def save(step: int) -> None:
         states = {"module": module.state_dict(), "kept": kept.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoint.save(state_file, {"step": step, "log": log, **states})
+        checkpoint.save(state_file, {"step": step, "log": log, "plan": asdict(plan), **states})
         log_file.write_text("".join(json.dumps(row) + "\n" for row in log))
 
     began = time.time()
@@ -171,7 +176,7 @@ def run(
             row["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, plan.clip))
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 raise FloatingPointError(
-                    f"{plan.name}: loss or gradient is not finite at step {step + 1}; lower the rate"
+                    f"{plan.name}: loss or gradient is not finite at step {step + 1}; start again with a lower rate"
                 )
             optimizer.param_groups[0]["lr"] = row["lr"]
             optimizer.step()
