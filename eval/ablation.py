@@ -349,30 +349,29 @@ def go_on(place: Place, results: Mapping[str, Any]) -> None:
 
 def evaluate(place: Place, study: Study, bench: Bench, jobs: int) -> dict[str, Any]:
     """Does every unit of work that is not done; returns them all, and what is needed to read them."""
-    place.setting(study)  # computed once, before many processes want it
     joint = [form for form in study.forms if FORMS[form].fuse is concatenated]
+    grid = list(itertools.product(study.forms, study.rates))
+    pairs = list(itertools.product(range(study.seeds), study.forms))  # what is done early is already a comparison
+    tried = {study.rate_plan(form, rate).name: partial(try_rate, place, study, form, rate) for form, rate in grid}
+    names = [*tried, "anchors", *(f"rows-{form}-{seed}" for seed, form in pairs), *(f"mass-{form}" for form in joint)]
+    names += [f"steps-{form}" for form in (BASELINE, PRIMARY)]
+    if not all((place.work / f"{name}.json").exists() for name in names):
+        place.setting(study)  # computed once, before many processes want it
     with workers(jobs) as pool:
-        grid = {
-            (form, rate): partial(try_rate, place, study, form, rate) for form in study.forms for rate in study.rates
-        }
-        gains = shared_out(pool, grid, "rates")
+        gains = dict(zip(grid, shared_out(pool, tried, "rates").values(), strict=True))
         rates = {form: best_rate({rate: gains[form, rate] for rate in study.rates}, form) for form in study.forms}
-        # seed by seed, so that what is done early is already a comparison
-        pairs = list(itertools.product(range(study.seeds), study.forms))
         work: dict[str, Callable[[], list[Row]]] = {"anchors": partial(anchors, place, study)}
         work |= {f"rows-{form}-{seed}": partial(unit, place, study, form, seed, rates[form]) for seed, form in pairs}
         shared_out(pool, work, "adapters")
         more = {f"mass-{form}": partial(masses, place, study, form, rates[form]) for form in joint}
         more |= {f"steps-{form}": partial(checked, place, study, form, rates[form]) for form in (BASELINE, PRIMARY)}
         shared_out(pool, more, "image mass, more steps")
-    names = [*(study.rate_plan(*pair).name for pair in grid), *work, *more]
     cards = {form: [place.card(form, seed) for seed in range(study.seeds)] for form in study.forms}
-    prompts = bench.prompts
-    results: dict[str, Any] = {
+    return {
         "made_from": place.made_from,
         "study": asdict(study),
         "scorer": bench.scorer.name,
-        "prompts": {"agreeing": prompts.own, "conflict": prompts.other, "seeds": list(range(len(prompts.own)))},
+        **asked(bench.prompts),
         "rates": {
             form: {"chosen": rates[form], "gains": {f"{rate:g}": gains[form, rate] for rate in study.rates}}
             for form in study.forms
@@ -381,11 +380,18 @@ def evaluate(place: Place, study: Study, bench: Bench, jobs: int) -> dict[str, A
         "gains": {form: [card["gains"] for card in each] for form, each in cards.items()},
         "units": {name: weights_convert.read_json(place.work / f"{name}.json") for name in names},
     }
+
+
+def asked(prompts: Prompts) -> dict[str, Any]:
+    """What was asked of every form, and where it is known what is right."""
+    found: dict[str, Any] = {
+        "prompts": {"agreeing": prompts.own, "conflict": prompts.other, "seeds": list(range(len(prompts.own)))}
+    }
     if prompts.truth is not None:
         own = attributes.truth(prompts.truth.references)
-        results["truth"] = {
+        found["truth"] = {
             "wanted": {"concept": prompts.truth.concept.tolist(), "background": prompts.truth.background.tolist()},
             "own": {key: own[key].tolist() for key in ("concept", "background")},
             "drawing": [drawing_of(scene) for scene in prompts.truth.references],
         }
-    return results
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def _computed(
             for key, value in encode(batch).items():
                 found.setdefault(key, []).append(value.half().cpu())
         cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(".part")
+        part = cache.with_suffix(f".{os.getpid()}.part")  # another process may compute the same
         save_file({key: torch.cat(parts).contiguous() for key, parts in found.items()}, part)
         part.rename(cache)
     return load_file(cache)
