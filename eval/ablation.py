@@ -59,7 +59,7 @@ class Form:
 
 
 SUM = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.5, 1.0)  # lambda scales what is read
-ODDS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0, 64.0), (1 / 4, 4.0)  # lambda scales the odds of being looked at
+ODDS = (1 / 4096, 1 / 512, 1 / 64, 1 / 8, 1.0, 8.0, 64.0), (1 / 8, 8.0)  # lambda scales the odds of being looked at
 FORMS = {
     "ip_adapter": Form("IP-Adapter: own projections, own softmax", True, decoupled, *SUM),
     "shared": Form("the text's projections, own softmax", False, decoupled, *SUM),
