@@ -32,7 +32,7 @@ def image_mass(bench: Bench, adapter: IPAdapter) -> list[Row]:
     eps, rows = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device), []
     for t in TIMES:
         x_t = pipeline.schedule.add_noise(x0, eps, torch.full((len(x0),), t, device=device))
-        for words in (text.shape[1], longest):
+        for words in dict.fromkeys((text.shape[1], longest)):
             for picture, embedding in (("own", own), ("null", null)):
                 with record(pipeline.unet) as maps:
                     pipeline.unet(x_t, t, adapter(Context(text[:, :words], fuse=concatenated), embedding))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 import weights_convert
 from eval.ablation import FORMS, Place, Study
-from eval.report import Results, best_lambda, curves, mass, masses, select
+from eval.report import Results, best_lambda, curves, fraction, mass, masses, select
 from sampling.images import to_images
 from sampling.sheets import sheet
 
@@ -88,7 +88,7 @@ def contact_sheet(results: Results, place: Place, study: Study, path: Path, n: i
         adapter = weights_convert.load_adapter(place.adapter(form, 0), bench.pipeline.unet).to(study.device)
         lam, embedding = best_lambda(results, form), bench.embedding(adapter)
         columns.append(to_images(bench.draw("conflict", adapter, FORMS[form].fuse, embedding, lam)))
-        titles.append(f"{form}, {lam:g}")
+        titles.append(f"{form}, {fraction(lam)}")
     rows = list(zip(*columns, strict=True))
     sheet(
         [["image prompt"], titles],

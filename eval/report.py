@@ -118,6 +118,11 @@ def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
 
 
+def fraction(lam: float) -> str:
+    """A lambda as people write it: 0.25, 1/512."""
+    return f"1/{1 / lam:g}" if 0 < lam < 0.1 else f"{lam:g}"
+
+
 def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
@@ -172,7 +177,7 @@ def task_table(results: Results, task: str) -> str:
     for form in results["study"]["forms"]:
         mine = select(rows, form=form, share=1.0)
         for lam in sorted({row["lambda"] for row in mine if "lambda" in row}):
-            lines.append((FORMS[form].name, f"{lam:g}", *measures(results, select(mine, **{"lambda": lam}))))
+            lines.append((FORMS[form].name, fraction(lam), *measures(results, select(mine, **{"lambda": lam}))))
         for control, says in (("shuffled", "another's picture"), ("null", "no picture")):
             if found := select(mine, control=control):
                 lines.append((FORMS[form].name, f"1, {says}", *measures(results, found)))
@@ -193,10 +198,9 @@ def rate_table(results: Results) -> str:
 
 def mass_table(results: Results) -> str:
     """1 - g of each joint softmax, seed 0, before and after each part of the training; and of no picture, the null image."""
-    few, most = sorted({row["words"] for row in masses(results)})
-    lines = []
+    counts, lines = sorted({row["words"] for row in masses(results)}, reverse=True), []
     for form in dict.fromkeys(row["form"] for row in masses(results)):
-        for words, picture in ((most, "own"), (most, "null"), (few, "own"), (few, "null")):
+        for words, picture in itertools.product(counts, ("own", "null")):
             where = {"form": form, "words": words, "picture": picture}
             found = [f"{mass(results, share=share, **where):.1%}" for share in (0.0, *SHARES)]
             lines.append((FORMS[form].name, words, {"own": "its own", "null": "none"}[picture], *found))
@@ -231,7 +235,7 @@ def checked(results: Results) -> str:
         (alone,) = select(rows_of(results), task="conflict", form="text alone")
         for row, steps in ((few, results["study"]["draw_steps"]), (many, many["steps"])):
             follows = f"{following(results, row, alone).mean():.0%}"
-            lines.append((FORMS[form].name, f"{row['lambda']:g}", steps, follows, f"{error(row).mean():.1f}"))
+            lines.append((FORMS[form].name, fraction(row["lambda"]), steps, follows, f"{error(row).mean():.1f}"))
     return table(("form", "λ", "steps", "follows the text", "error"), lines)
 
 
@@ -295,10 +299,8 @@ def run(place: Place, study: Study, out: Path, jobs: int) -> None:
     """
     from eval import plots  # matplotlib is an extra
 
-    path, bench = (
-        out / "results" / "ablation.json",
-        place.bench(study),
-    )  # what reads must be there before hours of training
+    path = out / "results" / "ablation.json"
+    bench = place.bench(study)  # what reads the pictures must be there before hours of training
     place = place.found(bench)
     if path.exists():
         go_on(place, weights_convert.read_json(path))
