@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import matplotlib
@@ -56,21 +55,20 @@ def plot_gains(results: Results, path: Path) -> None:
 
 
 def plot_mass(results: Results, path: Path) -> None:
-    """1 - g over layers and over timesteps, after the whole training; with all text keys, and with the words alone."""
+    """1 - g over layers and over timesteps, after the whole training, beside all text keys."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     rows = select(masses(results), share=1.0)
     for key, axes in zip(("layer", "t"), panels, strict=True):
         ticks = sorted({row[key] for row in rows})
-        for form, words, picture in itertools.product(
-            dict.fromkeys(row["form"] for row in rows), sorted({row["words"] for row in rows}), ("own", "null")
-        ):
-            where = {"form": form, "share": 1.0, "words": words, "picture": picture}
-            line = [mass(results, **where, **{key: tick}) for tick in ticks]
-            label = f"{form}, {words} text keys, {'its picture' if picture == 'own' else 'no picture'}"
-            axes.plot(ticks, line, marker="o", markersize=3, linestyle="-" if picture == "own" else ":", label=label)
+        for i, form in enumerate(dict.fromkeys(row["form"] for row in rows)):
+            for picture, line in (("own", "-"), ("null", ":")):
+                where = {"form": form, "share": 1.0, "words": max(row["words"] for row in rows), "picture": picture}
+                shares = [mass(results, **where, **{key: tick}) for tick in ticks]
+                label = f"{form}, {'its picture' if picture == 'own' else 'no picture'}"
+                axes.plot(ticks, shares, marker="o", markersize=3, linestyle=line, color=f"C{i}", label=label)
         axes.set_xlabel({"layer": "layer, in execution order", "t": "timestep"}[key])
     panels[0].set_ylabel("share of the attention that image keys take")
-    panels[1].legend(fontsize=6)
+    panels[1].legend(fontsize=7)
     _save(figure, path)
 
 
@@ -83,17 +81,10 @@ def _save(figure: Figure, path: Path) -> None:
 def contact_sheet(results: Results, place: Place, study: Study, path: Path, n: int = 8) -> None:
     """Figure 10: the first n prompts of `conflict`, a column a form at its `best_lambda`, seed 0, nothing picked."""
     bench = place.bench(study).first(n)
-    titles, columns = [], [bench.prompts.images]
-    for form in study.forms:
+    lambdas, columns = {form: best_lambda(results, form) for form in study.forms}, [bench.prompts.images]
+    for form, lam in lambdas.items():
         adapter = weights_convert.load_adapter(place.adapter(form, 0), bench.pipeline.unet).to(study.device)
-        lam, embedding = best_lambda(results, form), bench.embedding(adapter)
-        columns.append(to_images(bench.draw("conflict", adapter, FORMS[form].fuse, embedding, lam)))
-        titles.append(f"{form}, {fraction(lam)}")
-    rows = list(zip(*columns, strict=True))
-    sheet(
-        [["image prompt"], titles],
-        rows,
-        bench.prompts.texts("conflict"),
-        note_at=1,
-        title="Each form at its best lambda",
-    ).save(path)
+        columns.append(to_images(bench.draw("conflict", adapter, FORMS[form].fuse, bench.embedding(adapter), lam)))
+    rows, title = list(zip(*columns, strict=True)), f"At lambda {', '.join(map(fraction, lambdas.values()))}"
+    texts = bench.prompts.texts("conflict")
+    sheet([["image prompt"], list(lambdas)], rows, texts, note_at=1, title=title).save(path)

@@ -130,7 +130,10 @@ def _spread(values: Sequence[float]) -> str:
 def primary(results: Results) -> str:
     """The primary endpoint, form by form."""
     found, lines = results["summary"], []
-    through = select(rows_of(results), form="truth, through the VAE")
+    through = select(rows_of(results), task="conflict", form="truth, through the VAE")
+    (alone,) = select(rows_of(results), task="conflict", form="text alone")
+    times = f"{np.mean(error(alone)) / np.mean(error(through[0])):.1f}" if through else ""
+    lines.append(("the text alone", "", "", f"{np.mean(error(alone)):.1f}", times, "", ""))
     for form, ends in found["endpoint"].items():
         times = f"{np.mean(ends) / np.mean(error(through[0])):.1f}" if through else ""
         beside, p = "", ""

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import weights_convert
-from eval import benchmark, parity, world
+from eval import benchmark, parity, report, world
+from train.data import fingerprint
 
 ROOT = Path(__file__).parent.parent
 RESULTS = json.loads((ROOT / "results" / "world.json").read_text())
@@ -25,6 +27,23 @@ def test_readme_shows_what_was_measured_beside_diffusers(measure):
     readme = (ROOT / "README.md").read_text()
     assert measure.table(results) in readme
     assert results["command"] in readme and results.get("machine", "") in readme
+
+
+def test_readme_and_report_show_the_ablation() -> None:
+    """And its adapters are there, of which the files are."""
+    results = json.loads((ROOT / "results" / "ablation.json").read_text())
+    readme, seeds = (ROOT / "README.md").read_text(), results["study"]["seeds"]
+    assert report.primary(results) in readme and report.verdict(results) in readme
+    assert f"({results['study']['steps']} steps, {seeds} seeds)" in readme
+    assert report.markdown(results) == (ROOT / "RESULTS.md").read_text()
+    wide = report.select(report.rows_of(results), task="conflict", form="simple_wide", share=1.0, **{"lambda": 1.0})
+    assert f"follows the text in {np.mean([report.right(results, row, 'concept') for row in wide]):.0%}" in readme
+    adapters = ROOT / "results" / "ablation"
+    assert {f.stem for f in adapters.glob("*.safetensors")} == {
+        f"{form}-{seed}" for form in results["study"]["forms"] for seed in range(seeds)
+    }
+    base = fingerprint(weights_convert.load_unet(ROOT / "weights" / "unet.safetensors"))
+    assert all(json.loads(f.read_text())["settings"]["made_from"]["unet"] == base for f in adapters.glob("*.json"))
 
 
 def test_results_are_of_the_shipped_weights():
