@@ -67,10 +67,8 @@ FORMS = {
     "simple": Form("the simple adapter: the text's projections, joint softmax", False, concatenated, *ODDS),
     "simple_wide": Form("the simple adapter with as many parameters", False, concatenated, *ODDS, wide=True),
 }
-BASELINE, PRIMARY = (
-    "ip_adapter",
-    "simple",
-)  # the paper's comparison: the second minus the first is the primary difference
+# The paper's comparison: the second minus the first is the primary difference.
+BASELINE, PRIMARY = "ip_adapter", "simple"
 SHARES = (0.25, 0.5, 1.0)
 MASS_PROMPTS = 32
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import weights_convert
-from eval import attributes, clip_score
-from eval.tasks import Bench, Prompts
+from eval import attributes, world
+from eval.tasks import Prompts
 from sampling.images import to_images
 from sampling.pipeline import load
 from train.vae import to_tensor
@@ -27,14 +27,13 @@ LAMBDAS = (0.0, 0.4, 0.8, 1.2)
 
 def draw(weights: Path, path: Path) -> None:
     """Writes the sheet."""
-    judge, scorer = attributes.load(weights / "judge.safetensors"), clip_score.load(weights)
-    bench = Bench(load(weights), Prompts.of_the_world(COLUMNS * ROWS), scorer, judge)
-    embedding = bench.embedding(bench.pipeline.adapters[0])
+    pipeline, prompts = load(weights), Prompts.of_the_world(COLUMNS * ROWS)
+    embedding = world.embedding(pipeline, prompts.images)
     lam = torch.tensor(LAMBDAS).repeat(COLUMNS * ROWS // len(LAMBDAS)).view(-1, 1, 1, 1)
-    texts, sheet = bench.prompts.texts("conflict"), Image.new("RGB", (COLUMNS * SIZE, ROWS * SIZE))
+    texts, sheet = prompts.other, Image.new("RGB", (COLUMNS * SIZE, ROWS * SIZE))
     for rows in torch.arange(len(texts)).split(COLUMNS):
         words, seeds = [texts[i] for i in rows], rows.tolist()
-        drawn = bench.pipeline.draw(words, seeds, embedding[rows], scale=lam[rows], guidance=4.0, steps=12)
+        drawn = pipeline.draw(words, seeds, embedding[rows], scale=lam[rows], guidance=4.0, steps=12)
         for i, image in zip(seeds, to_images(drawn), strict=True):
             sheet.paste(image, (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -124,11 +123,9 @@ class Bench:
             row |= self._judged(task, drawn, self.prompts.truth.references)
         shown = self.scorer.images(images)
         row["clip_i"] = rounded(clip_score.cosine(shown, self._pictured), 3)
-        return (
-            row
-            if task == "picture"
-            else row | {"clip_t": rounded(clip_score.cosine(shown, self.scorer.texts(texts)), 3)}
-        )
+        if task != "picture":
+            row["clip_t"] = rounded(clip_score.cosine(shown, self.scorer.texts(texts)), 3)
+        return row
 
     @functools.cached_property
     def _pictured(self) -> Tensor:
@@ -147,8 +144,7 @@ class Bench:
 
     def embedding(self, adapter: IPAdapter) -> Tensor:
         """What the adapter reads of the image prompts, `n 1 ...`."""
-        pipeline = replace(self.pipeline, adapters=(adapter,))
-        return torch.cat([pipeline.embed([image]) for image in self.prompts.images])
+        return world.embedding(replace(self.pipeline, adapters=(adapter,)), self.prompts.images)
 
     def draw(self, task: str, adapter: IPAdapter | None, fuse: Fuse, embedding: Tensor | None, lam: float) -> Tensor:
         """One picture a prompt, seeds 0 .. n-1, in bfloat16."""
@@ -166,15 +162,9 @@ class Bench:
             true = oracle(self.prompts.truth) if task == "conflict" else self.prompts.pixels
             rows += [
                 self.read(task, true, form="truth"),
-                self.read(task, self.through_the_vae(true), form="truth, through the VAE"),
+                self.read(task, world.through_the_vae(self.pipeline.vae, true), form="truth, through the VAE"),
             ]
         return rows
-
-    @torch.no_grad()
-    def through_the_vae(self, pictures: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        device = next(vae.parameters()).device
-        return torch.cat([vae.decode(vae.encode(part.to(device))).cpu() for part in pictures.split(32)])
 
     def cell(self, task: str, adapter: IPAdapter, fuse: Fuse, lambdas: Sequence[float], **where: Any) -> list[Row]:
         """One row a lambda."""
@@ -194,10 +184,8 @@ class Bench:
 
 def nearest(references: list[Scene], drawn: Tensor) -> list[int]:
     """Which of its concept's drawings each picture shows: the nearest in pixels, all of them rendered as the reference is."""
-    found = []
-    for scene, x in zip(references, drawn, strict=True):
-        found.append(int((drawings(scene) - x).square().mean(dim=(1, 2, 3)).argmin()))
-    return found
+    pairs = zip(references, drawn, strict=True)
+    return [int((drawings(scene) - x).square().mean(dim=(1, 2, 3)).argmin()) for scene, x in pairs]
 
 
 def rounded(values: Tensor, digits: int) -> list[float]:

@@ -12,6 +12,7 @@ All concepts x backgrounds, one picture each, seeds 0 .. n-1, nothing picked. Ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tqdm import tqdm
 import weights_convert
 from eval import attributes
 from model.attention import Fuse, decoupled
+from model.vae import VAE
 from sampling.embeddings import Strength
 from sampling.images import to_images
 from sampling.lambdas import Lambda
@@ -96,9 +98,16 @@ def task(n: int, seed: int) -> Task:
     return Task(references, to_tensor(pictures(references)), torch.from_numpy(concept), torch.from_numpy(background))
 
 
-def embedding(pipeline: Pipeline, pixels: Tensor) -> Tensor:
-    """What the pipeline's adapter reads of pictures `n 3 h w`, each a prompt of its own, `n 1 ...`."""
-    return torch.cat([pipeline.embed([image]) for image in to_images(pixels)])
+def embedding(pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
+    """What the pipeline's adapter reads of pictures, each a prompt of its own, `n 1 ...`."""
+    return torch.cat([pipeline.embed([image]) for image in images])
+
+
+@torch.no_grad()
+def through_the_vae(vae: VAE, pixels: Tensor) -> Tensor:
+    """Pictures `n 3 h w`, encoded and decoded again."""
+    device = next(vae.parameters()).device
+    return torch.cat([vae.decode(vae.encode(part.to(device))).cpu() for part in pixels.split(32)])
 
 
 def draw(
@@ -134,7 +143,7 @@ def choose_lambda(
     """Of the lambdas whose pictures follow the text as often as `FOLLOW` asks on validation prompts, the one with the lowest
     palette error; and the sweep."""
     val, sweep = task(n, seed=1), []
-    seen = embedding(pipeline, val.pixels)
+    seen = embedding(pipeline, to_images(val.pixels))
     for layers, scales in LAMBDAS.items():
         for scale in scales:
             lam, name = lambda_of(layers, scale), f"lambda {scale:g}, {layers} layers"
@@ -157,8 +166,7 @@ def evaluate(
     pipeline, judge = load(weights), attributes.load(weights / "judge.safetensors")
     test = task(n, seed=2)
     own = attributes.truth(test.references)
-    with torch.no_grad():
-        reconstructed = torch.cat([pipeline.vae.decode(pipeline.vae.encode(part)) for part in test.pixels.split(64)])
+    reconstructed = through_the_vae(pipeline.vae, test.pixels)
     results: dict[str, Any] = {
         "command": f"python -m eval world --n {n} --steps {steps} --guidance {guidance:g}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": "bfloat16", "seeds": f"0..{n - 1}"},
@@ -179,7 +187,7 @@ def evaluate(
         caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b])
         for c, name, b in zip(test.concept, names, test.background, strict=True)
     ]
-    seen = embedding(pipeline, test.pixels)
+    seen = embedding(pipeline, to_images(test.pixels))
     for key, prompts, pictured, strength, concept, background in (
         ("text", test.captions(), None, 0.0, test.concept, test.background),
         ("colour", colour, None, 0.0, test.concept, test.background),
