@@ -1,7 +1,8 @@
 """Measures: `judge` and `clip` train the networks that read pictures, `world` scores the shipped mini weights against the
-truth, `examples` writes the demo's image prompts, `attention` draws where a drawing looks at its prompts, `ablation` compares
-decoupled with concatenated attention, `calibration` the judge with a person; `parity` and `benchmark` compare with diffusers at
-the true size (they write 3.4 GB of random weights to a folder, and want the extra `test`)."""
+truth, `fine` compares global with fine-grained image features, `examples` writes the demo's image prompts, `attention` draws
+where a drawing looks at its prompts, `ablation` compares decoupled with concatenated attention, `calibration` the judge with a
+person; `parity` and `benchmark` compare with diffusers at the true size (they write 3.4 GB of random weights to a folder, and
+want the extra `test`)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval import attention_maps, attributes, benchmark, calibration, clip_score, parity, report, world
+from eval import attention_maps, attributes, benchmark, calibration, clip_score, fine, parity, report, world
 from eval.ablation import SMOKE, Place, Study
 from sampling.pipeline import WEIGHTS
 from train.adapter import Source
@@ -29,11 +30,15 @@ def parser() -> argparse.ArgumentParser:
         training = commands.add_parser(name, help=help)
         training.add_argument("--state", type=Path, default=Path("runs"))
         training.add_argument("--steps", type=int, default=plan.steps)
-    score = commands.add_parser("world", help="score the mini weights")
-    score.add_argument("--n", type=int, default=1024)
-    score.add_argument("--steps", type=int, default=12)
-    score.add_argument("--guidance", type=float, default=4.0)
-    score.add_argument("--out", type=Path, default=Path("results/world.json"))
+    for name, n, help in (
+        ("world", 1024, "score the mini weights"),
+        ("fine", 512, "global against fine-grained image features"),
+    ):
+        score = commands.add_parser(name, help=help)
+        score.add_argument("--n", type=int, default=n)
+        score.add_argument("--steps", type=int, default=12)
+        score.add_argument("--guidance", type=float, default=4.0)
+        score.add_argument("--out", type=Path, default=Path(f"results/{name}.json"))
     samples = commands.add_parser("examples", help="write the demo's image prompts")
     samples.add_argument("--out", type=Path, default=Path("sampling/examples"))
     same = commands.add_parser("parity", help="equality with the public implementations at the true size")
@@ -151,7 +156,8 @@ def run(args: argparse.Namespace) -> None:
     elif args.command == "attention":
         attention_maps.run(args)
     else:
-        print(world.table(world.evaluate(args.weights, args.out, args.n, args.steps, args.guidance)))
+        measure = {"world": world, "fine": fine}[args.command]
+        print(measure.table(measure.evaluate(args.weights, args.out, args.n, args.steps, args.guidance)))
 
 
 def main() -> None:

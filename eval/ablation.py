@@ -85,7 +85,7 @@ class Study:
     seeds: int = 5
     most_seeds: int = 10
     half_width: float = 3.0
-    prompts: int = 80
+    prompts: int = 128
     draw_steps: int = 12
     check_steps: int = 50
     guidance: float = 4.0

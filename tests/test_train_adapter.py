@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
 from sampling.schedule import Prediction, Schedule
 from train import adapter as adapter_stage
-from train.adapter import batch_of, check_gates, drops, held_out_losses
+from train.adapter import Recipe, Setting, batch_of, check_gates, drops, held_out_losses
+from train.adapter import Source as AdapterSource
 from train.clip import MINI_TEXT
 from train.data import Pairs, encode_texts, world_pairs
 from train.loop import Plan
@@ -299,6 +302,29 @@ def test_no_picture_is_a_zero_embedding_or_zero_pixels(tmp_path: Path) -> None:
             batch = batch_of(pairs, torch.arange(2), torch.Generator().manual_seed(0), "cpu", dropping=True)
         assert torch.equal(batch.image[0], null) and torch.equal(batch.image[1], pairs.images[1].float())
         assert torch.equal(batch.text[1], pairs.texts[0].float())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_every_phase_has_its_own_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same pictures and the same adapter, which goes on; the card tells what the captions said."""
+    seen: list[tuple[Setting, Tensor]] = []
+    fit = adapter_stage.fit
+
+    def spy(setting: Setting, adapter: IPAdapter, plan: Plan, *args: Any, **options: Any) -> Any:
+        seen.append((setting, adapter.image_projection.proj.bias.detach().clone()))
+        return fit(setting, adapter, plan, *args, **options)
+
+    monkeypatch.setattr(adapter_stage, "fit", spy)
+    monkeypatch.setattr(adapter_stage.preview, "prompts", lambda *_: None)
+    plan = Recipe("first", steps=1, batch=2, lr=1e-2, warmup=1, says=(0.0, 0.0))
+    phases = plan, replace(plan, name="second", says=(1.0, 1.0))
+    adapter_stage.train(tmp_path, tmp_path, phases, AdapterSource(Path("weights"), pictures=24))
+    (first, before), (second, after) = seen
+    assert len(first.pairs.texts) < 10 <= len(second.pairs.texts)  # no caption but colours; all kinds of captions
+    assert first.pairs.images is not None and second.pairs.images is not None
+    assert torch.equal(first.pairs.images, second.pairs.images) and not torch.equal(before, after)
+    card = json.loads((tmp_path / "ip_adapter.json").read_text())
+    assert [each["says"] for each in card["settings"]] == [[0, 0], [1, 1]]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from train import adapter, clip, unet, vae
 from train.loop import Plan
 
+P = TypeVar("P", bound=Plan)
 STAGES = {"vae": vae, "clip": clip, "unet": unet}
 
 
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
 
-    def plan_of(default: Plan) -> Plan:
+    def plan_of(default: P) -> P:
         given = {k: v for k in ("steps", "batch", "lr", "seed", "accumulate") if (v := getattr(args, k)) is not None}
         return replace(default, device=args.device, bf16=args.bf16 or default.bf16, **given)
 
@@ -62,8 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             base_dtype=torch.bfloat16 if args.bf16 else torch.float32,
             checkpointing=args.checkpointing,
         )
-        plan = replace(adapter.PLAN, name="ip_adapter_plus") if args.fine else adapter.PLAN
-        phases = adapter.PHASES if args.data is None and not args.fine else (plan,)
+        phases = (adapter.FINE,) if args.fine else adapter.PHASES if args.data is None else (adapter.PLAN,)
         adapter.train(args.state, args.weights, tuple(plan_of(phase) for phase in phases), source)
 
 

@@ -114,12 +114,12 @@ def world_pairs(
     split: Split,
     count: int,
     folder: Path,
-    says: float = SAYS,
+    says: tuple[float, float] = SAYS,
     fine: bool = False,
 ) -> Pairs:
     """The first `count` pictures of a split; what is slow to compute is kept in `folder`. `images` only with `image`.
 
-    `says`: in which share of the captions the concept is named, and in which the background.
+    `says`: the shares of captions that name the concept, and the background.
     """
     world, size = World(split, says), 100
     scenes: list[Scene] = [world[i] for i in range(count)]

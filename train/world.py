@@ -56,7 +56,7 @@ BACKGROUND_NAMES = tuple(BACKGROUNDS)
 
 SLOTS = (len(CONCEPTS), len(BACKGROUNDS), 3, 16, 3, 16, 3, 3, 3)  # concept, background, tone and hue twice, size, place
 HELD_OUT_HUES = (196.0, 220.0)
-SAYS = 0.9
+SAYS = 0.9, 0.9  # the shares of captions that name the concept, and the background
 _SPLITS = {"train": 0, "val": 1, "test": 2}
 _COLOUR = re.compile(r"#(?:[0-9A-Fa-f]{6}|[0-9A-Fa-f]{3})\b")
 
@@ -210,7 +210,7 @@ def random_palette(rng: np.random.Generator, wedge: bool = False) -> Array:
 
 
 def random_scene(
-    rng: np.random.Generator, concept: int, background: int, wedge: bool = False, says: float = SAYS
+    rng: np.random.Generator, concept: int, background: int, wedge: bool = False, says: tuple[float, float] = SAYS
 ) -> Scene:
     """A scene of this concept and background; palette, drawing, placement and what the caption says are drawn from `rng`."""
     size = int(rng.integers(46, 63))
@@ -225,19 +225,19 @@ def random_scene(
         x=int(rng.integers(SIZE - size + 1)),
         y=int(rng.integers(SIZE - size + 1)),
         mirror=bool(rng.random() < 0.5),
-        says_concept=bool(rng.random() < says),
+        says_concept=bool(rng.random() < says[0]),
         says_colour=bool(rng.random() < 0.5),
-        says_background=bool(rng.random() < says),
+        says_background=bool(rng.random() < says[1]),
     )
 
 
 class World:
     """An endless list of scenes. `world[i]` is the same everywhere; `train` never shows a held-out pair or hue.
 
-    `says`: in which share of the captions the concept is named, and in which the background; the pictures do not change with it.
+    `says`: the shares of captions that name the concept, and the background; the pictures do not change with it.
     """
 
-    def __init__(self, split: Split = "train", says: float = SAYS) -> None:
+    def __init__(self, split: Split = "train", says: tuple[float, float] = SAYS) -> None:
         self.split, self.says = split, says
 
     def __getitem__(self, index: int) -> Scene:

@@ -1,0 +1,74 @@
+"""Global against fine-grained features: what is measured, and how it is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import weights_convert
+from eval import fine
+from eval.__main__ import main
+from eval.tasks import Bench
+
+ROOT = Path(__file__).parent.parent
+
+
+def made_up() -> dict[str, Any]:
+    """Four prompts, the second of a concept with one drawing only."""
+    wanted = {"own": {"concept": [0, 1, 2, 3], "background": [0, 0, 1, 1]}, "drawing": [0, None, 1, 2]}
+    rows = [
+        {
+            "concept": [0, 1, 0, 0],
+            "background": [0, 0, 1, 0],
+            "drawing": [0, 0, 0, 0],
+            "palette_error": [10, 20, 30, 40],
+        },
+        {
+            "concept": [0, 1, 2, 0],
+            "background": [0, 0, 1, 1],
+            "drawing": [0, 0, 1, 2],
+            "palette_error": [9, 20, 28, 39],
+        },
+    ]
+    other = {"task": "picture", "placement_error": [1.0, 2.0, 3.0, 4.0], "clip_i": [0.5, 0.6, 0.7, 0.8], "lambda": 1.0}
+    named = [{"form": form, **row, **other} for form, row in zip(fine.ADAPTERS.values(), rows, strict=True)]
+    return {"truth": wanted, "rows": named}
+
+
+def test_the_table_has_differences_paired_by_prompt() -> None:
+    _, _, own, plus, difference = fine.table(made_up()).splitlines()
+    assert own.split(" | ")[1:5] == ["50%", "75%", "33%", "25.0"]
+    assert plus.split(" | ")[1:5] == ["75%", "100%", "100%", "24.0"]
+    half = 1.96 * np.std([-1, 0, -2, -1], ddof=1) / 2
+    assert difference.split(" | ")[4] == f"-1.0 ± {half:.1f}" and "+0.000 ± 0.000" in difference
+    assert difference.split(" | ")[3] == f"+66.7 ± {1.96 * np.std([0, 100, 100], ddof=1) / 3**0.5:.1f}"
+
+
+def test_both_shipped_adapters_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command: a row each, of the image prompt alone; the files are named by their hashes."""
+    drawn: list[tuple[str, float, int]] = []
+    draw = Bench.draw
+
+    def spy(self: Bench, task: str, adapter: Any, fuse: Any, embedding: Any, lam: float) -> Any:
+        drawn.append((task, lam, embedding.ndim))
+        return draw(self, task, adapter, fuse, embedding, lam)
+
+    monkeypatch.setattr(Bench, "draw", spy)
+    out = tmp_path / "fine.json"
+    monkeypatch.setattr("sys.argv", ["eval", "fine", "--n", "3", "--steps", "2", "--out", str(out)])
+    main()
+    results = json.loads(out.read_text())
+    assert drawn == [("picture", 1.0, 3), ("picture", 1.0, 4)]  # an embedding, and a grid of features, a picture
+    assert [row["form"] for row in results["rows"][1:]] == list(fine.ADAPTERS.values())
+    assert all(len(row["placement_error"]) == 3 and "clip_t" not in row for row in results["rows"])
+    assert results["sha256"] == {
+        f"{name}.safetensors": weights_convert.sha256(ROOT / "weights" / f"{name}.safetensors")
+        for name in fine.ADAPTERS
+    }
+    assert fine.table(results) in capsys.readouterr().out
