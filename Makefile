@@ -22,7 +22,6 @@ test: .venv/tests
 
 weights: .venv/tests
 	$(BIN)/python -m train all
-	$(BIN)/python -m train adapter --fine
 	$(BIN)/python -m eval judge
 	$(BIN)/python -m eval clip
 

@@ -1,8 +1,8 @@
-"""Global against fine-grained image features (Figure 11), the two adapters that ship.  `python -m eval fine`
+"""Global against fine-grained image features (Figure 11).  `python -m eval fine`, after `python -m train adapter --fine`
 
 The image prompt alone (empty text, lambda 1): how much of it comes back? Of n held-out pictures the judge reads concept,
-background, palette, placement, and which of its concept's drawings is shown, where there are several. The two were not trained
-alike (see their cards), so this compares what ships, and not the two forms at equal training.
+background, palette, placement, and which of its concept's drawings is shown, where there are several. The two adapters
+were not trained alike (see their cards): they are compared as they are, and not the two forms at equal training.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ MEASURES = ("concept", "background", "drawing", "palette_error", "placement_erro
 
 
 def evaluate(weights: Path, out: Path, n: int = 512, steps: int = 12, guidance: float = 4.0) -> dict[str, Any]:
-    """Draws and reads everything, and writes `out` (JSON): a row an adapter, as the rows of results/ablation.json."""
+    """Draws and reads everything, and writes `out` (JSON): a row an adapter, as the rows of results/ablation.json.
+
+    Raises FileNotFoundError, naming the command that makes it, when an adapter is missing.
+    """
+    files = [weights / f"{name}.safetensors" for name in ADAPTERS]
+    for file, option in zip(files, ("", " --fine"), strict=True):
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is not there; `python -m train adapter{option}` trains it")
     pipeline, judge = load(weights, ()), attributes.load(weights / "judge.safetensors")
     bench = Bench(pipeline, Prompts.of_the_world(n, seed=4), clip_score.find(str(weights)), judge, steps, guidance)
     through = through_the_vae(pipeline.vae, bench.prompts.pixels)
     rows = [bench.read("picture", through, form="the image prompt, through the VAE")]
-    files = [weights / f"{name}.safetensors" for name in ADAPTERS]
     for file, form in zip(files, ADAPTERS.values(), strict=True):
         rows += bench.cell("picture", weights_convert.load_adapter(file, pipeline.unet), decoupled, (1.0,), form=form)
     results = {

@@ -45,7 +45,7 @@ from train.world import (
     random_scene,
 )
 
-LAMBDAS = {"all": (0.2, 0.3, 0.4, 0.6), "finest": (0.5, 0.6, 0.7, 1.0)}
+LAMBDAS = {"all": (0.2, 0.3, 0.4, 0.6), "finest": (0.5, 0.6, 0.7, 0.8, 1.0)}
 FOLLOW = {"concept": 0.75, "background": 0.9}  # what must follow the text on validation prompts at the chosen lambda
 
 

@@ -88,12 +88,13 @@ class ImageEncoder(nn.Module):
         return out
 
     def fine(self, pixels: Tensor) -> Tensor:
-        """Fine-grained features `b n c`: all tokens of a ViT's penultimate layer, no norm after; or the grid before pooling."""
+        """Fine-grained features `b n c`: all tokens of a ViT's penultimate layer, no norm after; or of a convolutional tower the
+        cells of its last grid and their places, as its attention pooling adds them (a ViT's tokens hold theirs)."""
         if self.config.kind == "resnet":
             grid: Tensor = self.clip.forward_intermediates(pixels, indices=1, intermediates_only=True)[
                 "image_intermediates"
             ][0]
-            return grid.flatten(2).transpose(1, 2)
+            return grid.flatten(2).transpose(1, 2) + self.clip.attnpool.positional_embedding[1:]
         layer = self.config.layers[0] - 2
         parts = self.clip.forward_intermediates(
             pixels,

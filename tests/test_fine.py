@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import weights_convert
 from eval import fine
 from eval.__main__ import main
 from eval.tasks import Bench
+from model.adapter import IPAdapter
+from model.image_projection import Resampler
+from sampling.pipeline import load
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,8 +52,21 @@ def test_the_table_has_differences_paired_by_prompt() -> None:
     assert difference.split(" | ")[3] == f"+66.7 ± {1.96 * np.std([0, 100, 100], ddof=1) / 3**0.5:.1f}"
 
 
-def test_both_shipped_adapters_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """The mini weights, and beside them an untrained Plus."""
+    folder, pipeline = tmp_path / "weights", load()
+    shutil.copytree(ROOT / "weights", folder)
+    assert pipeline.image is not None
+    width = pipeline.unet.config.context_dim
+    projection = Resampler(pipeline.image.config.fine_dim, width, tokens=3, width=width, depth=1, heads=2)
+    file = folder / "ip_adapter_plus.safetensors"
+    weights_convert.save_adapter(IPAdapter(pipeline.unet, projection), pipeline.unet, file, {})
+    return folder
+
+
+def test_both_adapters_are_read(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the command: a row each, of the image prompt alone; the files are named by their hashes."""
     drawn: list[tuple[str, float, int]] = []
@@ -60,15 +77,17 @@ def test_both_shipped_adapters_are_read(
         return draw(self, task, adapter, fuse, embedding, lam)
 
     monkeypatch.setattr(Bench, "draw", spy)
-    out = tmp_path / "fine.json"
-    monkeypatch.setattr("sys.argv", ["eval", "fine", "--n", "3", "--steps", "2", "--out", str(out)])
+    out = weights.parent / "fine.json"
+    command = ["eval", "--weights", str(weights), "fine", "--n", "6", "--steps", "2", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", command)
     main()
     results = json.loads(out.read_text())
     assert drawn == [("picture", 1.0, 3), ("picture", 1.0, 4)]  # an embedding, and a grid of features, a picture
     assert [row["form"] for row in results["rows"][1:]] == list(fine.ADAPTERS.values())
-    assert all(len(row["placement_error"]) == 3 and "clip_t" not in row for row in results["rows"])
-    assert results["sha256"] == {
-        f"{name}.safetensors": weights_convert.sha256(ROOT / "weights" / f"{name}.safetensors")
-        for name in fine.ADAPTERS
-    }
+    assert all(len(row["placement_error"]) == 6 and "clip_t" not in row for row in results["rows"])
+    names = [f"{name}.safetensors" for name in fine.ADAPTERS]
+    assert results["sha256"] == {name: weights_convert.sha256(weights / name) for name in names}
     assert fine.table(results) in capsys.readouterr().out
+    (weights / names[1]).unlink()
+    with pytest.raises(SystemExit, match=r"plus\.safetensors is not there; `python -m train adapter --fine` trains it"):
+        main()

@@ -40,10 +40,8 @@ def test_features_equal_transformers(activation: Any) -> None:
 
 @pytest.mark.parametrize(("stem_pool", "side"), [(True, 2), (False, 4)])
 def test_resnet_features(stem_pool: bool, side: int) -> None:
-    """Fine features are the last stage's grid, row by row; the embedding is CLIP's attention pooling of it.
-
-    There the grid's mean asks, and mean and cells answer.
-    """
+    """Fine features are the last stage's grid, row by row, with the places that CLIP's attention pooling adds; of it the
+    embedding is made: the grid's mean asks, and mean and cells answer."""
     ours = randomise(
         ImageEncoder(
             ImageConfig("resnet", 64, width=8, layers=(1, 1, 1, 1), heads=4, output_dim=10, stem_pool=stem_pool)
@@ -53,10 +51,11 @@ def test_resnet_features(stem_pool: bool, side: int) -> None:
     ours.clip.layer4.register_forward_hook(lambda _, __, out: seen.append(out))
     pixels = randn(2, 3, 64, 64)
     embedding, fine = ours(pixels), ours.fine(pixels)
-    assert torch.equal(fine, torch.stack([seen[0][:, :, i, j] for i in range(side) for j in range(side)], dim=1))
-    assert fine.shape == (2, side**2, ours.config.fine_dim)
     pool = ours.clip.attnpool
-    tokens = torch.cat([fine.mean(1, keepdim=True), fine], dim=1) + pool.positional_embedding
+    grid = torch.stack([seen[0][:, :, i, j] for i in range(side) for j in range(side)], dim=1)
+    assert torch.equal(fine, grid + pool.positional_embedding[1:])
+    assert fine.shape == (2, side**2, ours.config.fine_dim)
+    tokens = torch.cat([grid.mean(1, keepdim=True) + pool.positional_embedding[0], fine], dim=1)
     q, k, v = (
         proj(x).unflatten(-1, (4, -1))
         for proj, x in ((pool.q_proj, tokens[:, 0]), (pool.k_proj, tokens), (pool.v_proj, tokens))

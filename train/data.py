@@ -89,7 +89,7 @@ def features(
     """(images, null) of `Pairs` for `count` batches of pixels `b 3 s s`: image embeddings, or fine features."""
     weight, size = next(image.parameters()), image.config.image_size
     read: Callable[[Tensor], Tensor] = image.fine if fine else image
-    cache = folder / f"{data}-{'fine' if fine else 'images'}-{fingerprint(image)}.safetensors"
+    cache = folder / f"{data}-{'tokens' if fine else 'images'}-{fingerprint(image)}.safetensors"
     images = _computed(cache, batches, count, lambda x: {"images": read(x.to(weight))})["images"]
     with torch.no_grad():
         null = read(torch.zeros(1, 3, size, size).to(weight))[0].cpu() if fine else torch.zeros(images.shape[1])
