@@ -1,7 +1,7 @@
 # make demo   draws a contact sheet with the mini weights (SEED=1 draws another)
 # make gallery   draws a sheet for each way to steer them
 # make test   runs ruff, mypy and all tests
-# make ablation   adds seeds to RESULTS.md until the difference is known well enough (a stopped run goes on)
+# make ablation   writes RESULTS.md: does what is missing of its files, and adds seeds until the difference is known well enough
 # make weights   trains the mini world from nothing (hours; a stopped run goes on)
 PYTHON ?= python3
 SEED ?= 0
