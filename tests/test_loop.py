@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -160,12 +160,19 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert same(kept, kept_too) and log_too == log
 
 
+@dataclass(frozen=True)
+class More(Plan):
+    extra: float = 0.5
+
+
 def test_the_state_of_another_run_is_not_taken(tmp_path: Path) -> None:
     """Nor lost: it stays where it is."""
     train(tmp_path)
     before = (tmp_path / "tiny.pt").read_bytes()
     with pytest.raises(ValueError, match="another steps, lr: name another folder"):
         train(tmp_path, replace(PLAN, steps=13, lr=2e-2))
+    with pytest.raises(ValueError, match="another extra: name another folder"):  # a setting that older plans lack
+        train(tmp_path, More(**asdict(PLAN)))
     assert (tmp_path / "tiny.pt").read_bytes() == before
 
 

@@ -150,7 +150,7 @@ def run(
     start, log, end = 0, [], plan.steps if until is None else until
     if state := checkpoint.load(state_file):
         settings = asdict(plan)
-        if other := [key for key, value in settings.items() if state.get("plan", settings)[key] != value]:
+        if other := [key for key, value in settings.items() if state.get("plan", settings).get(key) != value]:
             raise ValueError(
                 f"{state_file} is the state of a run with another {', '.join(other)}: name another folder, or remove it"
             )
