@@ -35,7 +35,7 @@ def evaluate(weights: Path, out: Path, n: int = 512, steps: int = 12, guidance: 
         if not file.exists():
             raise FileNotFoundError(f"{file} is not there; `python -m train adapter{option}` trains it")
     pipeline, judge = load(weights, ()), attributes.load(weights / "judge.safetensors")
-    bench = Bench(pipeline, Prompts.of_the_world(n, seed=4), clip_score.find(str(weights)), judge, steps, guidance)
+    bench = Bench(pipeline, Prompts.of_the_world(n, seed=4), clip_score.load(weights), judge, steps, guidance)
     through = through_the_vae(pipeline.vae, bench.prompts.pixels)
     rows = [bench.read("picture", through, form="the image prompt, through the VAE")]
     for file, form in zip(files, ADAPTERS.values(), strict=True):

@@ -133,23 +133,22 @@ class Source:
     image_encoder: Path | None = None
     fine: bool = False
     pictures: int = PICTURES  # of the mini world
-    says: tuple[float, float] = PLAN.says
     data: Path | None = None
     side: int | None = None
     base_dtype: torch.dtype = torch.float32
     checkpointing: bool = False
 
 
-def load_pairs(pipeline: Pipeline, source: Source, folder: Path) -> tuple[Pairs, Pairs]:
-    """Pictures to train on, and held-out ones. Of a user's pictures every 50th is held out."""
+def load_pairs(pipeline: Pipeline, source: Source, folder: Path, says: tuple[float, float]) -> tuple[Pairs, Pairs]:
+    """Pictures to train on, and held-out ones; `says` as in `Recipe`. Of a user's pictures every 50th is held out."""
     if pipeline.image is None:
         raise ValueError(f"{source.base} has no image encoder: name one with --image-encoder")
     parts = pipeline.vae, pipeline.text, pipeline.image
     if source.data is None:
         held_out = min(HELD_OUT, source.pictures)
         return (
-            world_pairs(*parts, "train", source.pictures, folder, source.says, source.fine),
-            world_pairs(*parts, "val", held_out, folder, source.says, source.fine),
+            world_pairs(*parts, "train", source.pictures, folder, says, source.fine),
+            world_pairs(*parts, "val", held_out, folder, says, source.fine),
         )
     files, side = captioned_files(source.data), source.side or pipeline.native_size[0]
     kept = [f for i, f in enumerate(files) if i % 50] or files
@@ -181,14 +180,14 @@ class Setting:
         return IPAdapter(unet, projection, own_projections).to(next(unet.parameters()).device)
 
 
-def prepare(source: Source, folder: Path, device: str = "cpu") -> Setting:
+def prepare(source: Source, folder: Path, device: str = "cpu", says: tuple[float, float] = PLAN.says) -> Setting:
     """Loads the base and computes, or finds in `folder`, what the adapter reads."""
     pipeline = load(source.base, (), source.image_encoder, device=device)
     if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
         raise ValueError(
             f"{source.base} is a model for inpainting: train on the ordinary one, whose adapters it can use"
         )
-    setting = Setting(pipeline, *load_pairs(pipeline, source, folder), GAMMA if source.data is None else None)
+    setting = Setting(pipeline, *load_pairs(pipeline, source, folder, says), GAMMA if source.data is None else None)
     pipeline.unet.checkpointing = source.checkpointing
     return setting
 
@@ -226,25 +225,24 @@ def fit(
 
 
 def train(folder: Path, weights: Path, phases: tuple[Recipe, ...] = PHASES, source: Source | None = None) -> None:
-    plan = phases[0]
+    plan, source = phases[0], source or Source(base=weights)
     torch.manual_seed(plan.seed)
-    reads = replace(source or Source(base=weights), says=plan.says)
-    setting = prepare(reads, folder, plan.device)
+    says, setting = plan.says, prepare(source, folder, plan.device, plan.says)
     pipeline, adapter = setting.pipeline, setting.adapter()
     check_gates(pipeline.unet, adapter, pipeline.schedule, setting.held_out, device=plan.device)
-    pipeline.unet.to(reads.base_dtype)
+    pipeline.unet.to(source.base_dtype)
 
     def sheet(module: IPAdapter) -> None:
-        if reads.data is None:
+        if source.data is None:
             preview.prompts(replace(pipeline, adapters=(module,)), folder / f"{plan.name}.png")
 
     for phase in phases:
-        if phase.says != reads.says:
-            reads = replace(reads, says=phase.says)
-            setting = Setting(pipeline, *load_pairs(pipeline, reads, folder), setting.gamma)
+        if phase.says != says:
+            says, (pairs, held_out) = phase.says, load_pairs(pipeline, source, folder, phase.says)
+            setting = replace(setting, pairs=pairs, held_out=held_out)
         kept, log = fit(setting, adapter, phase, folder, watch=sheet)
         adapter.load_state_dict(kept.state_dict())
     file, command = weights / "ip_adapter.safetensors", "python -m train adapter"
-    if reads.fine:
+    if source.fine:
         file, command = weights / "ip_adapter_plus.safetensors", command + " --fine"
     save_adapter(adapter, pipeline.unet, file, card(phases, log, command))
