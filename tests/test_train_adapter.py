@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +18,15 @@ from torch import Tensor, nn
 from model.adapter import IPAdapter
 from model.attention import Context, Source, attention, concatenated, decoupled
 from model.image_encoder import ImageConfig, ImageEncoder
-from model.image_projection import ImageProjection
+from model.image_projection import ImageProjection, Resampler
 from model.text_encoder import TextEncoder
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
+from sampling.pipeline import load
 from sampling.schedule import Prediction, Schedule
 from train import adapter as adapter_stage
-from train.adapter import Recipe, Setting, batch_of, check_gates, drops, held_out_losses
+from train.__main__ import main
+from train.adapter import Recipe, Setting, batch_of, begin_as, check_gates, drops, held_out_losses, images_of
 from train.adapter import Source as AdapterSource
 from train.clip import MINI_TEXT
 from train.data import Pairs, encode_texts, world_pairs
@@ -30,9 +34,11 @@ from train.loop import Plan
 from train.loss import diffusion_loss, min_snr, noise_for
 from train.unet import rows_of
 from train.world import World
+from weights_convert import load_adapter
 
 CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4)
 EMBEDDING = 10
+FILES = "ip_adapter.safetensors", "ip_adapter_plus.safetensors"
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -238,6 +244,82 @@ def test_held_out_losses_are_what_they_say(pairs: Pairs) -> None:
     found = held_out_losses(unet, deaf, Schedule(), pairs)
     assert found["gain_zero"] == found["gain_shuffled"] == 0  # V' = 0: no picture says anything
     assert first["gain_zero"] != 0 and first["gain_shuffled"] != 0
+
+
+# Plus begins as a trained adapter of the base form
+
+
+def fine_of(pairs: Pairs) -> Pairs:
+    """The same pictures as fine features, which the embedding is a linear function of."""
+    spread = randn(EMBEDDING, 3 * 12, seed=4)
+    return replace(pairs, images=(pairs.images @ spread).view(-1, 3, 12), null=torch.zeros(3, 12))
+
+
+def plus_of(unet: UNet, tokens: int) -> IPAdapter:
+    torch.manual_seed(1)
+    width = CONFIG.context_dim
+    return IPAdapter(unet, Resampler(12, width, tokens, width=16, depth=2, heads=1))
+
+
+def trained_parts() -> tuple[UNet, IPAdapter]:
+    """As `parts`, but the adapter's W'_k, W'_v are no longer the UNet's W_k, W_v."""
+    unet, known = parts(tokens=2)
+    with torch.no_grad():
+        for i, weight in enumerate(known.parameters()):
+            weight.add_(0.3 * randn(*weight.shape, seed=10 + i))
+    return unet, known
+
+
+def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pairs, tmp_path: Path) -> None:
+    """Its tokens are fitted, those of the null picture too; then the UNet's noise is the same, and an untrained Plus's is not."""
+    unet, known = trained_parts()
+    fresh, plus = plus_of(unet, 6), plus_of(unet, 6)
+    plan, fine = Plan("begin", steps=1500, batch=3, lr=3e-3, decay=0.7, validate_every=1500), fine_of(pairs)
+    before = copy.deepcopy(known.state_dict())
+    begin_as(known, plus, plan, (pairs, pairs), (fine, fine), tmp_path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in known.state_dict().items())
+    assert all(torch.equal(plus.state_dict()[n], before[n]) for n in before if n.startswith(("to_k", "to_v")))
+    rows, none = torch.arange(len(pairs)), torch.zeros(len(pairs), dtype=torch.bool)
+    batch = batch_of(pairs, rows, torch.Generator().manual_seed(0), "cpu")
+    errors: dict[str, float] = {}
+    for name, adapter in {"plus": plus, "fresh": fresh}.items():
+        for drop in (none, ~none):
+            with torch.no_grad():
+                contexts = [
+                    each(Context(batch.text), images_of(source, rows, drop), scale=2.0)
+                    for each, source in ((known, pairs), (adapter, fine))
+                ]
+                wanted, own = (unet(batch.x0, batch.t, context) for context in contexts)
+            errors[name] = max(errors.get(name, 0.0), float((wanted - own).abs().max()))
+    assert errors["plus"] < 0.05 * errors["fresh"], errors
+    explained = [json.loads(row) for row in (tmp_path / "begin.jsonl").read_text().splitlines()][-1]["explained"]
+    with torch.no_grad():
+        goal, own = known.tokens(pairs.images).repeat(1, 3, 1), plus.tokens(fine.images)
+    share = 1 - float((own - goal).square().mean() / (goal - goal.mean(dim=0)).square().mean())
+    assert explained == pytest.approx(share, abs=1e-5) and share > 0.99
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_command_trains_plus_from_the_base_folders_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That has to be there, before anything is computed; the card names both steps."""
+    monkeypatch.setattr(adapter_stage.preview, "prompts", lambda *_: None)
+    monkeypatch.setattr(adapter_stage, "Source", functools.partial(AdapterSource, pictures=24))
+    base, out, state = tmp_path / "base", tmp_path / "out", tmp_path / "state"
+    shutil.copytree("weights", base)
+    command = ["adapter", "--fine", "--steps", "2", "--batch", "4"]
+    command += [part for k, v in {"base": base, "weights": out, "state": state}.items() for part in (f"--{k}", str(v))]
+    main(command)
+    card = json.loads((out / "ip_adapter_plus.json").read_text())
+    assert [each["name"] for each in card["settings"]] == ["ip_adapter_plus_begin", "ip_adapter_plus"]
+    unet = load(base, ()).unet
+    plus, known = (load_adapter(folder / name, unet) for folder, name in ((out, FILES[1]), (base, FILES[0])))
+    for own, start in zip(plus.to_v, known.to_v, strict=True):
+        assert float((own.weight - start.weight).abs().max()) < 5e-3  # two steps at a rate that still rises
+    (base / FILES[0]).unlink()
+    shutil.rmtree(state)
+    with pytest.raises(FileNotFoundError, match=r"which Plus begins as; `python -m train adapter` trains it"):
+        main(command)
+    assert not state.exists()
 
 
 # the data

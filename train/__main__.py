@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
             checkpointing=args.checkpointing,
         )
         phases = (adapter.FINE,) if args.fine else adapter.PHASES if args.data is None else (adapter.PLAN,)
-        adapter.train(args.state, args.weights, tuple(plan_of(phase) for phase in phases), source)
+        begin = plan_of(adapter.BEGIN) if args.fine and args.data is None else None
+        adapter.train(args.state, args.weights, tuple(plan_of(phase) for phase in phases), source, begin)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Eq. 6 on a frozen base: AdamW, weight decay 0.01, text / image / both dropped in 5 % of the pictures each (exclusive), a dropped
 picture being a zero embedding, W'_k and W'_v started from W_k and W_v. Only the projection and W'_k, W'_v train. A user's pictures
 are trained on just so. The mini world has hours where the paper had days, so there the captions say less, as those of the web do,
-and min-SNR weights take the gradient's noise from timesteps where a picture can tell nothing.
+and min-SNR weights take the gradient's noise from timesteps where a picture can tell nothing. There Plus (`--fine`) begins as the
+trained adapter, see `begin_as`.
 
 The log answers "does it learn?": `gain_zero` is the held-out loss with a zero image minus that with the picture, `gain_shuffled`
 with another picture's embedding minus that with its own. Before step 1 the gates of `check_gates` must hold.
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 
 from model.adapter import IPAdapter
@@ -30,7 +33,7 @@ from train.data import Pairs, captioned_files, file_pairs, world_pairs
 from train.loop import Plan, card, generator, run
 from train.loss import diffusion_loss, noise_for
 from train.unet import HELD_OUT, PICTURES, rows_of
-from weights_convert import save_adapter
+from weights_convert import load_adapter, save_adapter
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,10 @@ LONGER = replace(PLAN, name="ip_adapter_longer", steps=2200, lr=2e-3, decay=0.7,
 # The text is to be believed where it speaks of the background, and the picture not to contradict it.
 LAST = replace(LONGER, name="ip_adapter_last", steps=4000, seed=2, validate_every=1000, says=(0.5, 0.9))
 PHASES = (PLAN, LONGER, LAST)
-FINE = replace(PLAN, name="ip_adapter_plus", steps=8000, lr=1e-3)  # at 3e-3 a Resampler learns nothing here
+BEGIN = Plan("ip_adapter_plus_begin", steps=3000, batch=128, lr=2e-3, decay=0.7, validate_every=1000)
+FINE = replace(LAST, name="ip_adapter_plus", steps=12000, lr=3e-4, seed=3)  # at 1e-3 a Resampler forgets what it knows
 TOKENS, DROP = 4, 0.05
-FINE_TOKENS, DEPTH = 16, 4  # of Plus
+FINE_TOKENS, DEPTH = 16, 2  # of Plus
 GAMMA = 1.0  # of min-SNR weights in the mini world
 
 
@@ -70,15 +74,20 @@ class Batch:
     image: Tensor
 
 
+def images_of(pairs: Pairs, rows: Tensor, drop: Tensor) -> Tensor:
+    """What the adapter reads of these rows' pictures, and of no picture where `drop` is true."""
+    assert pairs.images is not None and pairs.null is not None
+    dropped = drop.view(-1, *[1] * pairs.null.ndim)
+    return torch.where(dropped, pairs.null.float(), pairs.images[rows].float())
+
+
 def batch_of(pairs: Pairs, rows: Tensor, g: torch.Generator, device: str, dropping: bool = False) -> Batch:
     """These rows at a random timestep and noise; with `dropping` some lose their text, picture, or both."""
     x0 = pairs.latents(rows, g)
     t, eps = noise_for(x0, g)
     drop_text, drop_image = drops(len(rows), g) if dropping else (torch.zeros(len(rows), dtype=torch.bool),) * 2
     text = pairs.texts[torch.where(drop_text, 0, pairs.caption[rows])].float()
-    assert pairs.images is not None and pairs.null is not None
-    kept = ~drop_image.view(-1, *[1] * pairs.null.ndim)
-    image = torch.where(kept, pairs.images[rows].float(), pairs.null.float())
+    image = images_of(pairs, rows, drop_image)
     return Batch(*(tensor.to(device) for tensor in (x0, t, eps, text, image)))
 
 
@@ -224,12 +233,67 @@ def fit(
     return kept, log
 
 
-def train(folder: Path, weights: Path, phases: tuple[Recipe, ...] = PHASES, source: Source | None = None) -> None:
+def begin_as(
+    known: IPAdapter,
+    adapter: IPAdapter,
+    plan: Plan,
+    embeddings: tuple[Pairs, Pairs],
+    features: tuple[Pairs, Pairs],
+    folder: Path,
+) -> None:
+    """Plus begins as a trained adapter of the base form: W'_k and W'_v are copied, its tokens fitted by least squares.
+
+    Token j of N learns to be `known`'s token j mod n. A softmax over n keys, and one over N / n copies of each, give the same Z:
+    Plus then draws what `known` draws, and Eq. 6 goes on from there. (A fresh Resampler learns slowly from Eq. 6, whose
+    gradient is mostly noise.) `embeddings` and `features`: of the same pictures, to learn from and held out. The log has
+    `explained`, the share of the held-out tokens' variance that is fitted.
+    """
+    adapter.to_k.load_state_dict(known.to_k.state_dict())
+    adapter.to_v.load_state_dict(known.to_v.state_dict())
+    copies = adapter.image_projection.tokens // known.image_projection.tokens
+
+    def tokens(split: int, rows: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            goal = known.tokens(images_of(embeddings[split], rows, drop).to(plan.device))
+        own = adapter.tokens(images_of(features[split], rows, drop).to(plan.device))
+        return own, repeat(goal, "b n c -> b (r n) c", r=copies)
+
+    def loss(step: int, g: torch.Generator) -> dict[str, Tensor]:
+        rows = rows_of(features[0], plan, step)
+        return {"loss": F.mse_loss(*tokens(0, rows, drops(len(rows), g)[1]))}
+
+    def validate(_: nn.Module) -> dict[str, float]:
+        rows = torch.arange(len(features[1]))
+        with torch.no_grad():
+            own, goal = tokens(1, rows, torch.zeros(len(rows), dtype=torch.bool))
+        return {"explained": 1 - float(F.mse_loss(own, goal) / goal.var(dim=0, correction=0).mean())}
+
+    run(plan, adapter.image_projection, lambda step: step, loss, validate, folder, 0)
+
+
+def train(
+    folder: Path,
+    weights: Path,
+    phases: tuple[Recipe, ...] = PHASES,
+    source: Source | None = None,
+    begin: Plan | None = None,
+) -> None:
+    """All phases, one after the other. With `begin`, Plus begins as the base folder's trained adapter (`begin_as`).
+
+    Raises FileNotFoundError, naming the command that makes it, when that is missing.
+    """
     plan, source = phases[0], source or Source(base=weights)
+    start = source.base / "ip_adapter.safetensors"
+    if begin and not start.exists():
+        raise FileNotFoundError(f"{start} is not there, which Plus begins as; `python -m train adapter` trains it")
     torch.manual_seed(plan.seed)
     says, setting = plan.says, prepare(source, folder, plan.device, plan.says)
     pipeline, adapter = setting.pipeline, setting.adapter()
     check_gates(pipeline.unet, adapter, pipeline.schedule, setting.held_out, device=plan.device)
+    if begin:
+        known = load_adapter(start, pipeline.unet).to(plan.device)
+        embeddings = load_pairs(pipeline, replace(source, fine=False), folder, says)
+        begin_as(known, adapter, begin, embeddings, (setting.pairs, setting.held_out), folder)
     pipeline.unet.to(source.base_dtype)
 
     def sheet(module: IPAdapter) -> None:
@@ -245,4 +309,5 @@ def train(folder: Path, weights: Path, phases: tuple[Recipe, ...] = PHASES, sour
     file, command = weights / "ip_adapter.safetensors", "python -m train adapter"
     if source.fine:
         file, command = weights / "ip_adapter_plus.safetensors", command + " --fine"
-    save_adapter(adapter, pipeline.unet, file, card(phases, log, command))
+    settings = (begin, *phases) if begin else phases
+    save_adapter(adapter, pipeline.unet, file, card(settings, log, command))
