@@ -22,6 +22,7 @@ test: .venv/tests
 
 weights: .venv/tests
 	$(BIN)/python -m train all
+	$(BIN)/python -m train adapter --fine
 	$(BIN)/python -m eval judge
 	$(BIN)/python -m eval clip
 

@@ -1,8 +1,8 @@
 """Global against fine-grained image features (Figure 11).  `python -m eval fine`, after `python -m train adapter --fine`
 
 The image prompt alone (empty text, lambda 1): how much of it comes back? Of n held-out pictures the judge reads concept,
-background, palette, placement, and which of its concept's drawings is shown, where there are several. The two adapters
-were not trained alike (see their cards): they are compared as they are, and not the two forms at equal training.
+background, palette, placement, and which of its concept's drawings is shown, where there are several. Plus began as the
+global adapter and was trained on: they are compared as they are shipped, and not the two forms at equal training.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from sampling.edit import Edit
 from sampling.images import open_image, save_image, to_images, to_tensor
 from sampling.lambdas import Lambda, Preset
 from sampling.options import RULES, SAMPLERS
-from sampling.pipeline import Pipeline, load
+from sampling.pipeline import WEIGHTS, Pipeline, load
 from sampling.sheets import sheet
 
 Cells = tuple[list[list[str]], list[list[Image.Image]], list[str]]  # titles in groups, rows, a note for each row
@@ -155,6 +155,15 @@ def samplers(artist: Artist) -> Cells:
     return [["image prompt"], [f"{n} steps" for n in counts]], rows, notes
 
 
+def fine_grained(artist: Artist) -> Cells:
+    plus = replace(artist, pipeline=load(adapter=WEIGHTS / "ip_adapter_plus.safetensors"))
+    rows = []
+    for name in ("alien", "cake", "train", "hat"):
+        drawn = [each.draw(each.embed(name), num=3) for each in (artist, plus)]
+        rows.append([example(name), *drawn[0], *drawn[1]])
+    return [["image prompt"], ["global: 4 tokens", "", ""], ["fine-grained: 16 tokens", "", ""]], rows, [""] * 4
+
+
 SHEETS: dict[str, tuple[str, Callable[[Artist], Cells]]] = {  # by its file's name: what is seen, what draws it
     "image_to_image": ("From a picture: the stronger, the less of it stays (--init-image, --strength)", image_to_image),
     "inpainting": ("White is painted anew from the image prompt, black stays (--init-image, --mask)", inpainting),
@@ -167,6 +176,7 @@ SHEETS: dict[str, tuple[str, Callable[[Artist], Cells]]] = {  # by its file's na
     "steps": ("The image prompt in a share of the steps only (--image-start, --image-end)", steps),
     "regions": ("Two image prompts, each in its own half (--ip-adapter twice, --image-mask)", regions),
     "guidance": ("A weight for text (--guidance), one for the picture (--image-guidance)", two_guidances),
+    "fine_grained": ("Plus reads the encoder's grid, not its one embedding (--ip-adapter)", fine_grained),
     "samplers": ("DDIM and DPM-Solver++ (--sampler, --steps)", samplers),
 }
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import weights_convert
-from eval import benchmark, parity, report, world
+from eval import benchmark, fine, parity, report, world
 from train.data import fingerprint
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +19,13 @@ def test_readme_shows_the_results():
     readme = (ROOT / "README.md").read_text()
     assert world.table(RESULTS) in readme
     assert f"{RESULTS['vae_psnr']:.1f} dB" in readme
+
+
+def test_readme_shows_global_against_fine_grained() -> None:
+    """Of the shipped adapters, both with the shipped image encoder."""
+    results = json.loads((ROOT / "results" / "fine.json").read_text())
+    assert fine.table(results) in (ROOT / "README.md").read_text()
+    assert results["sha256"] == {n: weights_convert.sha256(ROOT / "weights" / n) for n in results["sha256"]}
 
 
 @pytest.mark.parametrize("measure", [parity, benchmark])
@@ -53,7 +60,9 @@ def test_results_are_of_the_shipped_weights():
 
 def test_weights_are_small_and_licensed():
     files = list((ROOT / "weights").glob("*.safetensors"))
-    assert {"unet", "vae", "text_encoder", "image_encoder", "ip_adapter", "judge"} <= {f.stem for f in files}
+    assert {"unet", "vae", "text_encoder", "image_encoder", "ip_adapter", "ip_adapter_plus", "judge"} <= {
+        f.stem for f in files
+    }
     assert sum(f.stat().st_size for f in files) < 40e6
     assert all("OpenMoji" in weights_convert.read_card(f)["licence"] for f in files)
 
