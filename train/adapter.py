@@ -51,8 +51,8 @@ PHASES = (PLAN, LONGER, LAST)
 BEGIN = Plan("ip_adapter_plus_begin", steps=3000, batch=128, lr=2e-3, decay=0.7, validate_every=1000)
 FINE = replace(LAST, name="ip_adapter_plus", steps=12000, lr=3e-4, seed=3)  # at 1e-3 a Resampler forgets what it knows
 TOKENS, DROP = 4, 0.05
-FINE_TOKENS, DEPTH = 16, 2  # of Plus
-GAMMA = 1.0  # of min-SNR weights in the mini world
+FINE_TOKENS, DEPTH = 16, 4  # of Plus; diffusers reads no other depth
+MINI_DEPTH, GAMMA = 2, 1.0  # of Plus, and of min-SNR weights, in the mini world
 
 
 def drops(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -175,6 +175,7 @@ class Setting:
     pairs: Pairs
     held_out: Pairs
     gamma: float | None = None  # of min-SNR weights; the paper has none
+    depth: int = DEPTH  # of Plus
 
     def adapter(self, own_projections: bool = True, tokens: int | None = None) -> IPAdapter:
         """An untrained adapter for this base and encoder, on the base's device. For fine features it is Plus, with 16 tokens."""
@@ -183,7 +184,7 @@ class Setting:
         width = unet.config.context_dim
         if self.pairs.images.ndim == 3:
             heads = max(1, width // HEAD)
-            projection: Projection = Resampler(seen, width, tokens or FINE_TOKENS, width, DEPTH, heads)
+            projection: Projection = Resampler(seen, width, tokens or FINE_TOKENS, width, self.depth, heads)
         else:
             projection = ImageProjection(seen, width, tokens or TOKENS)
         return IPAdapter(unet, projection, own_projections).to(next(unet.parameters()).device)
@@ -196,7 +197,9 @@ def prepare(source: Source, folder: Path, device: str = "cpu", says: tuple[float
         raise ValueError(
             f"{source.base} is a model for inpainting: train on the ordinary one, whose adapters it can use"
         )
-    setting = Setting(pipeline, *load_pairs(pipeline, source, folder, says), GAMMA if source.data is None else None)
+    setting = Setting(pipeline, *load_pairs(pipeline, source, folder, says))
+    if source.data is None:
+        setting = replace(setting, gamma=GAMMA, depth=MINI_DEPTH)
     pipeline.unet.checkpointing = source.checkpointing
     return setting
 
