@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -320,6 +321,9 @@ def test_the_command_trains_plus_from_the_base_folders_adapter(tmp_path: Path, m
     with pytest.raises(FileNotFoundError, match=r"which Plus begins as; `python -m train adapter` trains it"):
         main(command)
     assert not state.exists()
+    monkeypatch.setattr("sys.argv", ["train", *command])
+    with pytest.raises(SystemExit, match=r"^error: .*which Plus begins as"):  # the sentence alone, without a traceback
+        runpy.run_path("train/__main__.py", run_name="__main__")
 
 
 # the data
