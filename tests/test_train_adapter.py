@@ -324,6 +324,8 @@ def test_the_command_trains_plus_from_the_base_folders_adapter(tmp_path: Path, m
     monkeypatch.setattr("sys.argv", ["train", *command])
     with pytest.raises(SystemExit, match=r"^error: .*which Plus begins as"):  # the sentence alone, without a traceback
         runpy.run_path("train/__main__.py", run_name="__main__")
+    with pytest.raises(ValueError, match="--fine goes with adapter, not with all"):
+        main(["all", *command[1:]])
 
 
 # the data

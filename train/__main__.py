@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    if args.fine and args.stage != "adapter":  # after hours there would be no adapter for Plus to begin as
+        raise ValueError(f"--fine goes with adapter, not with {args.stage}: train Plus after it")
 
     def plan_of(default: P) -> P:
         given = {k: v for k in ("steps", "batch", "lr", "seed", "accumulate") if (v := getattr(args, k)) is not None}
