@@ -30,7 +30,7 @@ from sampling.pipeline import Pipeline, load
 from sampling.schedule import Schedule
 from train import preview
 from train.data import Pairs, captioned_files, file_pairs, world_pairs
-from train.loop import Plan, card, generator, run
+from train.loop import Plan, autocast, card, generator, run
 from train.loss import diffusion_loss, noise_for
 from train.unet import HELD_OUT, PICTURES, rows_of
 from weights_convert import load_adapter, save_adapter
@@ -228,7 +228,7 @@ def fit(
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, IPAdapter)
         watch(module)
-        with torch.autocast(plan.device.split(":")[0], torch.bfloat16, enabled=plan.bf16):
+        with autocast(plan):
             return held_out_losses(unet, module, schedule, setting.held_out, fuse, plan.device)
 
     kept, log = run(plan, adapter, lambda step: step, loss, validate, folder, 0, until)
