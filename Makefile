@@ -2,12 +2,13 @@
 # make gallery   draws a sheet for each way to steer them
 # make test   runs ruff, mypy and all tests
 # make ablation   writes RESULTS.md: does what is missing of its files, and adds seeds until the difference is known well enough
+# make constraints   upgrades every package and writes the versions to constraints.txt
 # make weights   trains the mini world from nothing (hours; a stopped run goes on)
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo gallery test weights ablation world clean
+.PHONY: demo gallery test weights ablation world constraints clean
 
 demo: .venv/ready
 	$(BIN)/python -m sampling.demo --seed $(SEED)
@@ -32,14 +33,21 @@ ablation: .venv/tests
 world: .venv/tests
 	$(BIN)/python -m eval world
 
-.venv/ready: setup.cfg pyproject.toml
+.venv/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 
 .venv/tests: .venv/ready
-	$(BIN)/python -m pip install -q -e '.[world,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[world,test]'
 	touch $@
+
+constraints:
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[world,test]'
+	(echo '# The versions that the tests ran on. `make constraints` refreshes them. (CUDA libraries follow torch.)'; \
+	  $(BIN)/python -m pip freeze --exclude-editable | grep '==' | grep -viE '^(nvidia|cuda|triton)') > constraints.txt
 
 clean:
 	rm -rf .venv runs out
