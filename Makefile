@@ -50,4 +50,4 @@ constraints:
 	  $(BIN)/python -m pip freeze --exclude-editable | grep '==' | grep -viE '^(nvidia|cuda|triton)') > constraints.txt
 
 clean:
-	rm -rf .venv runs out
+	rm -rf .venv out
