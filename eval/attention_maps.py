@@ -22,7 +22,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from model.attention import Context, CrossAttention, Fuse, Source, concatenated, decoupled
+from model.attention import CrossAttention, Fuse, Source, concatenated, decoupled
+from model.context import Context
 from model.text_encoder import TextEncoder, words_of
 from model.unet import UNet
 from sampling.images import open_image, save_image, to_images

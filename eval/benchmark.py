@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import weights_convert
 from eval import official
-from model.attention import Context
+from model.context import Context
 from model.unet import UNet
 from sampling.pipeline import Pipeline, compiled
 from sampling.schedule import Schedule

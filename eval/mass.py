@@ -14,7 +14,8 @@ import torch
 from eval.attention_maps import record
 from eval.tasks import Bench, Row
 from model.adapter import IPAdapter
-from model.attention import Context, concatenated
+from model.attention import concatenated
+from model.context import Context
 
 TIMES = (981, 801, 601, 401, 201, 21)
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import weights_convert
 from eval import official
-from model.attention import Context
+from model.context import Context
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Network = Callable[..., Tensor]

@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.attention import Context, Scale, Source
+from model.attention import Scale, Source
+from model.context import Context
 from model.image_projection import Projection
 from model.unet import UNet
 

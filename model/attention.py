@@ -1,8 +1,8 @@
-"""The one place where a picture meets the text.
+"""Where a picture meets the text: attention (Eq. 3), decoupled cross-attention (Eq. 5, 8), and the ablation's one softmax.
 
-Cross-attention reads from *sources*: pairs of keys and values. The text is one source; each image prompt is another.
-`decoupled` (the paper's Eq. 5) gives each source a softmax of its own and adds what they read; `concatenated` (the
-ablation) lets all keys compete in one softmax. Both have the same signature, so an experiment swaps one name.
+Cross-attention reads from *sources*: pairs of keys and values. The text is one source, and each image prompt is another. `decoupled` gives
+each source its own softmax and adds the results; `concatenated` lets all keys compete in one softmax. Both have the same
+signature, so an experiment swaps one name.
 
 Axes: `b n c` tokens, `b h n d` heads; `n` queries, `m` keys.
 """
@@ -11,24 +11,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.kernels import fused_is_faster
+
+if TYPE_CHECKING:
+    from model.context import Context
+
 Scale = float | Tensor | Mapping[int, Tensor]
-SMALL = 2**16  # queries times keys
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt d + bias) V  (Eq. 3), for `b h n d`, `b h m d`, `b h m d`, and a bias that broadcasts to `b h n m`.
-
-    By PyTorch's fused kernel, but for small maps that a CPU trains through: there its backward is slower than the equation.
-    """
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if not trained or q.device.type != "cpu" or q.shape[-2] * k.shape[-2] > SMALL:
+    """softmax(Q K^T / sqrt d + bias) V  (Eq. 3), for `b h n d`, `b h m d`, `b h m d`, and a bias that broadcasts to `b h n m`."""
+    if fused_is_faster(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     logits = q @ k.mT / math.sqrt(q.shape[-1])
     return (logits if bias is None else logits + bias).softmax(dim=-1).to(v) @ v
@@ -107,75 +108,6 @@ def concatenated(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
 
 
 Fuse = Callable[[Tensor, Source, Sequence[Source]], Tensor]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What cross-attention reads: text tokens `b m c`, and for each image prompt one Source a layer, in execution order.
-
-    Immutable: an adapter maps a Context to a new Context, so adapters chain and nothing is stored on a module.
-    """
-
-    text: Tensor
-    image: tuple[tuple[Source, ...], ...] = ()
-    fuse: Fuse = decoupled
-
-    def at(self, layer: int) -> tuple[Source, ...]:
-        """The image sources of one cross-attention layer."""
-        return tuple(prompt[layer] for prompt in self.image)
-
-
-def _cat_scale(a: Source, b: Source) -> Scale:
-    if isinstance(a.scale, int | float) and isinstance(b.scale, int | float) and a.scale == b.scale:
-        return a.scale
-
-    def rows(source: Source, n: int | None) -> Tensor:
-        scale = source.scale[n] if isinstance(source.scale, Mapping) and n is not None else source.scale
-        value = _four_axes(torch.as_tensor(scale, dtype=source.k.dtype, device=source.k.device))
-        return value.expand(source.k.shape[0], *value.shape[1:])
-
-    def cat(n: int | None) -> Tensor:
-        top, bottom = rows(a, n), rows(b, n)
-        shape = torch.broadcast_shapes(top.shape[1:], bottom.shape[1:])
-        return torch.cat([top.expand(-1, *shape), bottom.expand(-1, *shape)])
-
-    if isinstance(a.scale, Mapping) and isinstance(b.scale, Mapping) and set(a.scale) != set(b.scale):
-        raise ValueError("the two masks were made for latents of different sizes")
-    levels = next((tuple(s.scale) for s in (a, b) if isinstance(s.scale, Mapping)), None)
-    return cat(None) if levels is None else {n: cat(n) for n in levels}
-
-
-def stack(uncond: Context, cond: Context) -> Context:
-    """One Context for a guidance batch: the rows of `uncond`, then those of `cond`. Both need as many image prompts."""
-    if len(uncond.image) != len(cond.image):
-        raise ValueError(
-            f"one side has {len(uncond.image)} image prompts, the other {len(cond.image)}: give the missing one its null image, or scale 0"
-        )
-    if uncond.fuse is not cond.fuse:
-        raise ValueError("the two sides fuse text and picture differently")
-    image = tuple(
-        tuple(Source(torch.cat([a.k, b.k]), torch.cat([a.v, b.v]), _cat_scale(a, b)) for a, b in zip(u, c, strict=True))
-        for u, c in zip(uncond.image, cond.image, strict=True)
-    )
-    return replace(cond, text=torch.cat([uncond.text, cond.text]), image=image)
-
-
-def pyramid(mask: Tensor, h: int, w: int, levels: int = 4) -> dict[int, Tensor]:
-    """A mask as lambda over the picture, for every level of a UNet whose latents are `h x w`.
-
-    `mask`: `H W` or `b H W`, values are lambda (0 = the prompt has no say there, soft values allowed); averaged over the area
-    of each query. Returns {number of queries: `b 1 n 1`}. Levels halve with rounding up, as the UNet's strided
-    convolutions do, so the grid is exact at any size.
-    """
-    mask = mask if mask.ndim == 3 else mask[None]
-    grids = {}
-    for _ in range(levels):
-        grids[h * w] = rearrange(
-            F.interpolate((mask if mask.is_floating_point() else mask.float())[:, None], (h, w), mode="area"),
-            "b 1 h w -> b 1 (h w) 1",
-        )
-        h, w = (h + 1) // 2, (w + 1) // 2
-    return grids
 
 
 class Attention(nn.Module):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.attention import Context, CrossAttention, SelfAttention
+from model.attention import CrossAttention, SelfAttention
+from model.context import Context
 
 
 def keep_channels_last(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion: a list of stages, and a forward of two loops.
+"""The denoising UNet of Stable Diffusion: a list of stages, and a forward of two loops (`encode` holds the first).
 
 It reads an opaque Context in its cross-attention layers and knows nothing of what is in it.
 Sizes follow LDM's `openaimodel.py`; parity with diffusers' `UNet2DConditionModel` is in tests/test_unet.py.
@@ -7,7 +7,7 @@ Sizes follow LDM's `openaimodel.py`; parity with diffusers' `UNet2DConditionMode
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Context, CrossAttention
+from model.attention import CrossAttention
+from model.context import Context
 from model.layers import Downsample, ResBlock, SpatialTransformer, Upsample, keep_channels_last, timestep_embedding
 
 
@@ -62,7 +63,23 @@ class Residuals:
 
     skips: Sequence[Tensor] = ()
     mid: Tensor | None = None
-    hidden: dict[int, Tensor] | None = None
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+def join(sides: Sequence[Residuals]) -> Residuals:
+    """The residuals of one batch made of several sides of equal size. A side without residuals adds nothing to its rows."""
+
+    def rows(tensors: list[Tensor | None]) -> Tensor:
+        like = next(tensor for tensor in tensors if tensor is not None)
+        return torch.cat([torch.zeros_like(like) if tensor is None else tensor for tensor in tensors])
+
+    skips = max((side.skips for side in sides), key=len)
+    stages = sorted({stage for side in sides for stage in side.hidden})
+    return Residuals(
+        [rows([side.skips[i] if side.skips else None for side in sides]) for i in range(len(skips))],
+        rows([side.mid for side in sides]) if any(side.mid is not None for side in sides) else None,
+        {stage: rows([side.hidden.get(stage) for side in sides]) for stage in stages},
+    )
 
 
 class Stage(nn.Module):
@@ -87,113 +104,121 @@ class Stage(nn.Module):
         return x
 
 
+def _stage(
+    config: UNetConfig, in_channels: int, level: int, depth: int, layer: int, resample: Upsample | None = None
+) -> Stage:
+    """A residual block of one level and, with a depth, a transformer whose first cross-attention is number `layer`."""
+    width, groups = config.channels[level], config.groups
+    res = ResBlock(in_channels, width, 4 * config.channels[0], groups, eps=1e-5)
+    attn = SpatialTransformer(width, config.context_dim, config.heads[level], depth, groups, layer) if depth else None
+    return Stage(res, attn, resample)
+
+
 class TimeMLP(nn.Sequential):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
-class UNet(nn.Module):
-    """eps_theta(x_t, t, c), or v with a v-prediction config."""
+class UNetEncoder(nn.Module):
+    """The first half of the UNet: the timestep's embedding, `conv_in`, the way down and the middle. A ControlNet is a copy of it."""
 
     def __init__(self, config: UNetConfig = SD15) -> None:
         super().__init__()
         self.config = config
         widths, levels = config.channels, len(config.channels)
-        emb_dim, layer, skips = 4 * widths[0], 0, [widths[0]]
-
-        def res(in_channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(in_channels, out_channels, emb_dim, config.groups, eps=1e-5)
-
-        def transformer(level: int, depth: int) -> SpatialTransformer | None:
-            nonlocal layer
-            layer += depth
-            return (
-                SpatialTransformer(
-                    widths[level], config.context_dim, config.heads[level], depth, config.groups, layer - depth
-                )
-                if depth
-                else None
-            )
-
+        emb_dim, width, layer = 4 * widths[0], widths[0], 0
         self.time_embed = TimeMLP(widths[0], emb_dim)
         self.added_embed = TimeMLP(config.added_dim, emb_dim) if config.added_dim else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-
-        self.down, width = nn.ModuleList(), widths[0]
-        for level in range(levels):
+        self.down, self.skip_widths = nn.ModuleList(), [widths[0]]
+        for level, depth in enumerate(config.depth):
             for _ in range(config.res_blocks):
-                self.down.append(Stage(res(width, widths[level]), transformer(level, config.depth[level])))
-                skips.append(width := widths[level])
+                self.down.append(_stage(config, width, level, depth, layer))
+                layer, width = layer + depth, widths[level]
+                self.skip_widths.append(width)
             if level < levels - 1:
                 self.down.append(Stage(resample=Downsample(width)))
-                skips.append(width)
-
+                self.skip_widths.append(width)
+        last = levels - 1
         self.mid = nn.ModuleList(
-            [Stage(res(width, width), transformer(levels - 1, config.mid_depth)), Stage(res(width, width))]
+            [_stage(config, width, last, config.mid_depth, layer), _stage(config, width, last, 0, layer)]
         )
-
-        self.up = nn.ModuleList()
-        for level in reversed(range(levels)):
-            for i in range(config.res_blocks + 1):
-                block = res(width + skips.pop(), width := widths[level])
-                resample = Upsample(width) if level and i == config.res_blocks else None
-                self.up.append(Stage(block, transformer(level, config.depth[level]), resample))
-
-        self.norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
-        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         self.checkpointing = False  # recompute the stages in the backward pass: slower, far less memory
-        keep_channels_last(self)
 
     def cross_attentions(self) -> list[CrossAttention]:
         """The cross-attention layers in execution order: down, mid, up."""
         return sorted((m for m in self.modules() if isinstance(m, CrossAttention)), key=lambda m: m.layer)
 
     def embed(self, t: Tensor, added: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The embedding of timesteps `b`, plus that of the added vector `b a` where the config has one, `b e`."""
         emb: Tensor = self.time_embed(timestep_embedding(t, self.config.channels[0]).to(dtype))
         if self.added_embed is None:
             return emb
         if added is None:
-            raise ValueError(f"this UNet needs its added vector conditioning, b x {self.config.added_dim}")
+            raise ValueError(
+                f"this UNet needs the added vector conditioning in its Context, b x {self.config.added_dim}"
+            )
         out: Tensor = emb + self.added_embed(added)
         return out
 
-    def _run(self, stage: nn.Module, *args: Any) -> Tensor:
+    def run(self, stage: nn.Module, *args: Any) -> Tensor:
+        """A stage's output, recomputed in the backward pass if `checkpointing` is on."""
         out: Tensor = checkpoint(stage, *args, use_reentrant=False) if self.checkpointing else stage(*args)
         return out
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor | int,
-        context: Context,
-        residuals: Residuals | None = None,
-        added: Tensor | None = None,
-    ) -> Tensor:
-        """`x`: `b c h w` latents, any size. `t`: timesteps, `b` or one number. Returns the prediction, `b c h w`.
-
-        Raises ValueError for residuals of the wrong number, and where `added` is missing.
-        """
-        residuals = residuals or Residuals()
-        hidden = residuals.hidden or {}
-        if residuals.skips and len(residuals.skips) != len(self.down) + 1:
-            raise ValueError(f"this UNet has {len(self.down) + 1} skips, the residuals {len(residuals.skips)}")
-        if any(not 0 <= stage <= len(self.down) for stage in hidden):
-            raise ValueError(f"this UNet has the stages 0 to {len(self.down)}, the residuals name {sorted(hidden)}")
-        emb = self.embed(torch.as_tensor(t, device=x.device).expand(x.shape[0]), added, x.dtype)
-
+    def encode(
+        self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(the state after the middle, the skips) of latents `b c h w`; `hidden` as in `Residuals`."""
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x := x + hidden.get(0, 0)]
         for i, stage in enumerate(self.down, 1):
-            x = self._run(stage, x, emb, context) + hidden.get(i, 0)
+            x = self.run(stage, x, emb, context) + hidden.get(i, 0)
             skips.append(x)
+        for stage in self.mid:
+            x = self.run(stage, x, emb, context)
+        return x, skips
+
+
+class UNet(UNetEncoder):
+    """eps_theta(x_t, t, c), or v with a v-prediction config."""
+
+    def __init__(self, config: UNetConfig = SD15) -> None:
+        super().__init__(config)
+        widths, layer, skips = list(config.channels), len(self.cross_attentions()), list(self.skip_widths)
+        self.up, width = nn.ModuleList(), widths[-1]
+        for level in reversed(range(len(widths))):
+            for i in range(config.res_blocks + 1):
+                resample = Upsample(widths[level]) if level and i == config.res_blocks else None
+                depth = config.depth[level]
+                self.up.append(_stage(config, width + skips.pop(), level, depth, layer, resample))
+                layer, width = layer + depth, widths[level]
+        self.norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        keep_channels_last(self)
+
+    def forward(self, x: Tensor, t: Tensor | int, context: Context, residuals: Residuals | None = None) -> Tensor:
+        """`x`: `b c h w` latents, any size. `t`: timesteps, `b` or one number. Returns the prediction, `b c h w`.
+
+        Raises ValueError for residuals that do not fit, and where the Context lacks an added vector that the config has.
+        """
+        residuals = residuals or Residuals()
+        self._check(residuals)
+        emb = self.embed(torch.as_tensor(t, device=x.device).expand(x.shape[0]), context.added, x.dtype)
+        x, skips = self.encode(x, emb, context, residuals.hidden)
         if residuals.skips:
             skips = [skip + r for skip, r in zip(skips, residuals.skips, strict=True)]
-        for stage in self.mid:
-            x = self._run(stage, x, emb, context)
         if residuals.mid is not None:
             x = x + residuals.mid
         for stage in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = self._run(stage, x, emb, context, skips[-1].shape[-2:] if skips else None)
+            x = self.run(stage, x, emb, context, skips[-1].shape[-2:] if skips else None)
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return out
+
+    def _check(self, residuals: Residuals) -> None:
+        stages = len(self.down)
+        if residuals.skips and len(residuals.skips) != stages + 1:
+            raise ValueError(f"this UNet has {stages + 1} skips, the residuals {len(residuals.skips)}")
+        if any(not 0 <= stage <= stages for stage in residuals.hidden):
+            raise ValueError(f"this UNet has the stages 0 to {stages}, the residuals name {sorted(residuals.hidden)}")

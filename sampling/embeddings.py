@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.attention import Context, Scale
+from model.attention import Scale
+from model.context import Context
 from model.image_projection import Projection
 from model.unet import UNetConfig
 from sampling.lambdas import Lambda

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from model.attention import Context, stack
-from model.unet import UNet
+from model.context import Context, stack
+from model.unet import Residuals, UNet, join
 from sampling.ddim import Denoiser
 from sampling.lambdas import Move, unmoved
+
+Side = Literal["uncond", "image", "cond"]  # a pass of the UNet: neither prompt, the picture alone, both
+Control = Callable[[Tensor, int, Side], Residuals]  # what a structure control adds in one pass, for latents x at timestep t
 
 
 def guided(
@@ -20,11 +26,13 @@ def guided(
     guidance: float,
     image_guidance: float | None = None,
     move: Move = unmoved,
+    control: Control | None = None,
 ) -> Denoiser:
     """eps^ = w eps(x_t, c_t, c_i, t) + (1 - w) eps(x_t, t)     (Eq. 7; Eq. 2 without a picture)
 
-    Both halves run as one batch, [uncond, cond]. At w = 1 the unconditional half has no weight and is not computed.
-    The unconditional pass has no text and the null image (section 3.2.3). `move` makes the Context of each timestep.
+    All passes run as one batch, [uncond, cond]. At w = 1 the unconditional pass has no weight and is not computed. It has no text and the
+    null image (section 3.2.3). `move` makes the Context of each timestep. `control` is called once for each pass, since some
+    controls act on the conditional one alone.
 
     With another `image_guidance` w_i the text has w = w_t, and a third pass sees the picture without the text:
 
@@ -32,27 +40,21 @@ def guided(
 
     as in InstructPix2Pix (arXiv 2211.09800, Eq. 3). The drops of the adapter's training cover all three. w_i = w_t is Eq. 7.
     """
-    if image_guidance is not None and image_guidance != guidance and cond.image:
-        return _apart(unet, uncond, cond, guidance, image_guidance, move)
-    if guidance == 1:
-        return lambda x, t: unet(x.to(cond.text), torch.tensor(t), move(cond, t)).to(x)
-    both = stack(uncond, cond)
+    sides: dict[Side, Context] = {"uncond": uncond, "image": replace(uncond, image=cond.image), "cond": cond}
+    if image_guidance is None or image_guidance == guidance or not cond.image:
+        del sides["image"]
+        if guidance == 1:
+            del sides["uncond"]
+    context = reduce(stack, sides.values())
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        rows = torch.cat([x, x]).to(both.text)
-        eps_uncond, eps_cond = unet(rows, torch.tensor(t), move(both, t)).to(x).chunk(2)
-        return eps_uncond.lerp(eps_cond, guidance)
-
-    return denoise
-
-
-def _apart(unet: UNet, uncond: Context, cond: Context, w_t: float, w_i: float, move: Move) -> Denoiser:
-    """Text and picture with a weight each: a batch of [uncond, the picture alone, cond]."""
-    three = stack(uncond, stack(replace(uncond, image=cond.image), cond))
-
-    def denoise(x: Tensor, t: int) -> Tensor:
-        rows = torch.cat([x, x, x]).to(three.text)
-        eps_uncond, eps_image, eps_cond = unet(rows, torch.tensor(t), move(three, t)).to(x).chunk(3)
-        return eps_uncond.lerp(eps_image, w_i) + w_t * (eps_cond - eps_image)
+        rows = torch.cat([x] * len(sides)).to(context.text)
+        residuals = join([control(rows[: len(x)], t, side) for side in sides]) if control else None
+        eps, *more = unet(rows, torch.tensor(t), move(context, t), residuals).to(x).chunk(len(sides))
+        if len(more) == 2:
+            assert image_guidance is not None
+            eps_image, eps_cond = more
+            return eps.lerp(eps_image, image_guidance) + guidance * (eps_cond - eps_image)
+        return eps.lerp(more[0], guidance) if more else eps
 
     return denoise

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from model.attention import Context, Scale, Source, pyramid
+from model.attention import Scale, Source
+from model.context import Context, pyramid
 from model.unet import UNetConfig
 
 Blocks = Mapping[str, Any]  # the dict of diffusers' `set_ip_adapter_scale`

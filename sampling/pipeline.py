@@ -13,7 +13,8 @@ from torch import Tensor
 
 import weights_convert
 from model.adapter import IPAdapter
-from model.attention import Context, Fuse, decoupled
+from model.attention import Fuse, decoupled
+from model.context import Context
 from model.image_encoder import Fit, ImageEncoder
 from model.text_encoder import TextEncoder
 from model.unet import UNet

@@ -11,7 +11,8 @@ from peers import SMALL_ONE, SMALL_UNETS, UNetPair, max_error, randn, randomise,
 from torch import Tensor
 
 from model.adapter import IPAdapter
-from model.attention import Context, Fuse, concatenated, decoupled, pyramid
+from model.attention import Fuse, concatenated, decoupled
+from model.context import Context, pyramid
 from model.image_projection import ImageProjection
 from model.unet import SD15, UNet
 
@@ -72,12 +73,12 @@ def test_a_whole_unet_with_adapters_equals_diffusers(name: str, pictures: int) -
     )  # the embedding of 0: cos 0, sin 0
     added = torch.cat([extra["text_embeds"], zeros], dim=1) if extra else None
     want = both.peer(x, t, text, added_cond_kwargs={"image_embeds": embeddings, **extra}).sample
-    context = Context(text)
+    context = Context(text, added=added)
     for adapter, embedding, scale in zip(adapters, embeddings, scales, strict=True):
         context = adapter(context, embedding, scale)
-    got = both.ours(x, t, context, added=added)
+    got = both.ours(x, t, context)
     assert max_error(got, want) < TOLERANCE
-    assert max_error(got, both.ours(x, t, Context(text), added=added)) > 0.05
+    assert max_error(got, both.ours(x, t, Context(text, added=added))) > 0.05
 
 
 def test_projections_start_as_the_texts(pair: Pair) -> None:

@@ -35,7 +35,8 @@ from eval.attention_maps import (
     softmax_maps,
     word_positions,
 )
-from model.attention import Context, Fuse, Scale, Source, concatenated, decoupled, pyramid
+from model.attention import Fuse, Scale, Source, concatenated, decoupled
+from model.context import Context, pyramid
 from model.text_encoder import TextEncoder
 from model.unet import UNet, UNetConfig
 from sampling.guidance import guided

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import weights_convert
 from model import configs
 from model.adapter import IPAdapter
-from model.attention import Context
+from model.context import Context
 from model.image_encoder import ImageConfig
 from model.image_projection import ImageProjection
 from model.names import named, unet_rows, vae_rows

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from model.adapter import IPAdapter
-from model.attention import Context
+from model.context import Context
 from model.image_projection import ImageProjection
-from model.unet import UNet, UNetConfig
-from sampling.guidance import guided
+from model.unet import Residuals, UNet, UNetConfig
+from sampling.guidance import Side, guided
 
 CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=6, groups=4)
 
@@ -145,3 +145,50 @@ def test_equal_weights_are_eq_7(unet: UNet, contexts: tuple[Context, Context], w
 def test_without_a_picture_the_text_has_its_weight(unet: UNet) -> None:
     uncond, cond, x = Context(randn(1, 5, 6, seed=6)), Context(randn(1, 5, 6, seed=7)), randn(1, 4, 8, 8, seed=8)
     assert torch.equal(guided(unet, uncond, cond, 3.0, 9.0)(x, 9), guided(unet, uncond, cond, 3.0)(x, 9))
+
+
+# structure control
+
+
+def residuals_of(kind: str, seed: int) -> Residuals:
+    """Of CONFIG's UNet at 8 x 8: its skips are conv_in, a block, a downsampling and a block."""
+    shapes = [(2, 8, 8, 8), (2, 8, 8, 8), (2, 8, 4, 4), (2, 16, 4, 4)]
+    skips = [randn(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
+    mid = randn(2, 16, 4, 4, seed=seed + 9)
+    return {
+        "skips and mid": Residuals(skips, mid),
+        "hidden": Residuals(hidden={1: skips[1], 3: skips[3]}),
+        "all": Residuals(skips, mid, {2: skips[2]}),
+        "none": Residuals(),
+    }[kind]
+
+
+@pytest.mark.parametrize("weights", [(7.5, None), (1.0, None), (7.5, 3.0)])
+@pytest.mark.parametrize("acts_on", [("cond",), ("uncond", "cond"), ("uncond", "image", "cond")])
+@pytest.mark.parametrize("kind", ["skips and mid", "hidden", "all", "none"])
+def test_control_acts_on_each_pass_by_itself(
+    unet: UNet,
+    contexts: tuple[Context, Context],
+    kind: str,
+    acts_on: tuple[Side, ...],
+    weights: tuple[float, float | None],
+) -> None:
+    """The batch with residuals equals separate passes, each with its own residuals, or with none."""
+    (uncond, cond), (w, w_i), x, asked = contexts, weights, randn(2, 4, 8, 8, seed=5), []
+
+    def control(x: Tensor, t: int, side: Side) -> Residuals:
+        asked.append((side, len(x), t))
+        return residuals_of(kind if side in acts_on else "none", seed=len(side))
+
+    got = guided(unet, uncond, cond, w, w_i, control=control)(x, 500)
+    seen: dict[Side, Context] = {"uncond": uncond, "image": Context(uncond.text, cond.image), "cond": cond}
+    sides: list[Side] = ["uncond", "image", "cond"] if w_i else ["cond"] if w == 1 else ["uncond", "cond"]
+    assert asked == [(side, 2, 500) for side in sides]
+    eps = {side: unet(x, 500, seen[side], control(x, 500, side)) for side in sides}
+    if w_i:
+        want = eps["uncond"] + w_i * (eps["image"] - eps["uncond"]) + w * (eps["cond"] - eps["image"])
+    else:
+        want = eps["cond"] if w == 1 else eps["uncond"] + w * (eps["cond"] - eps["uncond"])
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    if kind != "none":
+        assert not torch.equal(got, guided(unet, uncond, cond, w, w_i)(x, 500))

@@ -17,7 +17,7 @@ from test_adapter import IMAGE, adapter_for, official
 from torch import Tensor
 
 from model import attention as attention_file
-from model.attention import Context, pyramid
+from model.context import Context, pyramid
 from model.image_projection import ImageProjection
 from model.layers import Downsample
 from model.unet import MINI, SD15, SD21, SDXL
@@ -125,7 +125,7 @@ def test_a_whole_unet_with_blocks_equals_diffusers(name: str, layers: Any) -> No
         added = torch.cat([extra["text_embeds"], zeros], dim=1)
     want = both.peer(x, 500, text, added_cond_kwargs={"image_embeds": [embedding], **extra}).sample
     scales = Lambda(layers=layers).by_layer(config, (9, 7))
-    got = both.ours(x, 500, adapter(Context(text), embedding, scales), added=added)
+    got = both.ours(x, 500, adapter(Context(text, added=added), embedding, scales))
     assert max_error(got, want) < TOLERANCE
     assert max_error(got, both.ours(x, 500, adapter(Context(text), embedding), added=added)) > 1e-3
 

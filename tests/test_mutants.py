@@ -26,7 +26,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import weights_convert
 from model import attention, image_encoder, unet
 from model.adapter import IPAdapter
-from model.attention import Attention, Context, CrossAttention
+from model.attention import Attention, CrossAttention
+from model.context import Context
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.layers import Downsample, ResBlock, SpatialTransformer
 from model.text_encoder import TextConfig, TextEncoder

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from model.adapter import IPAdapter
-from model.attention import Context, Source, attention, concatenated, decoupled
+from model.attention import Source, attention, concatenated, decoupled
+from model.context import Context
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.image_projection import ImageProjection, Resampler
 from model.text_encoder import TextEncoder

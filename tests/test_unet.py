@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from peers import SMALL_SD15, SMALL_SDXL, SMALL_UNETS, UNetPair, max_error, number_of, randn, unet_pair
 from torch import Tensor
 
-from model.attention import Context
+from model.context import Context
 from model.layers import timestep_embedding
 from model.unet import SD15, SD21, SDXL, Residuals, UNet, UNetConfig
 
@@ -59,7 +59,7 @@ def test_equals_diffusers(pair: Pair, name: str, size: tuple[int, int]) -> None:
     theirs, added = added_inputs(config)
     want = peer(x, t, text, added_cond_kwargs=theirs).sample
     assert want.std() > 0.1
-    assert max_error(ours(x, t, Context(text), added=added), want) < TOLERANCE
+    assert max_error(ours(x, t, Context(text, added=added)), want) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -69,8 +69,8 @@ def test_float32_is_as_close_to_the_truth_as_diffusers(name: str) -> None:
     config = SMALL_UNETS[name][0]
     x, t, text = inputs(config, 17, 13)
     theirs, added = added_inputs(config)
-    truth = both.ours(x, t, Context(text), added=added)
-    ours = both.ours.float()(x.float(), t, Context(text.float()), added=None if added is None else added.float())
+    truth = both.ours(x, t, Context(text, added=added))
+    ours = both.ours.float()(x.float(), t, Context(text.float(), added=None if added is None else added.float()))
     peer = both.peer.float()(
         x.float(), t, text.float(), added_cond_kwargs={k: v.float() for k, v in theirs.items()}
     ).sample
@@ -110,9 +110,9 @@ def test_controlnet_residuals_equal_diffusers(pair: Pair, name: str, size: tuple
     want = peer(
         x, t, text, added_cond_kwargs=theirs, down_block_additional_residuals=skips, mid_block_additional_residual=mid
     ).sample
-    got = ours(x, t, Context(text), Residuals(skips, mid), added=added)
+    got = ours(x, t, Context(text, added=added), Residuals(skips, mid))
     assert max_error(got, want) < TOLERANCE
-    assert max_error(got, ours(x, t, Context(text), added=added)) > 0.1
+    assert max_error(got, ours(x, t, Context(text, added=added))) > 0.1
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 13)])
@@ -157,7 +157,7 @@ def test_layers_are_numbered_in_execution_order(pair: Pair, name: str) -> None:
         layer.register_forward_hook(lambda module, *_: seen.append(module.layer)) for layer in ours.cross_attentions()
     ]
     x, t, text = inputs(ours.config, 8, 8)
-    ours(x, t, Context(text), added=added_inputs(ours.config)[1])
+    ours(x, t, Context(text, added=added_inputs(ours.config)[1]))
     for hook in hooks:
         hook.remove()
     assert seen == list(range(len(hooks)))

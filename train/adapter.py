@@ -23,7 +23,8 @@ from einops import repeat
 from torch import Tensor, nn
 
 from model.adapter import IPAdapter
-from model.attention import Context, Fuse, decoupled
+from model.attention import Fuse, decoupled
+from model.context import Context
 from model.image_projection import HEAD, ImageProjection, Projection, Resampler
 from model.unet import UNet
 from sampling.pipeline import Pipeline, load

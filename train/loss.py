@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.attention import Context
+from model.context import Context
 from model.unet import UNet
 from sampling.schedule import Schedule
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import weights_convert
-from model.attention import Context
+from model.context import Context
 from model.layers import ResBlock, SpatialTransformer
 from model.unet import MINI, UNet
 from sampling.pipeline import Pipeline

@@ -1,0 +1,91 @@
+"""What a UNet is conditioned on: the text, the image prompts, and SDXL's added vector, in one immutable value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from model.attention import Fuse, Scale, Source, _four_axes, decoupled
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything that a UNet is conditioned on besides the timestep.
+
+    `text`: text tokens c_t, `b m c`. `image`: for each image prompt one Source per cross-attention layer, in execution order.
+    `added`: the vector that SDXL adds to the timestep's embedding (its pooled text and its sizes), `b a`. Immutable: an adapter maps
+    a Context to a new Context, so adapters chain and nothing is stored on a module.
+    """
+
+    text: Tensor
+    image: tuple[tuple[Source, ...], ...] = ()
+    fuse: Fuse = decoupled
+    added: Tensor | None = None
+
+    def at(self, layer: int) -> tuple[Source, ...]:
+        """The image sources of one cross-attention layer."""
+        return tuple(prompt[layer] for prompt in self.image)
+
+
+def _cat_scale(a: Source, b: Source) -> Scale:
+    if isinstance(a.scale, int | float) and isinstance(b.scale, int | float) and a.scale == b.scale:
+        return a.scale
+
+    def rows(source: Source, n: int | None) -> Tensor:
+        scale = source.scale[n] if isinstance(source.scale, Mapping) and n is not None else source.scale
+        value = _four_axes(torch.as_tensor(scale, dtype=source.k.dtype, device=source.k.device))
+        return value.expand(source.k.shape[0], *value.shape[1:])
+
+    def cat(n: int | None) -> Tensor:
+        top, bottom = rows(a, n), rows(b, n)
+        shape = torch.broadcast_shapes(top.shape[1:], bottom.shape[1:])
+        return torch.cat([top.expand(-1, *shape), bottom.expand(-1, *shape)])
+
+    if isinstance(a.scale, Mapping) and isinstance(b.scale, Mapping) and set(a.scale) != set(b.scale):
+        raise ValueError("the two masks were made for latents of different sizes")
+    levels = next((tuple(s.scale) for s in (a, b) if isinstance(s.scale, Mapping)), None)
+    return cat(None) if levels is None else {n: cat(n) for n in levels}
+
+
+def stack(uncond: Context, cond: Context) -> Context:
+    """One Context for a guidance batch: the rows of `uncond`, then those of `cond`.
+
+    Raises ValueError unless both sides have equally many image prompts, the same `fuse`, and both or neither `added`.
+    """
+    if len(uncond.image) != len(cond.image):
+        raise ValueError(
+            f"one side has {len(uncond.image)} image prompts, the other {len(cond.image)}: give the missing one its null image, or scale 0"
+        )
+    if uncond.fuse is not cond.fuse:
+        raise ValueError("the two sides fuse text and picture differently")
+    if (uncond.added is None) != (cond.added is None):
+        raise ValueError("only one side has the added vector conditioning: give it to both")
+    image = tuple(
+        tuple(Source(torch.cat([a.k, b.k]), torch.cat([a.v, b.v]), _cat_scale(a, b)) for a, b in zip(u, c, strict=True))
+        for u, c in zip(uncond.image, cond.image, strict=True)
+    )
+    added = None if uncond.added is None or cond.added is None else torch.cat([uncond.added, cond.added])
+    return replace(cond, text=torch.cat([uncond.text, cond.text]), image=image, added=added)
+
+
+def pyramid(mask: Tensor, h: int, w: int, levels: int = 4) -> dict[int, Tensor]:
+    """A mask as lambda over the picture, for every level of a UNet whose latents are `h x w`.
+
+    `mask`: `H W` or `b H W`, values are lambda (0 = the prompt has no say there, soft values allowed); averaged over the area
+    of each query. Returns {number of queries: `b 1 n 1`}. Levels halve with rounding up, as the UNet's strided
+    convolutions do, so the grid is exact at any size.
+    """
+    mask = mask if mask.ndim == 3 else mask[None]
+    grids = {}
+    for _ in range(levels):
+        grids[h * w] = rearrange(
+            F.interpolate((mask if mask.is_floating_point() else mask.float())[:, None], (h, w), mode="area"),
+            "b 1 h w -> b 1 (h w) 1",
+        )
+        h, w = (h + 1) // 2, (w + 1) // 2
+    return grids
