@@ -29,7 +29,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-import weights_convert
+from checkpoints.adapters import load_adapter, save_adapter
+from checkpoints.files import read_json, write_json
 from eval import attributes, clip_score
 from eval.mass import image_mass
 from eval.tasks import TASKS, Bench, Prompts, Row, drawing_of
@@ -139,7 +140,7 @@ class Place:
 
     def card(self, form: str, seed: int, share: float = 1.0) -> dict[str, Any]:
         path = self.adapter(form, seed, share)
-        return weights_convert.read_json(path.with_suffix(".json")) if path.exists() else {}
+        return read_json(path.with_suffix(".json")) if path.exists() else {}
 
     def bench(self, study: Study) -> Bench:
         source, judge = self.source, None
@@ -195,11 +196,11 @@ def plain(data: dict[str, Any]) -> dict[str, Any]:
 
 def kept(path: Path, key: dict[str, Any], make: Callable[[], T]) -> T:
     """make(), or what it gave when it was last called for the same key; a value that JSON holds, as the key."""
-    if path.exists() and (found := weights_convert.read_json(path))["key"] == plain(key):
+    if path.exists() and (found := read_json(path))["key"] == plain(key):
         value: T = found["value"]
         return value
     value = make()
-    weights_convert.write_json(path, {"key": key, "value": value})
+    write_json(path, {"key": key, "value": value})
     return value
 
 
@@ -240,7 +241,7 @@ def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None
         size, gains = sum(p.numel() for p in adapter.parameters()), [gains_of(row) for row in log if "held_out" in row]
         card = {"command": "python -m eval ablation", "settings": settings, "parameters": size, "gains": gains}
         if share in missing:
-            weights_convert.save_adapter(adapter, setting.pipeline.unet, place.adapter(form, seed, share), card)
+            save_adapter(adapter, setting.pipeline.unet, place.adapter(form, seed, share), card)
 
 
 def score(place: Place, study: Study, form: str, seed: int) -> list[Row]:
@@ -248,7 +249,7 @@ def score(place: Place, study: Study, form: str, seed: int) -> list[Row]:
     form_, bench = FORMS[form], place.bench(study)
     rows: list[Row] = []
     for share in SHARES:
-        adapter = weights_convert.load_adapter(place.adapter(form, seed, share), bench.pipeline.unet).to(study.device)
+        adapter = load_adapter(place.adapter(form, seed, share), bench.pipeline.unet).to(study.device)
         where = {"form": form, "seed": seed, "share": share}
         for task in TASKS if share == 1 else ("conflict",):
             rows += bench.cell(task, adapter, form_.fuse, form_.few if share < 1 else lambdas_of(form_, task), **where)
@@ -287,7 +288,7 @@ def masses(place: Place, study: Study, form: str, rate: float) -> list[Row]:
         bench = place.bench(study).first(MASS_PROMPTS)
         unet = bench.pipeline.unet
         adapters = {0.0: untrained(place.setting(study), FORMS[form], 0)}
-        adapters |= {share: weights_convert.load_adapter(place.adapter(form, 0, share), unet) for share in SHARES}
+        adapters |= {share: load_adapter(place.adapter(form, 0, share), unet) for share in SHARES}
         rows = ((share, image_mass(bench, adapter.to(study.device))) for share, adapter in adapters.items())
         return [{"form": form, "share": share, **row} for share, found in rows for row in found]
 
@@ -305,7 +306,7 @@ def checked(place: Place, study: Study, form: str, rate: float) -> list[Row]:
 
     def make() -> list[Row]:
         bench, form_ = replace(place.bench(study), steps=study.check_steps), FORMS[form]
-        adapter = weights_convert.load_adapter(place.adapter(form, 0), bench.pipeline.unet).to(study.device)
+        adapter = load_adapter(place.adapter(form, 0), bench.pipeline.unet).to(study.device)
         where = {"form": form, "seed": 0, "share": 1.0, "steps": study.check_steps}
         return bench.cell("conflict", adapter, form_.fuse, form_.few[:1], **where)
 
@@ -342,7 +343,7 @@ def go_on(place: Place, results: Mapping[str, Any]) -> None:
     """Puts the units of a results file where they are looked for, if they were made from the same and others are not there."""
     for name, found in results["units"].items() if results["made_from"] == place.made_from else ():
         if not (path := place.work / f"{name}.json").exists():
-            weights_convert.write_json(path, found)
+            write_json(path, found)
 
 
 def evaluate(place: Place, study: Study, bench: Bench, jobs: int) -> dict[str, Any]:
@@ -376,7 +377,7 @@ def evaluate(place: Place, study: Study, bench: Bench, jobs: int) -> dict[str, A
         },
         "parameters": {form: each[0]["parameters"] for form, each in cards.items()},
         "gains": {form: [card["gains"] for card in each] for form, each in cards.items()},
-        "units": {name: weights_convert.read_json(place.work / f"{name}.json") for name in names},
+        "units": {name: read_json(place.work / f"{name}.json") for name in names},
     }
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-import weights_convert
+from checkpoints import cards
 from model.layers import ResBlock
 from train.colour import srgb_to_lab
 from train.loop import Plan, card, run
@@ -152,11 +152,11 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
         validate,
         folder,
     )
-    weights_convert.save(judge, weights / "judge.safetensors", card((plan,), log, "python -m eval judge"))
+    cards.save(judge, weights / "judge.safetensors", card((plan,), log, "python -m eval judge"))
 
 
 def load(path: Path) -> Judge:
-    return weights_convert.load(path, Judge, None)
+    return cards.load(path, Judge, None)
 
 
 def summary(values: dict[str, Any]) -> str:

@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import weights_convert
+from checkpoints.adapters import load_adapter
+from checkpoints.files import read_json, write_json
+from checkpoints.single_file import load_single
 from eval import official
 from model.context import Context
 from model.unet import UNet
@@ -84,8 +86,8 @@ def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = Fa
 
 
 def _ours(folder: Path, dtype: torch.dtype) -> tuple[UNet, Any]:
-    unet = weights_convert.load_single(folder / official.SINGLE, dtype).unet
-    return unet, weights_convert.load_adapter(folder / official.ADAPTER, unet, 1024, dtype)
+    unet = load_single(folder / official.SINGLE, dtype).unet
+    return unet, load_adapter(folder / official.ADAPTER, unet, 1024, dtype)
 
 
 def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> dict[str, Any]:
@@ -93,8 +95,8 @@ def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> dict[
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     dtype = torch.float32
-    base = weights_convert.load_single(folder / official.SINGLE, dtype)
-    adapter = weights_convert.load_adapter(folder / official.ADAPTER, base.unet, 1024, dtype)
+    base = load_single(folder / official.SINGLE, dtype)
+    adapter = load_adapter(folder / official.ADAPTER, base.unet, 1024, dtype)
     ours = Pipeline(base.unet, base.vae, base.text, Schedule(), None, (adapter,))
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -137,7 +139,7 @@ def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> dict[
 def training(folder: Path, rounds: int) -> dict[str, float]:
     """An adapter's training step, batch 1: ours holds the frozen base in bfloat16 under an adapter in float32."""
     unet, _ = _ours(folder, torch.bfloat16)
-    adapter = weights_convert.load_adapter(folder / official.ADAPTER, unet, 1024).requires_grad_(True)
+    adapter = load_adapter(folder / official.ADAPTER, unet, 1024).requires_grad_(True)
     peer = official.peer_unet(folder, torch.float32)
     theirs = [p for name, p in peer.named_parameters() if "_ip" in name or name.startswith("encoder_hid_proj")]
     for parameter in theirs:
@@ -166,14 +168,13 @@ def training(folder: Path, rounds: int) -> dict[str, float]:
 _LOAD = """
 import json, re, sys, time, torch
 from pathlib import Path
-import weights_convert
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 folder, side, dtype = Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 before, began = peak(), time.perf_counter()
 if side == "ours":
-    base = weights_convert.load_single(folder / "sd15.safetensors", dtype)
+    base = load_single(folder / "sd15.safetensors", dtype)
     parts = [base.unet, base.vae, base.text]
 else:
     parts = [
@@ -244,11 +245,11 @@ def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> 
         raise ValueError(f"the benchmark has no row {strange[0]!r}: its rows are {', '.join(rows)}")
     official.write(folder)
     if only:
-        results = weights_convert.read_json(out) | results
+        results = read_json(out) | results
     for name in only or rows:
         results[name] = rows[name]() | {"rounds": rounds}
         print(name, json.dumps(results[name]), flush=True)
-        weights_convert.write_json(out, results)
+        write_json(out, results)
         gc.collect()
     return results
 

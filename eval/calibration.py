@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import weights_convert
+from checkpoints.files import read_json
 from eval import attributes, world
 from eval.tasks import Prompts
 from sampling.images import to_images
@@ -50,7 +50,7 @@ def cut(path: Path) -> np.ndarray:
 def agreement(judge: attributes.Judge, folder: Path) -> dict[str, float]:
     """In which share of the labelled pictures the judge sees what the person saw, and how many were labelled."""
     seen = attributes.read(judge, to_tensor(cut(folder / "labels.png")))
-    labels = weights_convert.read_json(folder / "labels.json")
+    labels = read_json(folder / "labels.json")
     found: dict[str, float] = {}
     for key, names, logits in (
         ("concept", CONCEPT_NAMES, seen.concept),

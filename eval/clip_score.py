@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import weights_convert
+from checkpoints import cards
+from checkpoints.stable_diffusion import load_image_encoder, load_text_encoder
 from model.image_encoder import MINI_IMAGE, ImageEncoder
 from model.text_encoder import TextEncoder
 from train import clip
@@ -102,8 +103,8 @@ def open_clip_scorer(architecture: str, pretrained: str, device: str = "cpu") ->
 
 def load(weights: Path) -> Scorer:
     """The mini world's second CLIP."""
-    image = weights_convert.load_image_encoder(weights / "score_image.safetensors")
-    text = weights_convert.load_text_encoder(weights / "score_text.safetensors")
+    image = load_image_encoder(weights / "score_image.safetensors")
+    text = load_text_encoder(weights / "score_text.safetensors")
     size = image.config.image_size
     return scorer(f"{NAME} ({size} x {size} pixels, bicubic, centre crop)", image, text)
 
@@ -134,5 +135,5 @@ def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
     batches, loss = functools.partial(clip.batch_of, towers.text, plan), functools.partial(clip.clip_loss, towers)
     _, log = run(plan, towers, batches, loss, validate, folder)
     written = card((plan,), log, "python -m eval clip")
-    weights_convert.save(towers.text, weights / "score_text.safetensors", written)
-    weights_convert.save(towers.image.eval(), weights / "score_image.safetensors", written)
+    cards.save(towers.text, weights / "score_text.safetensors", written)
+    cards.save(towers.image.eval(), weights / "score_image.safetensors", written)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-import weights_convert
+from checkpoints.adapters import load_adapter
+from checkpoints.files import sha256, write_json
 from eval import attributes, clip_score, report
 from eval.ablation import asked
 from eval.report import measures, right
@@ -39,16 +40,16 @@ def evaluate(weights: Path, out: Path, n: int = 512, steps: int = 12, guidance: 
     through = through_the_vae(pipeline.vae, bench.prompts.pixels)
     rows = [bench.read("picture", through, form="the image prompt, through the VAE")]
     for file, form in zip(files, ADAPTERS.values(), strict=True):
-        rows += bench.cell("picture", weights_convert.load_adapter(file, pipeline.unet), decoupled, (1.0,), form=form)
+        rows += bench.cell("picture", load_adapter(file, pipeline.unet), decoupled, (1.0,), form=form)
     results = {
         "command": f"python -m eval fine --n {n} --steps {steps} --guidance {guidance:g}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": "bfloat16", "seeds": f"0..{n - 1}"},
-        "sha256": {file.name: weights_convert.sha256(file) for file in files},
+        "sha256": {file.name: sha256(file) for file in files},
         "scorer": bench.scorer.name,
         "truth": asked(bench.prompts)["truth"],
         "rows": rows,
     }
-    weights_convert.write_json(out, results)
+    write_json(out, results)
     return results
 
 

@@ -1,6 +1,6 @@
 """Random peaky weights at the true size in the official layouts, and the public networks filled from the same files.
 
-What the proof and the benchmark compare: ours through `weights_convert`, theirs through diffusers' own conversion of the same
+What the proof and the benchmark compare: ours through `checkpoints`, theirs through diffusers' own conversion of the same
 single file (`convert_ldm_unet_checkpoint` and its kin) and transformers' own loading. Half precision, 3.4 GB in all.
 """
 
@@ -16,15 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model import configs
+from checkpoints import configs
+from checkpoints.files import write_json, write_tensors
+from checkpoints.names import TRANSPOSED, Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
+from checkpoints.single_file import LDM
 from model.adapter import IPAdapter
 from model.image_encoder import VIT_H, ImageEncoder
 from model.image_projection import ImageProjection
-from model.names import TRANSPOSED, Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
 from model.text_encoder import SD15_TEXT, TextEncoder
 from model.unet import SD15, UNet
 from model.vae import SD_VAE, VAE, VAEConfig
-from weights_convert import LDM, write_json, write_tensors
 
 SINGLE, ADAPTER, ENCODER = "sd15.safetensors", "ip-adapter_sd15.safetensors", "image_encoder"
 _NORM = re.compile(r"(norm\w*|ln_\w+)\.weight$")

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import weights_convert
+from checkpoints.adapters import load_adapter
+from checkpoints.files import write_json
+from checkpoints.single_file import load_single
+from checkpoints.stable_diffusion import load_image_encoder
 from eval import official
 from model.context import Context
 
@@ -31,8 +34,8 @@ def _peer_unet(folder: Path, dtype: torch.dtype) -> Network:
 
 
 def _our_unet(folder: Path, dtype: torch.dtype) -> Network:
-    unet = weights_convert.load_single(folder / official.SINGLE, dtype).unet
-    adapter = weights_convert.load_adapter(folder / official.ADAPTER, unet, 1024, dtype)
+    unet = load_single(folder / official.SINGLE, dtype).unet
+    adapter = load_adapter(folder / official.ADAPTER, unet, 1024, dtype)
     return lambda x, t, text, image: unet(x, t, adapter(Context(text), image))
 
 
@@ -58,10 +61,10 @@ def _peer_image(folder: Path, dtype: torch.dtype) -> Network:
 
 PARTS: dict[str, tuple[Make, Make]] = {
     "UNet + adapter": (_peer_unet, _our_unet),
-    "VAE, encode": (_peer_encode, lambda f, d: weights_convert.load_single(f / official.SINGLE, d).vae.encode),
-    "VAE, decode": (_peer_decode, lambda f, d: weights_convert.load_single(f / official.SINGLE, d).vae.decode),
-    "text encoder": (_peer_text, lambda f, d: weights_convert.load_single(f / official.SINGLE, d).text),
-    "image encoder": (_peer_image, lambda f, d: weights_convert.load_image_encoder(f / official.ENCODER, d)),
+    "VAE, encode": (_peer_encode, lambda f, d: load_single(f / official.SINGLE, d).vae.encode),
+    "VAE, decode": (_peer_decode, lambda f, d: load_single(f / official.SINGLE, d).vae.decode),
+    "text encoder": (_peer_text, lambda f, d: load_single(f / official.SINGLE, d).text),
+    "image encoder": (_peer_image, lambda f, d: load_image_encoder(f / official.ENCODER, d)),
 }
 
 
@@ -117,7 +120,7 @@ def evaluate(folder: Path, out: Path, side: int) -> dict[str, Any]:
     """Measures all parts and writes `out` (JSON). Raises AssertionError when ours is above twice the peer's error."""
     parts = measure(folder, side)
     results = {"command": f"python -m eval parity --side {side}", "latents": side, "parts": parts}
-    weights_convert.write_json(out, results)
+    write_json(out, results)
     for part, errors in parts.items():
         for name, (theirs, ours) in errors.items():
             assert ours <= 2 * theirs, f"{part} in {name}: {ours:.2e} is more than twice the public {theirs:.2e}"

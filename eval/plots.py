@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-import weights_convert
+from checkpoints.adapters import load_adapter
 from eval.ablation import FORMS, Place, Study
 from eval.report import Results, best_lambda, curves, fraction, mass, masses, select
 from sampling.images import to_images
@@ -83,7 +83,7 @@ def contact_sheet(results: Results, place: Place, study: Study, path: Path, n: i
     bench = place.bench(study).first(n)
     lambdas, columns = {form: best_lambda(results, form) for form in study.forms}, [bench.prompts.images]
     for form, lam in lambdas.items():
-        adapter = weights_convert.load_adapter(place.adapter(form, 0), bench.pipeline.unet).to(study.device)
+        adapter = load_adapter(place.adapter(form, 0), bench.pipeline.unet).to(study.device)
         columns.append(to_images(bench.draw("conflict", adapter, FORMS[form].fuse, bench.embedding(adapter), lam)))
     rows, title = list(zip(*columns, strict=True)), f"At lambda {', '.join(map(fraction, lambdas.values()))}"
     texts = bench.prompts.texts("conflict")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-import weights_convert
+from checkpoints.adapters import load_adapter
+from checkpoints.files import read_json, write_json
 from eval.ablation import BASELINE, FORMS, PRIMARY, SHARES, Place, Study, evaluate, go_on, lambdas_of
 from eval.clip_score import clip_score
 from eval.statistics import Array, Rows, difference, holm
@@ -277,7 +278,7 @@ def cell(place: Place, out: Path, name: str) -> tuple[str, bool]:
 
     Raises ValueError for a cell that is none.
     """
-    results = weights_convert.read_json(out / "results" / "ablation.json")
+    results = read_json(out / "results" / "ablation.json")
     study = Study(**{key: tuple(v) if isinstance(v, list) else v for key, v in results["study"].items()})
     form, seed, task = (*name.split(":"), "", "")[:3]
     if form not in study.forms or seed not in map(str, range(study.seeds)) or task not in TASKS:
@@ -287,7 +288,7 @@ def cell(place: Place, out: Path, name: str) -> tuple[str, bool]:
         )
     torch.set_num_threads(1)  # as the published run
     bench, form_ = place.bench(study), FORMS[form]
-    adapter = weights_convert.load_adapter(place.adapter(form, int(seed)), bench.pipeline.unet).to(study.device)
+    adapter = load_adapter(place.adapter(form, int(seed)), bench.pipeline.unet).to(study.device)
     rows = bench.cell(task, adapter, form_.fuse, lambdas_of(form_, task), form=form, seed=int(seed), share=1.0)
     before = select(rows_of(results), form=form, seed=int(seed), share=1.0, task=task, control=None)
     says = "equal, digit by digit, to" if rows == before else "not equal to"
@@ -306,7 +307,7 @@ def run(place: Place, study: Study, out: Path, jobs: int) -> None:
     bench = place.bench(study)  # what reads the pictures must be there before hours of training
     place = place.found(bench)
     if path.exists():
-        go_on(place, weights_convert.read_json(path))
+        go_on(place, read_json(path))
     if study.device == "cpu":
         torch.set_num_threads(1)
     while True:
@@ -315,7 +316,7 @@ def run(place: Place, study: Study, out: Path, jobs: int) -> None:
         if not half_width(results) > study.half_width or study.seeds >= study.most_seeds:  # it may be no number
             break
         study = replace(study, seeds=study.seeds + 1)
-    weights_convert.write_json(path, {"schema": SCHEMA, **results})
+    write_json(path, {"schema": SCHEMA, **results})
     plots.draw(results, place, study, out / "results")
     (out / "RESULTS.md").write_text(markdown(results))
 

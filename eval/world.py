@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import weights_convert
+from checkpoints.files import sha256, write_json
 from eval import attributes
 from model.attention import Fuse, decoupled
 from model.vae import VAE
@@ -170,7 +170,7 @@ def evaluate(
     results: dict[str, Any] = {
         "command": f"python -m eval world --n {n} --steps {steps} --guidance {guidance:g}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": "bfloat16", "seeds": f"0..{n - 1}"},
-        "sha256": {path.name: weights_convert.sha256(path) for path in sorted(weights.glob("*.safetensors"))},
+        "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
         "vae_psnr": psnr(pipeline.vae, test.pixels),
         "true": attributes.score(
             attributes.read(judge, test.pixels), own["concept"], own["background"], own["palette"]
@@ -197,7 +197,7 @@ def evaluate(
         read = attributes.read(judge, draw(pipeline, prompts, pictured, strength, guidance, steps, key))
         results[key] = attributes.score(read, concept, background, test.palette)
         print(key, attributes.summary(results[key]))
-        weights_convert.write_json(out, results)
+        write_json(out, results)
     return results
 
 

@@ -21,7 +21,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import weights_convert
+from checkpoints.adapters import adapter_file, projection_of
+from checkpoints.files import files_of, sha256
+from checkpoints.stable_diffusion import unet_config
 from model.image_encoder import Fit
 from sampling import images
 from sampling.edit import Edit
@@ -53,14 +55,14 @@ def read_prompt(paths: list[Path]) -> list[Image.Image | Path]:
 
 def read_embeddings(prompt: list[Image.Image | Path], adapter: Path) -> list[Image.Image | Tensor]:
     """A prompt with its files of embeddings read, as the header of the adapter's file says that it reads them."""
-    reads = weights_convert.projection_of(weights_convert.adapter_file(adapter))
+    reads = projection_of(adapter_file(adapter))
     return [load_embedding(one, reads) if isinstance(one, Path) else one for one in prompt]
 
 
 def check_layers(checkpoint: Path, lambdas: list[Lambda]) -> None:
     """Raises ValueError where --image-layers does not fit the base model, as its config or header describes it."""
     for layers in [lam.layers for lam in lambdas if lam.layers is not None]:
-        layer_weights(layers, weights_convert.unet_config(checkpoint))
+        layer_weights(layers, unet_config(checkpoint))
 
 
 def embed(pipeline: Pipeline, prompt: Sequence[Image.Image | Tensor], fit: Fit, adapter: int) -> Tensor:
@@ -88,8 +90,8 @@ def files(args: argparse.Namespace) -> dict[str, str]:
         base = [args.checkpoint / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder")]
     adapters, encoder = prompt_files(args.checkpoint, adapter_files(args) or None, args.image_encoder)
     used = [*base, *adapters, encoder] if pictures else base
-    names = [name for path in used if path for name in weights_convert.files_of(path)]
-    return {str(name): weights_convert.sha256(name) for name in [*names, *pictures, *edited]}
+    names = [name for path in used if path for name in files_of(path)]
+    return {str(name): sha256(name) for name in [*names, *pictures, *edited]}
 
 
 def recall(given: argparse.Namespace) -> argparse.Namespace:
@@ -105,7 +107,7 @@ def recall(given: argparse.Namespace) -> argparse.Namespace:
     for name, digest in settings["sha256"].items():
         if not Path(name).exists():
             raise ValueError(f"{path} was drawn with {name}, which is not there")
-        if weights_convert.sha256(Path(name)) != digest:
+        if sha256(Path(name)) != digest:
             raise ValueError(f"{path} was drawn with another {name}: the file has changed since")
     return args
 

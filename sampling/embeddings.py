@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints.files import replacing
 from model.attention import Scale
 from model.context import Context
 from model.image_projection import Projection
@@ -89,11 +89,9 @@ def weigh_tokens(context: Context, weights: Sequence[float]) -> Context:
 
 
 def save_embedding(embedding: Tensor, path: Path) -> None:
-    """Writes what `Pipeline.embed` gave as safetensors, under a temporary name, then renamed."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"embedding": embedding.cpu().contiguous()}, part)
-    os.replace(part, path)
+    """Writes the result of `Pipeline.embed` as safetensors. Raises OSError when the file can't be written."""
+    with replacing(path) as part:
+        save_file({"embedding": embedding.cpu().contiguous()}, part)
 
 
 def load_embedding(path: Path, reads: Projection) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
+
+from checkpoints.files import replacing
 
 KEY = "ip-adapter"  # the PNG text chunk that holds a picture's settings
 
@@ -65,15 +66,11 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
 
 
 def save_image(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
-    """Writes a PNG whose text chunk holds `settings` as JSON, under a temporary name, then renamed."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the file to write")
+    """Writes a PNG whose text chunk holds `settings` as JSON. Raises OSError when the file can't be written."""
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, json.dumps(settings))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    image.save(part, "PNG", pnginfo=info)
-    os.replace(part, path)
+    with replacing(path) as part:
+        image.save(part, "PNG", pnginfo=info)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

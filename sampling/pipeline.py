@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import weights_convert
+from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
+from checkpoints.stable_diffusion import load_base, load_image_encoder, scheduler_config
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.context import Context
@@ -170,13 +171,13 @@ def load(
     FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
     files, image_encoder = prompt_files(checkpoint, adapter, image_encoder)
-    schedule = schedule_of(weights_convert.scheduler_config(checkpoint))
+    schedule = schedule_of(scheduler_config(checkpoint))
     for file in files:  # what is no adapter is told before gigabytes are read
-        weights_convert.adapter_sizes(weights_convert.adapter_file(file))
-    base = weights_convert.load_base(checkpoint, dtype)
-    image = weights_convert.load_image_encoder(image_encoder, dtype) if image_encoder else None
+        adapter_sizes(adapter_file(file))
+    base = load_base(checkpoint, dtype)
+    image = load_image_encoder(image_encoder, dtype) if image_encoder else None
     widths = (image.config.output_dim, image.config.fine_dim) if image else (None, None)
-    adapters = tuple(weights_convert.load_adapter(file, base.unet, widths[0], dtype, widths[1]) for file in files)
+    adapters = tuple(load_adapter(file, base.unet, widths[0], dtype, widths[1]) for file in files)
     for part in (base.unet, base.vae, base.text, image, *adapters):
         if part is not None:
             part.to(device)

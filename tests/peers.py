@@ -22,9 +22,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from checkpoints.names import TRANSPOSED, Names, image_names, named, text_names, unet_rows, vae_rows
 from eval.official import peer_autoencoder
 from model.image_encoder import ImageConfig, ImageEncoder
-from model.names import TRANSPOSED, Names, image_names, named, text_names, unet_rows, vae_rows
 from model.text_encoder import END, START, TextConfig, TextEncoder
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import weights_convert
+from checkpoints.files import write_json
 from eval import __main__ as commands
 from eval import attributes, calibration, clip_score, report
 from eval.ablation import FORMS, SHARES, SMOKE, Place, Study, best_rate, kept, train, untrained
@@ -271,7 +271,7 @@ def test_a_users_pictures_conflict_with_another_caption(pictures: list[Path]) ->
 
 def test_a_json_list_of_plain_values_is_one_line(tmp_path: Path) -> None:
     data = {"a": [1, 2.5, "x, [y]", None], "b": [[1], [2, 3]], "c": [], "d": [{"e": ["f\n", "g"]}]}
-    weights_convert.write_json(tmp_path / "x.json", data)
+    write_json(tmp_path / "x.json", data)
     assert json.loads((tmp_path / "x.json").read_text()) == data
-    weights_convert.write_json(tmp_path / "y.json", {"a": [1, 2, {"b": ["c", "d"]}]})
+    write_json(tmp_path / "y.json", {"a": [1, 2, {"b": ["c", "d"]}]})
     assert '["c", "d"]' in (tmp_path / "y.json").read_text()

@@ -15,7 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import weights_convert
+import sampling.pipeline
+from checkpoints import cards
+from checkpoints.adapters import save_adapter
+from checkpoints.files import write_json
+from checkpoints.stable_diffusion import save_diffusers
 from model.adapter import IPAdapter
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.image_projection import ImageProjection
@@ -54,9 +58,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter = IPAdapter(unet, ImageProjection(IMAGE.output_dim, UNET.context_dim, 4))
     modules = (unet, VAE(VAE_CONFIG), TextEncoder(TEXT), ImageEncoder(IMAGE))
     for part, module in zip(PARTS, modules, strict=False):
-        weights_convert.save(loud(module), folder / f"{part}.safetensors", {"command": "a test"})
+        cards.save(loud(module), folder / f"{part}.safetensors", {"command": "a test"})
     loud(adapter)
-    weights_convert.save_adapter(adapter, unet, folder / "ip_adapter.safetensors", {"command": "a test"})
+    save_adapter(adapter, unet, folder / "ip_adapter.safetensors", {"command": "a test"})
     return folder
 
 
@@ -273,7 +277,7 @@ def test_again_refuses_another_config(drawn: tuple[Path, Path, Path], part: str)
         "unet": {"prediction": "v"},
         "image_encoder": {"activation": "quick_gelu"},
     }[part]
-    weights_convert.write_json(folder / f"{part}.json", card)
+    write_json(folder / f"{part}.json", card)
     refuses(picture, part)
 
 
@@ -348,7 +352,7 @@ def test_bad_image_is_refused_before_the_weights_are_read(
 
 
 def test_adapter_of_another_encoder_is_refused(weights: Path, tmp_path: Path, image: Path) -> None:
-    weights_convert.save(ImageEncoder(replace(IMAGE, output_dim=20)), tmp_path / "image_encoder.safetensors", {})
+    cards.save(ImageEncoder(replace(IMAGE, output_dim=20)), tmp_path / "image_encoder.safetensors", {})
     with pytest.raises(ValueError, match=r"wants 12-d, you gave 20-d: pass that encoder"):
         draw(weights, tmp_path / "a.png", "--image", image, "--image-encoder", tmp_path / "image_encoder.safetensors")
     assert not (tmp_path / "a.png").exists()
@@ -479,7 +483,7 @@ def nine(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(weights, folder)
     torch.manual_seed(1)
     unet = loud(UNet(replace(UNET, in_channels=9)))
-    weights_convert.save(unet, folder / "unet.safetensors", {"command": "a test"})
+    cards.save(unet, folder / "unet.safetensors", {"command": "a test"})
     return folder
 
 
@@ -491,7 +495,7 @@ def test_an_adapter_is_not_trained_on_a_network_that_inpaints(nine: Path, tmp_pa
 def test_what_is_no_adapter_is_told_before_the_base_is_read(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights_convert, "load_base", lambda *_: pytest.fail("the base was read"))
+    monkeypatch.setattr(sampling.pipeline, "load_base", lambda *_: pytest.fail("the base was read"))
     with pytest.raises(FileNotFoundError, match=r"none\.bin is not there"):
         load(weights, tmp_path / "none.bin")
     with pytest.raises(ValueError, match="is not an adapter; only the base IP-Adapter"):
@@ -644,7 +648,7 @@ def test_layers_that_do_not_fit_are_refused_before_the_weights_are_read(
     folder = tmp_path / "weights"
     shutil.copytree(weights, folder)
     if layout == "diffusers":
-        weights_convert.save_diffusers(UNet(UNET), folder / "unet")
+        save_diffusers(UNet(UNET), folder / "unet")
     for layers, message in (
         ("[1]", "cross-attention layers"),
         ('{"down": {"block_7": 1}}', "no cross-attention in down block_7"),

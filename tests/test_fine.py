@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import weights_convert
+from checkpoints.adapters import save_adapter
+from checkpoints.files import sha256
 from eval import fine
 from eval.__main__ import main
 from eval.tasks import Bench
@@ -61,7 +62,7 @@ def weights(tmp_path: Path) -> Path:
     width = pipeline.unet.config.context_dim
     projection = Resampler(pipeline.image.config.fine_dim, width, tokens=3, width=width, depth=1, heads=2)
     file = folder / "ip_adapter_plus.safetensors"
-    weights_convert.save_adapter(IPAdapter(pipeline.unet, projection), pipeline.unet, file, {})
+    save_adapter(IPAdapter(pipeline.unet, projection), pipeline.unet, file, {})
     return folder
 
 
@@ -86,7 +87,7 @@ def test_both_adapters_are_read(
     assert [row["form"] for row in results["rows"][1:]] == list(fine.ADAPTERS.values())
     assert all(len(row["placement_error"]) == 6 and "clip_t" not in row for row in results["rows"])
     names = [f"{name}.safetensors" for name in fine.ADAPTERS]
-    assert results["sha256"] == {name: weights_convert.sha256(weights / name) for name in names}
+    assert results["sha256"] == {name: sha256(weights / name) for name in names}
     assert fine.table(results) in capsys.readouterr().out
     (weights / names[1]).unlink()
     with pytest.raises(SystemExit, match=r"plus\.safetensors is not there; `python -m train adapter --fine` trains it"):

@@ -17,24 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from checkpoints.adapters import load_adapter, save_adapter
+from checkpoints.cards import save
+from checkpoints.names import Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
+from checkpoints.single_file import LDM, load_single
+from checkpoints.stable_diffusion import load_image_encoder, load_unet, load_vae, save_diffusers
 from model.adapter import IPAdapter
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
-from model.names import Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
 from model.text_encoder import TextConfig, TextEncoder
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
-from weights_convert import (
-    LDM,
-    load_adapter,
-    load_image_encoder,
-    load_single,
-    load_unet,
-    load_vae,
-    save,
-    save_adapter,
-    save_diffusers,
-)
 
 UNET = UNetConfig(channels=(8,), depth=(1,), heads=(2,), res_blocks=1, context_dim=6, groups=4)
 VAE_CONFIG = VAEConfig(channels=(8,), res_blocks=1, groups=4)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import weights_convert
+from checkpoints import adapters, fill, stable_diffusion
 from model import attention, image_encoder, unet
 from model.adapter import IPAdapter
 from model.attention import Attention, CrossAttention
@@ -140,7 +140,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
 
 def step(s: Stack, weight: float = GUIDANCE) -> Tensor:
     """One guided step from prompt, negative prompt and two pictures, with the adapter read from its file."""
-    adapter = weights_convert.load_adapter(s.adapter, s.pipeline.unet, IMAGE.output_dim, dtype=None)
+    adapter = adapters.load_adapter(s.adapter, s.pipeline.unet, IMAGE.output_dim, dtype=None)
     pipeline = replace(s.pipeline, adapters=(adapter,))
     embedding = pipeline.image(s.pixels)[None]  # type: ignore[misc]
     uncond, cond = pipeline.contexts(PROMPTS[1:], PROMPTS[:1], embedding, LAMBDA)
@@ -149,7 +149,7 @@ def step(s: Stack, weight: float = GUIDANCE) -> Tensor:
 
 def text_files(s: Stack) -> Tensor:
     """What the tower says, read from each of the files."""
-    towers = [weights_convert.load_text_encoder(path, dtype=None) for path in s.texts]
+    towers = [stable_diffusion.load_text_encoder(path, dtype=None) for path in s.texts]
     return torch.stack([text(s.tokens) for text in towers])
 
 
@@ -193,7 +193,7 @@ def softmax_of_keys(m: pytest.MonkeyPatch, _: Stack) -> None:
 
 
 def mid_in_execution_order(m: pytest.MonkeyPatch, _: Stack) -> None:
-    real = weights_convert.adapter_names
+    real = adapters.adapter_names
 
     def names(ours: Any, unet: Any) -> dict[str, tuple[str, ...]]:
         layer = re.compile(r"to_[kv]\.(\d+)")
@@ -202,7 +202,7 @@ def mid_in_execution_order(m: pytest.MonkeyPatch, _: Stack) -> None:
             for k, (v,) in real(ours, unet).items()
         }
 
-    m.setattr(weights_convert, "adapter_names", names)
+    m.setattr(adapters, "adapter_names", names)
 
 
 def sum_after_to_out(m: pytest.MonkeyPatch, _: Stack) -> None:
@@ -326,19 +326,19 @@ def no_guidance_up_to_one(m: pytest.MonkeyPatch, _: Stack) -> None:
 
 def text_prefix(prefix: str) -> Mutant:
     def mutate(m: pytest.MonkeyPatch, _: Stack) -> None:
-        real = weights_convert.text_names
-        m.setattr(weights_convert, "text_names", lambda ours, config, _: real(ours, config, prefix))
+        real = stable_diffusion.text_names
+        m.setattr(stable_diffusion, "text_names", lambda ours, config, _: real(ours, config, prefix))
 
     return mutate
 
 
 def absent_is_zero(m: pytest.MonkeyPatch, s: Stack) -> None:
     """Reads the prefixed names from every file and takes what is there, as `strict=False` does."""
-    read = weights_convert._read
+    read = fill._read
     text_prefix("text_model.")(m, s)
-    m.setattr(weights_convert, "check", lambda *_: None)
+    m.setattr(fill, "check", lambda *_: None)
     m.setattr(
-        weights_convert,
+        fill,
         "_read",
         lambda file, theirs, like, *how: (
             read(file, theirs, like, *how) if theirs[0] in file else torch.zeros(like.shape, dtype=torch.float64)
@@ -347,7 +347,7 @@ def absent_is_zero(m: pytest.MonkeyPatch, s: Stack) -> None:
 
 
 def positions_are_weights(m: pytest.MonkeyPatch, _: Stack) -> None:
-    m.setattr(weights_convert, "_EXTRA", re.compile("(?!)"))
+    m.setattr(fill, "_EXTRA", re.compile("(?!)"))
 
 
 def mask_is_a_buffer(m: pytest.MonkeyPatch, _: Stack) -> None:

@@ -19,12 +19,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from checkpoints.configs import diffusers_config
+from checkpoints.names import TRANSPOSED, Names, Row, adapter_names, image_names, named, text_names, unet_rows, vae_rows
 from model.adapter import IPAdapter
 from model.attention import CrossAttention
-from model.configs import diffusers_config
 from model.image_encoder import VIT_H, ImageEncoder
 from model.image_projection import ImageProjection
-from model.names import TRANSPOSED, Names, Row, adapter_names, image_names, named, text_names, unet_rows, vae_rows
 from model.text_encoder import SD15_TEXT, TextConfig, TextEncoder
 from model.unet import SD15, SD21, SDXL, UNet, UNetConfig
 from model.vae import SD_VAE, VAE, VAEConfig

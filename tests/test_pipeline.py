@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from checkpoints.adapters import load_adapter
 from eval import __main__ as measures
 from model.image_encoder import ImageConfig
 from model.text_encoder import END, TextConfig, words_of
@@ -28,7 +29,6 @@ from sampling import __main__ as cli
 from sampling.images import read_settings
 from sampling.pipeline import load
 from train import __main__ as train
-from weights_convert import load_adapter
 
 # As Stable Diffusion 1.5 ships it.
 SCHEDULER = {

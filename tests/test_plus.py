@@ -19,15 +19,18 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import BASES, Ask, Model, adapter, build, difference, flat, theirs
 from torch import Tensor
 
-import weights_convert
+from checkpoints import cards
+from checkpoints.adapters import load_adapter, save_adapter
+from checkpoints.describe import inspect
+from checkpoints.names import adapter_names, projection_names
+from checkpoints.stable_diffusion import load_image_encoder, load_unet
 from model.adapter import IPAdapter
 from model.image_encoder import ImageEncoder, normalise
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
-from model.names import adapter_names, projection_names
 from model.unet import SD15, SDXL, UNet, UNetConfig
 from sampling.images import to_images
 from sampling.pipeline import Pipeline, load
-from weights_convert import convert, inspect, load_adapter, save_adapter, verify
+from weights_convert import convert, verify
 
 Tensors = dict[str, Tensor]
 TOLERANCE = 1e-12  # measured: 4e-15
@@ -123,7 +126,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="module")
 def unet(files: Files) -> UNet:
-    return weights_convert.load_unet(files.model.base / "unet")
+    return load_unet(files.model.base / "unet")
 
 
 @pytest.mark.parametrize("form", ["Plus", "Full"])
@@ -294,9 +297,9 @@ def test_another_null_image_shows(
 
 @pytest.mark.parametrize("form", ["Plus", "Full"])
 def test_an_encoder_of_another_width_is_refused_at_load(files: Files, form: str, tmp_path: Path) -> None:
-    encoder = weights_convert.load_image_encoder(files.model.encoder)
+    encoder = load_image_encoder(files.model.encoder)
     wider = ImageEncoder(replace(encoder.config, width=2 * encoder.config.width))
-    weights_convert.save(wider, tmp_path / "image_encoder.safetensors", {})
+    cards.save(wider, tmp_path / "image_encoder.safetensors", {})
     with pytest.raises(ValueError, match="wants the fine features of 24-d, you gave the fine features of 48-d"):
         load(files.model.base, [files.paths[form]], tmp_path / "image_encoder.safetensors")
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import weights_convert
+from checkpoints.cards import read_card
+from checkpoints.files import sha256
+from checkpoints.stable_diffusion import load_image_encoder, load_unet
 from eval import benchmark, fine, parity, report, world
 from train.data import fingerprint
 
@@ -25,7 +27,7 @@ def test_readme_shows_global_against_fine_grained() -> None:
     """Of the shipped adapters, both with the shipped image encoder."""
     results = json.loads((ROOT / "results" / "fine.json").read_text())
     assert fine.table(results) in (ROOT / "README.md").read_text()
-    assert results["sha256"] == {n: weights_convert.sha256(ROOT / "weights" / n) for n in results["sha256"]}
+    assert results["sha256"] == {n: sha256(ROOT / "weights" / n) for n in results["sha256"]}
 
 
 @pytest.mark.parametrize("measure", [parity, benchmark])
@@ -49,12 +51,12 @@ def test_readme_and_report_show_the_ablation() -> None:
     assert {f.stem for f in adapters.glob("*.safetensors")} == {
         f"{form}-{seed}" for form in results["study"]["forms"] for seed in range(seeds)
     }
-    base = fingerprint(weights_convert.load_unet(ROOT / "weights" / "unet.safetensors"))
+    base = fingerprint(load_unet(ROOT / "weights" / "unet.safetensors"))
     assert all(json.loads(f.read_text())["settings"]["made_from"]["unet"] == base for f in adapters.glob("*.json"))
 
 
 def test_results_are_of_the_shipped_weights():
-    weights = {name: weights_convert.sha256(ROOT / "weights" / name) for name in RESULTS["sha256"]}
+    weights = {name: sha256(ROOT / "weights" / name) for name in RESULTS["sha256"]}
     assert weights == RESULTS["sha256"]
 
 
@@ -64,7 +66,7 @@ def test_weights_are_small_and_licensed():
         f.stem for f in files
     }
     assert sum(f.stat().st_size for f in files) < 40e6
-    assert all("OpenMoji" in weights_convert.read_card(f)["licence"] for f in files)
+    assert all("OpenMoji" in read_card(f)["licence"] for f in files)
 
 
 def test_the_lambda_is_the_best_of_those_that_follow_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +91,7 @@ def test_the_second_clip_is_another_than_the_adapters() -> None:
     found = json.loads((ROOT / "weights" / "score_image.json").read_text())["results"]
     assert found["concept"] > 0.95 and found["background"] > 0.95
     score, own = (
-        weights_convert.load_image_encoder(ROOT / "weights" / f"{n}.safetensors").config
+        load_image_encoder(ROOT / "weights" / f"{n}.safetensors").config
         for n in ("score_image", "image_encoder")
     )
     assert score.width != own.width and score.stem_pool != own.stem_pool and score.output_dim != own.output_dim

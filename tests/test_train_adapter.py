@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from checkpoints.adapters import load_adapter
 from model.adapter import IPAdapter
 from model.attention import Source, attention, concatenated, decoupled
 from model.context import Context
@@ -36,7 +37,6 @@ from train.loop import Plan
 from train.loss import diffusion_loss, min_snr, noise_for
 from train.unet import rows_of
 from train.world import World
-from weights_convert import load_adapter
 
 CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4)
 EMBEDDING = 10

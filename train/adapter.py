@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
+from checkpoints.adapters import load_adapter, save_adapter
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.context import Context
@@ -34,7 +35,6 @@ from train.data import Pairs, captioned_files, file_pairs, world_pairs
 from train.loop import Plan, autocast, card, generator, run
 from train.loss import diffusion_loss, noise_for
 from train.unet import HELD_OUT, PICTURES, rows_of
-from weights_convert import load_adapter, save_adapter
 
 
 @dataclass(frozen=True)

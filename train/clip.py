@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-import weights_convert
+from checkpoints import cards
 from model.image_encoder import MINI_IMAGE, ImageConfig, ImageEncoder, normalise
 from model.text_encoder import END, START, TextConfig, TextEncoder, words_of
 from train.colour import NAMES
@@ -182,5 +182,5 @@ def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> Non
         log += rows
     unit_entries(clip.image.eval())
     written = card(phases, log, "python -m train clip") | {"gate": GATE}
-    weights_convert.save(clip.text, weights / "text_encoder.safetensors", written)
-    weights_convert.save(clip.image, weights / "image_encoder.safetensors", written)
+    cards.save(clip.text, weights / "text_encoder.safetensors", written)
+    cards.save(clip.image, weights / "image_encoder.safetensors", written)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import weights_convert
+from checkpoints import cards
+from checkpoints.stable_diffusion import load_text_encoder, load_vae
 from model.context import Context
 from model.layers import ResBlock, SpatialTransformer
 from model.unet import MINI, UNet
@@ -61,8 +62,8 @@ def held_out_loss(unet: UNet, schedule: Schedule, pairs: Pairs, seed: int = 1) -
 
 def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> None:
     torch.manual_seed(phases[0].seed)
-    vae = weights_convert.load_vae(weights / "vae.safetensors")
-    text = weights_convert.load_text_encoder(weights / "text_encoder.safetensors")
+    vae = load_vae(weights / "vae.safetensors")
+    text = load_text_encoder(weights / "text_encoder.safetensors")
     pairs = world_pairs(vae, text, None, "train", PICTURES, folder)
     held_out = world_pairs(vae, text, None, "val", HELD_OUT, folder)
     unet, schedule = UNet(MINI), Schedule(prediction=MINI.prediction)
@@ -86,4 +87,4 @@ def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> Non
         kept, rows = run(plan, unet, int, functools.partial(loss, plan), validate, folder, workers=0)
         unet.load_state_dict(kept.state_dict())
         log += rows
-    weights_convert.save(unet, weights / "unet.safetensors", card(phases, log, "python -m train unet"))
+    cards.save(unet, weights / "unet.safetensors", card(phases, log, "python -m train unet"))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import weights_convert
+from checkpoints import cards
 from model.attention import SelfAttention
 from model.layers import ResBlock
 from model.vae import MINI_VAE, VAE, VAEConfig
@@ -87,4 +87,4 @@ def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES, config
     with torch.no_grad():
         std = torch.cat([vae.encode(batch_of("train", 64, i)) for i in range(16)]).std()
     vae.config = replace(config, scale=config.scale / float(std))
-    weights_convert.save(vae, weights / "vae.safetensors", card(phases, log, "python -m train vae"))
+    cards.save(vae, weights / "vae.safetensors", card(phases, log, "python -m train vae"))

@@ -1,0 +1,190 @@
+"""IP-Adapters: the official layout, what the official trainer leaves, and this project's own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.files import is_finite, short_list, write_json, write_tensors
+from checkpoints.fill import FLOATS, assemble
+from checkpoints.names import adapter_names, projection_names
+from checkpoints.reader import File
+from checkpoints.single_file import single_kind
+from model.adapter import IPAdapter
+from model.image_projection import HEAD, ImageProjection, MLPProjection, Projection, Resampler
+from model.unet import UNet
+
+BASES = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2.1", 2048: "Stable Diffusion XL"}
+ENCODERS = {1024: "ViT-H", 1280: "ViT-bigG", 768: "ViT-L"}
+FINE = {1280: "ViT-H", 1664: "ViT-bigG", 1024: "ViT-L"}  # by the width of their fine features
+PROJECTIONS: dict[str, type[Projection]] = {
+    "IP-Adapter": ImageProjection,
+    "IP-Adapter Plus": Resampler,
+    "IP-Adapter Full": MLPProjection,
+}
+
+
+def display_name(names: dict[int, str], width: int) -> str:
+    return f"{names[width]} ({width}-d)" if width in names else f"{width}-d"
+
+
+def adapter_file(path: Path) -> File:
+    """An adapter's file under the official names, also where it is a checkpoint of the official trainer.
+
+    That trainer saves the whole model: the projection is `image_proj_model.`, the layers are `adapter_modules.<n>.` or, where
+    accelerate dropped those as shared, stand in the UNet as `...attn2.processor.`; the UNet itself is left out.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; `make weights` trains the mini adapter")
+    file = File(path)
+    if any(name.startswith("image_proj_model.") for name in file):
+        parts = (("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter."))
+        names = {new + name.removeprefix(old): name for old, new in parts for name in file if name.startswith(old)}
+        if not any(name.startswith("ip_adapter.") for name in names):
+            found = {m[1] for name in file if (m := _PROCESSOR.match(name))}
+            for position, layer in enumerate(sorted(found, key=_processor_order)):
+                for to in ("to_k_ip.weight", "to_v_ip.weight"):
+                    if f"{layer}.{to}" in file:
+                        names[f"ip_adapter.{2 * position + 1}.{to}"] = f"{layer}.{to}"
+        file = file.renamed(names)
+    if (kind := adapter_kind(file)) not in PROJECTIONS:
+        raise ValueError(f"{path} is {kind}; only the base IP-Adapter, Plus and Full are read")
+    return file
+
+
+_PROCESSOR = re.compile(r"(unet\.(?:down|up|mid)_block.*\.processor)\.to_[kv]_ip\.weight$")
+
+
+def _processor_order(layer: str) -> tuple[bool, bool, list[int]]:
+    """diffusers' order: down, up, mid."""
+    return "mid_block" in layer, "up_blocks" in layer, [int(n) for n in re.findall(r"\d+", layer)]
+
+
+def adapter_kind(file: File) -> str:
+    """What kind of adapter a file is, by its names, as diffusers tells them apart."""
+    if not any(name.startswith("image_proj.") for name in file):
+        return kind if (kind := single_kind(file)) != "not a base model" else "not an adapter"
+    if any("lora" in name for name in file) or any(name.startswith("image_proj.perceiver_resampler.") for name in file):
+        return "an IP-Adapter FaceID"
+    if "image_proj.latents" in file:
+        return "IP-Adapter Plus"
+    if "image_proj.proj.3.weight" in file:
+        return "IP-Adapter Full"
+    if "image_proj.proj.0.weight" in file:
+        return "an IP-Adapter FaceID"
+    return "IP-Adapter" if "image_proj.proj.weight" in file else "not an adapter"
+
+
+def adapter_sizes(file: File) -> dict[str, int]:
+    """The sizes of an adapter's projection, as its class in PROJECTIONS takes them, from the shapes.
+
+    Raises ValueError when a tensor that shows one is missing or misshapen.
+    """
+
+    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
+        name = f"image_proj.{name}"
+        if name not in file or len(file.shape(name)) != axes or 0 in file.shape(name):
+            raise ValueError(f"{file.path} is not a complete adapter: {name} is missing or misshapen")
+        return file.shape(name)
+
+    def whole(rows: int, size: int, what: str) -> int:
+        if rows % size:
+            raise ValueError(
+                f"{file.path}: a projection to {rows} numbers is no whole number of {what} of width {size}"
+            )
+        return rows // size
+
+    kind = adapter_kind(file)
+    if kind == "IP-Adapter Plus":
+        _, tokens, width = shape("latents", 3)
+        return {
+            "image_dim": shape("proj_in.weight")[1],
+            "context_dim": shape("proj_out.weight")[0],
+            "tokens": tokens,
+            "width": width,
+            "depth": sum(name.endswith(".to_kv.weight") for name in file),
+            "heads": whole(shape("layers.0.0.to_q.weight")[0], HEAD, "heads"),
+        }
+    if kind == "IP-Adapter Full":
+        return {"image_dim": shape("proj.0.weight")[1], "context_dim": shape("proj.3.weight", 1)[0]}
+    (rows, image_dim), (context_dim,) = shape("proj.weight"), shape("norm.weight", 1)
+    return {"image_dim": image_dim, "context_dim": context_dim, "tokens": whole(rows, context_dim, "tokens")}
+
+
+def projection_of(file: File) -> Projection:
+    """The empty projection of an adapter's file, from its header."""
+    with torch.device("meta"):
+        return PROJECTIONS[adapter_kind(file)](**adapter_sizes(file))
+
+
+def encoder_name(projection: Projection, width: int) -> str:
+    """The image encoder whose embeddings, or fine features, are that wide."""
+    return f"the fine features of {display_name(FINE, width)}" if projection.fine else display_name(ENCODERS, width)
+
+
+def load_adapter(
+    path: Path,
+    unet: UNet,
+    image_dim: int | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    fine_dim: int | None = None,
+) -> IPAdapter:
+    """An adapter for this UNet, and for an encoder whose embeddings are `image_dim` wide, its fine features `fine_dim`.
+
+    The form, tokens and widths come from the weights; a file without W'_k and W'_v shares the UNet's. Raises ValueError when
+    the adapter is for another base or encoder, or of another kind.
+    """
+    file = adapter_file(path)
+    projection = projection_of(file)
+    context_dim, encoder_dim = projection.context_dim, fine_dim if projection.fine else image_dim
+    if context_dim != unet.config.context_dim:
+        wants, given = display_name(BASES, context_dim), display_name(BASES, unet.config.context_dim)
+        raise ValueError(
+            f"{path} is an adapter for {wants}, you gave a base of {given}: use the adapter made for this base"
+        )
+    if encoder_dim is not None and projection.image_dim != encoder_dim:
+        wants, given = encoder_name(projection, projection.image_dim), encoder_name(projection, encoder_dim)
+        raise ValueError(
+            f"{path} wants {wants}, you gave {given}: pass that encoder as --image-encoder, or another adapter"
+        )
+    own = any(name.startswith("ip_adapter.") for name in file)
+    with torch.device("meta"):
+        adapter = IPAdapter(UNet(unet.config) if own else unet, projection, own_projections=own)
+    names = adapter_names(adapter.state_dict(), unet)
+    return assemble(adapter, names, file, "an adapter for this base model", dtype)
+
+
+def save_adapter(
+    adapter: IPAdapter, unet: UNet, path: Path, card: dict[str, Any], dtype: torch.dtype | None = torch.float16
+) -> None:
+    """Writes an adapter in the official layout, which diffusers loads, and its card."""
+    state = adapter.state_dict()
+    write_tensors(path, {new: state[ours] for ours, (new,) in adapter_names(state, unet).items()}, dtype)
+    write_json(path.with_suffix(".json"), card)
+
+
+_LAYER = re.compile(r"(ip_adapter\.\d+)\.to_[kv]_ip\.weight$")
+
+
+def problems(file: File) -> list[str]:
+    """What is wrong with an adapter, whatever its base."""
+    projection = projection_names(f"image_projection.{name}" for name in projection_of(file).state_dict())
+    layers = {m[1] for name in file if (m := _LAYER.match(name))}
+    wanted = {name for (name,) in projection.values()} | {f"{layer}.to_{x}_ip.weight" for layer in layers for x in "kv"}
+    dtypes = {name: file[name].dtype for name in file}
+    lines = (
+        ("it lacks", wanted - file.keys()),
+        ("it also holds", file.keys() - wanted),
+        (
+            "weights that are not float32, float16 or bfloat16:",
+            [n for n, dtype in dtypes.items() if dtype not in FLOATS],
+        ),
+        (
+            "values that are not finite in",
+            [n for n, dtype in dtypes.items() if dtype in FLOATS and file[n].numel() and not is_finite(file[n])],
+        ),
+    )
+    return [f"{says} {short_list(names)}" for says, names in lines if names]

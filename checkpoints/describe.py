@@ -1,0 +1,145 @@
+"""Saying in words what a file or a folder of weights is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from checkpoints.adapters import (
+    BASES,
+    ENCODERS,
+    adapter_file,
+    adapter_kind,
+    adapter_sizes,
+    display_name,
+    encoder_name,
+    problems,
+    projection_of,
+)
+from checkpoints.files import read_json_if_there, short_list
+from checkpoints.reader import File
+from checkpoints.single_file import load_single, single_kind
+from checkpoints.stable_diffusion import load_image_encoder, load_text_encoder, load_unet, load_vae
+
+LOADERS: dict[str, Callable[..., nn.Module]] = {
+    "unet": load_unet,
+    "vae": load_vae,
+    "text_encoder": load_text_encoder,
+    "image_encoder": load_image_encoder,
+}
+_CLASSES = {
+    "UNet2DConditionModel": "unet",
+    "AutoencoderKL": "vae",
+    "CLIPTextModel": "text_encoder",
+    "CLIPTextModelWithProjection": "text_encoder",
+    "CLIPVisionModelWithProjection": "image_encoder",
+}
+# What only its config holds.
+_CARDS = {"prediction": "unet", "scale": "vae", "vocabulary": "text_encoder", "patch": "image_encoder"}
+
+
+def kind_of(path: Path) -> str:
+    """base, adapter, unet, vae, text_encoder or image_encoder. Raises ValueError, or FileNotFoundError, when it is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there")
+    if path.is_dir():
+        if (path / "unet").is_dir() or (path / "unet.safetensors").exists():
+            return "base"
+        config = read_json_if_there(path / "config.json")
+        classes = config.get("_class_name") or config.get("architectures") or "no config.json that names a network"
+        name = str(classes[0] if isinstance(classes, list) else classes)
+        if name not in _CLASSES:
+            raise ValueError(f"{path} is not a folder of weights that is read: {name}")
+        return _CLASSES[name]
+    card = path.with_suffix(".json")
+    entries = read_json_if_there(card).get("config") if card != path else None
+    for key, kind in _CARDS.items():
+        if isinstance(entries, dict) and key in entries:
+            return kind
+    file = File(path)
+    if any(name.startswith(("image_proj.", "image_proj_model.")) for name in file):
+        return "adapter"
+    if (kind := single_kind(file)) != "not a base model":
+        return "base"
+    raise ValueError(f"{path} is {kind}, no adapter, and has no card beside it; it holds {short_list(file)}")
+
+
+def _size(tensors: Iterable[Tensor]) -> str:
+    sizes = [(str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in tensors]
+    count = {dtype: sum(n for kind, n in sizes if kind == dtype) for dtype, _ in sizes}
+    kinds = ", ".join(count) if len(count) == 1 else ", ".join(f"{n:,} {dtype}" for dtype, n in count.items())
+    return f"{sum(count.values()):,} parameters in {len(sizes)} tensors, {kinds}"
+
+
+def _describe_adapter(path: Path) -> list[str]:
+    file = adapter_file(path)
+    projection, tokens = projection_of(file), adapter_sizes(file).get("tokens")
+    context_dim, reads = projection.context_dim, encoder_name(projection, projection.image_dim)
+    layers = [int(m[1]) for name in file if (m := re.match(r"ip_adapter\.(\d+)\.to_k_ip\.weight$", name))]
+    lines = [
+        f"{adapter_kind(file)} for {display_name(BASES, context_dim)}, reads {reads}, {tokens or 'as many'} tokens",
+        f"{len(layers)} cross-attention layers, {_size(file[name] for name in file)}",
+    ]
+    wanted = {768: 16, 1024: 16, 2048: 70}.get(context_dim, len(layers))
+    if len(layers) != wanted:
+        lines.append(f"odd: {display_name(BASES, context_dim)} has {wanted} cross-attention layers")
+    if sorted(layers) != list(range(1, 2 * len(layers), 2)):
+        lines.append("odd: its layers are not numbered 1, 3, 5, ...")
+    return lines + [f"odd: {line}" for line in problems(file)]
+
+
+def _describe_single(path: Path) -> list[str]:
+    file = File(path)
+    lines = [f"{single_kind(file)}, a single file: {_size(file[name] for name in file)}"]
+    try:
+        base = load_single(path, dtype=None)
+        parts = {"UNet": base.unet, "VAE": base.vae, "text encoder": base.text}
+        lines += [f"{name}: {_size(part.state_dict().values())}" for name, part in parts.items()]
+        channels, latent = base.unet.config.in_channels, base.vae.config.latent_channels
+        if channels == 2 * latent + 1:
+            lines.append(f"for inpainting: the UNet reads {channels} channels, a mask and the masked picture too")
+        elif channels != latent:
+            lines.append(f"odd: the UNet reads {channels} channels, where its VAE gives {latent}")
+    except ValueError as error:
+        lines.append(f"odd: {error}")
+    if slow := [name for name in file if name.startswith("model_ema.")]:
+        lines.append(f"an EMA copy of the UNet: {len(slow)} tensors (convert --ema takes it)")
+    return lines
+
+
+def inspect(path: Path) -> list[str]:
+    """What a file or folder is, in words: model, base, encoder, tokens, parameters, dtype; and what is missing or odd.
+
+    Raises ValueError or FileNotFoundError when it is nothing that is read.
+    """
+    kind = kind_of(path)
+    if kind == "adapter":
+        return _describe_adapter(path)
+    if kind == "base" and path.is_file():
+        return _describe_single(path)
+    if kind == "base":
+        lines = [
+            "a base model in a diffusers folder"
+            if (path / "unet").is_dir()
+            else "a base model in this project's own files"
+        ]
+        for name in LOADERS:
+            part = path / name if (path / name).is_dir() else path / f"{name}.safetensors"
+            if part.exists():
+                lines += [f"{name}: {line}" for line in inspect(part)]
+            elif name != "image_encoder":
+                lines.append(f"odd: it has no {name}")
+        return lines
+    module: Any = LOADERS[kind](path, dtype=None)
+    config = {k: v for k, v in asdict(module.config).items() if k != "vocabulary"}
+    what = kind.replace("_", " ")
+    if kind == "unet":
+        what = f"UNet for {display_name(BASES, config['context_dim'])}"
+    if kind == "image_encoder":
+        what = f"CLIP image encoder, {display_name(ENCODERS, config['output_dim'])}"
+    return [f"{what}, {_size(module.state_dict().values())}", ", ".join(f"{k} {v}" for k, v in config.items())]
