@@ -130,15 +130,16 @@ class UNetEncoder(nn.Module):
         self.time_embed = TimeMLP(widths[0], emb_dim)
         self.added_embed = TimeMLP(config.added_dim, emb_dim) if config.added_dim else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down, self.skip_widths = nn.ModuleList(), [widths[0]]
+        self.down = nn.ModuleList()
+        self.stage_channels = [widths[0]]  # after conv_in and after each stage of `down`
         for level, depth in enumerate(config.depth):
             for _ in range(config.res_blocks):
                 self.down.append(_stage(config, width, level, depth, layer))
                 layer, width = layer + depth, widths[level]
-                self.skip_widths.append(width)
+                self.stage_channels.append(width)
             if level < levels - 1:
                 self.down.append(Stage(resample=Downsample(width)))
-                self.skip_widths.append(width)
+                self.stage_channels.append(width)
         last = levels - 1
         self.mid = nn.ModuleList(
             [_stage(config, width, last, config.mid_depth, layer), _stage(config, width, last, 0, layer)]
@@ -185,7 +186,7 @@ class UNet(UNetEncoder):
 
     def __init__(self, config: UNetConfig = SD15) -> None:
         super().__init__(config)
-        widths, layer, skips = list(config.channels), len(self.cross_attentions()), list(self.skip_widths)
+        widths, layer, skips = list(config.channels), len(self.cross_attentions()), list(self.stage_channels)
         self.up, width = nn.ModuleList(), widths[-1]
         for level in reversed(range(len(widths))):
             for i in range(config.res_blocks + 1):

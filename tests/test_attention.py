@@ -70,7 +70,7 @@ def test_what_is_trained_through_equals_a_naive_softmax(
     small: int, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The value and all gradients, by the kernel and by the equation."""
-    monkeypatch.setattr("model.attention.SMALL", small)
+    monkeypatch.setattr("model.kernels.SMALL", small)
     bias = randn(1, 1, 15, 4, seed=9) if biased else torch.zeros(1, 1, 15, 4).double()
     inputs = [x.requires_grad_() for x in (queries(), source().k, source().v)]
     own = attention(*inputs, bias=bias if biased else None)
