@@ -24,7 +24,7 @@ from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from checkpoints import adapters, fill, stable_diffusion
-from model import attention, image_encoder, unet
+from model import attention, context, image_encoder, unet
 from model.adapter import IPAdapter
 from model.attention import Attention, CrossAttention
 from model.context import Context
@@ -138,12 +138,15 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
     return Stack(pipeline, path, texts, pixels, latents, ids, answers)
 
 
+FUSE = {"step": attention.decoupled}  # how a step combines text and picture
+
+
 def step(s: Stack, weight: float = GUIDANCE) -> Tensor:
     """One guided step from prompt, negative prompt and two pictures, with the adapter read from its file."""
     adapter = adapters.load_adapter(s.adapter, s.pipeline.unet, IMAGE.output_dim, dtype=None)
     pipeline = replace(s.pipeline, adapters=(adapter,))
     embedding = pipeline.image(s.pixels)[None]  # type: ignore[misc]
-    uncond, cond = pipeline.contexts(PROMPTS[1:], PROMPTS[:1], embedding, LAMBDA)
+    uncond, cond = pipeline.contexts(PROMPTS[1:], PROMPTS[:1], embedding, LAMBDA, FUSE["step"])
     return guidance.guided(pipeline.unet, uncond, cond, weight)(s.latents, T)
 
 
@@ -164,7 +167,7 @@ CHECKS: dict[str, Callable[[Stack], Tensor]] = {
     "decode": lambda s: s.pipeline.vae.decode(s.latents),
     "trajectory": lambda s: list(ddim(denoiser, s.latents, s.pipeline.schedule, 30))[-1].x,
     "preprocess": lambda s: s.pipeline.image.preprocess(PHOTO),  # type: ignore[union-attr]
-    "mask": lambda s: torch.cat([*attention.pyramid(MASK, *GRIDS[0], levels=len(GRIDS)).values()], dim=2),
+    "mask": lambda s: torch.cat([*context.pyramid(MASK, *GRIDS[0], levels=len(GRIDS)).values()], dim=2),
 }
 
 
@@ -218,8 +221,7 @@ def sum_after_to_out(m: pytest.MonkeyPatch, _: Stack) -> None:
 
 
 def one_softmax(m: pytest.MonkeyPatch, _: Stack) -> None:
-    """Under the right one's name, because it is the default of several signatures."""
-    m.setattr(attention.decoupled, "__code__", attention.concatenated.__code__)
+    m.setitem(FUSE, "step", attention.concatenated)
 
 
 def epsilon(kind: type[nn.Module], eps: float, part: str = "unet") -> Mutant:
@@ -305,7 +307,7 @@ def processor_of_torchvision(m: pytest.MonkeyPatch, _: Stack) -> None:
 
 def grid_guessed(m: pytest.MonkeyPatch, _: Stack) -> None:
     """From the number of queries and the mask's own sides, as diffusers guesses it."""
-    real = attention.pyramid
+    real = context.pyramid
 
     def pyramid(mask: Tensor, h: int, w: int, levels: int) -> dict[int, Tensor]:
         grids = {}
@@ -315,7 +317,7 @@ def grid_guessed(m: pytest.MonkeyPatch, _: Stack) -> None:
             grids |= real(mask, rows, n // rows, levels=1)
         return grids
 
-    m.setattr(attention, "pyramid", pyramid)
+    m.setattr(context, "pyramid", pyramid)
 
 
 def no_guidance_up_to_one(m: pytest.MonkeyPatch, _: Stack) -> None:
