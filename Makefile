@@ -24,8 +24,8 @@ test: .venv/tests
 weights: .venv/tests
 	$(BIN)/python -m train all
 	$(BIN)/python -m train adapter --fine
-	$(BIN)/python -m eval judge
-	$(BIN)/python -m eval clip
+	$(BIN)/python -m train judge
+	$(BIN)/python -m train scorer
 
 ablation: .venv/tests
 	$(BIN)/python -m eval ablation
@@ -39,13 +39,13 @@ world: .venv/tests
 	touch $@
 
 .venv/tests: .venv/ready
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[world,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[world,eval,test]'
 	touch $@
 
 constraints:
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -e '.[world,test]'
+	$(BIN)/python -m pip install -q -e '.[world,eval,test]'
 	(echo '# The versions that the tests ran on. `make constraints` refreshes them. (CUDA libraries follow torch.)'; \
 	  $(BIN)/python -m pip freeze --exclude-editable | grep '==' | grep -viE '^(nvidia|cuda|triton)') > constraints.txt
 

@@ -1,51 +1,33 @@
-"""Attention you can see: where a drawing looks at each word and at each image token.  `python -m eval attention`
+"""Where a drawing looks: the attention maps of every cross-attention layer, recorded from outside the model.
 
-No line in the model: `record` hooks the cross-attention layers from outside and recomputes their maps from the (x, Context)
-that they receive. Axes: `b h n m`, n queries (places of the picture), m keys (tokens). A guidance batch is [uncond, cond].
+`record` hooks the cross-attention layers and recomputes their maps from the (x, Context) that they receive; the model has no line
+for this. Axes: `b h n m`, n queries (places of the picture), m keys (tokens). A guidance batch is [uncond, cond].
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import json
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from model.attention import CrossAttention, Fuse, Source, concatenated, decoupled
 from model.context import Context
 from model.text_encoder import TextEncoder, words_of
 from model.unet import UNet
-from sampling.images import open_image, save_image, to_images
-from sampling.pipeline import Pipeline, load
-
-CELL, GAP, COLUMNS = 152, 10, 7
-HEAT = ((60, 10, 90), (170, 20, 90), (235, 85, 30), (255, 190, 40), (255, 255, 200))  # the colours of 0 to 1
-WORDS_NOTE = (
-    "Bright: what is drawn there takes much from the word. Each map is the mean over heads, timesteps and the finest layers, "
-    "and is scaled to its own maximum: to compare two of them, compare the percentages, their shares of the attention to the text."
-)
-TOKENS_NOTE = (
-    "The adapter makes these tokens of the image prompt. They have a softmax of their own, so their shares add up to 100% again; "
-    "what is read from them is multiplied by lambda and added to what is read from the text."
-)
 
 
 def softmax_maps(q: Tensor, text: Source, image: Sequence[Source], fuse: Fuse) -> tuple[Tensor, ...]:
-    """The maps of the text and of each image source, `b h n m`: what `fuse` itself reads where values are one-hot.
+    """The maps of the text and of each image source, `b h n m`: what `fuse` returns for one-hot values.
 
-    `decoupled`: softmax(Q K^T / sqrt d) of each source, whatever its lambda; the rows of each sum to 1. `concatenated`: the
-    columns of its one softmax, lambda inside; rows sum to 1 over all sources together. Another `fuse`: what it reads.
+    `decoupled`: softmax(Q K^T / sqrt d) of each source, without lambda; the rows of each sum to 1. `concatenated`: the columns of
+    its one softmax, including lambda; rows sum to 1 over all sources together.
     """
     sources = [text, *(replace(source, scale=1.0) if fuse is decoupled else source for source in image)]
     keys = [source.k.shape[-2] for source in sources]
@@ -55,10 +37,10 @@ def softmax_maps(q: Tensor, text: Source, image: Sequence[Source], fuse: Fuse) -
 
 
 def image_mass(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
-    """1 - g, the share of a joint softmax that image keys take, `b h n`:
+    """1 - g, the share of a joint softmax that goes to image keys, `b h n`:
 
-    g = sigmoid(logsumexp(Q K^T / sqrt d) - logsumexp(Q K'^T / sqrt d) - log lambda); K' are the keys of all image sources,
-    each with its lambda.
+    g = sigmoid(logsumexp(Q K^T / sqrt d) - logsumexp(Q K'^T / sqrt d) - log lambda), where K' are the keys of all image sources,
+    each with its own lambda.
     """
 
     def logits(source: Source) -> Tensor:
@@ -71,12 +53,12 @@ def image_mass(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LayerMaps:
-    """What one cross-attention layer looked at in one call of the UNet; float32, on the CPU.
+    """The maps of one cross-attention layer in one call of the UNet; float32, on the CPU.
 
-    `call` counts the calls within the `with` block, `t` is the timestep of each row, `grid` the (h, w) of the n queries.
-    `text` and each of `image` are softmax maps `b h n m` (`softmax_maps`). By `weights`, a number or `b 1 n 1` for each image
-    source, values are multiplied when they are read: lambda for `decoupled`, 1 for a joint softmax, whose maps hold it.
-    `image_mass`: `b h n`, of a joint softmax with image sources only.
+    `call` counts the calls within the `with` block; `t`: the timestep of each row; `grid`: the (h, w) of the n queries. `text` and
+    each of `image`: maps `b h n m` (`softmax_maps`). `weights`: the factor of each image source, a number or `b 1 n 1`; lambda for
+    `decoupled`, 1 for a joint softmax, whose maps include it. `image_mass`: `b h n`, for a joint softmax with image sources, else
+    None.
     """
 
     layer: int
@@ -89,7 +71,7 @@ class LayerMaps:
     image_mass: Tensor | None
 
     def picture(self, maps: Tensor) -> Tensor:
-        """`b h n m` as pictures of the tokens, `b h m y x`."""
+        """Maps `b h n m` as a picture for each token, `b h m y x`."""
         return rearrange(maps, "b h (y x) m -> b h m y x", y=self.grid[0])
 
 
@@ -97,9 +79,9 @@ class LayerMaps:
 def record(unet: UNet) -> Iterator[list[LayerMaps]]:
     """`with record(unet) as maps:` fills the list with a LayerMaps for every layer and call, in execution order.
 
-    The hooks go with the block, and what the UNet gives stays bit-equal. Grids are those of the latents' true (h, w),
-    halved with rounding up, as in `pyramid`. A long run may empty the list as it goes. A backward pass with gradient
-    checkpointing runs layers again, so it belongs outside the block. Raises ValueError for a compiled UNet.
+    The hooks are removed at the end of the block; the UNet's output is unchanged, bit for bit. Grids are computed from the latents'
+    (h, w), halved and rounded up, as in `pyramid`. A long run may clear the list as it goes. Run a backward pass with gradient
+    checkpointing outside the block, since it runs layers again. Raises ValueError for a compiled UNet.
     """
     if not isinstance(unet, UNet):
         raise ValueError("a compiled UNet does not run hooks: record the UNet that torch.compile was given")
@@ -138,7 +120,7 @@ def record(unet: UNet) -> Iterator[list[LayerMaps]]:
 
 
 def word_positions(encoder: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:
-    """The words of a prompt and where `encoder.tokenize` puts their tokens; a word that it leaves out or cuts off is not there."""
+    """The words of a prompt, each with the positions of its tokens. Words that `encoder.tokenize` drops or cuts off are left out."""
     words, end = [], 1
     for word, pieces in words_of(prompt):
         if not encoder.rows or all(piece in encoder.rows for piece in pieces):
@@ -148,7 +130,7 @@ def word_positions(encoder: TextEncoder, prompt: str) -> list[tuple[str, list[in
 
 
 def finest(maps: Sequence[LayerMaps]) -> Tensor:
-    """Text tokens, then image tokens, as pictures `m y x`: the mean over heads and the layers of the finest grid, of the last row."""
+    """Maps of text tokens, then image tokens, `m y x`, for the last row: the mean over heads and the layers of the finest grid."""
     grid = max((one.grid for one in maps), key=math.prod)
     fine = [one for one in maps if one.grid == grid]
     return torch.stack(
@@ -156,106 +138,16 @@ def finest(maps: Sequence[LayerMaps]) -> Tensor:
     ).mean(dim=0)
 
 
-def draw(
-    pipeline: Pipeline, prompt: str, embedding: Tensor | None, scale: float, guidance: float, seed: int, steps: int
-) -> tuple[Image.Image, Tensor]:
-    """A drawing, and its `finest` maps, the mean over the timesteps."""
-    seen = []
-    with record(pipeline.unet) as maps:
-
-        def watch(_: object) -> None:
-            seen.append(finest(maps))
-            maps.clear()
-
-        drawn = pipeline.draw([prompt], [seed], embedding, scale=scale, guidance=guidance, steps=steps, watch=watch)
-    return to_images(drawn)[0], torch.stack(seen).mean(dim=0)
-
-
-def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """A map `y x` over the picture in dim grey. For display it is divided by its own maximum, and upsampled bilinearly."""
-    small = Image.fromarray((heat / heat.max().clamp(min=1e-12)).numpy())
-    alpha = np.asarray(small.resize(picture.size, Image.Resampling.BILINEAR))
-    grey = np.asarray(picture.convert("L").convert("RGB")) * 0.4
-    stops = np.linspace(0, 1, len(HEAT))
-    colour = np.stack([np.interp(alpha, stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
-    mixed = grey + 0.85 * alpha[..., None] * (colour - grey)
-    return Image.fromarray(mixed.round().astype(np.uint8))
-
-
 Named = list[tuple[str, Tensor]]
-Cells = list[tuple[Image.Image, str]]
-Section = tuple[str, str, Cells]  # title, note, pictures with their labels
-
-
-def sheet(sections: Sequence[Section]) -> Image.Image:
-    """A labelled sheet: the key of the colours, and for each section a title, a note, rows of cells with their labels."""
-    large, small = ImageFont.load_default(19), ImageFont.load_default(14)
-    head, row = 72, CELL + 56
-    rows = [-(-len(cells) // COLUMNS) for _, _, cells in sections]
-    width = GAP + COLUMNS * (CELL + GAP)
-    canvas = Image.new("RGB", (width, GAP + len(rows) * head + sum(rows) * row), "white")
-    pen, top = ImageDraw.Draw(canvas), GAP
-    key = overlay(Image.new("RGB", (CELL, 16), "grey"), torch.linspace(0, 1, CELL)[None])
-    canvas.paste(key, (width - CELL - GAP, top))
-    pen.text((width - CELL - GAP, top + 20), "no attention", fill="#555555", font=small)
-    pen.text((width - GAP, top + 20), "most", fill="#555555", font=small, anchor="ra")
-    for (title, note, cells), count in zip(sections, rows, strict=True):
-        pen.text((GAP, top), title, fill="black", font=large)
-        pen.text((GAP, top + 26), textwrap.fill(note, 140, max_lines=2), fill="#555555", font=small)
-        for i, (picture, label) in enumerate(cells):
-            left, y = GAP + i % COLUMNS * (CELL + GAP), top + head + i // COLUMNS * row
-            canvas.paste(picture, (left, y))
-            pen.text((left, y + CELL + 4), label, fill="black", font=small)
-        top += head + count * row
-    return canvas
 
 
 def name_maps(encoder: TextEncoder, prompt: str, maps: Tensor) -> tuple[Named, Named]:
-    """From `m y x` over all tokens: the map of each word, that of what is no word last, and the map of each image token.
+    """(text, image): from maps `m y x` over all tokens, a named map for each word, one for everything else in the text (start, end,
+    padding), and one for each image token.
 
-    The maps of a word's tokens are added: scaled to its maximum that shows their mean, and its mean is the word's share.
+    The maps of a word's tokens are summed, so the mean of a word's map is its share of the attention.
     """
     length, words = encoder.config.context_length, word_positions(encoder, prompt)
     rest = sorted(set(range(length)) - {place for _, places in words for place in places})
     text = [(word, maps[places].sum(dim=0)) for word, places in [*words, ("start, end, padding", rest)]]
     return text, [(f"image token {i}", heat) for i, heat in enumerate(maps[length:], 1)]
-
-
-def overlays(drawn: Image.Image, named: Named) -> Cells:
-    """A cell for each map: its label and its share of the attention."""
-    return [(overlay(drawn, heat), f"{name}\n{heat.mean():.1%} of the attention") for name, heat in named]
-
-
-def attention_sheet(
-    pipeline: Pipeline,
-    pictures: Sequence[Image.Image],
-    prompt: str,
-    scale: float = 1.0,
-    guidance: float = 4.0,
-    seed: int = 0,
-    steps: int = 20,
-) -> Image.Image:
-    """Draws once, and shows where the drawing looked. Raises ValueError where there is neither a text nor an image prompt."""
-    if not (prompt or pictures):
-        raise ValueError("there is nothing to look at: give --prompt, --image, or both")
-    embedding = pipeline.embed(pictures) if pictures else None
-    drawn, maps = draw(pipeline, prompt, embedding, scale, guidance, seed, steps)
-    drawn = drawn.resize((CELL, CELL), Image.Resampling.LANCZOS)
-    asked = [f'the text prompt "{prompt}"'] * bool(prompt) + [f"an image prompt, lambda {scale:g}"] * bool(pictures)
-    cells = [(ImageOps.fit(picture, (CELL, CELL), Image.Resampling.LANCZOS), "image prompt") for picture in pictures]
-    sections = [("What was asked, and what was drawn", " and ".join(asked), [*cells, (drawn, "the drawing")])]
-    words, tokens = name_maps(pipeline.text, prompt, maps)
-    if prompt:
-        sections.append(("Where the drawing looks at each word", WORDS_NOTE, overlays(drawn, words)))
-    if pictures:
-        sections.append(("Where the drawing looks at the image prompt", TOKENS_NOTE, overlays(drawn, tokens)))
-    return sheet(sections)
-
-
-def run(args: argparse.Namespace) -> None:
-    """`python -m eval attention`."""
-    pictures = [open_image(path) for path in args.image]  # a bad picture is refused before the weights are read
-    pipeline = load(args.checkpoint, args.ip_adapter, args.image_encoder)
-    picture = attention_sheet(pipeline, pictures, args.prompt, args.scale, args.guidance, args.seed, args.steps)
-    save_image(picture, args.out, {"arguments": json.loads(json.dumps(vars(args), default=str))})
-    print(args.out)

@@ -1,209 +1,143 @@
 """How good the shipped mini weights are, against the truth.  `python -m eval world`
 
-All concepts x backgrounds, one picture each, seeds 0 .. n-1, nothing picked. Every number is read by the judge:
+Every concept on every background, one picture each, seeds 0 .. n-1, nothing selected. The judge reads every number:
 
-- `true`, `reconstructed`: held-out pictures, and the same through the VAE: the ceiling for everything below.
-- `text`: "a fox on a pink background"; its palette error is that of chance, since the caption says no colour.
-- `colour`: "a teal fox on a pink background", the right coarse name of the reference's first colour.
-- `image`: the reference alone, empty text, lambda 1.
-- `conflict`: the reference with the text of another concept and background, at one lambda, fixed on validation prompts: a
-  number for all cross-attention layers, or for those of the finest level alone (`Lambda.layers`), which carry colours.
+- `true`, `reconstructed`: held-out pictures, and the same through the VAE, which bounds everything below;
+- `text`: "a fox on a pink background"; the caption names no colour, so the palette error is that of chance;
+- `colour`: "a teal fox on a pink background", with the coarse name of the image prompt's first colour;
+- `image`: the image prompt alone, empty text, lambda 1;
+- `conflict`: the image prompt with a text that names another concept and background. One lambda is chosen on validation prompts:
+  a number for all cross-attention layers, or for those of the finest level (`Lambda.layers`), which carry colours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import torch
+import pandas as pd
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from checkpoints.files import sha256, write_json
-from eval import attributes
-from model.attention import Fuse, decoupled
-from model.vae import VAE
+from eval.bench import Prompts, draw, embed, through_the_vae
+from eval.tables import markdown, summary
 from sampling.embeddings import Strength
-from sampling.images import to_images
 from sampling.lambdas import Lambda
 from sampling.pipeline import Pipeline, load
 from train.colour import coarse_name
-from train.vae import psnr, to_tensor
-from train.world import (
-    BACKGROUND_NAMES,
-    BACKGROUNDS,
-    CONCEPT_NAMES,
-    CONCEPTS,
-    Scene,
-    World,
-    caption,
-    pictures,
-    random_scene,
-)
+from train.judge import Judge, load_judge
+from train.vae import psnr
+from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, Scene, World, caption, pictures
 
-LAMBDAS = {"all": (0.2, 0.3, 0.4, 0.6), "finest": (0.5, 0.6, 0.7, 0.8, 1.0)}
-FOLLOW = {"concept": 0.75, "background": 0.9}  # what must follow the text on validation prompts at the chosen lambda
-
-
-@dataclass(frozen=True)
-class Task:
-    """n prompts: a reference picture each, and another concept and background for the text."""
-
-    references: list[Scene]
-    pixels: Tensor  # n 3 64 64 in [-1, 1]
-    concept: Tensor
-    background: Tensor
-
-    @property
-    def palette(self) -> Tensor:
-        return attributes.truth(self.references)["palette"]
-
-    def captions(self) -> list[str]:
-        return [
-            caption(CONCEPT_NAMES[c], None, BACKGROUND_NAMES[b])
-            for c, b in zip(self.concept, self.background, strict=True)
-        ]
+LAMBDAS: dict[Literal["all", "finest"], tuple[float, ...]] = {
+    "all": (0.2, 0.3, 0.4, 0.6),
+    "finest": (0.5, 0.6, 0.7, 0.8, 1.0),
+}
+FOLLOW = {"concept": 0.75, "background": 0.9}  # how often validation prompts must follow the text at the chosen lambda
+Scores = dict[str, float]
 
 
 def examples(folder: Path, n: int = 12) -> None:
-    """Writes the demo's image prompts: the first held-out pictures of n different concepts, each named after its own."""
+    """Write the demo's image prompts: the first held-out pictures of n different concepts, each named after its concept."""
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Scene] = {}
+    chosen: dict[str, Scene] = {}
     for i in range(1000):
         scene = World("test")[i]
-        found.setdefault(CONCEPT_NAMES[scene.concept], scene)
-        if len(found) == n:
+        chosen.setdefault(CONCEPT_NAMES[scene.concept], scene)
+        if len(chosen) == n:
             break
-    for name, scene in found.items():
+    for name, scene in chosen.items():
         Image.fromarray(pictures([scene])[0]).save(folder / f"{name.replace(' ', '_')}.png")
 
 
-def task(n: int, seed: int) -> Task:
-    """Cell i of concepts x backgrounds (again from the start after the last), with a reference whose concept and background differ."""
-    rng, cells = np.random.default_rng((917, seed)), len(CONCEPTS) * len(BACKGROUNDS)
-    order = np.concatenate([rng.permutation(cells) for _ in range(-(-n // cells))])[:n]
-    concept, background = order // len(BACKGROUNDS), order % len(BACKGROUNDS)
-    references = [
-        random_scene(
-            rng,
-            int((c + rng.integers(1, len(CONCEPTS))) % len(CONCEPTS)),
-            int((b + rng.integers(1, len(BACKGROUNDS))) % len(BACKGROUNDS)),
+@dataclass(frozen=True)
+class Measure:
+    """Draws prompts of the mini world, and scores them by the judge."""
+
+    pipeline: Pipeline
+    judge: Judge
+    steps: int
+    guidance: float
+
+    def score(self, prompts: Prompts, x: Tensor, whose: str) -> Scores:
+        """Shares of pictures with the right concept and background ("own": the image prompt's, "wanted": the text's), and the
+        palette error against the image prompt."""
+        truth = prompts.truth
+        assert truth is not None
+        own = truth.own
+        concept, background = (
+            (own["concept"], own["background"]) if whose == "own" else (truth.concept, truth.background)
         )
-        for c, b in zip(concept, background, strict=True)
-    ]
-    return Task(references, to_tensor(pictures(references)), torch.from_numpy(concept), torch.from_numpy(background))
+        return self.judge.read(x).score(concept, background, own["palette"])
+
+    def draw(self, prompts: Prompts, texts: list[str], lam: Strength | None, whose: str, name: str) -> Scores:
+        """Draw the texts, with the image prompts unless `lam` is None, and score the drawings."""
+        embedding = None if lam is None else embed(self.pipeline, prompts.images)
+        scale = 0.0 if lam is None else lam
+        return self.score(prompts, draw(self.pipeline, texts, embedding, scale, self.guidance, self.steps, name), whose)
 
 
-def embedding(pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
-    """What the pipeline's adapter reads of pictures, each a prompt of its own, `n 1 ...`."""
-    return torch.cat([pipeline.embed([image]) for image in images])
-
-
-@torch.no_grad()
-def through_the_vae(vae: VAE, pixels: Tensor) -> Tensor:
-    """Pictures `n 3 h w`, encoded and decoded again."""
-    device = next(vae.parameters()).device
-    return torch.cat([vae.decode(vae.encode(part.to(device))).cpu() for part in pixels.split(32)])
-
-
-def draw(
-    pipeline: Pipeline,
-    prompts: list[str],
-    pictured: Tensor | None,
-    scale: Strength,
-    guidance: float,
-    steps: int,
-    name: str,
-    fuse: Fuse = decoupled,
-    batch: int = 32,
-) -> Tensor:
-    """One picture for each prompt, beside what an adapter reads of its image prompt, `n 1 ...`, if any; seeds 0 .. n-1, in bfloat16."""
-    drawn, device = [], next(pipeline.unet.parameters()).device.type
-    for first in tqdm(range(0, len(prompts), batch), desc=name, unit="batch"):
-        rows = slice(first, min(first + batch, len(prompts)))
-        seen, seeds = None if pictured is None else pictured[rows], list(range(rows.start, rows.stop))
-        with torch.autocast(device, torch.bfloat16):
-            x = pipeline.draw(prompts[rows], seeds, seen, scale=scale, guidance=guidance, steps=steps, fuse=fuse)
-        drawn.append(x.float().cpu())
-    return torch.cat(drawn)
-
-
-def lambda_of(layers: str, scale: float) -> Lambda:
-    """lambda in all layers, or in those of a preset."""
+def lambda_of(layers: Literal["all", "finest"], scale: float) -> Lambda:
+    """lambda in all layers, or in those of the finest level."""
     return Lambda(scale, None if layers == "all" else layers)
 
 
-def choose_lambda(
-    pipeline: Pipeline, judge: attributes.Judge, guidance: float, steps: int, n: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Of the lambdas whose pictures follow the text as often as `FOLLOW` asks on validation prompts, the one with the lowest
-    palette error; and the sweep."""
-    val, sweep = task(n, seed=1), []
-    seen = embedding(pipeline, to_images(val.pixels))
+def choose_lambda(measure: Measure, n: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(choice, sweep): on n validation prompts, the lambda with the lowest palette error among those whose pictures follow the text as
+    often as `FOLLOW` asks; if none does, the first."""
+    validation, sweep = Prompts.of_the_world(n, seed=1), list[dict[str, Any]]()
     for layers, scales in LAMBDAS.items():
         for scale in scales:
-            lam, name = lambda_of(layers, scale), f"lambda {scale:g}, {layers} layers"
-            read = attributes.read(judge, draw(pipeline, val.captions(), seen, lam, guidance, steps, name))
-            scores = attributes.score(read, val.concept, val.background, val.palette)
+            name = f"lambda {scale:g}, {layers} layers"
+            scores = measure.draw(validation, validation.other, lambda_of(layers, scale), "wanted", name)
             sweep.append({"lambda": scale, "layers": layers, **scores})
-            print(name, attributes.summary(scores), flush=True)
+            print(name, summary(scores), flush=True)
     keep = [row for row in sweep if all(row[key] >= least for key, least in FOLLOW.items())]
     return min(keep or sweep[:1], key=lambda row: float(row["palette_error"])), sweep
 
 
-def evaluate(
-    weights: Path,
-    out: Path,
-    n: int = 1024,
-    steps: int = 12,
-    guidance: float = 4.0,
-) -> dict[str, Any]:
-    """Measures everything and writes `out` (JSON)."""
-    pipeline, judge = load(weights), attributes.load(weights / "judge.safetensors")
-    test = task(n, seed=2)
-    own = attributes.truth(test.references)
-    reconstructed = through_the_vae(pipeline.vae, test.pixels)
+def coloured(prompts: Prompts) -> list[str]:
+    """The conflicting texts with the coarse name of the image prompt's first colour."""
+    truth = prompts.truth
+    assert truth is not None
+    names = [coarse_name(scene.palette[0]) for scene in truth.scenes]
+    asked = zip(truth.concept, names, truth.background, strict=True)
+    return [caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b]) for c, name, b in asked]
+
+
+def evaluate(weights: Path, out: Path, n: int = 1024, steps: int = 12, guidance: float = 4.0) -> dict[str, Any]:
+    """Measure everything, and write `out` (JSON) after each part."""
+    measure = Measure(load(weights), load_judge(weights / "judge.safetensors"), steps, guidance)
+    test, vae = Prompts.of_the_world(n, seed=2), measure.pipeline.vae
     results: dict[str, Any] = {
         "command": f"python -m eval world --n {n} --steps {steps} --guidance {guidance:g}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": "bfloat16", "seeds": f"0..{n - 1}"},
         "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
-        "vae_psnr": psnr(pipeline.vae, test.pixels),
-        "true": attributes.score(
-            attributes.read(judge, test.pixels), own["concept"], own["background"], own["palette"]
-        ),
-        "reconstructed": attributes.score(
-            attributes.read(judge, reconstructed), own["concept"], own["background"], own["palette"]
-        ),
+        "vae_psnr": psnr(vae, test.pixels),
+        "true": measure.score(test, test.pixels, "own"),
+        "reconstructed": measure.score(test, through_the_vae(vae, test.pixels), "own"),
     }
-    chosen, sweep = choose_lambda(pipeline, judge, guidance, steps, max(64, n // 8))
+    chosen, sweep = choose_lambda(measure, max(64, n // 8))
     results |= {"lambda": chosen["lambda"], "layers": chosen["layers"], "sweep": sweep}
     lam = lambda_of(chosen["layers"], chosen["lambda"])
-    names = [coarse_name(scene.palette[0]) for scene in test.references]
-    colour = [
-        caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b])
-        for c, name, b in zip(test.concept, names, test.background, strict=True)
-    ]
-    seen = embedding(pipeline, to_images(test.pixels))
-    for key, prompts, pictured, strength, concept, background in (
-        ("text", test.captions(), None, 0.0, test.concept, test.background),
-        ("colour", colour, None, 0.0, test.concept, test.background),
-        ("image", [""] * n, seen, 1.0, own["concept"], own["background"]),
-        ("conflict", test.captions(), seen, lam, test.concept, test.background),
-    ):
-        read = attributes.read(judge, draw(pipeline, prompts, pictured, strength, guidance, steps, key))
-        results[key] = attributes.score(read, concept, background, test.palette)
-        print(key, attributes.summary(results[key]))
+    parts: dict[str, tuple[list[str], Strength | None, str]] = {
+        "text": (test.other, None, "wanted"),
+        "colour": (coloured(test), None, "wanted"),
+        "image": ([""] * n, 1.0, "own"),
+        "conflict": (test.other, lam, "wanted"),
+    }
+    for key, (texts, strength, whose) in parts.items():
+        results[key] = measure.draw(test, texts, strength, whose, key)
+        print(key, summary(results[key]), flush=True)
         write_json(out, results)
     return results
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as the table of the README."""
-    rows = {
+    """The README's table."""
+    names = {
         "true": "true pictures, held out",
         "reconstructed": "the same through the VAE: the ceiling",
         "text": "text: concept and background",
@@ -211,8 +145,7 @@ def table(results: dict[str, Any]) -> str:
         "image": "image prompt alone, λ = 1",
         "conflict": f"image prompt against text, λ = {results['lambda']:g} in {results['layers']} layers",
     }
-    lines = ["| | concept | background | palette error |", "|---|---|---|---|"]
-    for key, name in rows.items():
-        r = results[key]
-        lines.append(f"| {name} | {r['concept']:.1%} | {r['background']:.1%} | {r['palette_error']:.1f} |")
-    return "\n".join(lines)
+    frame = pd.DataFrame([results[key] for key in names])
+    shares = {key: frame[key].map("{:.1%}".format) for key in ("concept", "background")}
+    error = frame["palette_error"].map("{:.1f}".format)
+    return markdown(pd.DataFrame({"": list(names.values()), **shares, "palette error": error}))

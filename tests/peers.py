@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from checkpoints.names import TRANSPOSED, Names, image_names, named, text_names, unet_rows, vae_rows
-from eval.official import peer_autoencoder
+from eval.peers.official import peer_autoencoder
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.text_encoder import END, START, TextConfig, TextEncoder
 from model.unet import UNet, UNetConfig

@@ -12,20 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.files import write_json
+from checkpoints.files import read_json, write_json
 from eval import __main__ as commands
-from eval import attributes, calibration, clip_score, report
-from eval.ablation import FORMS, SHARES, SMOKE, Place, Study, best_rate, kept, train, untrained
-from eval.tasks import Bench, Prompts, drawings, nearest, oracle
+from eval import calibration, clip_score
+from eval.ablation import report
+from eval.ablation.command import TOLERANCE, compare
+from eval.ablation.endpoint import best_lambda, curves, summary
+from eval.ablation.forms import FORMS, SHARES
+from eval.ablation.memo import Memo
+from eval.ablation.rows import Results, fraction, frame_of
+from eval.ablation.study import SMOKE, Place, Study, untrained
+from eval.ablation.work import best_rate, train
+from eval.bench import Bench, Prompts, all_drawings, nearest
+from eval.tables import markdown
 from sampling.pipeline import load
-from train import checkpoint, clip
+from train import checkpoint, clip, scorer
 from train.adapter import Setting, Source
 from train.data import Pairs
+from train.judge import load_judge
 from train.loop import Plan, generator
 from train.world import CONCEPT_NAMES, CONCEPTS, World
 
@@ -47,7 +57,7 @@ def bench() -> Bench:
     scorer = clip_score.Scorer(
         "none", lambda pictures: torch.ones(len(pictures), 2), lambda texts: torch.ones(len(texts), 2)
     )
-    judge = attributes.load(WEIGHTS / "judge.safetensors")
+    judge = load_judge(WEIGHTS / "judge.safetensors")
     return Bench(pipeline, Prompts.of_the_world(12), scorer, judge, steps=2)
 
 
@@ -72,21 +82,21 @@ def test_forms_differ_in_what_is_trained(setting: Setting) -> None:
 def test_the_truth_is_read_as_what_it_is(bench: Bench) -> None:
     """The true conflict pictures follow the text in concept and background, the picture in its palette (CIE76 below 5)."""
     test = bench.prompts.truth
-    assert test is not None and torch.equal(bench.prompts.pixels, test.pixels)
-    row = bench.read("conflict", oracle(test), form="truth")
+    assert test is not None
+    row = bench.read("conflict", test.pixels(), form="truth")
     assert row["concept"] == test.concept.tolist() and row["background"] == test.background.tolist()
     assert np.mean(row["palette_error"]) < 5
-    own = bench.read("picture", test.pixels, form="itself")
-    assert own["concept"] == [scene.concept for scene in test.references]
-    assert np.mean(own["placement_error"]) < 2 and own["drawing"] == [s.drawing for s in test.references]
+    own = bench.read("picture", bench.prompts.pixels, form="itself")
+    assert own["concept"] == [scene.concept for scene in test.scenes]
+    assert np.mean(own["placement_error"]) < 2 and own["drawing"] == [s.drawing for s in test.scenes]
 
 
 def test_the_nearest_drawing_is_told_among_all() -> None:
     many = [i for i in range(200) if len(CONCEPTS[CONCEPT_NAMES[World("val")[i].concept]]) > 1][:6]
     scenes = [World("val")[i] for i in many]
-    other = [replace(s, drawing=(s.drawing + 1) % len(drawings(s))) for s in scenes]
-    assert nearest(scenes, torch.stack([drawings(s)[s.drawing] for s in scenes])) == [s.drawing for s in scenes]
-    assert nearest(scenes, torch.stack([drawings(s)[s.drawing] for s in other])) == [s.drawing for s in other]
+    other = [replace(s, drawing=(s.drawing + 1) % len(all_drawings(s))) for s in scenes]
+    assert nearest(scenes, torch.stack([all_drawings(s)[s.drawing] for s in scenes])) == [s.drawing for s in scenes]
+    assert nearest(scenes, torch.stack([all_drawings(s)[s.drawing] for s in other])) == [s.drawing for s in other]
 
 
 def test_controls_are_not_the_picture(bench: Bench) -> None:
@@ -99,7 +109,7 @@ def test_controls_are_not_the_picture(bench: Bench) -> None:
     assert len({tuple(row["palette_error"]) for row in rows}) == 3
 
 
-def results() -> report.Results:
+def results() -> Results:
     """Two forms whose rows are made up: the second's palette is 5 worse at every lambda."""
     n, seeds = 40, range(3)
     rng, wanted = np.random.default_rng(0), [i % 7 for i in range(n)]
@@ -118,34 +128,111 @@ def results() -> report.Results:
                     later = 10 * (1 - share)
                     where = {"form": form, "seed": seed, "share": share, "lambda": lam}
                     rows.append(row(follows, error + worse + later, **where))
-    return {
-        "study": {"seeds": 3, "level": 0.8, "resamples": 200, "forms": ["ip_adapter", "simple"]},
-        "units": {"rows-": {"value": rows}},
-        "truth": {"wanted": {"concept": wanted, "background": wanted}},
-        "rates": {form: {"chosen": 1e-3} for form in ("ip_adapter", "simple")},
-        "parameters": {"ip_adapter": 1234, "simple": 567},
-    }
+    palette = [[65, 30, 40, 65, 0, 10]] * n  # 50 and 10 from a grey of lightness 65
+    return Results(
+        {
+            "study": {
+                **{"seeds": 3, "level": 0.8, "resamples": 200, "steps": 50, "batch": 4},
+                "forms": ["ip_adapter", "simple"],
+            },
+            "units": {"rows-": {"value": rows}},
+            "truth": {"wanted": {"concept": wanted, "background": wanted}, "palette": palette},
+            "rates": {form: {"chosen": 1e-3} for form in ("ip_adapter", "simple")},
+            "parameters": {"ip_adapter": 1234, "simple": 567},
+            "shipped_pictures": 1600,
+        }
+    )
 
 
 def test_the_endpoint_is_read_where_text_is_followed_equally_often() -> None:
     """Between 90 % at 40 and 70 % at 30 lies 80 % at 35 (to 0.1), and a form that is 5 worse is told so."""
     found = results()
-    found["summary"] = summary = report.summary(found)
-    assert summary["endpoint"]["ip_adapter"] == pytest.approx([35] * 3, abs=0.1)
-    assert summary["difference"]["simple"]["mean"] == pytest.approx(5, abs=0.1)
-    assert summary["difference"]["simple"]["low"] > 0 and summary["difference"]["simple"]["p"] < 0.05
-    assert summary["share"]["simple"]["0.5"] == pytest.approx([45] * 3, abs=0.1)
-    assert "| 1,234 | 0.001 | 35.0 ± 0.0 |" in report.primary(found)
-    assert report.half_width(found) < 1
-    assert report.best_lambda(found, "ip_adapter") == FORMS["ip_adapter"].few[0]
-    assert "*The simple adapter" in report.verdict(found).replace("*the", "*The") and "is worse than" in report.verdict(
-        found
+    found.data["summary"] = said = summary(found)
+    assert said["endpoint"]["ip_adapter"] == pytest.approx([35] * 3, abs=0.1)
+    assert said["difference"]["simple"]["mean"] == pytest.approx(5, abs=0.1)
+    assert said["difference"]["simple"]["low"] > 0 and said["difference"]["simple"]["p"] < 0.05
+    assert said["share"]["simple"]["0.5"] == pytest.approx([45] * 3, abs=0.1)
+    assert "| 1,234 | 0.001 | 35.0 ± 0.0 |" in markdown(report.primary(found))
+    assert report.half_width(said) < 1
+    assert best_lambda(found, "ip_adapter") == FORMS["ip_adapter"].few[0]
+    verdict = report.verdict(found)
+    assert verdict.startswith("- *the simple adapter") and "is worse than" in verdict
+
+
+def test_the_report_says_what_a_grey_scores_and_how_short_the_training_is() -> None:
+    """50 steps of 4 are an eighth of 1600 pictures; without a truth or a shipped adapter nothing is said."""
+    found = results()
+    found.data["summary"] = summary(found)
+    said = report.caveat(found)
+    assert "scores 30.00 on this endpoint; IP-Adapter scores 35.0. 50 steps are 12.5 %" in said
+    assert report.caveat(Results(found.data | {"shipped_pictures": None})) == ""
+    assert report.caveat(Results({key: value for key, value in found.data.items() if key != "truth"})) == ""
+
+
+def test_the_curve_of_a_form_starts_at_the_text_alone_and_follows_lambda() -> None:
+    found = curves(results().pictures, "simple")
+    assert found.following.shape == found.error.shape == (3, 3, 40)
+    assert found.following.mean(axis=-1) == pytest.approx(np.array([[1.0, 0.9, 0.7]] * 3))
+    assert found.error.mean(axis=-1) == pytest.approx(np.array([[60, 45, 35]] * 3), abs=0.1)
+
+
+def test_a_line_for_each_picture_knows_what_is_right() -> None:
+    """By hand: two prompts, of which the second concept has one drawing only."""
+    truth = {
+        "own": {"concept": [1, 2], "background": [0, 0]},
+        "wanted": {"concept": [3, 2], "background": [1, 1]},
+        "drawing": [1, None],
+    }
+    shown = {"concept": [1, 2], "background": [0, 1], "palette_error": [4.0, 6.0], "clip_i": [0.5, 0.25]}
+    frame = frame_of([{"task": "picture", "form": "a", "drawing": [0, 0], **shown}], truth)
+    assert frame["concept_own"].tolist() == [1, 1] and frame["concept_wanted"].tolist() == [0, 1]
+    assert frame["background_own"].tolist() == [1, 0] and frame["background_wanted"].tolist() == [0, 1]
+    assert frame["drawing_own"].isna().tolist() == [False, True] and frame["drawing_own"][0] == 0
+    assert frame["error"].tolist() == [4, 6] and frame["clip_score"].isna().all()
+    rows = [
+        {"task": "conflict", "form": form, **shown, "clip_t": t}
+        for form, t in (("text alone", [0.2, 0.4]), ("a", [-0.3, 0.6]))
+    ]
+    files = frame_of(rows, None)
+    assert files["error"].tolist() == [50, 75, 50, 75]
+    assert files["follows"].tolist() == pytest.approx([2 / 3, 4 / 3, -1, 2])
+    assert files["clip_score"].tolist() == pytest.approx([0.5, 1, 0, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("lam", "says"), [(0.25, "0.25"), (1 / 512, "1/512"), (1 / 8, "0.125"), (64.0, "64"), (0.0, "0")]
+)
+def test_a_lambda_is_written_as_people_do(lam: float, says: str) -> None:
+    assert fraction(lam) == says
+
+
+@pytest.mark.parametrize("measure", TOLERANCE)
+def test_a_cell_passes_within_the_tolerance_of_every_measure(measure: str) -> None:
+    """The stored and redrawn means and the largest difference are by hand; a mean that is off by more than the tolerance fails
+    its own line only, and one picture that is off much does not."""
+    n, tolerance = 100, TOLERANCE[measure]
+    shares = measure in ("concept", "background", "drawing")
+    key = f"{measure}_own" if shares else measure
+    stored = pd.DataFrame(
+        {
+            "lambda": 1.0,
+            "prompt": range(n),
+            **{f"{k}_own" if k in ("concept", "background", "drawing") else k: np.ones(n) for k in TOLERANCE},
+        }
     )
+    shift = np.zeros(n)
+    shift[0] = -1 if shares else 0.9 * n * tolerance
+    near = compare(stored, stored.assign(**{key: 1 + shift}), "own").set_index("measure")
+    assert near["within"].all() and len(near) == len(TOLERANCE)
+    assert near["largest difference"][measure] == pytest.approx(abs(shift[0]), abs=1e-4)
+    assert near["redrawn"][measure] == pytest.approx(1 + shift.mean(), abs=1e-4) and near["stored"][measure] == 1
+    far = compare(stored, stored.assign(**{key: 1 - 1.1 * tolerance}), "own").set_index("measure")
+    assert far["within"].tolist() == [name != measure for name in TOLERANCE]
 
 
 def test_the_judge_sees_what_a_person_sees() -> None:
     """On pictures that the models drew, labelled by eye: the judge is no better than these shares, and no worse."""
-    found = calibration.agreement(attributes.load(WEIGHTS / "judge.safetensors"), ROOT / "results")
+    found = calibration.agreement(load_judge(WEIGHTS / "judge.safetensors"), ROOT / "results")
     labels = json.loads((ROOT / "results" / "labels.json").read_text())
     assert len(labels["concept"]) == len(labels["background"]) == calibration.ROWS * calibration.COLUMNS >= 100
     assert found["concept"] >= 0.8 and found["background"] >= 0.97
@@ -155,8 +242,7 @@ def test_the_judge_sees_what_a_person_sees() -> None:
 
 def test_the_second_clip_can_be_trained() -> None:
     """Both towers end in the same width, so that their cosines exist."""
-    towers, plan = clip.CLIP(clip_score.TEXT, clip_score.IMAGE), replace(clip_score.PLAN, batch=4)
-    assert isinstance(plan, Plan)
+    towers, plan = clip.CLIP(scorer.TEXT, scorer.IMAGE), replace(scorer.PHASES[0], batch=4)
     loss = clip.clip_loss(towers, clip.batch_of(towers.text, plan, 0), generator(0, 0))
     assert torch.isfinite(loss["loss"])
 
@@ -164,10 +250,18 @@ def test_the_second_clip_can_be_trained() -> None:
 def test_a_unit_is_done_once_for_its_key(tmp_path: Path) -> None:
     """A key of settings, whose tuples JSON gives back as lists."""
     plan = Study().plan("simple", 0, 1e-3)
-    key = {"plan": asdict(plan)}
-    assert kept(tmp_path / "x.json", key, lambda: [1]) == [1]
-    assert kept(tmp_path / "x.json", key, lambda: [2]) == [1]
-    assert kept(tmp_path / "x.json", {"plan": asdict(replace(plan, seed=1))}, lambda: [3]) == [3]
+    key, memo = {"plan": asdict(plan)}, Memo(tmp_path)
+    assert memo("x", key, lambda: [1]) == [1]
+    assert memo("x", key, lambda: [2]) == [1]
+    assert memo("x", {"plan": asdict(replace(plan, seed=1))}, lambda: [3]) == [3]
+
+
+def test_work_from_a_results_file_is_not_done_again_and_does_not_replace_newer_work(tmp_path: Path) -> None:
+    first, second = Memo(tmp_path / "first"), Memo(tmp_path / "second")
+    assert first("x", {"a": 1}, lambda: 1) == 1 and first("y", {"a": 1}, lambda: 2) == 2
+    assert second("y", {"a": 2}, lambda: 3) == 3
+    second.restore({name: read_json(first.path(name)) for name in ("x", "y")})
+    assert second("x", {"a": 1}, lambda: 0) == 1 and second("y", {"a": 2}, lambda: 0) == 3
 
 
 def test_a_lost_share_is_trained_again_not_taken_from_a_later_state(
@@ -211,48 +305,56 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
     call("--smoke")
     written = (tmp_path / "results" / "ablation.json").read_text()
     made = json.loads(written)
-    rows = report.rows_of(made)
+    rows = [row for name, unit in made["units"].items() if name.startswith("rows-") for row in unit["value"]]
     assert {row["form"] for row in rows} >= set(made["study"]["forms"]) and made["truth"]["wanted"]["concept"]
     assert set(made) <= set(made["schema"]) | {"schema"} and set(rows[-1]) - {"concept", "background", "drawing"} <= {
         *("form", "seed", "share", "task", "lambda", "control", "palette_error", "placement_error", "clip_i", "clip_t")
     }
     text = (tmp_path / "RESULTS.md").read_text()
-    assert report.primary(made) in text
+    assert markdown(report.primary(Results(made))) in text and report.caveat(Results(made)) in text
     assert all((tmp_path / link).exists() for link in re.findall(r"\]\((.*?)\)", text))
     for folder in (each for each in state.iterdir() if each.is_dir()):
         shutil.rmtree(folder)
     call("--smoke")
     assert (tmp_path / "results" / "ablation.json").read_text() == written and not list(state.rglob("*.pt"))
-    assert "equal, digit by digit" in call("--cell", "shared:1:agreeing")
+    said = call("--cell", "shared:1:agreeing")
+    assert "within the tolerance" in said and {line.split()[4] for line in said.splitlines()[1:-1]} == {"0.0"}
     made["units"]["rows-shared-1"]["value"][-3]["clip_i"][0] += 0.001
+    made["units"]["rows-shared-1"]["value"][-4]["palette_error"][0] += 20
     (tmp_path / "results" / "ablation.json").write_text(json.dumps(made))
-    assert "equal, digit by digit" in call("--cell", "shared:1:agreeing")
-    assert "not equal to" in call("--cell", "shared:1:conflict")
+    said = call("--cell", "shared:1:conflict")
+    assert "within the tolerance" not in said
+    lines = {tuple(line.split()[:2]): line.split()[4:] for line in said.splitlines()[1:]}
+    assert lines["2.0", "clip_i"] == ["0.001", "0.01", "True"] and lines["1.5", "palette_error"] == [
+        "20.0",
+        "1.0",
+        "False",
+    ]
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--smoke"], "name a folder for it with --out"),
-        (["--steps", "100"], "name a folder for it with --out"),
+        (["--smoke"], "name a folder for your own with --out"),
+        (["--steps", "100"], "name a folder for your own with --out"),
         (["--out", "o", "--steps", "3"], "4 or more"),
         (["--seeds", "0"], "more than 0"),
         (["--out", "o", "--data", "d"], "go together"),
         (["--base", "sd15.safetensors"], "go together"),
         (["--out", "o", "--base", "b", "--data", "d"], "--scorer ViT-L-14:openai"),
-        (["--cell", "shared:99:agreeing"], "is no cell|is not there"),
-        (["--cell", "shared"], "is no cell|is not there"),
+        (["--cell", "shared:99:agreeing"], "there is no cell shared:99:agreeing"),
+        (["--cell", "shared"], "there is no cell shared"),
     ],
 )
 def test_what_does_not_go_together_is_told_first(options: list[str], says: str) -> None:
     args = commands.parser().parse_args(["ablation", *options])
-    with pytest.raises((ValueError, FileNotFoundError), match=says):
+    with pytest.raises(ValueError, match=says):
         commands.run(args)
 
 
 @pytest.mark.parametrize("name", ["nothing", "ViT-Q-99:openai"])
 def test_a_clip_that_is_none_is_told(name: str) -> None:
-    with pytest.raises(ValueError, match="is no CLIP"):
+    with pytest.raises(ValueError, match=r"does not name a CLIP|cannot be loaded"):
         clip_score.find(name)
 
 
@@ -265,7 +367,7 @@ def test_the_rate_is_the_best_of_those_whose_loss_is_finite() -> None:
 def test_a_users_pictures_conflict_with_another_caption(pictures: list[Path]) -> None:
     files = [(pictures[i % 3], text) for i, text in enumerate(("a", "a", "b", "c"))]
     assert Prompts.of_files(files, 32).other == ["b", "b", "c", "a"]
-    with pytest.raises(ValueError, match="different captions"):
+    with pytest.raises(ValueError, match="two different captions"):
         Prompts.of_files(files[:2], 32)
 
 

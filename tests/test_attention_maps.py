@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import test_cli
@@ -25,16 +26,8 @@ from test_pipeline import build
 from torch import Tensor
 
 from eval import __main__ as cli
-from eval.attention_maps import (
-    CELL,
-    finest,
-    image_mass,
-    name_maps,
-    overlay,
-    record,
-    softmax_maps,
-    word_positions,
-)
+from eval.attention_maps import finest, image_mass, name_maps, record, softmax_maps, word_positions
+from eval.attention_sheet import COLUMNS, DPI, INCHES, Section, overlay, sheet
 from model.attention import Fuse, Scale, Source, concatenated, decoupled
 from model.context import Context, pyramid
 from model.text_encoder import TextEncoder
@@ -352,8 +345,8 @@ def test_an_overlay_is_bright_where_the_map_is() -> None:
             heat[None, None] / heat.max(), size, mode="bilinear", align_corners=False
         )
         alpha = want[0, 0].double().numpy()
-        red = np.interp(alpha, np.linspace(0, 1, 5), [60, 170, 235, 255, 255])
-        assert np.abs(drawn[..., 0] - (102 + 0.85 * alpha * (red - 102))).max() <= 0.51
+        red = np.interp(alpha, np.linspace(0, 1, 256), 255 * np.array(matplotlib.colormaps["inferno"].colors)[:, 0])
+        assert np.abs(drawn[..., 0] - (102 + 0.85 * alpha * (red - 102))).max() <= 2  # it has 256 colours
     assert np.asarray(overlay(white, torch.zeros(9, 7))).max() == 102  # dimmed, no heat and no division by 0
 
 
@@ -364,9 +357,23 @@ def attention(*options: object) -> None:
         cli.main()
 
 
+def test_every_cell_of_a_sheet_is_shown_in_its_row() -> None:
+    """Each picture has a colour of its own, which the sheet shows as large as every other, from left to right, then below."""
+    colours = [(20 * i, 255 - 20 * i, 90) for i in range(COLUMNS + 2)]
+    cells = [(Image.new("RGB", (30, 30), colour), f"picture {i}") for i, colour in enumerate(colours)]
+    pixels = np.asarray(sheet([Section("first", "a note", cells), Section("second", "", cells[:1])])).astype(int)
+    assert pixels.shape[1] == round(COLUMNS * INCHES * DPI)
+    places = [np.argwhere((pixels == colour).all(axis=-1)) for colour in colours]
+    sides = [np.sqrt(len(place) / (2 if i == 0 else 1)) for i, place in enumerate(places)]  # the first is shown twice
+    assert np.ptp(sides) < 3 and min(sides) > 0.85 * INCHES * DPI
+    rows, columns = ([place[:, axis].min() for place in places[1:]] for axis in (0, 1))
+    assert columns[: COLUMNS - 1] == sorted(columns[: COLUMNS - 1]) and columns[COLUMNS] == columns[0]
+    assert np.ptp(rows[: COLUMNS - 1]) <= 1 and rows[COLUMNS - 1] > rows[0] + min(sides)
+
+
 def rows_of(path: Path) -> int:
-    with Image.open(path) as sheet:
-        return round((sheet.height - 10) / (72 + CELL + 56))
+    with Image.open(path) as drawn:
+        return round(drawn.height / DPI / (INCHES + 1.2))
 
 
 def test_the_command_draws_a_sheet(weights: Path, image: Path, tmp_path: Path) -> None:

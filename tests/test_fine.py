@@ -14,7 +14,7 @@ from checkpoints.adapters import save_adapter
 from checkpoints.files import sha256
 from eval import fine
 from eval.__main__ import main
-from eval.tasks import Bench
+from eval.bench import Bench
 from model.adapter import IPAdapter
 from model.image_projection import Resampler
 from sampling.pipeline import load

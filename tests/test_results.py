@@ -4,13 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from checkpoints.cards import read_card
 from checkpoints.files import sha256
 from checkpoints.stable_diffusion import load_image_encoder, load_unet
-from eval import benchmark, fine, parity, report, world
+from eval import fine, world
+from eval.ablation import report
+from eval.ablation.endpoint import grey_error
+from eval.ablation.rows import Results
+from eval.bench import Prompts
+from eval.peers import benchmark, parity
+from eval.tables import markdown
 from train.data import fingerprint
 
 ROOT = Path(__file__).parent.parent
@@ -40,16 +45,19 @@ def test_readme_shows_what_was_measured_beside_diffusers(measure):
 
 def test_readme_and_report_show_the_ablation() -> None:
     """And its adapters are there, of which the files are."""
-    results = json.loads((ROOT / "results" / "ablation.json").read_text())
-    readme, seeds = (ROOT / "README.md").read_text(), results["study"]["seeds"]
-    assert report.primary(results) in readme and report.verdict(results) in readme
-    assert f"({results['study']['steps']} steps, {seeds} seeds)" in readme
-    assert report.markdown(results) == (ROOT / "RESULTS.md").read_text()
-    wide = report.select(report.rows_of(results), task="conflict", form="simple_wide", share=1.0, **{"lambda": 1.0})
-    assert f"follows the text in {np.mean([report.right(results, row, 'concept') for row in wide]):.0%}" in readme
+    results = Results.of(ROOT / "results" / "ablation.json")
+    readme, seeds = (ROOT / "README.md").read_text(), results.study["seeds"]
+    table = markdown(report.primary(results))
+    assert table in readme and report.verdict(results) in readme
+    assert f"({results.study['steps']} steps, {seeds} seeds)" in readme
+    assert report.render(results) == (ROOT / "RESULTS.md").read_text()
+    pictures = results.pictures
+    wide = pictures[(pictures["form"] == "simple_wide") & (pictures["share"] == 1) & pictures["control"].isna()]
+    wide = wide[(wide["task"] == "conflict") & (wide["lambda"] == 1)]
+    assert f"follows the text in {wide['follows'].mean():.0%}" in readme
     adapters = ROOT / "results" / "ablation"
     assert {f.stem for f in adapters.glob("*.safetensors")} == {
-        f"{form}-{seed}" for form in results["study"]["forms"] for seed in range(seeds)
+        f"{form}-{seed}" for form in results.study["forms"] for seed in range(seeds)
     }
     base = fingerprint(load_unet(ROOT / "weights" / "unet.safetensors"))
     assert all(json.loads(f.read_text())["settings"]["made_from"]["unet"] == base for f in adapters.glob("*.json"))
@@ -69,21 +77,39 @@ def test_weights_are_small_and_licensed():
     assert all("OpenMoji" in read_card(f)["licence"] for f in files)
 
 
+def test_readme_and_report_say_above_the_table_what_a_grey_scores() -> None:
+    """The palettes that the results store are those of the prompts; so is the grey's score, and the share of the training."""
+    results = Results.of(ROOT / "results" / "ablation.json")
+    truth = Prompts.of_the_world(results.study["prompts"]).truth
+    assert truth is not None and results.truth is not None
+    assert grey_error(truth.own["palette"].numpy()) == pytest.approx(grey_error(results.truth["palette"]), abs=0.001)
+    said = report.caveat(results)
+    assert "scores 49.05 on this endpoint; IP-Adapter scores 49.9. 500 steps are 4.5 %" in said
+    assert "A new study follows" in said
+    phases = json.loads((ROOT / "weights" / "ip_adapter.json").read_text())["settings"]
+    assert sum(phase["steps"] * phase["batch"] for phase in phases) == results.data["shipped_pictures"]
+    for page in ("README.md", "RESULTS.md"):
+        text = (ROOT / page).read_text()
+        assert 0 < text.index(said) < text.index(markdown(report.primary(results)))
+
+
 def test_the_lambda_is_the_best_of_those_that_follow_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of made-up scores: the lowest palette error where concept and background follow often enough; else the first."""
     table = {("all", 0.2): (0.95, 1.0, 50), ("all", 0.4): (0.74, 1.0, 30), ("finest", 0.5): (0.9, 0.95, 40)}
     table |= {("finest", 0.6): (0.9, 0.9, 38), ("finest", 0.7): (0.9, 0.89, 36)}
-    monkeypatch.setattr(world, "LAMBDAS", {"all": (0.2, 0.4), "finest": (0.5, 0.6, 0.7)})
-    monkeypatch.setattr(world, "embedding", lambda *_: None)
-    monkeypatch.setattr(world, "draw", lambda *args: args[3])
-    monkeypatch.setattr(world.attributes, "read", lambda judge, lam: (lam.layers or "all", lam.scale))
     names = ("concept", "background", "palette_error")
-    monkeypatch.setattr(world.attributes, "score", lambda read, *_: dict(zip(names, table[read], strict=True)))
+
+    def scores(_: object, prompts: object, texts: object, lam: Any, *__: object) -> dict[str, float]:
+        return dict(zip(names, table[lam.layers or "all", lam.scale], strict=True))
+
+    monkeypatch.setattr(world, "LAMBDAS", {"all": (0.2, 0.4), "finest": (0.5, 0.6, 0.7)})
+    monkeypatch.setattr(world.Measure, "draw", scores)
     nothing: Any = None
-    chosen, sweep = world.choose_lambda(nothing, nothing, 4.0, 2, 3)
+    measure = world.Measure(nothing, nothing, 2, 4.0)
+    chosen, sweep = world.choose_lambda(measure, 3)
     assert (chosen["layers"], chosen["lambda"], len(sweep)) == ("finest", 0.6, 5)
     monkeypatch.setattr(world, "FOLLOW", {"concept": 0.99})
-    assert world.choose_lambda(nothing, nothing, 4.0, 2, 3)[0]["lambda"] == 0.2
+    assert world.choose_lambda(measure, 3)[0]["lambda"] == 0.2
 
 
 def test_the_second_clip_is_another_than_the_adapters() -> None:
@@ -91,7 +117,6 @@ def test_the_second_clip_is_another_than_the_adapters() -> None:
     found = json.loads((ROOT / "weights" / "score_image.json").read_text())["results"]
     assert found["concept"] > 0.95 and found["background"] > 0.95
     score, own = (
-        load_image_encoder(ROOT / "weights" / f"{n}.safetensors").config
-        for n in ("score_image", "image_encoder")
+        load_image_encoder(ROOT / "weights" / f"{n}.safetensors").config for n in ("score_image", "image_encoder")
     )
     assert score.width != own.width and score.stem_pool != own.stem_pool and score.output_dim != own.output_dim

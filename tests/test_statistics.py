@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from eval.statistics import Difference, Rows, difference, error_at, holm
+from eval.ablation.endpoint import GREY, Curves, Difference, difference, error_at, grey_error, holm
+from eval.bench import Prompts
+from train.judge import load_judge
+from train.world import random_palette
 
 
 def test_the_endpoint_is_read_off_the_line_between_two_lambdas() -> None:
@@ -34,8 +39,8 @@ def test_text_that_is_never_followed_has_no_endpoint() -> None:
     assert math.isnan(error_at(np.array([0.7, 0.5]), np.array([50.0, 20.0]), 0.8))
 
 
-def rows(error: np.ndarray) -> Rows:
-    return Rows(np.ones_like(error), error)
+def rows(error: np.ndarray) -> Curves:
+    return Curves(np.ones_like(error), error)
 
 
 def test_the_interval_is_that_of_a_mean_where_a_mean_is_all_there_is() -> None:
@@ -63,3 +68,19 @@ def test_holm_gives_the_values_of_r() -> None:
     found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
     assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_a_grey_picture_scores_what_its_colour_is_away_from_the_palettes() -> None:
+    """By the definition of CIE76; and a grey picture, read by the judge, scores the same to a tenth."""
+    palettes = np.stack([random_palette(np.random.default_rng(i)) for i in range(50)])
+    each = [math.dist(colour, (65, 0, 0)) for palette in palettes for colour in palette]
+    assert grey_error(palettes) == grey_error(palettes.reshape(50, 6)) == pytest.approx(np.mean(each))
+    prompts = Prompts.of_the_world(20)
+    assert prompts.truth is not None
+    level = 157.7  # sRGB of L = 65
+    grey = torch.full((20, 3, 64, 64), level / 127.5 - 1)
+    judge = load_judge(Path(__file__).parent.parent / "weights" / "judge.safetensors")
+    palette = prompts.truth.own["palette"]
+    score = judge.read(grey).score(prompts.truth.concept, prompts.truth.background, palette)
+    assert score["palette_error"] == pytest.approx(grey_error(palette.numpy()), abs=0.1)
+    assert GREY.tolist() == [65, 0, 0]

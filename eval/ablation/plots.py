@@ -1,17 +1,19 @@
-"""The plots of RESULTS.md, and the contact sheet of Figure 10."""
+"""The figures of RESULTS.md, and the contact sheet of Figure 10."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import matplotlib
-import numpy as np
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from checkpoints.adapters import load_adapter
-from eval.ablation import FORMS, Place, Study
-from eval.report import Results, best_lambda, curves, fraction, mass, masses, select
+from eval.ablation.endpoint import best_lambda, curves, grey_error
+from eval.ablation.forms import FORMS
+from eval.ablation.rows import Results, fraction
+from eval.ablation.study import Place, Study
 from sampling.images import to_images
 from sampling.sheets import sheet
 
@@ -19,7 +21,7 @@ matplotlib.use("agg")
 
 
 def draw(results: Results, place: Place, study: Study, folder: Path) -> None:
-    """Writes all of them into `folder`."""
+    """Write all figures into `folder`."""
     plot_curves(results, folder / "ablation_curves.png")
     plot_gains(results, folder / "ablation_gains.png")
     plot_mass(results, folder / "ablation_mass.png")
@@ -27,47 +29,47 @@ def draw(results: Results, place: Place, study: Study, folder: Path) -> None:
 
 
 def plot_curves(results: Results, path: Path) -> None:
-    """Each form's curve: text-following against error, the mean over seeds; lambda grows to the left."""
+    """Text-following against error for each form, the mean over seeds; lambda grows to the left."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for form in results["study"]["forms"]:
-        rows = curves(results, form)
-        follow, error = rows.following.mean(axis=(0, 2)), rows.error.mean(axis=(0, 2))
+    for form in results.study["forms"]:
+        mine = curves(results.pictures, form)
+        follow, error = mine.following.mean(axis=(0, 2)), mine.error.mean(axis=(0, 2))
         axes.plot(100 * follow, error, marker="o", markersize=3, label=FORMS[form].name)
-    axes.axvline(100 * results["study"]["level"], color="grey", linewidth=0.8, linestyle=":")
+    axes.axvline(100 * results.study["level"], color="grey", linewidth=0.8, linestyle=":")
+    if results.truth is not None:
+        axes.axhline(grey_error(results.truth["palette"]), color="grey", linewidth=0.8, label="a constant grey")
     axes.set_xlabel("text-following, %")
-    axes.set_ylabel("error against the image prompt" + (", palette" if "truth" in results else ", 100 (1 - CLIP-I)"))
+    axes.set_ylabel("error against the image prompt" + (", palette" if results.truth else ", 100 (1 - CLIP-I)"))
     axes.legend(fontsize=7)
     _save(figure, path)
 
 
 def plot_gains(results: Results, path: Path) -> None:
-    """What the picture tells as the training goes on: held-out loss with another's picture minus that with its own."""
+    """What the picture tells during training: held-out loss with another picture minus that with its own."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for form, logs in results["gains"].items():
-        steps = [row["step"] for row in logs[0]]
-        axes.plot(
-            steps, np.mean([[row["gain_shuffled"] for row in log] for log in logs], axis=0), label=FORMS[form].name
-        )
+    for form, logs in results.data["gains"].items():
+        mean = pd.concat(pd.DataFrame(log) for log in logs).groupby("step")["gain_shuffled"].mean()
+        axes.plot(mean.index, mean, label=FORMS[form].name)
     axes.set_xlabel("step")
-    axes.set_ylabel("gain of the picture over another's")
+    axes.set_ylabel("gain of the own picture over another")
     axes.legend(fontsize=7)
     _save(figure, path)
 
 
 def plot_mass(results: Results, path: Path) -> None:
-    """1 - g over layers and over timesteps, after the whole training, beside all text keys."""
+    """1 - g by layer and by timestep, after the whole training, with all text keys."""
+    masses = results.masses
+    masses = masses[(masses["share"] == 1) & (masses["words"] == masses["words"].max())]
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    rows = select(masses(results), share=1.0)
     for key, axes in zip(("layer", "t"), panels, strict=True):
-        ticks = sorted({row[key] for row in rows})
-        for i, form in enumerate(dict.fromkeys(row["form"] for row in rows)):
+        for i, form in enumerate(masses["form"].unique()):
             for picture, line in (("own", "-"), ("null", ":")):
-                where = {"form": form, "share": 1.0, "words": max(row["words"] for row in rows), "picture": picture}
-                shares = [mass(results, **where, **{key: tick}) for tick in ticks]
-                label = f"{form}, {'its picture' if picture == 'own' else 'no picture'}"
-                axes.plot(ticks, shares, marker="o", markersize=3, linestyle=line, color=f"C{i}", label=label)
+                mine = masses[(masses["form"] == form) & (masses["picture"] == picture)]
+                mean = mine.groupby(key)["mass"].mean()
+                label = f"{form}, {'its own picture' if picture == 'own' else 'no picture'}"
+                axes.plot(mean.index, mean, marker="o", markersize=3, linestyle=line, color=f"C{i}", label=label)
         axes.set_xlabel({"layer": "layer, in execution order", "t": "timestep"}[key])
-    panels[0].set_ylabel("share of the attention that image keys take")
+    panels[0].set_ylabel("share of the attention that goes to image keys")
     panels[1].legend(fontsize=7)
     _save(figure, path)
 
@@ -79,7 +81,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def contact_sheet(results: Results, place: Place, study: Study, path: Path, n: int = 8) -> None:
-    """Figure 10: the first n prompts of `conflict`, a column a form at its `best_lambda`, seed 0, nothing picked."""
+    """Figure 10: the first n prompts of `conflict`, a column for each form at its `best_lambda`, seed 0."""
     bench = place.bench(study).first(n)
     lambdas, columns = {form: best_lambda(results, form) for form in study.forms}, [bench.prompts.images]
     for form, lam in lambdas.items():

@@ -1,6 +1,6 @@
-"""The judge: a small network that reads a picture's concept, background, palette and placement off its pixels.
+"""Stage 5: the judge, which reads concept, background, palette and placement from a picture.  `python -m train judge`
 
-It learns from true pictures only, lightly blurred and noised, and never meets the models under test.
+It learns from true pictures only, slightly blurred and noised, and never sees a picture that a model under test drew.
 """
 
 from __future__ import annotations
@@ -22,18 +22,30 @@ from train.loop import Plan, card, run
 from train.vae import to_tensor
 from train.world import BACKGROUNDS, CONCEPTS, SIZE, Scene, Split, World, pictures
 
-PLAN = Plan("judge", steps=1800, batch=64, lr=1e-3, decay=0.7, validate_every=450)
+PHASES = (Plan("judge", steps=1800, batch=64, lr=1e-3, decay=0.7, validate_every=450),)
+FIRST = 20_000_000  # index of the first scene that the judge learns from; no other stage gets that far
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a batch of pictures shows. `concept`: `b 64` and `background`: `b 10` logits; `palette`: `b 2 3` CIELAB;
-    `placement`: `b 3`, the drawing's centre (x, y) and side in pixels."""
+    """What a batch of pictures shows.
+
+    `concept`: `b 64` and `background`: `b 10` logits; `palette`: `b 2 3` CIELAB; `placement`: `b 3`, centre (x, y) and side of
+    the drawing in pixels.
+    """
 
     concept: Tensor
     background: Tensor
     palette: Tensor
     placement: Tensor
+
+    def score(self, concept: Tensor, background: Tensor, palette: Tensor) -> dict[str, float]:
+        """Shares of correct concepts and backgrounds, and the mean palette error."""
+        return {
+            "concept": float((self.concept.argmax(dim=1) == concept).float().mean()),
+            "background": float((self.background.argmax(dim=1) == background).float().mean()),
+            "palette_error": float(delta_e(self.palette, palette).mean()),
+        }
 
 
 def lab_of(x: Tensor) -> Tensor:
@@ -45,8 +57,8 @@ def lab_of(x: Tensor) -> Tensor:
 class Judge(nn.Module):
     """`b 3 64 64` in [-1, 1] to a Reading.
 
-    The palette is not guessed: the network only says where each of the two colours is (a softmax over all pixels), and the
-    colour is the mean CIELAB value of the pixels there.
+    The network does not guess the palette. It predicts where each of the two colours is (a softmax over all pixels); the
+    colour is the mean CIELAB value there.
     """
 
     def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 160), key: int = 32) -> None:
@@ -75,20 +87,25 @@ class Judge(nn.Module):
         where = logits.flatten(2).softmax(dim=-1)
         return Reading(concept, background, where @ lab_of(x), SIZE * placement)
 
+    @torch.no_grad()
+    def read(self, pictures: Tensor) -> Reading:
+        """Read any number of pictures `b 3 64 64`; values outside [-1, 1] are clamped."""
+        parts = [self(part) for part in pictures.clamp(-1, 1).split(256)]
+        return Reading(*(torch.cat([getattr(part, name) for part in parts]) for name in Reading.__dataclass_fields__))
 
-def truth(scenes: list[Scene]) -> dict[str, Tensor]:
+
+def ground_truth(scenes: list[Scene]) -> dict[str, Tensor]:
+    """What a perfect judge would read: `concept` and `background` as indices `b`, `palette` and `placement` as in Reading."""
     return {
         "concept": torch.tensor([scene.concept for scene in scenes]),
         "background": torch.tensor([scene.background for scene in scenes]),
         "palette": torch.stack([torch.from_numpy(scene.palette) for scene in scenes]).float(),
-        "placement": torch.tensor(
-            [[scene.x + scene.size / 2, scene.y + scene.size / 2, scene.size] for scene in scenes]
-        ),
+        "placement": torch.tensor([[s.x + s.size / 2, s.y + s.size / 2, s.size] for s in scenes]),
     }
 
 
 def delta_e(a: Tensor, b: Tensor) -> Tensor:
-    """Palette error: CIE76 colour difference, the mean over the pair. `b 2 3` -> `b`."""
+    """Palette error: the CIE76 colour difference, averaged over the two colours. `b 2 3` -> `b`."""
     return (a - b).norm(dim=-1).mean(dim=-1)
 
 
@@ -97,67 +114,40 @@ Batch = tuple[Tensor, dict[str, Tensor]]
 
 def batch_of(split: Split, batch: int, step: int) -> Batch:
     world = World(split)
-    scenes = [world[20_000_000 + i] for i in range(step * batch, (step + 1) * batch)]
-    return to_tensor(pictures(scenes)), truth(scenes)
+    scenes = [world[FIRST + i] for i in range(step * batch, (step + 1) * batch)]
+    return to_tensor(pictures(scenes)), ground_truth(scenes)
 
 
 def judge_loss(judge: Judge, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    """Cross-entropies, palette error / 20 and placement error / 10 on blurred and noised pictures."""
     x, true = batch
     blur = torch.rand(len(x), 1, 1, 1, generator=generator) * 0.6
     x = x.lerp(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1), blur)
     x = x + 0.1 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
-    read = judge(x)
-    concept = F.cross_entropy(read.concept, true["concept"])
-    background = F.cross_entropy(read.background, true["background"])
-    palette = delta_e(read.palette, true["palette"]).mean() / 20
-    placement = (read.placement - true["placement"]).abs().mean() / 10
+    reading = judge(x)
+    concept = F.cross_entropy(reading.concept, true["concept"])
+    background = F.cross_entropy(reading.background, true["background"])
+    palette = delta_e(reading.palette, true["palette"]).mean() / 20
+    placement = (reading.placement - true["placement"]).abs().mean() / 10
     return {"loss": concept + background + palette + placement, "palette": palette.detach() * 20}
 
 
-@torch.no_grad()
-def read(judge: Judge, pictures: Tensor) -> Reading:
-    """Reads any number of pictures `b 3 64 64` in [-1, 1]."""
-    parts = [judge(part) for part in pictures.clamp(-1, 1).split(256)]
-    return Reading(
-        *(
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("concept", "background", "palette", "placement")
-        )
-    )
-
-
-def score(reading: Reading, concept: Tensor, background: Tensor, palette: Tensor) -> dict[str, float]:
-    """Shares of right concepts and backgrounds, and the mean palette error."""
-    return {
-        "concept": float((reading.concept.argmax(dim=1) == concept).float().mean()),
-        "background": float((reading.background.argmax(dim=1) == background).float().mean()),
-        "palette_error": float(delta_e(reading.palette, palette).mean()),
-    }
-
-
-def train(folder: Path, weights: Path, plan: Plan = PLAN) -> None:
-    torch.manual_seed(plan.seed)
-    judge = Judge()
+def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> None:
+    """Train the judge; write `weights`/judge.safetensors and its card."""
+    torch.manual_seed(phases[0].seed)
+    judge, log = Judge(), list[dict[str, Any]]()
     x, true = batch_of("val", 1000, 0)
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, Judge)
-        return score(read(module, x), true["concept"], true["background"], true["palette"])
+        return module.read(x).score(true["concept"], true["background"], true["palette"])
 
-    _, log = run(
-        plan,
-        judge,
-        functools.partial(batch_of, "train", plan.batch),
-        functools.partial(judge_loss, judge),
-        validate,
-        folder,
-    )
-    cards.save(judge, weights / "judge.safetensors", card((plan,), log, "python -m eval judge"))
+    for plan in phases:
+        batches, loss = functools.partial(batch_of, "train", plan.batch), functools.partial(judge_loss, judge)
+        log += run(plan, judge, batches, loss, validate, folder)[1]
+    cards.save(judge, weights / "judge.safetensors", card(phases, log, "python -m train judge"))
 
 
-def load(path: Path) -> Judge:
+def load_judge(path: Path) -> Judge:
+    """Read a judge that `train` wrote. Raises ValueError or OSError when the file is missing or not a judge."""
     return cards.load(path, Judge, None)
-
-
-def summary(values: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v:.3f}" for k, v in values.items())

@@ -1,7 +1,7 @@
-"""Random peaky weights at the true size in the official layouts, and the public networks filled from the same files.
+"""Random weights with peaky attention at the true size, in the official layouts, and the public networks filled from these files.
 
-What the proof and the benchmark compare: ours through `checkpoints`, theirs through diffusers' own conversion of the same
-single file (`convert_ldm_unet_checkpoint` and its kin) and transformers' own loading. Half precision, 3.4 GB in all.
+This is what parity and benchmark compare. Our networks are read by our loaders; the public ones by diffusers' own conversion of the
+same single file (`convert_ldm_unet_checkpoint` and the like) and by transformers. Half precision, 3.4 GB in all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CONV = re.compile(r"(attn\.proj_(in|out)|mid\.1\.attn\.\w+)\.weight$")  # 1 x 1
 
 
 def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Of the size that keeps activations near one; queries and keys twice that, so that softmaxes are far from flat."""
+    """Scaled to keep activations near one; queries and keys twice as large, so that softmaxes are far from flat."""
     noise = torch.randn(shape, generator=generator)
     if len(shape) < 2:
         return (1.0 if _NORM.search(name) else 0.0) + 0.3 * noise
@@ -42,7 +42,7 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def _tensors(module: nn.Module, names: Names, prefix: str, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-    """The module's tensors, random, under the names and in the shapes of the file."""
+    """Random tensors for a module, with the names and shapes of the file."""
     for name, like in module.state_dict().items():
         value = _random(name, like.shape, generator).half()
         value = value.T if names[name][0] in TRANSPOSED else value
@@ -51,7 +51,7 @@ def _tensors(module: nn.Module, names: Names, prefix: str, generator: torch.Gene
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """Writes the three files, unless they are there."""
+    """Write the three files unless they exist."""
     if (folder / ENCODER / "config.json").exists():
         return
     g = torch.Generator().manual_seed(seed)
@@ -93,7 +93,7 @@ def _filled(module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> A
 
 
 def _part(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of the single file whose names begin with `prefix`; the others are not read."""
+    """The tensors of the single file whose names begin with `prefix`; others are not read."""
     with safe_open(folder / SINGLE, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
 
@@ -118,7 +118,7 @@ def peer_unet(folder: Path, dtype: torch.dtype, adapter: bool = True) -> Any:
 
 
 def peer_autoencoder(config: VAEConfig) -> Any:
-    """diffusers' autoencoder of these sizes, its weights as it makes them."""
+    """diffusers' autoencoder of these sizes, with its own initial weights."""
     from diffusers import AutoencoderKL
 
     levels = len(config.channels)

@@ -1,8 +1,8 @@
 """Equality with the public implementations at the true size.  `python -m eval parity`
 
-Random peaky weights in the official layouts; error is max |a - b| / max |b| against the public network in float64. Two orders of
-the same sum differ in the last bits, and a deep network amplifies that, so the bar is the peer's own error: ours may be at
-most twice that, in float32 and in bfloat16.
+The weights are random, with peaky attention, in the official layouts. The error is max |a - b| / max |b| against the public network in
+float64. Two orders of the same sum differ in the last bits, and a deep network amplifies that. So the bar is the public network's
+own error: ours may be at most twice that, in float32 and in bfloat16.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -20,7 +21,8 @@ from checkpoints.adapters import load_adapter
 from checkpoints.files import write_json
 from checkpoints.single_file import load_single
 from checkpoints.stable_diffusion import load_image_encoder
-from eval import official
+from eval.peers import official
+from eval.tables import markdown
 from model.context import Context
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,7 +71,7 @@ PARTS: dict[str, tuple[Make, Make]] = {
 
 
 def inputs(part: str, side: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What a part reads; `side` is that of the latents."""
+    """Random inputs of a part; `side` is the side of the latents."""
     g = torch.Generator().manual_seed(1)
 
     def randn(*shape: int) -> Tensor:
@@ -88,7 +90,7 @@ def inputs(part: str, side: int, dtype: torch.dtype) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def measure(folder: Path, side: int = 64, parts: tuple[str, ...] = tuple(PARTS)) -> dict[str, Any]:
-    """{part: {dtype: [the peer's error, ours]}}."""
+    """{part: {dtype: [the public network's error, ours]}}."""
     official.write(folder)
     results: dict[str, Any] = {}
     for part in tqdm(parts, desc="parity", unit="part"):
@@ -107,17 +109,18 @@ def measure(folder: Path, side: int = 64, parts: tuple[str, ...] = tuple(PARTS))
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as the table of the README."""
-    lines = ["| | " + " | ".join(f"{d}: public | ours" for d in DTYPES) + " |", "|---" * 5 + "|"]
-    for part, errors in results["parts"].items():
-        lines.append(
-            f"| {part} | " + " | ".join(f"{theirs:.1e} | {ours:.1e}" for theirs, ours in errors.values()) + " |"
-        )
-    return "\n".join(lines)
+    """The README's table."""
+    frame = pd.DataFrame(
+        [
+            [part, *(f"{error:.1e}" for pair in errors.values() for error in pair)]
+            for part, errors in results["parts"].items()
+        ]
+    )
+    return markdown(frame.set_axis(["", *(name for dtype in DTYPES for name in (f"{dtype}: public", "ours"))], axis=1))
 
 
 def evaluate(folder: Path, out: Path, side: int) -> dict[str, Any]:
-    """Measures all parts and writes `out` (JSON). Raises AssertionError when ours is above twice the peer's error."""
+    """Measure all parts and write `out` (JSON). Raises AssertionError when our error is more than twice the public one."""
     parts = measure(folder, side)
     results = {"command": f"python -m eval parity --side {side}", "latents": side, "parts": parts}
     write_json(out, results)

@@ -1,0 +1,107 @@
+"""The two things `python -m eval ablation` does: run a study, or draw one of its cells again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from checkpoints.adapters import load_adapter
+from checkpoints.files import write_json
+from eval.ablation import plots, report
+from eval.ablation.endpoint import summary
+from eval.ablation.forms import FORMS
+from eval.ablation.memo import Memo
+from eval.ablation.rows import SCHEMA, Results, frame_of
+from eval.ablation.study import Place, Study
+from eval.ablation.work import evaluate
+from eval.bench import TASKS
+
+# How far the mean of a measure may be from the stored one. Another kind of processor rounds bfloat16 otherwise, so pictures differ
+# a little. Measured over 16 prompts in four cells: shares by 0, errors by 0.62 and 0.03, cosines by 0.0019 and 0.0003.
+TOLERANCE = {
+    "concept": 0.03,
+    "background": 0.03,
+    "drawing": 0.03,
+    "palette_error": 1.0,
+    "placement_error": 0.2,
+    "clip_i": 0.01,
+    "clip_t": 0.005,
+}
+
+
+def run(place: Place, study: Study, out: Path, jobs: int) -> None:
+    """Do what is missing of the study; write results/ablation.json, RESULTS.md and its figures into `out`.
+
+    Seeds are added one by one while the primary difference is not known well enough.
+    """
+    path = out / "results" / "ablation.json"
+    bench = place.bench(study)  # find what reads the pictures before hours of training
+    place = place.fingerprinted(bench)
+    if path.exists() and (before := Results.of(path).data)["made_from"] == place.made_from:
+        Memo(place.work).restore(before["units"])
+    if study.device == "cpu":
+        torch.set_num_threads(1)
+    while True:
+        data = evaluate(place, study, bench, jobs)
+        data["summary"] = summary(Results(data))
+        wide = report.half_width(data["summary"]) > study.half_width  # false for NaN, which more seeds do not mend
+        if not wide or study.seeds >= study.most_seeds:
+            break
+        study = replace(study, seeds=study.seeds + 1)
+    write_json(path, {"schema": SCHEMA, **data})
+    plots.draw(Results(data), place, study, out / "results")
+    (out / "RESULTS.md").write_text(report.render(Results(data)))
+
+
+def redraw(place: Place, out: Path, name: str) -> pd.DataFrame:
+    """Draw and read the cell FORM:SEED:TASK again with the shipped adapter, and compare it with the results (`compare`).
+
+    Raises ValueError when there is no such cell.
+    """
+    results = Results.of(out / "results" / "ablation.json")
+    study = Study.of(results.study)
+    form, seed, task = (*name.split(":"), "", "")[:3]
+    if form not in study.forms or seed not in map(str, range(study.seeds)) or task not in TASKS:
+        raise ValueError(
+            f"there is no cell {name}: give FORM:SEED:TASK with a form of {', '.join(study.forms)}; a seed below {study.seeds}; "
+            f"a task of {', '.join(TASKS)}"
+        )
+    torch.set_num_threads(1)  # as in the published run
+    bench = place.bench(study)
+    adapter = load_adapter(place.adapter(form, int(seed)), bench.pipeline.unet).to(study.device)
+    where = {"form": form, "seed": int(seed), "share": 1.0}
+    rows = bench.cell(task, adapter, FORMS[form].fuse, FORMS[form].lambdas_of(task), **where)
+    stored = results.pictures
+    stored = stored[(stored["form"] == form) & (stored["seed"] == int(seed)) & (stored["share"] == 1)]
+    stored = stored[(stored["task"] == task) & stored["control"].isna()]
+    return compare(stored, frame_of(rows, results.truth), "wanted" if task == "conflict" else "own")
+
+
+def compare(stored: pd.DataFrame, redrawn: pd.DataFrame, whose: str) -> pd.DataFrame:
+    """A line for each lambda and measure: the stored mean, the redrawn mean, the largest difference of one picture, and whether
+    the means agree within `TOLERANCE`. Concept, background and drawing count as right by the truth `whose`."""
+    lines = []
+    for lam, before in stored.groupby("lambda"):
+        after = redrawn[redrawn["lambda"] == lam].sort_values("prompt")
+        for measure, tolerance in TOLERANCE.items():
+            key = f"{measure}_{whose}" if measure in ("concept", "background", "drawing") else measure
+            if key not in before or before[key].isna().all():
+                continue
+            pair = before.sort_values("prompt")[key].to_numpy(float), after[key].to_numpy(float)
+            a, b = (np.nanmean(values) for values in pair)
+            lines.append(
+                {
+                    "λ": lam,
+                    "measure": measure,
+                    "stored": round(a, 4),
+                    "redrawn": round(b, 4),
+                    "largest difference": round(np.nanmax(np.abs(pair[0] - pair[1])), 4),
+                    "tolerance": tolerance,
+                    "within": bool(abs(a - b) <= tolerance),
+                }
+            )
+    return pd.DataFrame(lines)

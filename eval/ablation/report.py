@@ -1,0 +1,188 @@
+"""results/ablation.json to the tables and sentences of RESULTS.md and of the README's claim; no number is typed by hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from eval.ablation.endpoint import grey_error
+from eval.ablation.forms import BASELINE, FORMS, PRIMARY, SHARES
+from eval.ablation.rows import Results, fraction
+from eval.bench import TASKS
+from eval.tables import markdown
+
+CONTROLS = {"shuffled": "another's picture", "null": "no picture"}
+NUMBERS = {"palette_error": ".1f", "placement_error": ".1f", "clip_i": ".3f", "clip_t": ".3f", "clip_score": ".2f"}
+TITLES = {
+    "palette_error": "palette error",
+    "placement_error": "placement error",
+    "clip_i": "CLIP-I",
+    "clip_t": "CLIP-T",
+    "clip_score": "CLIPScore",
+}
+
+
+def measures(pictures: pd.DataFrame) -> dict[str, str]:
+    """The means of all measures over pictures, as text; empty where a measure is missing. For `conflict`, concept and background
+    are "as the text names it / as in the image prompt"."""
+
+    def mean(key: str, form: str) -> str:
+        values = pictures[key].dropna() if key in pictures else pd.Series(dtype=float)
+        return "" if values.empty else format(values.mean(), form)
+
+    line = {}
+    for key in ("concept", "background", "drawing"):
+        wanted, own = (mean(f"{key}_{whose}", ".0%") for whose in ("wanted", "own"))
+        line[key] = f"{wanted} / {own}" if wanted and (pictures["task"] == "conflict").all() else own
+    return line | {TITLES[key]: mean(key, form) for key, form in NUMBERS.items()}
+
+
+def task_table(pictures: pd.DataFrame, task: str, forms: Sequence[str]) -> pd.DataFrame:
+    """The measures of a task: what bounds every form, and each form at each lambda and control."""
+    mine, lines = pictures[pictures["task"] == task], []
+    for name, group in mine[mine["seed"].isna()].groupby("form", sort=False):
+        lines.append({"form": name, "λ": "", **measures(group)})
+    for form in forms:
+        whole = mine[(mine["form"] == form) & (mine["share"] == 1)]
+        for lam, group in whole.groupby("lambda"):
+            lines.append({"form": FORMS[form].name, "λ": fraction(float(str(lam))), **measures(group)})
+        for control, group in whole.groupby("control", sort=False):
+            lines.append({"form": FORMS[form].name, "λ": f"1, {CONTROLS[str(control)]}", **measures(group)})
+    return pd.DataFrame(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def primary(results: Results) -> pd.DataFrame:
+    """The primary endpoint of each form, and its difference from IP-Adapter."""
+    found, pictures = results.data["summary"], results.pictures
+    errors = pictures[pictures["task"] == "conflict"].groupby("form")["error"].mean()
+    ceiling = errors.get("truth, through the VAE", np.nan)
+
+    def line(name: str, ends: Sequence[float]) -> dict[str, str]:
+        times = "" if np.isnan(ceiling) else f"{np.mean(ends) / ceiling:.1f}"
+        empty = {"parameters": "", "rate": "", "error": _spread(ends)}
+        return {"form": name, **empty, "times the VAE's own": times, "minus IP-Adapter [95 %]": "", "p": ""}
+
+    lines = [line("the text alone", [errors["text alone"]])]
+    for form, ends in found["endpoint"].items():
+        size, rate = results.data["parameters"][form], results.data["rates"][form]["chosen"]
+        lines.append(line(FORMS[form].name, ends) | {"parameters": f"{size:,}", "rate": f"{rate:g}"})
+        if d := found["difference"].get(form):
+            lines[-1]["minus IP-Adapter [95 %]"] = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
+            lines[-1]["p"] = f"{d['p']:.3f}" + (", primary" if form == PRIMARY else "")
+    return pd.DataFrame(lines)
+
+
+def verdict(results: Results) -> str:
+    """What each difference says, a line each."""
+    says = []
+    for form, d in results.data["summary"]["difference"].items():
+        word = (
+            "is worse than" if d["low"] > 0 else "is better than" if d["high"] < 0 else "cannot be distinguished from"
+        )
+        says.append(f"- *{FORMS[form].name}* {word} IP-Adapter: {d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}].")
+    return "\n".join(says)
+
+
+def caveat(results: Results) -> str:
+    """How little the endpoint says: the score of a constant grey, and how short the training is. Empty where the truth is not
+    known."""
+    shipped, study = results.data.get("shipped_pictures"), results.study
+    if results.truth is None or not shipped:
+        return ""
+    grey, own = grey_error(results.truth["palette"]), np.mean(results.data["summary"]["endpoint"][BASELINE])
+    share = study["steps"] * study["batch"] / shipped
+    return (
+        f"**Read this first.** A constant grey, which ignores the image prompt, scores {grey:.2f} on this endpoint; IP-Adapter "
+        f"scores {own:.1f}. {study['steps']} steps are {100 * share:.1f} % of the shipped adapter's training. So the differences below "
+        "compare the forms early in training; they do not show that any form reproduces the palette. A new study follows, with "
+        "longer training and an endpoint that has a floor and a ceiling."
+    )
+
+
+def by_share(results: Results) -> pd.DataFrame:
+    """The endpoint after each share of the training."""
+    return pd.DataFrame(
+        {"form": FORMS[form].name, **{f"{float(s):.0%} of the training": _spread(ends) for s, ends in each.items()}}
+        for form, each in results.data["summary"]["share"].items()
+    )
+
+
+def rate_table(results: Results) -> pd.DataFrame:
+    """What a picture tells after a short training at each rate, in thousandths of the loss."""
+    return pd.DataFrame(
+        {
+            "form": FORMS[form].name,
+            **{rate: "not finite" if gain is None else f"{1000 * gain:.2f}" for rate, gain in each["gains"].items()},
+        }
+        for form, each in results.data["rates"].items()
+    )
+
+
+def mass_table(results: Results) -> pd.DataFrame:
+    """1 - g of each joint softmax, seed 0, untrained and after each share of the training, with and without a picture."""
+    masses, lines = results.masses, []
+    means = masses.groupby(["form", "words", "picture", "share"])["mass"].mean()
+    counts = sorted(masses["words"].unique(), reverse=True)
+    for form, words, picture in itertools.product(masses["form"].unique(), counts, ("own", "null")):
+        named = {"form": FORMS[form].name, "text keys": words, "picture": {"own": "its own", "null": "none"}[picture]}
+        shares = {"untrained": 0.0, **{f"{share:.0%}": share for share in SHARES}}
+        lines.append(named | {key: f"{means[form, words, picture, share]:.1%}" for key, share in shares.items()})
+    return pd.DataFrame(lines)
+
+
+def steps_table(results: Results) -> pd.DataFrame:
+    """Two forms drawn with few and with many steps, seed 0."""
+    lines: list[dict[str, Any]] = []
+    for form in (BASELINE, PRIMARY):
+        many, all_few = results.more_steps(form), results.pictures
+        lam, alone = many["lambda"][0], all_few[(all_few["form"] == "text alone") & (all_few["task"] == "conflict")]
+        few = all_few[(all_few["form"] == form) & (all_few["seed"] == 0) & (all_few["share"] == 1)]
+        few = few[(few["task"] == "conflict") & (few["lambda"] == lam)]
+        for drawn, steps in ((few, results.study["draw_steps"]), (many, results.study["check_steps"])):
+            follows = drawn["follows"] if results.truth else drawn["clip_t"] / alone["clip_t"].mean()
+            numbers = {"follows the text": f"{follows.mean():.0%}", "error": f"{drawn['error'].mean():.1f}"}
+            lines.append({"form": FORMS[form].name, "λ": fraction(lam), "steps": steps, **numbers})
+    return pd.DataFrame(lines)
+
+
+def half_width(summary: dict[str, Any]) -> float:
+    """Half the width of the primary difference's interval."""
+    found = summary["difference"][PRIMARY]
+    return float(found["high"] - found["low"]) / 2
+
+
+def render(results: Results) -> str:
+    """RESULTS.md, from the template beside this file."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    tables = {
+        "primary": primary(results),
+        "shares": by_share(results),
+        "mass": mass_table(results),
+        "rates": rate_table(results),
+        "steps": steps_table(results),
+        **{task: task_table(results.pictures, task, results.study["forms"]) for task in TASKS},
+    }
+    return templates.get_template("results.md.jinja").render(
+        study=results.study,
+        prompts=len(results.data["prompts"]["conflict"]),
+        scorer=results.data["scorer"],
+        truth=results.truth is not None,
+        first=FORMS[BASELINE].name,
+        second=FORMS[PRIMARY].name,
+        width=f"{half_width(results.data['summary']):.1f}",
+        caveat=caveat(results),
+        verdict=verdict(results),
+        tables={name: markdown(table) for name, table in tables.items()},
+    )

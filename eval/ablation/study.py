@@ -1,0 +1,176 @@
+"""The settings of an ablation, and where its files are.
+
+Every form is trained by the recipe of train/adapter.py from the same initial projection, on the same pictures in the same
+order with the same noise; only `fuse` and `own` differ. (The simple adapter with as many parameters has more tokens, so its
+projection starts differently.)
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.files import read_json
+from eval import clip_score
+from eval.ablation.forms import FORMS, SHARES, Form
+from eval.bench import Bench, Prompts
+from model.adapter import IPAdapter
+from sampling.pipeline import load
+from train import adapter as training
+from train.adapter import Setting, Source
+from train.data import captioned_files, fingerprint
+from train.judge import load_judge
+from train.loop import Plan
+
+
+@dataclass(frozen=True)
+class Study:
+    """How much of everything; the defaults are the published run.
+
+    Seeds are added one by one, from `seeds` to `most_seeds`, until the half-width of the primary difference's interval is at
+    most `half_width`.
+    """
+
+    steps: int = 500
+    batch: int = 32
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 9e-3, 27e-3)
+    rate_steps: int = 100
+    seeds: int = 5
+    most_seeds: int = 10
+    half_width: float = 3.0
+    prompts: int = 128
+    draw_steps: int = 12
+    check_steps: int = 50
+    guidance: float = 4.0
+    forms: tuple[str, ...] = tuple(FORMS)
+    level: float = 0.8
+    resamples: int = 2000
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.steps < 4 or min(self.seeds, self.prompts, self.batch, *self.rates) <= 0:
+            raise ValueError("--steps must be 4 or more; --seeds, --prompts, --batch and --rates must be more than 0")
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Study:
+        """From a results file, where tuples are lists."""
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**given)
+
+    def plan(self, form: str, seed: int, rate: float) -> Plan:
+        """The training of one adapter."""
+        often: dict[str, Any] = {"save_every": 50, "validate_every": round(self.steps * SHARES[0])}
+        settings: dict[str, Any] = {"warmup": 50, "ema": 0.98, "bf16": True, "seed": seed, "device": self.device}
+        return Plan(f"{form}-{seed}", self.steps, self.batch, rate, **settings, **often)
+
+    def rate_plan(self, form: str, rate: float) -> Plan:
+        """The short training that tries a rate."""
+        steps = self.rate_steps
+        return replace(self.plan(form, 1000, rate), name=f"{form}-rate-{rate:g}", steps=steps, validate_every=steps)
+
+
+# Everything, but tiny: it runs in minutes, and its numbers mean nothing.
+SMOKE = Study(
+    steps=8,
+    batch=4,
+    rates=(1e-3, 3e-3),
+    rate_steps=4,
+    seeds=2,
+    most_seeds=2,
+    prompts=4,
+    draw_steps=2,
+    check_steps=3,
+    resamples=50,
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a study starts from and where its files are.
+
+    `source`: base model and pictures. `shipped`: folder of the finished adapters. `state`: folder of everything else, with a
+    subfolder for each value of `made_from`. `scorer`: a CLIP as `clip_score.find` takes it.
+    """
+
+    source: Source
+    shipped: Path
+    state: Path
+    scorer: str
+    made_from: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """The folder of unfinished and intermediate work."""
+        return self.state / hashlib.sha256(json.dumps(self.made_from).encode()).hexdigest()[:8]
+
+    def adapter(self, form: str, seed: int, share: float = 1.0) -> Path:
+        """The file of an adapter after a share of its training."""
+        name = f"{form}-{seed}"
+        return self.shipped / f"{name}.safetensors" if share == 1 else self.work / f"{name}-{share:g}.safetensors"
+
+    def card(self, form: str, seed: int, share: float = 1.0) -> dict[str, Any]:
+        """The card of that file, empty where there is none."""
+        path = self.adapter(form, seed, share)
+        return read_json(path.with_suffix(".json")) if path.exists() else {}
+
+    def bench(self, study: Study) -> Bench:
+        """What draws and reads the study's pictures. Of a user's pictures every 50th is held out."""
+        source, judge = self.source, None
+        pipeline = load(source.base, (), source.image_encoder, device=study.device)
+        if source.data is None:
+            prompts, judge = Prompts.of_the_world(study.prompts), load_judge(source.base / "judge.safetensors")
+        else:
+            held_out = captioned_files(source.data)[::50][: study.prompts]
+            prompts = Prompts.of_files(held_out, pipeline.native_size[0])
+        scorer = clip_score.find(self.scorer, study.device)
+        return Bench(pipeline, prompts, scorer, judge, study.draw_steps, study.guidance)
+
+    def fingerprinted(self, bench: Bench) -> Place:
+        """The same, with `made_from`: fingerprints of the weights, the data, the scorer."""
+        parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")}
+        data = None if self.source.data is None else captioned_files(self.source.data)
+        listed = [[file.name, text] for file, text in data or []]
+        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:8] if data else self.source.pictures
+        weights = {name: fingerprint(part) for name, part in parts.items() if part is not None}
+        return replace(self, made_from={**weights, "data": digest, "scorer": bench.scorer.name})
+
+    def setting(self, study: Study) -> Setting:
+        """The base model and pictures that every form is trained on."""
+        return _prepared(self.source, self.state, study.device)
+
+    def shipped_pictures(self) -> int | None:
+        """How many pictures the base folder's own adapter saw in its training, from its card."""
+        card = self.source.base / "ip_adapter.json"
+        phases = read_json(card).get("settings") if card.is_file() else None
+        return sum(phase["steps"] * phase["batch"] * phase["accumulate"] for phase in phases) if phases else None
+
+
+@functools.cache  # once in a process
+def _prepared(source: Source, folder: Path, device: str) -> Setting:
+    return training.prepare(source, folder, device)
+
+
+def untrained(setting: Setting, form: Form, seed: int) -> IPAdapter:
+    """The adapter that a form starts from. For one seed, all forms with the same number of tokens start with the same
+    projection."""
+    tokens = _as_many_parameters(setting) if form.wide else None
+    torch.manual_seed(seed)
+    return setting.adapter(form.own, tokens)
+
+
+def _as_many_parameters(setting: Setting) -> int:
+    """The number of tokens at which a projection alone has about as many parameters as IP-Adapter."""
+
+    def size(own: bool, tokens: int | None = None) -> int:
+        return sum(p.numel() for p in setting.adapter(own, tokens).parameters())
+
+    one, two = size(False, 1), size(False, 2)
+    return 1 + round((size(True) - one) / (two - one))

@@ -1,0 +1,223 @@
+"""The work of an ablation: try rates, train, draw and read, in processes of one thread each.
+
+With one thread in each process, no number depends on how many cores a machine has. Every result is kept in a `Memo`, and all of
+them in results/ablation.json, from which another machine continues.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from checkpoints.adapters import load_adapter, save_adapter
+from checkpoints.files import read_json
+from eval.ablation.forms import BASELINE, FORMS, PRIMARY, SHARES
+from eval.ablation.mass import image_mass
+from eval.ablation.memo import Memo, as_json
+from eval.ablation.study import Place, Study, untrained
+from eval.bench import TASKS, Bench, Row
+from model.adapter import IPAdapter
+from model.attention import concatenated
+from train import adapter as training
+from train import checkpoint
+
+T = TypeVar("T")
+MASS_PROMPTS = 32
+
+
+def try_rate(place: Place, study: Study, form: str, rate: float) -> float | None:
+    """How much a picture tells after a short training at this rate (seed 1000): `gain_shuffled` of train/adapter.py. None when
+    the loss was not finite."""
+    plan = study.rate_plan(form, rate)
+
+    def make() -> float | None:
+        setting = place.setting(study)
+        start = untrained(setting, FORMS[form], 1000)
+        try:
+            _, log = training.fit(setting, start, plan, place.work, FORMS[form].fuse)
+        except FloatingPointError:
+            return None
+        return float(log[-1]["gain_shuffled"])
+
+    return Memo(place.work)(plan.name, {"plan": asdict(plan)}, make)
+
+
+def best_rate(gains: Mapping[float, float | None], form: str) -> float:
+    """The rate with the highest gain. Raises ValueError when no loss was finite."""
+    finite = {rate: gain for rate, gain in gains.items() if gain is not None}
+    if not finite:
+        raise ValueError(f"the loss of {form} is not finite at any rate: give lower --rates")
+    return max(finite, key=finite.__getitem__)
+
+
+def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None:
+    """Train one adapter, and write it after each share of its steps where that file is missing or was made otherwise."""
+    plan, fuse = study.plan(form, seed, rate), FORMS[form].fuse
+    settings, state = _settings(place, study, form, seed, rate), place.work / f"{plan.name}.pt"
+    missing = [share for share in SHARES if place.card(form, seed, share).get("settings") != settings]
+    if not missing:
+        return
+    if (found := checkpoint.load(state)) and found["step"] > round(missing[0] * plan.steps):
+        state.unlink()  # the state is past the missing share, so train from the start
+    setting = place.setting(study)
+    for share in SHARES:
+        start = untrained(setting, FORMS[form], seed)
+        adapter, log = training.fit(setting, start, plan, place.work, fuse, until=round(share * plan.steps))
+        if share in missing:
+            keys = ("step", "held_out", "gain_zero", "gain_shuffled")
+            gains = [{key: row[key] for key in keys} for row in log if "held_out" in row]
+            size = sum(p.numel() for p in adapter.parameters())
+            card = {"command": "python -m eval ablation", "settings": settings, "parameters": size, "gains": gains}
+            save_adapter(adapter, setting.pipeline.unet, place.adapter(form, seed, share), card)
+
+
+def _settings(place: Place, study: Study, form: str, seed: int, rate: float) -> dict[str, Any]:
+    """What an adapter's card says that it was made from."""
+    return as_json({"made_from": place.made_from, **asdict(study.plan(form, seed, rate))})
+
+
+def _key(study: Study, form: str, seed: int, rate: float) -> dict[str, Any]:
+    """What the rows of an adapter depend on, apart from `made_from`."""
+    lambdas = (FORMS[form].lambdas, FORMS[form].few)
+    return {"plan": asdict(study.plan(form, seed, rate)), **_drawing(study), "lambdas": lambdas}
+
+
+def _drawing(study: Study) -> dict[str, Any]:
+    return {key: getattr(study, key) for key in ("prompts", "draw_steps", "guidance")}
+
+
+def _trained(place: Place, study: Study, bench: Bench, form: str, seed: int, share: float) -> IPAdapter:
+    """The adapter after a share of its training."""
+    return load_adapter(place.adapter(form, seed, share), bench.pipeline.unet).to(study.device)
+
+
+def rows(place: Place, study: Study, form: str, seed: int, rate: float) -> list[Row]:
+    """Train an adapter and draw every task with it; the conflict also after parts of its training."""
+
+    def make() -> list[Row]:
+        train(place, study, form, seed, rate)
+        bench, fuse, drawn = place.bench(study), FORMS[form].fuse, list[Row]()
+        for share in SHARES:
+            adapter, where = (
+                _trained(place, study, bench, form, seed, share),
+                {"form": form, "seed": seed, "share": share},
+            )
+            for task in TASKS if share == 1 else ("conflict",):
+                lambdas = FORMS[form].few if share < 1 else FORMS[form].lambdas_of(task)
+                drawn += bench.cell(task, adapter, fuse, lambdas, **where)
+        return drawn + bench.controls(adapter, fuse, **where)
+
+    memo, name = Memo(place.work), f"rows-{form}-{seed}"
+    if place.card(form, seed).get("settings") != _settings(place, study, form, seed, rate):
+        memo.path(name).unlink(
+            missing_ok=True
+        )  # the shipped adapter is another one, so nobody could draw these rows again
+    return memo(name, _key(study, form, seed, rate), make)
+
+
+def masses(place: Place, study: Study, form: str, rate: float) -> list[Row]:
+    """The image mass of a joint softmax, seed 0, untrained and after each share of the training."""
+
+    def make() -> list[Row]:
+        train(place, study, form, 0, rate)
+        bench = place.bench(study).first(MASS_PROMPTS)
+        adapters = {0.0: untrained(place.setting(study), FORMS[form], 0).to(study.device)}
+        adapters |= {share: _trained(place, study, bench, form, 0, share) for share in SHARES}
+        measured = ((share, image_mass(bench, adapter)) for share, adapter in adapters.items())
+        return [{"form": form, "share": share, **row} for share, each in measured for row in each]
+
+    return Memo(place.work)(f"mass-{form}", _key(study, form, 0, rate) | {"first": MASS_PROMPTS}, make)
+
+
+def anchors(place: Place, study: Study) -> list[Row]:
+    """The rows that bound every form."""
+    return Memo(place.work)("anchors", _drawing(study), lambda: place.bench(study).anchors())
+
+
+def more_steps(place: Place, study: Study, form: str, rate: float) -> list[Row]:
+    """The row of a form's first `few` lambda, seed 0, drawn with `check_steps` steps: do few steps give the same result?"""
+
+    def make() -> list[Row]:
+        bench = replace(place.bench(study), steps=study.check_steps)
+        where = {"form": form, "seed": 0, "share": 1.0, "steps": study.check_steps}
+        adapter = _trained(place, study, bench, form, 0, 1.0)
+        return bench.cell("conflict", adapter, FORMS[form].fuse, FORMS[form].few[:1], **where)
+
+    key = _key(study, form, 0, rate) | {"steps": study.check_steps}
+    return Memo(place.work)(f"steps-{form}", key, make)
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each; after an exception, waiting work is dropped."""
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run(pool: ProcessPoolExecutor, work: Mapping[str, Callable[[], T]], what: str) -> dict[str, T]:
+    """The results of picklable calls, by name, in order."""
+    futures = {name: pool.submit(call) for name, call in work.items()}
+    for done in tqdm(as_completed(futures.values()), total=len(futures), desc=what, position=0):
+        done.result()
+    return {name: future.result() for name, future in futures.items()}
+
+
+def evaluate(place: Place, study: Study, bench: Bench, jobs: int) -> dict[str, Any]:
+    """Do all work that is not done yet; return every result and what is needed to read it."""
+    joint = [form for form in study.forms if FORMS[form].fuse is concatenated]
+    pairs = list(itertools.product(range(study.seeds), study.forms))  # all forms of a seed first
+    tried = {
+        study.rate_plan(form, rate).name: partial(try_rate, place, study, form, rate)
+        for form, rate in itertools.product(study.forms, study.rates)
+    }
+    names = [*tried, "anchors", *(f"rows-{form}-{seed}" for seed, form in pairs), *(f"mass-{form}" for form in joint)]
+    names += [f"steps-{form}" for form in (BASELINE, PRIMARY)]
+    memo = Memo(place.work)
+    if not all(memo.path(name).exists() for name in names):
+        place.setting(study)  # encode the pictures once, before many processes want them
+    with _workers(jobs) as pool:
+        found = iter(_run(pool, tried, "rates").values())
+        gains = {form: {rate: next(found) for rate in study.rates} for form in study.forms}
+        rates = {form: best_rate(gains[form], form) for form in study.forms}
+        work: dict[str, Callable[[], list[Row]]] = {"anchors": partial(anchors, place, study)}
+        work |= {f"rows-{form}-{seed}": partial(rows, place, study, form, seed, rates[form]) for seed, form in pairs}
+        _run(pool, work, "adapters")
+        work = {f"mass-{form}": partial(masses, place, study, form, rates[form]) for form in joint}
+        work |= {f"steps-{form}": partial(more_steps, place, study, form, rates[form]) for form in (BASELINE, PRIMARY)}
+        _run(pool, work, "image mass, more steps")
+    return {
+        "made_from": place.made_from,
+        "study": asdict(study),
+        "scorer": bench.scorer.name,
+        **bench.prompts.to_json(),
+        **_training(place, study, gains, rates),
+        "units": {name: read_json(memo.path(name)) for name in names},
+    }
+
+
+def _training(
+    place: Place, study: Study, gains: dict[str, dict[float, float | None]], rates: dict[str, float]
+) -> dict[str, Any]:
+    """Rates, numbers of parameters and gains of every form."""
+    cards = {form: [place.card(form, seed) for seed in range(study.seeds)] for form in study.forms}
+    return {
+        "shipped_pictures": place.shipped_pictures(),
+        "rates": {
+            form: {"chosen": rates[form], "gains": {f"{rate:g}": gain for rate, gain in gains[form].items()}}
+            for form in study.forms
+        },
+        "parameters": {form: each[0]["parameters"] for form, each in cards.items()},
+        "gains": {form: [card["gains"] for card in each] for form, each in cards.items()},
+    }

@@ -1,0 +1,130 @@
+"""A sheet of attention maps: where a drawing looks at each word and each image token.  `python -m eval attention`"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from eval.attention_maps import Named, finest, name_maps, record
+from sampling.images import to_images
+from sampling.pipeline import Pipeline
+
+COLUMNS, INCHES, DPI, SIDE = 7, 1.6, 100, 256
+HEAT = matplotlib.colormaps["inferno"]
+WORDS_NOTE = (
+    "Bright: that part of the drawing looks at the word. Each map is the mean over heads, timesteps and the finest layers, scaled to "
+    "its own maximum. To compare two maps, compare the percentages: their shares of the attention to the text."
+)
+TOKENS_NOTE = (
+    "The adapter makes these tokens from the image prompt. They have their own softmax, so their shares add up to 100% again; what it "
+    "returns is multiplied by lambda and added to what the text's attention returns."
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Pictures with their labels, under a title and a note."""
+
+    title: str
+    note: str
+    cells: list[tuple[Image.Image, str]]
+
+    @property
+    def rows(self) -> int:
+        return math.ceil(len(self.cells) / COLUMNS)
+
+
+def draw(
+    pipeline: Pipeline, prompt: str, embedding: Tensor | None, scale: float, guidance: float, seed: int, steps: int
+) -> tuple[Image.Image, Tensor]:
+    """A drawing, and its `finest` maps `m y x`, the mean over timesteps."""
+    seen = []
+    with record(pipeline.unet) as maps:
+
+        def watch(_: object) -> None:
+            seen.append(finest(maps))
+            maps.clear()
+
+        drawn = pipeline.draw([prompt], [seed], embedding, scale=scale, guidance=guidance, steps=steps, watch=watch)
+    return to_images(drawn)[0], torch.stack(seen).mean(dim=0)
+
+
+def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
+    """A map `y x` in colour over the picture in dim grey; divided by its maximum and upsampled bilinearly."""
+    small = Image.fromarray((heat / heat.max().clamp(min=1e-12)).float().numpy())
+    alpha = np.asarray(small.resize(picture.size, Image.Resampling.BILINEAR))
+    grey = np.asarray(picture.convert("L").convert("RGB")) * 0.4
+    mixed = grey + 0.85 * alpha[..., None] * (255 * HEAT(alpha)[..., :3] - grey)
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def overlays(drawn: Image.Image, named: Named) -> list[tuple[Image.Image, str]]:
+    """A cell for each map, labelled with its share of the attention."""
+    return [(overlay(drawn, heat), f"{name}\n{heat.mean():.1%} of the attention") for name, heat in named]
+
+
+def sheet(sections: Sequence[Section]) -> Image.Image:
+    """The key of the colours, and sections below each other, in rows of `COLUMNS` cells."""
+    heights = [section.rows * (INCHES + 0.4) + 0.8 for section in sections]
+    figure = Figure(figsize=(COLUMNS * INCHES, sum(heights)), dpi=DPI)
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subfigures(len(sections), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for panel, section, height in zip(panels, sections, heights, strict=True):
+        _fill(panel, section, height)
+    key = figure.add_axes((0.83, 1 - 0.2 / sum(heights), 0.14, 0.12 / sum(heights)))
+    key.imshow(np.linspace(0, 1, 256)[None], HEAT, aspect="auto")
+    key.set_xticks([0, 255], ["no attention", "most"], fontsize=7)
+    key.set_yticks([])
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _fill(panel: SubFigure, section: Section, height: float) -> None:
+    """Draw a section into its part of the figure, `height` inches high."""
+    panel.text(0.01, 1 - 0.08 / height, section.title, fontsize=13, va="top")
+    panel.text(0.01, 1 - 0.34 / height, textwrap.fill(section.note, 165), fontsize=8, color="#555555", va="top")
+    grid = panel.subplots(section.rows, COLUMNS, squeeze=False)
+    panel.subplots_adjust(0.01, 0.4 / height, 0.99, 1 - 0.75 / height, wspace=0.06, hspace=0.4 / INCHES)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (picture, label) in zip(grid.flat, section.cells, strict=False):
+        axes.imshow(picture)
+        axes.text(0, -0.04, label, fontsize=8, va="top", transform=axes.transAxes)
+
+
+def attention_sheet(
+    pipeline: Pipeline,
+    pictures: Sequence[Image.Image],
+    prompt: str,
+    scale: float = 1.0,
+    guidance: float = 4.0,
+    seed: int = 0,
+    steps: int = 20,
+) -> Image.Image:
+    """Draw once, and show where the drawing looked. Raises ValueError when there is neither a text nor an image prompt."""
+    if not (prompt or pictures):
+        raise ValueError("there is nothing to look at: give --prompt, --image, or both")
+    embedding = pipeline.embed(pictures) if pictures else None
+    drawn, maps = draw(pipeline, prompt, embedding, scale, guidance, seed, steps)
+    drawn = drawn.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    asked = [f'the text prompt "{prompt}"'] * bool(prompt) + [f"an image prompt, lambda {scale:g}"] * bool(pictures)
+    fitted = [ImageOps.fit(picture, (SIDE, SIDE), Image.Resampling.LANCZOS) for picture in pictures]
+    cells = [*((picture, "image prompt") for picture in fitted), (drawn, "the drawing")]
+    sections = [Section("Prompts and drawing", " and ".join(asked), cells)]
+    words, tokens = name_maps(pipeline.text, prompt, maps)
+    if prompt:
+        sections.append(Section("Where the drawing looks at each word", WORDS_NOTE, overlays(drawn, words)))
+    if pictures:
+        title = "Where the drawing looks at the image prompt"
+        sections.append(Section(title, TOKENS_NOTE, overlays(drawn, tokens)))
+    return sheet(sections)

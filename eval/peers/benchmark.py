@@ -1,0 +1,232 @@
+"""Speed and memory beside diffusers, at the true size.  `python -m eval benchmark`
+
+Both sides use the same files, weights, threads and dtype, and are measured in turn in one process. The medians of the ratios are
+reported, since machines are noisy and ratios less so. Beside each step stands a limit that nothing can pass: the time that its
+arithmetic takes at the speed of this machine's fastest matrix product.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoints.adapters import load_adapter
+from checkpoints.files import read_json, write_json
+from checkpoints.single_file import load_single
+from eval.peers import official
+from eval.tables import markdown
+from model.adapter import IPAdapter
+from model.context import Context
+from model.unet import UNet
+from sampling.pipeline import Pipeline, compiled
+from sampling.schedule import Schedule
+from train.loss import diffusion_loss
+
+Run = Callable[[], Any]
+Row = dict[str, Any]
+
+
+def seconds(run: Run) -> float:
+    """The time of one run, after a run that warms up."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.0).median
+
+
+def medians(pairs: Sequence[tuple[float, float]]) -> Row:
+    """The medians of our and their seconds, and of the ratio ours / theirs in each round."""
+    frame = pd.DataFrame(pairs, columns=["ours", "theirs"])
+    return {str(key): value for key, value in frame.assign(ratio=frame["ours"] / frame["theirs"]).median().items()}
+
+
+def beside(ours: Run, theirs: Run, rounds: int) -> Row:
+    """Time both sides in turn."""
+    return medians([(seconds(ours), seconds(theirs)) for _ in range(rounds)])
+
+
+def peak(dtype: torch.dtype, n: int = 4096) -> float:
+    """The speed of the fastest of five matrix products, in FLOP/s."""
+    a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
+    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(5))
+
+
+def _inputs(dtype: torch.dtype, batch: int = 2) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(1)
+    shapes = (batch, 4, 64, 64), (batch, 77, 768), (batch, 1024)
+    x, text, image = (torch.randn(*shape, generator=g).to(dtype) for shape in shapes)
+    return x, text, image
+
+
+def _ours(folder: Path, dtype: torch.dtype) -> tuple[UNet, IPAdapter]:
+    unet = load_single(folder / official.SINGLE, dtype).unet
+    return unet, load_adapter(folder / official.ADAPTER, unet, 1024, dtype)
+
+
+def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = False) -> Row:
+    """One UNet call with the adapter: a guidance batch of 2, 64 x 64 latents; their side is diffusers' default.
+
+    `limit`: the seconds that its matrix products and convolutions take at the machine's peak.
+    """
+    peer = official.peer_unet(folder, dtype)
+    unet, adapter = _ours(folder, dtype)
+    if compile_ours:
+        unet = compiled(unet)
+    x, text, image = _inputs(dtype)
+    context = adapter(Context(text), image)
+    added = {"image_embeds": [image[:, None]]}
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            peer(x, 500, text, added_cond_kwargs=added)
+        times = beside(lambda: unet(x, 500, context), lambda: peer(x, 500, text, added_cond_kwargs=added), rounds)
+    return times | {"limit": counter.get_total_flops() / peak(dtype)}
+
+
+def _their_pipeline(folder: Path, text: Any) -> Any:
+    """diffusers' pipeline with the adapter; `text` is their text encoder."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    unet, vae = official.peer_unet(folder, torch.float32), official.peer_vae(folder, torch.float32)
+    theirs: Any = StableDiffusionPipeline(vae, text, None, unet, scheduler, None, None, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs
+
+
+def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Row:
+    """Prompt and picture to picture, 512 x 512, 50 steps, guidance 7.5; extrapolated from two short runs of each side."""
+    base = load_single(folder / official.SINGLE, torch.float32)
+    adapter = load_adapter(folder / official.ADAPTER, base.unet, 1024, torch.float32)
+    ours = Pipeline(base.unet, base.vae, base.text, Schedule(), None, (adapter,))
+    text = official.peer_text(folder, torch.float32)
+    theirs = _their_pipeline(folder, text)
+    image, tokens = torch.randn(1, 1, 1024), base.text.tokenize(["", "a fox"])
+
+    def their_picture(n: int) -> Any:
+        empty, prompt = text(tokens).last_hidden_state.chunk(2)
+        embeds = [torch.cat([torch.zeros_like(image), image])]
+        prompts = {"prompt_embeds": prompt, "negative_prompt_embeds": empty, "ip_adapter_image_embeds": embeds}
+        return theirs(**prompts, num_inference_steps=n, output_type="pt")
+
+    def our_picture(n: int) -> Any:
+        return ours.draw(["a fox"], [0], image, steps=n)
+
+    with torch.no_grad():
+        short, long = (beside(partial(our_picture, n), partial(their_picture, n), rounds) for n in few)
+    step = {side: (long[side] - short[side]) / (few[1] - few[0]) for side in ("ours", "theirs")}
+    whole = {side: short[side] + (50 - few[0]) * step[side] for side in step}
+    return whole | {"ratio": whole["ours"] / whole["theirs"], "extrapolated_from": few}
+
+
+def training(folder: Path, rounds: int) -> Row:
+    """A training step of an adapter, batch 1: we hold the frozen base in bfloat16, under an adapter in float32."""
+    unet, _ = _ours(folder, torch.bfloat16)
+    adapter = load_adapter(folder / official.ADAPTER, unet, 1024).requires_grad_(True)
+    peer = official.peer_unet(folder, torch.float32)
+    trained = [p for name, p in peer.named_parameters() if "_ip" in name or name.startswith("encoder_hid_proj")]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    (x, text, image), t, schedule = _inputs(torch.float32, batch=1), torch.tensor([500]), Schedule()
+    eps = torch.randn_like(x)
+
+    def our_loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return diffusion_loss(unet, schedule, x, adapter(Context(text), image), t, eps).mean()
+
+    def their_loss() -> torch.Tensor:
+        added = {"image_embeds": [image[:, None]]}
+        out = peer(schedule.add_noise(x, eps, t), t, text, added_cond_kwargs=added).sample
+        return F.mse_loss(out, eps)
+
+    def step(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    both = (torch.optim.AdamW(parameters, 1e-4, weight_decay=0.01) for parameters in (adapter.parameters(), trained))
+    our_optimizer, their_optimizer = both
+    return beside(partial(step, our_loss, our_optimizer), partial(step, their_loss, their_optimizer), rounds)
+
+
+def loading(folder: Path, rounds: int, dtype: str) -> Row:
+    """Reading the base model, each time in a fresh process (eval/peers/loading.py): ours from the single file in float16, theirs from
+    their own folder. `*_memory` is the peak of the memory over the bytes of the weights."""
+    for name, peer in (("unet", official.peer_unet), ("vae", official.peer_vae), ("text_encoder", official.peer_text)):
+        if not (folder / "diffusers" / name).exists():
+            options = {"adapter": False} if name == "unet" else {}
+            peer(folder, torch.float16, **options).save_pretrained(folder / "diffusers" / name)
+            gc.collect()
+
+    def measure(side: str) -> dict[str, float]:
+        command = [sys.executable, "-m", "eval.peers.loading", str(folder), side, dtype]
+        loaded: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        return loaded
+
+    rows = [(measure("ours"), measure("theirs")) for _ in range(rounds + 1)][1:]  # the first reads from the disk
+    memory = {f"{side}_memory": max(row[i]["memory"] for row in rows) for i, side in enumerate(("our", "their"))}
+    return medians([(ours["seconds"], theirs["seconds"]) for ours, theirs in rows]) | memory
+
+
+def machine() -> str:
+    """The name of the processor, from Linux's list, and the number of threads."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+ROWS: dict[str, Callable[[Path, int], Row]] = {
+    "load, float16": partial(loading, dtype="float16"),
+    "load, float32": partial(loading, dtype="float32"),
+    "step, float32": lambda folder, rounds: steps(folder, torch.float32, rounds),
+    "step, bfloat16": lambda folder, rounds: steps(folder, torch.bfloat16, rounds),
+    "training step": training,
+    "50-step pipeline": pipelines,
+    "step, float32, ours compiled": lambda folder, rounds: steps(folder, torch.float32, rounds, compile_ours=True),
+}
+
+
+def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure all rows, or `only` some and keep the others of `out`; write `out` (JSON) after each.
+
+    Raises ValueError for a name that is not a row.
+    """
+    if unknown := [name for name in only if name not in ROWS]:
+        raise ValueError(f"the benchmark has no row {unknown[0]!r}: its rows are {', '.join(ROWS)}")
+    results: dict[str, Any] = {"command": "python -m eval benchmark", "machine": machine(), "torch": torch.__version__}
+    official.write(folder)
+    if only:
+        results = read_json(out) | results
+    for name in only or ROWS:
+        results[name] = ROWS[name](folder, rounds) | {"rounds": rounds}
+        print(name, json.dumps(results[name]), flush=True)
+        write_json(out, results)
+        gc.collect()
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's table."""
+    rows = {name: row for name, row in results.items() if isinstance(row, dict)}
+    lines = [
+        [name, f"{r['ours']:.1f} s", f"{r['theirs']:.1f} s", r["ratio"], f"{r['limit']:.1f} s" if "limit" in r else ""]
+        for name, r in rows.items()
+    ]
+    for name, r in rows.items():
+        if "our_memory" in r:
+            ours, theirs = r["our_memory"], r["their_memory"]
+            lines.append([f"{name}: peak memory / weights", f"{ours:.2f}", f"{theirs:.2f}", ours / theirs, ""])
+    frame = pd.DataFrame(lines, columns=["", "ours", "diffusers", "ratio", "at the peak"])
+    return markdown(frame.assign(ratio=frame["ratio"].map("{:.2f}".format)))

@@ -1,0 +1,69 @@
+"""The judge and the second CLIP: what they read, and that their stages write what the measurements load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoints.cards import read_card
+from eval import clip_score
+from train import clip, judge, scorer
+from train.colour import srgb_to_lab
+from train.judge import Judge, Reading, delta_e, ground_truth, load_judge
+from train.vae import to_tensor
+from train.world import World, pictures
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_shipped_judge_reads_true_pictures() -> None:
+    """Held-out pictures: concept and background always, the palette to CIE76 3, the placement to two pixels."""
+    scenes = [World("test")[i] for i in range(40)]
+    truth = ground_truth(scenes)
+    reading = load_judge(ROOT / "weights" / "judge.safetensors").read(to_tensor(pictures(scenes)))
+    score = reading.score(truth["concept"], truth["background"], truth["palette"])
+    assert (score["concept"], score["background"]) == (1, 1) and score["palette_error"] < 3
+    assert (reading.placement - truth["placement"]).norm(dim=-1).mean() < 2
+
+
+def test_the_palette_is_a_mean_of_colours_that_are_there() -> None:
+    """Whatever the weights are: a picture of one colour has that colour twice, by the closed form of CIELAB."""
+    torch.manual_seed(0)
+    colour = np.array([0.2, 0.5, 0.7])
+    x = torch.tensor(2 * colour - 1).float().view(1, 3, 1, 1).expand(2, 3, 64, 64)
+    palette = Judge().read(x).palette
+    assert palette.shape == (2, 2, 3)
+    np.testing.assert_allclose(palette, np.broadcast_to(srgb_to_lab(colour), (2, 2, 3)), atol=1e-3)
+
+
+def test_scores_are_shares_and_mean_distances() -> None:
+    palette = torch.zeros(2, 2, 3)
+    reading = Reading(torch.eye(2, 64), torch.eye(2, 10).flip(0), palette, torch.zeros(2, 3))
+    score = reading.score(torch.tensor([0, 1]), torch.tensor([0, 0]), palette + torch.tensor([3.0, 4.0, 0.0]))
+    assert score == {"concept": 1.0, "background": 0.5, "palette_error": 5.0}
+    assert delta_e(palette, palette + torch.tensor([[[0.0, 0, 2]], [[0, 0, 4]]])).tolist() == [2, 4]
+
+
+def test_the_judge_can_be_trained_and_loaded(tmp_path: Path) -> None:
+    plan = replace(judge.PHASES[0], steps=2, batch=4)
+    judge.train(tmp_path / "state", tmp_path, (plan,))
+    card = read_card(tmp_path / "judge.safetensors")
+    assert card["command"] == "python -m train judge" and card["settings"][0]["steps"] == 2
+    assert 0 <= card["results"]["concept"] <= 1
+    x = to_tensor(pictures([World("test")[0]]))
+    assert load_judge(tmp_path / "judge.safetensors").read(x).palette.isfinite().all()
+
+
+def test_the_second_clip_can_be_trained_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both towers end in the same width, so their cosines exist."""
+    monkeypatch.setattr(clip, "probe", lambda image: {"concept": 0.0})
+    plan = replace(scorer.PHASES[0], steps=2, batch=4, bf16=False)
+    scorer.train(tmp_path / "state", tmp_path, (plan,))
+    assert read_card(tmp_path / "score_text.safetensors")["command"] == "python -m train scorer"
+    loaded: Any = clip_score.load(tmp_path)
+    assert torch.isfinite(loaded.texts(["a fox", "an owl"])).all() and loaded.texts(["a fox"]).shape == (1, 192)

@@ -1,0 +1,41 @@
+"""Stage 6: a second CLIP, which scores drawings and which no adapter reads.  `python -m train scorer`
+
+It differs from the CLIP of `train/clip.py` in patch size, width, seed and training pictures, so that CLIP-I and CLIP-T
+(eval/clip_score.py) do not reward an adapter for what its own encoder happens to see.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoints import cards
+from model.image_encoder import MINI_IMAGE
+from train import clip
+from train.loop import Plan, card, run
+
+PHASES = (Plan("clip_score", 1500, 128, 1e-3, decay=0.7, weight_decay=0.05, bf16=True, seed=50, validate_every=500),)
+TEXT = replace(clip.MINI_TEXT, width=96, layers=3, output_dim=192)
+IMAGE = replace(MINI_IMAGE, width=24, heads=12, output_dim=192, stem_pool=True)  # the pool doubles the size of a patch
+
+
+def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> None:
+    """Train both towers; write `weights`/score_text and score_image, each with its card."""
+    torch.manual_seed(phases[0].seed)
+    towers, log = clip.CLIP(TEXT, IMAGE), list[dict[str, Any]]()
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, clip.CLIP)
+        return clip.probe(module.image)
+
+    for plan in phases:
+        batches, loss = functools.partial(clip.batch_of, towers.text, plan), functools.partial(clip.clip_loss, towers)
+        log += run(plan, towers, batches, loss, validate, folder)[1]
+    written = card(phases, log, "python -m train scorer")
+    cards.save(towers.text, weights / "score_text.safetensors", written)
+    cards.save(towers.image.eval(), weights / "score_image.safetensors", written)
