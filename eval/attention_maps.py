@@ -93,8 +93,8 @@ def record(unet: UNet) -> Iterator[list[LayerMaps]]:
         given = inspect.signature(UNet.forward).bind(unet, *args, **kwargs).arguments
         b, _, h, w = given["x"].shape
         call, t = call + 1, tuple(torch.as_tensor(given["t"]).expand(b).tolist())
-        levels = [(-(-h // 2**i), -(-w // 2**i)) for i in range(len(unet.config.channels))]
-        grids = {h * w: (h, w) for h, w in levels}
+        halved = ((-(-h // 2**i), -(-w // 2**i)) for i in range(len(unet.config.channels)))
+        grids = {h * w: (h, w) for h, w in halved}
 
     @torch.no_grad()
     def look(layer: CrossAttention, args: tuple[Tensor, Context], _: Tensor) -> None:
@@ -104,8 +104,7 @@ def record(unet: UNet) -> Iterator[list[LayerMaps]]:
         text = Source(k, k)
         image = [replace(source, k=source.k.to(exact)) for source in context.at(layer.layer)]
         of_text, *of_image = (part.float().cpu() for part in softmax_maps(q, text, image, context.fuse))
-        joint = context.fuse is concatenated and image
-        mass = image_mass(q, text, image).float().cpu() if joint else None
+        mass = image_mass(q, text, image).float().cpu() if context.fuse is concatenated and image else None
         weights = [source.weight(q) if context.fuse is decoupled else 1.0 for source in image]
         kept = tuple(w.float().cpu() if isinstance(w, Tensor) else w for w in weights)
         maps.append(LayerMaps(layer.layer, call, t, grids[q.shape[-2]], of_text, tuple(of_image), kept, mass))

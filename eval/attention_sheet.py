@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from eval.attention_maps import Named, finest, name_maps, record
-from sampling.images import to_images
-from sampling.pipeline import Pipeline
+from sampling.images import open_image, save_image, to_images
+from sampling.pipeline import WEIGHTS, Pipeline, load
 
 COLUMNS, INCHES, DPI, SIDE = 7, 1.6, 100, 256
 HEAT = matplotlib.colormaps["inferno"]
@@ -128,3 +129,13 @@ def attention_sheet(
         title = "Where the drawing looks at the image prompt"
         sections.append(Section(title, TOKENS_NOTE, overlays(drawn, tokens)))
     return sheet(sections)
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval attention`"""
+    pictures = [open_image(path) for path in args.image]  # reject a bad picture before loading the weights
+    pipeline = load(args.checkpoint or WEIGHTS, args.ip_adapter, args.image_encoder)
+    picture = attention_sheet(pipeline, pictures, args.prompt, args.scale, args.guidance, args.seed, args.steps)
+    settings = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
+    save_image(picture, args.out, {"arguments": settings})
+    print(args.out)

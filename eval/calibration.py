@@ -7,6 +7,7 @@ person could not tell. `--draw` draws new pictures, which then need new labels.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from PIL import Image
 
 from checkpoints.files import read_json
-from eval.bench import Prompts, embed
+from eval.bench import embed
+from eval.prompts import Prompts
+from eval.tables import summary
 from sampling.images import to_images
 from sampling.pipeline import load
-from train.judge import Judge
+from train.judge import Judge, load_judge
 from train.vae import to_tensor
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, SIZE
 
@@ -61,3 +64,10 @@ def agreement(judge: Judge, folder: Path) -> dict[str, float]:
         found[f"{key}_labelled"] = len(labelled)
         found[key] = float(np.mean([int(logits[i].argmax()) == label for i, label in labelled]))
     return found
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval calibration`"""
+    if args.draw:
+        draw(args.weights, args.out / "labels.png")
+    print(summary(agreement(load_judge(args.weights / "judge.safetensors"), args.out)))

@@ -21,6 +21,7 @@ from model.image_encoder import ImageEncoder
 from model.text_encoder import TextEncoder
 
 NAME = "the mini world's second CLIP"
+Encode = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,24 @@ def clip_score(cosine: Tensor) -> Tensor:
     return 2.5 * cosine.clamp(min=0)
 
 
-def scorer(name: str, image: ImageEncoder, text: TextEncoder) -> Scorer:
-    """A Scorer from our own towers; the text tower must have its projection."""
-
+def _scorer(
+    name: str, preprocess: Encode, image: Encode, tokenize: Encode, text: Encode, device: str = "cpu", batch: int = 64
+) -> Scorer:
     @torch.no_grad()
     def images(pictures: Sequence[Image.Image]) -> Tensor:
-        pixels = torch.stack([image.preprocess(picture) for picture in pictures])
-        return torch.cat([image(part) for part in pixels.split(64)])
+        pixels = torch.stack([preprocess(picture) for picture in pictures])
+        return torch.cat([image(part.to(device)).cpu() for part in pixels.split(batch)])
 
     @torch.no_grad()
     def texts(captions: Sequence[str]) -> Tensor:
-        return torch.cat([text.pooled(part) for part in text.tokenize(list(captions)).split(64)])
+        return torch.cat([text(part.to(device)).cpu() for part in tokenize(list(captions)).split(batch)])
 
     return Scorer(name, images, texts)
+
+
+def scorer(name: str, image: ImageEncoder, text: TextEncoder) -> Scorer:
+    """A Scorer from our own towers; the text tower must have its projection."""
+    return _scorer(name, image.preprocess, image, text.tokenize, text.pooled)
 
 
 def open_clip_scorer(architecture: str, pretrained: str, device: str = "cpu") -> Scorer:
@@ -76,20 +82,10 @@ def open_clip_scorer(architecture: str, pretrained: str, device: str = "cpu") ->
         model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=pretrained)
     except RuntimeError as error:
         raise ValueError(f"{architecture}:{pretrained} cannot be loaded by open_clip: {error}") from error
-    tokenizer = open_clip.get_tokenizer(architecture)
     model.eval().to(device)
-
-    @torch.no_grad()
-    def images(pictures: Sequence[Image.Image]) -> Tensor:
-        pixels = torch.stack([preprocess(picture) for picture in pictures])
-        return torch.cat([model.encode_image(part.to(device)).cpu() for part in pixels.split(32)])
-
-    @torch.no_grad()
-    def texts(captions: Sequence[str]) -> Tensor:
-        tokens = tokenizer(list(captions))
-        return torch.cat([model.encode_text(part.to(device)).cpu() for part in tokens.split(32)])
-
-    return Scorer(f"{architecture}, {pretrained} (open_clip: {model.visual.preprocess_cfg})", images, texts)
+    name = f"{architecture}, {pretrained} (open_clip: {model.visual.preprocess_cfg})"
+    tokenizer = open_clip.get_tokenizer(architecture)
+    return _scorer(name, preprocess, model.encode_image, tokenizer, model.encode_text, device, batch=32)
 
 
 def load(weights: Path) -> Scorer:

@@ -6,6 +6,7 @@ at equal training: Plus started from the global adapter and was trained further.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from checkpoints.files import sha256, write_json
 from eval import clip_score
 from eval.ablation.report import measures
 from eval.ablation.rows import frame_of
-from eval.bench import Bench, Prompts, through_the_vae
+from eval.bench import Bench, through_the_vae
+from eval.prompts import Prompts
 from eval.tables import markdown
 from model.attention import decoupled
 from sampling.pipeline import load
@@ -33,7 +35,7 @@ COLUMNS = {
 }
 
 
-def evaluate(weights: Path, out: Path, n: int = 512, steps: int = 12, guidance: float = 4.0) -> dict[str, Any]:
+def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> dict[str, Any]:
     """Draw n held-out image prompts with both adapters, read the drawings, write `out` (JSON; rows as in results/ablation.json).
 
     Raises FileNotFoundError, naming the command that trains it, when an adapter is missing.
@@ -73,3 +75,8 @@ def table(results: dict[str, Any]) -> str:
         added.append(f"{difference.mean():+.{digits}f} ± {half:.{digits}f}")
     frame.loc["fine-grained minus global"] = added
     return markdown(frame.rename_axis("").reset_index())
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval fine`"""
+    print(table(evaluate(args.weights, args.out, args.n, args.steps, args.guidance)))

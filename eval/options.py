@@ -95,7 +95,9 @@ def add_calibration(commands: Commands) -> None:
     says = "Measure how often the judge agrees with a person about drawn pictures"
     p = command(commands, "calibration", says)
     p.add_argument("--draw", action="store_true", help="draw the pictures again; they then need new labels")
-    p.add_argument("--out", type=Path, default=Path("results"), help="folder of labels.png and labels.json")
+    p.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder of labels.png and labels.json (default: results)"
+    )
 
 
 def add_attention(commands: Commands) -> None:

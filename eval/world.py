@@ -12,16 +12,17 @@ Every concept on every background, one picture each, seeds 0 .. n-1, nothing sel
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from PIL import Image
 from torch import Tensor
 
 from checkpoints.files import sha256, write_json
-from eval.bench import Prompts, draw, embed, through_the_vae
+from eval.bench import draw, embed, through_the_vae
+from eval.prompts import Prompts
 from eval.tables import markdown, summary
 from sampling.embeddings import Strength
 from sampling.lambdas import Lambda
@@ -29,7 +30,7 @@ from sampling.pipeline import Pipeline, load
 from train.colour import coarse_name
 from train.judge import Judge, load_judge
 from train.vae import psnr
-from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, Scene, World, caption, pictures
+from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, caption
 
 LAMBDAS: dict[Literal["all", "finest"], tuple[float, ...]] = {
     "all": (0.2, 0.3, 0.4, 0.6),
@@ -37,19 +38,6 @@ LAMBDAS: dict[Literal["all", "finest"], tuple[float, ...]] = {
 }
 FOLLOW = {"concept": 0.75, "background": 0.9}  # how often validation prompts must follow the text at the chosen lambda
 Scores = dict[str, float]
-
-
-def examples(folder: Path, n: int = 12) -> None:
-    """Write the demo's image prompts: the first held-out pictures of n different concepts, each named after its concept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen: dict[str, Scene] = {}
-    for i in range(1000):
-        scene = World("test")[i]
-        chosen.setdefault(CONCEPT_NAMES[scene.concept], scene)
-        if len(chosen) == n:
-            break
-    for name, scene in chosen.items():
-        Image.fromarray(pictures([scene])[0]).save(folder / f"{name.replace(' ', '_')}.png")
 
 
 @dataclass(frozen=True)
@@ -107,7 +95,7 @@ def coloured(prompts: Prompts) -> list[str]:
     return [caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b]) for c, name, b in asked]
 
 
-def evaluate(weights: Path, out: Path, n: int = 1024, steps: int = 12, guidance: float = 4.0) -> dict[str, Any]:
+def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> dict[str, Any]:
     """Measure everything, and write `out` (JSON) after each part."""
     measure = Measure(load(weights), load_judge(weights / "judge.safetensors"), steps, guidance)
     test, vae = Prompts.of_the_world(n, seed=2), measure.pipeline.vae
@@ -149,3 +137,8 @@ def table(results: dict[str, Any]) -> str:
     shares = {key: frame[key].map("{:.1%}".format) for key in ("concept", "background")}
     error = frame["palette_error"].map("{:.1f}".format)
     return markdown(pd.DataFrame({"": list(names.values()), **shares, "palette error": error}))
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval world`"""
+    print(table(evaluate(args.weights, args.out, args.n, args.steps, args.guidance)))

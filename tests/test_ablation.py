@@ -28,8 +28,9 @@ from eval.ablation.forms import FORMS, SHARES
 from eval.ablation.memo import Memo
 from eval.ablation.rows import Results, fraction, frame_of
 from eval.ablation.study import SMOKE, Place, Study, untrained
-from eval.ablation.work import best_rate, train
-from eval.bench import Bench, Prompts, all_drawings, nearest
+from eval.ablation.training import best_rate, train
+from eval.bench import Bench, all_drawings, nearest
+from eval.prompts import Prompts
 from eval.tables import markdown
 from sampling.pipeline import load
 from train import checkpoint, clip, scorer

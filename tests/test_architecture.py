@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,34 @@ def test_imports_point_one_way(package: str) -> None:
         if package_of(path) == package:
             ours = {name.split(".")[0] for name, _ in imports(tree)} & {*ALLOWED, "tests"}
             assert ours <= ALLOWED[package] | {package}, f"{path} imports {ours - ALLOWED[package] - {package}}"
+
+
+def test_no_imports_go_in_circles() -> None:
+    """Not even those inside functions; what only a type checker imports does not count."""
+    modules = {path.removesuffix(".py").replace("/", "."): tree for path, tree in sources().items()}
+    graph: dict[str, set[str]] = {}
+    for module, tree in modules.items():
+        unread = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ]
+        skip = {id(inner) for node in unread for inner in ast.walk(node)}
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and id(node) not in skip]
+        named = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        graph[module] = (named | {str(node.module) for node in nodes}) & set(modules)
+    assert graph["eval.bench"] >= {"eval.prompts", "model.adapter"}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("package", ["eval"])
+def test_functions_are_short(package: str) -> None:
+    long = [
+        f"{path}::{node.name}"
+        for path, tree in sources().items()
+        if package_of(path) == package
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= 40
+    ]
+    assert not long, "longer than 40 lines"
 
 
 def test_no_package_is_imported_by_its_bare_name() -> None:

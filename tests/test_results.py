@@ -13,8 +13,8 @@ from eval import fine, world
 from eval.ablation import report
 from eval.ablation.endpoint import grey_error
 from eval.ablation.rows import Results
-from eval.bench import Prompts
 from eval.peers import benchmark, parity
+from eval.prompts import Prompts
 from eval.tables import markdown
 from train.data import fingerprint
 

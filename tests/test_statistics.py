@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval.ablation.endpoint import GREY, Curves, Difference, difference, error_at, grey_error, holm
-from eval.bench import Prompts
+from eval.prompts import Prompts
 from train.judge import load_judge
 from train.world import random_palette
 

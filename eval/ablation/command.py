@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +18,12 @@ from eval.ablation.endpoint import summary
 from eval.ablation.forms import FORMS
 from eval.ablation.memo import Memo
 from eval.ablation.rows import SCHEMA, Results, frame_of
-from eval.ablation.study import Place, Study
+from eval.ablation.study import SMOKE, Place, Study
 from eval.ablation.work import evaluate
-from eval.bench import TASKS
+from eval.prompts import TASKS
+from train.adapter import Source
 
+OTHER_STUDY = ("smoke", "data", "steps", "batch", "prompts", "rates")  # options that change the published study
 # How far the mean of a measure may be from the stored one. Another kind of processor rounds bfloat16 otherwise, so pictures differ
 # a little. Measured over 16 prompts in four cells: shares by 0, errors by 0.62 and 0.03, cosines by 0.0019 and 0.0003.
 TOLERANCE = {
@@ -33,7 +37,7 @@ TOLERANCE = {
 }
 
 
-def run(place: Place, study: Study, out: Path, jobs: int) -> None:
+def execute(place: Place, study: Study, out: Path, jobs: int) -> None:
     """Do what is missing of the study; write results/ablation.json, RESULTS.md and its figures into `out`.
 
     Seeds are added one by one while the primary difference is not known well enough.
@@ -105,3 +109,41 @@ def compare(stored: pd.DataFrame, redrawn: pd.DataFrame, whose: str) -> pd.DataF
                 }
             )
     return pd.DataFrame(lines)
+
+
+def place_of(args: Namespace) -> Place:
+    """Where the ablation finds and keeps its files. Raises ValueError when options do not go together."""
+    other = [name for name in OTHER_STUDY if getattr(args, name)] + ["device"] * (args.device != "cpu")
+    if other and args.out == Path("."):
+        raise ValueError(f"--{other[0]} does not go with the published study: name a folder for your own with --out")
+    if (args.base is None) != (args.data is None):
+        raise ValueError("--base and --data go together: the mini world's pictures are for the mini world's base")
+    if args.data is not None and args.scorer is None:
+        raise ValueError("name the CLIP that reads the pictures, as in --scorer ViT-L-14:openai")
+    pictures = 16 * SMOKE.batch if args.smoke else Source.pictures
+    source = Source(args.base or args.weights, args.image_encoder, pictures=pictures, data=args.data)
+    shipped, state = args.out / "results" / "ablation", args.state or args.out / "runs" / "ablation"
+    return Place(source, shipped, state, args.scorer or str(args.weights))
+
+
+def study_of(args: Namespace) -> Study:
+    """The size of the study. Raises ValueError for one that is too small."""
+    given = {key: value for key in ("prompts", "steps", "batch") if (value := getattr(args, key)) is not None}
+    if args.seeds is not None:
+        given |= {"seeds": args.seeds, "most_seeds": args.seeds}
+    if args.rates is not None:
+        given["rates"] = tuple(args.rates)
+    return replace(SMOKE if args.smoke else Study(), device=args.device, **given)
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval ablation`"""
+    place = place_of(args)
+    if args.cell is None:
+        execute(place, study_of(args), args.out, args.jobs if args.device == "cpu" else 1)
+        return
+    compared = redraw(place, args.out, args.cell)
+    print(compared.to_string(index=False))
+    if not compared["within"].all():
+        sys.exit(f"{args.cell} is not within the tolerance of the stored numbers")
+    print(f"{args.cell} is within the tolerance of the stored numbers")

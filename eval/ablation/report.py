@@ -14,17 +14,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from eval.ablation.endpoint import grey_error
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY, SHARES
 from eval.ablation.rows import Results, fraction
-from eval.bench import TASKS
+from eval.prompts import TASKS
 from eval.tables import markdown
 
 CONTROLS = {"shuffled": "another's picture", "null": "no picture"}
-NUMBERS = {"palette_error": ".1f", "placement_error": ".1f", "clip_i": ".3f", "clip_t": ".3f", "clip_score": ".2f"}
-TITLES = {
-    "palette_error": "palette error",
-    "placement_error": "placement error",
-    "clip_i": "CLIP-I",
-    "clip_t": "CLIP-T",
-    "clip_score": "CLIPScore",
+NUMBERS = {
+    "palette_error": ("palette error", ".1f"),
+    "placement_error": ("placement error", ".1f"),
+    "clip_i": ("CLIP-I", ".3f"),
+    "clip_t": ("CLIP-T", ".3f"),
+    "clip_score": ("CLIPScore", ".2f"),
 }
 
 
@@ -40,7 +39,7 @@ def measures(pictures: pd.DataFrame) -> dict[str, str]:
     for key in ("concept", "background", "drawing"):
         wanted, own = (mean(f"{key}_{whose}", ".0%") for whose in ("wanted", "own"))
         line[key] = f"{wanted} / {own}" if wanted and (pictures["task"] == "conflict").all() else own
-    return line | {TITLES[key]: mean(key, form) for key, form in NUMBERS.items()}
+    return line | {title: mean(key, form) for key, (title, form) in NUMBERS.items()}
 
 
 def task_table(pictures: pd.DataFrame, task: str, forms: Sequence[str]) -> pd.DataFrame:

@@ -19,7 +19,8 @@ import torch
 from checkpoints.files import read_json
 from eval import clip_score
 from eval.ablation.forms import FORMS, SHARES, Form
-from eval.bench import Bench, Prompts
+from eval.bench import Bench
+from eval.prompts import Prompts
 from model.adapter import IPAdapter
 from sampling.pipeline import load
 from train import adapter as training
@@ -79,16 +80,7 @@ class Study:
 
 # Everything, but tiny: it runs in minutes, and its numbers mean nothing.
 SMOKE = Study(
-    steps=8,
-    batch=4,
-    rates=(1e-3, 3e-3),
-    rate_steps=4,
-    seeds=2,
-    most_seeds=2,
-    prompts=4,
-    draw_steps=2,
-    check_steps=3,
-    resamples=50,
+    steps=8, batch=4, rates=(1e-3, 3e-3), rate_steps=4, seeds=2, most_seeds=2, prompts=4, draw_steps=2, check_steps=3
 )
 
 

@@ -1,4 +1,4 @@
-"""The work of an ablation: try rates, train, draw and read, in processes of one thread each.
+"""The work of an ablation: train, draw and read, in processes of one thread each.
 
 With one thread in each process, no number depends on how many cores a machine has. Every result is kept in a `Memo`, and all of
 them in results/ablation.json, from which another machine continues.
@@ -7,9 +7,8 @@ them in results/ablation.json, from which another machine continues.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
@@ -18,71 +17,20 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from checkpoints.adapters import load_adapter, save_adapter
+from checkpoints.adapters import load_adapter
 from checkpoints.files import read_json
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY, SHARES
 from eval.ablation.mass import image_mass
-from eval.ablation.memo import Memo, as_json
+from eval.ablation.memo import Memo
 from eval.ablation.study import Place, Study, untrained
-from eval.bench import TASKS, Bench, Row
+from eval.ablation.training import best_rate, settings_of, train, try_rate
+from eval.bench import Bench, Row
+from eval.prompts import TASKS
 from model.adapter import IPAdapter
 from model.attention import concatenated
-from train import adapter as training
-from train import checkpoint
 
 T = TypeVar("T")
 MASS_PROMPTS = 32
-
-
-def try_rate(place: Place, study: Study, form: str, rate: float) -> float | None:
-    """How much a picture tells after a short training at this rate (seed 1000): `gain_shuffled` of train/adapter.py. None when
-    the loss was not finite."""
-    plan = study.rate_plan(form, rate)
-
-    def make() -> float | None:
-        setting = place.setting(study)
-        start = untrained(setting, FORMS[form], 1000)
-        try:
-            _, log = training.fit(setting, start, plan, place.work, FORMS[form].fuse)
-        except FloatingPointError:
-            return None
-        return float(log[-1]["gain_shuffled"])
-
-    return Memo(place.work)(plan.name, {"plan": asdict(plan)}, make)
-
-
-def best_rate(gains: Mapping[float, float | None], form: str) -> float:
-    """The rate with the highest gain. Raises ValueError when no loss was finite."""
-    finite = {rate: gain for rate, gain in gains.items() if gain is not None}
-    if not finite:
-        raise ValueError(f"the loss of {form} is not finite at any rate: give lower --rates")
-    return max(finite, key=finite.__getitem__)
-
-
-def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None:
-    """Train one adapter, and write it after each share of its steps where that file is missing or was made otherwise."""
-    plan, fuse = study.plan(form, seed, rate), FORMS[form].fuse
-    settings, state = _settings(place, study, form, seed, rate), place.work / f"{plan.name}.pt"
-    missing = [share for share in SHARES if place.card(form, seed, share).get("settings") != settings]
-    if not missing:
-        return
-    if (found := checkpoint.load(state)) and found["step"] > round(missing[0] * plan.steps):
-        state.unlink()  # the state is past the missing share, so train from the start
-    setting = place.setting(study)
-    for share in SHARES:
-        start = untrained(setting, FORMS[form], seed)
-        adapter, log = training.fit(setting, start, plan, place.work, fuse, until=round(share * plan.steps))
-        if share in missing:
-            keys = ("step", "held_out", "gain_zero", "gain_shuffled")
-            gains = [{key: row[key] for key in keys} for row in log if "held_out" in row]
-            size = sum(p.numel() for p in adapter.parameters())
-            card = {"command": "python -m eval ablation", "settings": settings, "parameters": size, "gains": gains}
-            save_adapter(adapter, setting.pipeline.unet, place.adapter(form, seed, share), card)
-
-
-def _settings(place: Place, study: Study, form: str, seed: int, rate: float) -> dict[str, Any]:
-    """What an adapter's card says that it was made from."""
-    return as_json({"made_from": place.made_from, **asdict(study.plan(form, seed, rate))})
 
 
 def _key(study: Study, form: str, seed: int, rate: float) -> dict[str, Any]:
@@ -117,7 +65,7 @@ def rows(place: Place, study: Study, form: str, seed: int, rate: float) -> list[
         return drawn + bench.controls(adapter, fuse, **where)
 
     memo, name = Memo(place.work), f"rows-{form}-{seed}"
-    if place.card(form, seed).get("settings") != _settings(place, study, form, seed, rate):
+    if place.card(form, seed).get("settings") != settings_of(place, study, form, seed, rate):
         memo.path(name).unlink(
             missing_ok=True
         )  # the shipped adapter is another one, so nobody could draw these rows again
@@ -156,21 +104,15 @@ def more_steps(place: Place, study: Study, form: str, rate: float) -> list[Row]:
     return Memo(place.work)(f"steps-{form}", key, make)
 
 
-@contextmanager
-def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; after an exception, waiting work is dropped."""
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _run(pool: ProcessPoolExecutor, work: Mapping[str, Callable[[], T]], what: str) -> dict[str, T]:
-    """The results of picklable calls, by name, in order."""
+    """The results of picklable calls, by name, in order. After an exception, waiting work is dropped."""
     futures = {name: pool.submit(call) for name, call in work.items()}
-    for done in tqdm(as_completed(futures.values()), total=len(futures), desc=what, position=0):
-        done.result()
+    try:
+        for done in tqdm(as_completed(futures.values()), total=len(futures), desc=what, position=0):
+            done.result()
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
     return {name: future.result() for name, future in futures.items()}
 
 
@@ -187,7 +129,7 @@ def evaluate(place: Place, study: Study, bench: Bench, jobs: int) -> dict[str, A
     memo = Memo(place.work)
     if not all(memo.path(name).exists() for name in names):
         place.setting(study)  # encode the pictures once, before many processes want them
-    with _workers(jobs) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         found = iter(_run(pool, tried, "rates").values())
         gains = {form: {rate: next(found) for rate in study.rates} for form in study.forms}
         rates = {form: best_rate(gains[form], form) for form in study.forms}

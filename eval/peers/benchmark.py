@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,13 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints.adapters import load_adapter
 from checkpoints.files import read_json, write_json
 from checkpoints.single_file import load_single
 from eval.peers import official
+from eval.peers.timing import Row, beside, medians, peak
 from eval.tables import markdown
 from model.adapter import IPAdapter
 from model.context import Context
@@ -35,32 +36,6 @@ from model.unet import UNet
 from sampling.pipeline import Pipeline, compiled
 from sampling.schedule import Schedule
 from train.loss import diffusion_loss
-
-Run = Callable[[], Any]
-Row = dict[str, Any]
-
-
-def seconds(run: Run) -> float:
-    """The time of one run, after a run that warms up."""
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.0).median
-
-
-def medians(pairs: Sequence[tuple[float, float]]) -> Row:
-    """The medians of our and their seconds, and of the ratio ours / theirs in each round."""
-    frame = pd.DataFrame(pairs, columns=["ours", "theirs"])
-    return {str(key): value for key, value in frame.assign(ratio=frame["ours"] / frame["theirs"]).median().items()}
-
-
-def beside(ours: Run, theirs: Run, rounds: int) -> Row:
-    """Time both sides in turn."""
-    return medians([(seconds(ours), seconds(theirs)) for _ in range(rounds)])
-
-
-def peak(dtype: torch.dtype, n: int = 4096) -> float:
-    """The speed of the fastest of five matrix products, in FLOP/s."""
-    a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
-    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(5))
 
 
 def _inputs(dtype: torch.dtype, batch: int = 2) -> tuple[torch.Tensor, ...]:
@@ -230,3 +205,8 @@ def table(results: dict[str, Any]) -> str:
             lines.append([f"{name}: peak memory / weights", f"{ours:.2f}", f"{theirs:.2f}", ours / theirs, ""])
     frame = pd.DataFrame(lines, columns=["", "ours", "diffusers", "ratio", "at the peak"])
     return markdown(frame.assign(ratio=frame["ratio"].map("{:.2f}".format)))
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval benchmark`"""
+    print(table(evaluate(args.state, args.out, args.rounds, args.row)))

@@ -8,6 +8,7 @@ own error: ours may be at most twice that, in float32 and in bfloat16.
 from __future__ import annotations
 
 import gc
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,8 @@ def evaluate(folder: Path, out: Path, side: int) -> dict[str, Any]:
         for name, (theirs, ours) in errors.items():
             assert ours <= 2 * theirs, f"{part} in {name}: {ours:.2e} is more than twice the public {theirs:.2e}"
     return results
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval parity`"""
+    print(table(evaluate(args.state, args.out, args.side)))

@@ -1,0 +1,65 @@
+"""Trains the adapters of an ablation, each at the best of a few learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from checkpoints.adapters import save_adapter
+from eval.ablation.forms import FORMS, SHARES
+from eval.ablation.memo import Memo, as_json
+from eval.ablation.study import Place, Study, untrained
+from train import adapter as training
+from train import checkpoint
+
+
+def try_rate(place: Place, study: Study, form: str, rate: float) -> float | None:
+    """How much a picture tells after a short training at this rate (seed 1000): `gain_shuffled` of train/adapter.py. None when
+    the loss was not finite."""
+    plan = study.rate_plan(form, rate)
+
+    def make() -> float | None:
+        setting = place.setting(study)
+        start = untrained(setting, FORMS[form], 1000)
+        try:
+            _, log = training.fit(setting, start, plan, place.work, FORMS[form].fuse)
+        except FloatingPointError:
+            return None
+        return float(log[-1]["gain_shuffled"])
+
+    return Memo(place.work)(plan.name, {"plan": asdict(plan)}, make)
+
+
+def best_rate(gains: Mapping[float, float | None], form: str) -> float:
+    """The rate with the highest gain. Raises ValueError when no loss was finite."""
+    finite = {rate: gain for rate, gain in gains.items() if gain is not None}
+    if not finite:
+        raise ValueError(f"the loss of {form} is not finite at any rate: give lower --rates")
+    return max(finite, key=finite.__getitem__)
+
+
+def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None:
+    """Train one adapter, and write it after each share of its steps where that file is missing or was made otherwise."""
+    plan, fuse = study.plan(form, seed, rate), FORMS[form].fuse
+    settings, state = settings_of(place, study, form, seed, rate), place.work / f"{plan.name}.pt"
+    missing = [share for share in SHARES if place.card(form, seed, share).get("settings") != settings]
+    if not missing:
+        return
+    if (found := checkpoint.load(state)) and found["step"] > round(missing[0] * plan.steps):
+        state.unlink()  # the state is past the missing share, so train from the start
+    setting = place.setting(study)
+    for share in SHARES:
+        start = untrained(setting, FORMS[form], seed)
+        adapter, log = training.fit(setting, start, plan, place.work, fuse, until=round(share * plan.steps))
+        if share in missing:
+            keys = ("step", "held_out", "gain_zero", "gain_shuffled")
+            gains = [{key: row[key] for key in keys} for row in log if "held_out" in row]
+            size = sum(p.numel() for p in adapter.parameters())
+            card = {"command": "python -m eval ablation", "settings": settings, "parameters": size, "gains": gains}
+            save_adapter(adapter, setting.pipeline.unet, place.adapter(form, seed, share), card)
+
+
+def settings_of(place: Place, study: Study, form: str, seed: int, rate: float) -> dict[str, Any]:
+    """What an adapter's card says that it was made from."""
+    return as_json({"made_from": place.made_from, **asdict(study.plan(form, seed, rate))})

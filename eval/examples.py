@@ -1,0 +1,28 @@
+"""The image prompts of the demo.  `python -m eval examples`"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from PIL import Image
+
+from train.world import CONCEPT_NAMES, Scene, World, pictures
+
+
+def examples(folder: Path, n: int = 12) -> None:
+    """Write the demo's image prompts: the first held-out pictures of n different concepts, each named after its concept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen: dict[str, Scene] = {}
+    for i in range(1000):
+        scene = World("test")[i]
+        chosen.setdefault(CONCEPT_NAMES[scene.concept], scene)
+        if len(chosen) == n:
+            break
+    for name, scene in chosen.items():
+        Image.fromarray(pictures([scene])[0]).save(folder / f"{name.replace(' ', '_')}.png")
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval examples`"""
+    examples(args.out)
