@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     try:
         run(parser().parse_args())
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error.name} is not installed: pip install -e '.[world,eval,test]'")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure, SubFigure
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from checkpoints.files import check_output
 from eval.attention_maps import Named, finest, name_maps, record
 from sampling.images import open_image, save_image, to_images
 from sampling.pipeline import WEIGHTS, Pipeline, load
@@ -133,6 +134,7 @@ def attention_sheet(
 
 def run(args: Namespace) -> None:
     """`python -m eval attention`"""
+    check_output(args.out)
     pictures = [open_image(path) for path in args.image]  # reject a bad picture before loading the weights
     pipeline = load(args.checkpoint or WEIGHTS, args.ip_adapter, args.image_encoder)
     picture = attention_sheet(pipeline, pictures, args.prompt, args.scale, args.guidance, args.seed, args.steps)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoints.files import read_json
+from checkpoints.files import check_output, read_json, replacing
 from eval.bench import embed
 from eval.prompts import Prompts
 from eval.tables import summary
@@ -31,6 +31,7 @@ LAMBDAS = (0.0, 0.4, 0.8, 1.2)
 
 def draw(weights: Path, path: Path) -> None:
     """Draw the sheet of pictures to label."""
+    check_output(path)
     pipeline, prompts = load(weights), Prompts.of_the_world(COLUMNS * ROWS)
     embedding = embed(pipeline, prompts.images)
     lam = torch.tensor(LAMBDAS).repeat(COLUMNS * ROWS // len(LAMBDAS)).view(-1, 1, 1, 1)
@@ -40,8 +41,8 @@ def draw(weights: Path, path: Path) -> None:
         drawn = pipeline.draw(texts, seeds, embedding[rows], scale=lam[rows], guidance=4.0, steps=12)
         for i, image in zip(seeds, to_images(drawn), strict=True):
             sheet.paste(image, (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with replacing(path) as part:
+        sheet.save(part, "PNG")
 
 
 def cut(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:

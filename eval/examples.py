@@ -7,12 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from checkpoints.files import replacing
 from train.world import CONCEPT_NAMES, Scene, World, pictures
 
 
 def examples(folder: Path, n: int = 12) -> None:
     """Write the demo's image prompts: the first held-out pictures of n different concepts, each named after its concept."""
-    folder.mkdir(parents=True, exist_ok=True)
     chosen: dict[str, Scene] = {}
     for i in range(1000):
         scene = World("test")[i]
@@ -20,7 +20,8 @@ def examples(folder: Path, n: int = 12) -> None:
         if len(chosen) == n:
             break
     for name, scene in chosen.items():
-        Image.fromarray(pictures([scene])[0]).save(folder / f"{name.replace(' ', '_')}.png")
+        with replacing(folder / f"{name.replace(' ', '_')}.png") as part:
+            Image.fromarray(pictures([scene])[0]).save(part, "PNG")
 
 
 def run(args: Namespace) -> None:

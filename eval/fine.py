@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from checkpoints.adapters import load_adapter
-from checkpoints.files import sha256, write_json
+from checkpoints.files import check_output, sha256, write_json
 from eval import clip_score
 from eval.ablation.report import measures
 from eval.ablation.rows import frame_of
@@ -40,6 +40,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> d
 
     Raises FileNotFoundError, naming the command that trains it, when an adapter is missing.
     """
+    check_output(out)
     files = [weights / f"{name}.safetensors" for name in ADAPTERS]
     for file, option in zip(files, ("", " --fine"), strict=True):
         if not file.exists():

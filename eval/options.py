@@ -32,13 +32,20 @@ def command(commands: Commands, name: str, says: str) -> argparse.ArgumentParser
     return added
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def add_scores(commands: Commands) -> None:
     says = "Score the mini weights against the truth of the mini world"
     score = command(commands, "world", says)
     fine = command(commands, "fine", "Compare global with fine-grained image features")
     for added, name, n in ((score, "world", 1024), (fine, "fine", 512)):
-        added.add_argument("--n", type=int, default=n, help=f"number of prompts (default: {n})")
-        added.add_argument("--steps", type=int, default=12, help="sampling steps for each drawing (default: 12)")
+        added.add_argument("--n", type=count, default=n, help=f"number of prompts (default: {n})")
+        added.add_argument("--steps", type=count, default=12, help="sampling steps for each drawing (default: 12)")
         added.add_argument("--guidance", type=float, default=4.0, help="guidance weight (default: 4)")
         out = Path(f"results/{name}.json")
         added.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
@@ -54,7 +61,7 @@ def add_ablation(commands: Commands) -> None:
     p.add_argument("--state", type=Path, help="folder for checkpoints and caches (default: runs/ablation in --out)")
     cores = os.cpu_count() or 1
     p.add_argument(
-        "--jobs", type=int, default=cores, help="number of processes, of one thread each (default: all cores)"
+        "--jobs", type=count, default=cores, help="number of processes, of one thread each (default: all cores)"
     )
     p.add_argument("--device", default="cpu", help="device to train and draw on (default: cpu); others use one process")
     p.add_argument("--smoke", action="store_true", help="run everything at a tiny size; the numbers mean nothing")
@@ -79,10 +86,10 @@ def add_ablation(commands: Commands) -> None:
 def add_peers(commands: Commands) -> None:
     says = "Check equality with diffusers and transformers at the true size; writes 3.4 GB of random weights to --state"
     parity = command(commands, "parity", says)
-    parity.add_argument("--side", type=int, default=64, help="side of the latents (default: 64, a 512 x 512 picture)")
+    parity.add_argument("--side", type=count, default=64, help="side of the latents (default: 64, a 512 x 512 picture)")
     says = "Measure speed and memory beside diffusers at the true size; writes 3.4 GB of random weights to --state"
     speed = command(commands, "benchmark", says)
-    speed.add_argument("--rounds", type=int, default=3, help="number of measurements of each side (default: 3)")
+    speed.add_argument("--rounds", type=count, default=3, help="number of measurements of each side (default: 3)")
     says = "measure only this row and keep the other rows of --out; may be repeated"
     speed.add_argument("--row", action="append", default=[], help=says)
     for added, out in ((parity, Path("results/parity.json")), (speed, Path("results/benchmark.json"))):
@@ -110,7 +117,7 @@ def add_attention(commands: Commands) -> None:
     p.add_argument("--scale", type=float, default=1.0, help="lambda, the weight of the image prompt (default: 1)")
     p.add_argument("--guidance", type=float, default=4.0, help="guidance weight (default: 4, for the mini weights)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    p.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
+    p.add_argument("--steps", type=count, default=20, help="sampling steps (default: 20)")
     out = Path("out/attention.png")
     p.add_argument("--out", type=Path, default=out, help=f"PNG file to write (default: {out})")
     p.add_argument("--checkpoint", type=Path, help="base model, a file or a folder (default: the mini weights)")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import pandas as pd
 from torch import Tensor
 
-from checkpoints.files import sha256, write_json
+from checkpoints.files import check_output, sha256, write_json
 from eval.bench import draw, embed, through_the_vae
 from eval.prompts import Prompts
 from eval.tables import markdown, summary
@@ -97,6 +97,7 @@ def coloured(prompts: Prompts) -> list[str]:
 
 def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> dict[str, Any]:
     """Measure everything, and write `out` (JSON) after each part."""
+    check_output(out)
     measure = Measure(load(weights), load_judge(weights / "judge.safetensors"), steps, guidance)
     test, vae = Prompts.of_the_world(n, seed=2), measure.pipeline.vae
     results: dict[str, Any] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -11,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from eval.__main__ import MODULES
+from eval.__main__ import MODULES, main
 from eval.options import parser
 from eval.peers.timing import beside
 from eval.tables import markdown, summary
@@ -61,6 +63,59 @@ def test_every_command_has_its_module(command: str) -> None:
 def test_trainings_are_not_measurements(command: str) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args([command])
+
+
+def told(monkeypatch: pytest.MonkeyPatch, *options: object) -> str:
+    """What the command says when it refuses."""
+    monkeypatch.setattr("sys.argv", ["eval", *map(str, options)])
+    with pytest.raises(SystemExit) as error:
+        main()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("command", ["world", "fine", "parity", "benchmark", "attention", "ablation", "calibration"])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output is a folder, or would be in a file; nothing can be loaded here, so work would say something else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" if command in ("ablation", "calibration") else tmp_path
+    options = {"calibration": ["--draw"], "ablation": ["--smoke"]}.get(command, [])
+    assert re.search("can't be written|is a folder", told(monkeypatch, command, "--out", out, *options))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("option", ["--n 0", "--steps 0", "--n -3", "--steps 1.5", "--n many"])
+def test_impossible_counts_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["world", *option.split()])
+    assert "is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    monkeypatch.delitem(sys.modules, "eval.fine", raising=False)
+    monkeypatch.delitem(sys.modules, "eval.tables", raising=False)
+    monkeypatch.delitem(sys.modules, "eval.ablation.report", raising=False)
+    assert told(monkeypatch, "fine") == "error: pandas is not installed: pip install -e '.[world,eval,test]'"
+
+
+def test_a_missing_cuda_device_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "no CUDA device" in told(monkeypatch, "ablation", "--device", "cuda", "--out", tmp_path)
+
+
+def test_parity_names_what_is_not_equal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A part whose error is more than twice the public one, in one precision; the numbers are written first."""
+    parts = {
+        "a": {"float32": [1e-6, 1.9e-6], "bfloat16": [0.01, 0.021]},
+        "b": {"float32": [1.0, 1.0], "bfloat16": [1.0, 0.1]},
+    }
+    monkeypatch.setattr("eval.peers.parity.measure", lambda *_: parts)
+    said = told(monkeypatch, "parity", "--out", tmp_path / "parity.json")
+    assert said.endswith("more than twice the public one: a in bfloat16: 2.1e-02 against 1.0e-02")
+    assert json.loads((tmp_path / "parity.json").read_text())["parts"] == parts
 
 
 def test_a_table_is_markdown() -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from checkpoints.adapters import load_adapter
-from checkpoints.files import write_json
+from checkpoints.files import check_output, replacing, write_json
 from eval.ablation import plots, report
 from eval.ablation.endpoint import summary
 from eval.ablation.forms import FORMS
@@ -43,6 +43,8 @@ def execute(place: Place, study: Study, out: Path, jobs: int) -> None:
     Seeds are added one by one while the primary difference is not known well enough.
     """
     path = out / "results" / "ablation.json"
+    check_output(path)
+    check_output(out / "RESULTS.md")
     bench = place.bench(study)  # find what reads the pictures before hours of training
     place = place.fingerprinted(bench)
     if path.exists() and (before := Results.of(path).data)["made_from"] == place.made_from:
@@ -58,7 +60,8 @@ def execute(place: Place, study: Study, out: Path, jobs: int) -> None:
         study = replace(study, seeds=study.seeds + 1)
     write_json(path, {"schema": SCHEMA, **data})
     plots.draw(Results(data), place, study, out / "results")
-    (out / "RESULTS.md").write_text(report.render(Results(data)))
+    with replacing(out / "RESULTS.md") as part:
+        part.write_text(report.render(Results(data)))
 
 
 def redraw(place: Place, out: Path, name: str) -> pd.DataFrame:
@@ -128,6 +131,8 @@ def place_of(args: Namespace) -> Place:
 
 def study_of(args: Namespace) -> Study:
     """The size of the study. Raises ValueError for one that is too small."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this machine has no CUDA device that PyTorch can use")
     given = {key: value for key in ("prompts", "steps", "batch") if (value := getattr(args, key)) is not None}
     if args.seeds is not None:
         given |= {"seeds": args.seeds, "most_seeds": args.seeds}

@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from checkpoints.adapters import load_adapter
+from checkpoints.files import replacing
 from eval.ablation.endpoint import best_lambda, curves, grey_error
 from eval.ablation.forms import FORMS
 from eval.ablation.rows import Results, fraction
@@ -76,7 +77,8 @@ def plot_mass(results: Results, path: Path) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
 
 
@@ -89,4 +91,6 @@ def contact_sheet(results: Results, place: Place, study: Study, path: Path, n: i
         columns.append(to_images(bench.draw("conflict", adapter, FORMS[form].fuse, bench.embedding(adapter), lam)))
     rows, title = list(zip(*columns, strict=True)), f"At lambda {', '.join(map(fraction, lambdas.values()))}"
     texts = bench.prompts.texts("conflict")
-    sheet([["image prompt"], list(lambdas)], rows, texts, note_at=1, title=title).save(path)
+    drawn = sheet([["image prompt"], list(lambdas)], rows, texts, note_at=1, title=title)
+    with replacing(path) as part:
+        drawn.save(part, "PNG")

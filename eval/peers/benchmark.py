@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints.adapters import load_adapter
-from checkpoints.files import read_json, write_json
+from checkpoints.files import check_output, read_json, write_json
 from checkpoints.single_file import load_single
 from eval.peers import official
 from eval.peers.timing import Row, beside, medians, peak
@@ -179,7 +179,8 @@ def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> 
     Raises ValueError for a name that is not a row.
     """
     if unknown := [name for name in only if name not in ROWS]:
-        raise ValueError(f"the benchmark has no row {unknown[0]!r}: its rows are {', '.join(ROWS)}")
+        raise ValueError(f"the benchmark has no row {unknown[0]!r}: its rows are {'; '.join(ROWS)}")
+    check_output(out)
     results: dict[str, Any] = {"command": "python -m eval benchmark", "machine": machine(), "torch": torch.__version__}
     official.write(folder)
     if only:
