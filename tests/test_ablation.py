@@ -347,14 +347,14 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
         (["--cell", "shared"], "there is no cell shared"),
     ],
 )
-def test_what_does_not_go_together_is_told_first(options: list[str], says: str) -> None:
+def test_options_that_do_not_go_together_are_refused_first(options: list[str], says: str) -> None:
     args = commands.parser().parse_args(["ablation", *options])
     with pytest.raises(ValueError, match=says):
         commands.run(args)
 
 
 @pytest.mark.parametrize("name", ["nothing", "ViT-Q-99:openai"])
-def test_a_clip_that_is_none_is_told(name: str) -> None:
+def test_a_name_that_is_no_clip_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"does not name a CLIP|cannot be loaded"):
         clip_score.find(name)
 

@@ -40,6 +40,7 @@ def _key(study: Study, form: str, seed: int, rate: float) -> dict[str, Any]:
 
 
 def _drawing(study: Study) -> dict[str, Any]:
+    """The settings of every drawing."""
     return {key: getattr(study, key) for key in ("prompts", "draw_steps", "guidance")}
 
 
@@ -55,10 +56,8 @@ def rows(place: Place, study: Study, form: str, seed: int, rate: float) -> list[
         train(place, study, form, seed, rate)
         bench, fuse, drawn = place.bench(study), FORMS[form].fuse, list[Row]()
         for share in SHARES:
-            adapter, where = (
-                _trained(place, study, bench, form, seed, share),
-                {"form": form, "seed": seed, "share": share},
-            )
+            where = {"form": form, "seed": seed, "share": share}
+            adapter = _trained(place, study, bench, form, seed, share)
             for task in TASKS if share == 1 else ("conflict",):
                 lambdas = FORMS[form].few if share < 1 else FORMS[form].lambdas_of(task)
                 drawn += bench.cell(task, adapter, fuse, lambdas, **where)
@@ -66,9 +65,7 @@ def rows(place: Place, study: Study, form: str, seed: int, rate: float) -> list[
 
     memo, name = Memo(place.work), f"rows-{form}-{seed}"
     if place.card(form, seed).get("settings") != settings_of(place, study, form, seed, rate):
-        memo.path(name).unlink(
-            missing_ok=True
-        )  # the shipped adapter is another one, so nobody could draw these rows again
+        memo.path(name).unlink(missing_ok=True)  # rows of an adapter that is not shipped cannot be checked by anybody
     return memo(name, _key(study, form, seed, rate), make)
 
 
