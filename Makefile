@@ -2,13 +2,14 @@
 # make gallery   draws a sheet for each way to steer them
 # make test   runs ruff, mypy and all tests
 # make ablation   writes RESULTS.md: does what is missing of its files, and adds seeds until the difference is known well enough
+# make docs   inserts what the results say into README.md and docs/
 # make constraints   upgrades every package and writes the versions to constraints.txt
 # make weights   trains the mini world from nothing (hours; a stopped run goes on)
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo gallery test weights ablation world constraints clean
+.PHONY: demo gallery test weights ablation world docs constraints clean
 
 demo: .venv/ready
 	$(BIN)/python -m sampling.demo --seed $(SEED)
@@ -32,6 +33,9 @@ ablation: .venv/tests
 
 world: .venv/tests
 	$(BIN)/python -m eval world
+
+docs: .venv/tests
+	$(BIN)/python -m eval docs
 
 .venv/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

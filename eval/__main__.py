@@ -12,6 +12,7 @@ MODULES = {
     "world": "eval.world",
     "fine": "eval.fine",
     "examples": "eval.examples",
+    "docs": "eval.docs",
     "calibration": "eval.calibration",
     "attention": "eval.attention_sheet",
     "ablation": "eval.ablation.command",

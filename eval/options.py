@@ -54,6 +54,10 @@ def add_scores(commands: Commands) -> None:
     samples.add_argument("--out", type=Path, default=out, help=f"folder to write to (default: {out})")
 
 
+    pages = command(commands, "docs", "Insert what the results say into README.md and docs/")
+    pages.add_argument("--root", type=Path, default=Path("."), help="folder of the project (default: here)")
+
+
 def add_ablation(commands: Commands) -> None:
     says = "Compare decoupled with concatenated attention: train, draw, read, and write RESULTS.md"
     p = command(commands, "ablation", says)

@@ -238,7 +238,7 @@ def test_the_judge_sees_what_a_person_sees() -> None:
     assert len(labels["concept"]) == len(labels["background"]) == calibration.ROWS * calibration.COLUMNS >= 100
     assert found["concept"] >= 0.8 and found["background"] >= 0.97
     said = f"{100 * found['concept']:.0f} % of {found['concept_labelled']:.0f} drawn concepts"
-    assert said in (ROOT / "README.md").read_text().replace("\n", " ")
+    assert said in (ROOT / "docs" / "world.md").read_text().replace("\n", " ")
 
 
 def test_the_second_clip_can_be_trained() -> None:

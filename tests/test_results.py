@@ -1,4 +1,4 @@
-"""The README shows what the result files say."""
+"""The pages show what the result files say, and the files are of the shipped weights."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,10 @@ import pytest
 from checkpoints.cards import read_card
 from checkpoints.files import sha256
 from checkpoints.stable_diffusion import load_image_encoder, load_unet
-from eval import fine, world
+from eval import docs, world
 from eval.ablation import report
 from eval.ablation.endpoint import grey_error
 from eval.ablation.rows import Results
-from eval.peers import benchmark, parity
 from eval.prompts import Prompts
 from eval.tables import markdown
 from train.data import fingerprint
@@ -22,42 +21,37 @@ ROOT = Path(__file__).parent.parent
 RESULTS = json.loads((ROOT / "results" / "world.json").read_text())
 
 
-def test_readme_shows_the_results():
-    readme = (ROOT / "README.md").read_text()
-    assert world.table(RESULTS) in readme
-    assert f"{RESULTS['vae_psnr']:.1f} dB" in readme
+def test_make_docs_changes_nothing() -> None:
+    """README.md and docs/ show what the result files say, and RESULTS.md is what the ablation's results render to."""
+    values = docs.inserts(ROOT)
+    assert not [path.name for path in docs.pages(ROOT) if docs.filled(path.read_text(), values) != path.read_text()]
+    assert report.render(Results.of(ROOT / "results" / "ablation.json")) == (ROOT / "RESULTS.md").read_text()
 
 
-def test_readme_shows_global_against_fine_grained() -> None:
-    """Of the shipped adapters, both with the shipped image encoder."""
+def test_every_insert_is_shown_somewhere() -> None:
+    shown = {name for path in docs.pages(ROOT) for _, name, _ in docs.PLACE.findall(path.read_text())}
+    assert shown == set(docs.inserts(ROOT))
+
+
+def test_pages_are_filled_where_they_are_marked() -> None:
+    page = "a\n<!-- insert: one -->\nold\n<!-- end -->\nb\n<!-- insert: two -->\n<!-- end -->\n"
+    new = docs.filled(page, {"one": "1\n1", "two": "2"})
+    assert new == "a\n<!-- insert: one -->\n1\n1\n<!-- end -->\nb\n<!-- insert: two -->\n2\n<!-- end -->\n"
+    assert docs.filled(new, {"one": "1\n1", "two": "2"}) == new
+    with pytest.raises(ValueError, match="nothing generates 'two'"):
+        docs.filled(page, {"one": "1"})
+
+
+def test_fine_results_are_of_the_shipped_adapters() -> None:
     results = json.loads((ROOT / "results" / "fine.json").read_text())
-    assert fine.table(results) in (ROOT / "README.md").read_text()
     assert results["sha256"] == {n: sha256(ROOT / "weights" / n) for n in results["sha256"]}
 
 
-@pytest.mark.parametrize("measure", [parity, benchmark])
-def test_readme_shows_what_was_measured_beside_diffusers(measure):
-    results = json.loads((ROOT / "results" / f"{measure.__name__.split('.')[-1]}.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert measure.table(results) in readme
-    assert results["command"] in readme and results.get("machine", "") in readme
-
-
-def test_readme_and_report_show_the_ablation() -> None:
-    """And its adapters are there, of which the files are."""
-    results = Results.of(ROOT / "results" / "ablation.json")
-    readme, seeds = (ROOT / "README.md").read_text(), results.study["seeds"]
-    table = markdown(report.primary(results))
-    assert table in readme and report.verdict(results) in readme
-    assert f"({results.study['steps']} steps, {seeds} seeds)" in readme
-    assert report.render(results) == (ROOT / "RESULTS.md").read_text()
-    pictures = results.pictures
-    wide = pictures[(pictures["form"] == "simple_wide") & (pictures["share"] == 1) & pictures["control"].isna()]
-    wide = wide[(wide["task"] == "conflict") & (wide["lambda"] == 1)]
-    assert f"follows the text in {wide['follows'].mean():.0%}" in readme
-    adapters = ROOT / "results" / "ablation"
+def test_the_ablation_ships_its_adapters() -> None:
+    """One for each form and seed, trained on the shipped base."""
+    results, adapters = Results.of(ROOT / "results" / "ablation.json"), ROOT / "results" / "ablation"
     assert {f.stem for f in adapters.glob("*.safetensors")} == {
-        f"{form}-{seed}" for form in results.study["forms"] for seed in range(seeds)
+        f"{form}-{seed}" for form in results.study["forms"] for seed in range(results.study["seeds"])
     }
     base = fingerprint(load_unet(ROOT / "weights" / "unet.safetensors"))
     assert all(json.loads(f.read_text())["settings"]["made_from"]["unet"] == base for f in adapters.glob("*.json"))
@@ -77,7 +71,7 @@ def test_weights_are_small_and_licensed():
     assert all("OpenMoji" in read_card(f)["licence"] for f in files)
 
 
-def test_readme_and_report_say_above_the_table_what_a_grey_scores() -> None:
+def test_pages_say_above_the_table_what_a_grey_scores() -> None:
     """The palettes that the results store are those of the prompts; so is the grey's score, and the share of the training."""
     results = Results.of(ROOT / "results" / "ablation.json")
     truth = Prompts.of_the_world(results.study["prompts"]).truth
@@ -88,9 +82,9 @@ def test_readme_and_report_say_above_the_table_what_a_grey_scores() -> None:
     assert "A new study follows" in said
     phases = json.loads((ROOT / "weights" / "ip_adapter.json").read_text())["settings"]
     assert sum(phase["steps"] * phase["batch"] for phase in phases) == results.data["shipped_pictures"]
-    for page in ("README.md", "RESULTS.md"):
+    for page, table in (("README.md", report.two_by_two(results)), ("RESULTS.md", report.primary(results))):
         text = (ROOT / page).read_text()
-        assert 0 < text.index(said) < text.index(markdown(report.primary(results)))
+        assert 0 < text.index(said) < text.index(markdown(table))
 
 
 def test_the_lambda_is_the_best_of_those_that_follow_the_text(monkeypatch: pytest.MonkeyPatch) -> None:

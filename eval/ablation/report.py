@@ -16,6 +16,7 @@ from eval.ablation.forms import BASELINE, FORMS, PRIMARY, SHARES
 from eval.ablation.rows import Results, fraction
 from eval.prompts import TASKS
 from eval.tables import markdown
+from model.attention import concatenated, decoupled
 
 CONTROLS = {"shuffled": "another's picture", "null": "no picture"}
 NUMBERS = {
@@ -78,6 +79,20 @@ def primary(results: Results) -> pd.DataFrame:
         if d := found["difference"].get(form):
             lines[-1]["minus IP-Adapter [95 %]"] = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
             lines[-1]["p"] = f"{d['p']:.3f}" + (", primary" if form == PRIMARY else "")
+    return pd.DataFrame(lines)
+
+
+def two_by_two(results: Results) -> pd.DataFrame:
+    """The primary endpoint by whose projections read the picture and whose softmax weighs it, and its difference from IP-Adapter."""
+    found, lines = results.data["summary"], []
+    for name, fuse in (("own softmax (decoupled)", decoupled), ("joint softmax (concatenated)", concatenated)):
+        line = {"": name}
+        for projections, own in (("own W'_k, W'_v", True), ("the text's W_k, W_v", False)):
+            form = next(key for key, f in FORMS.items() if (f.fuse, f.own, f.wide) == (fuse, own, False))
+            line[projections] = _spread(found["endpoint"][form])
+            if d := found["difference"].get(form):
+                line[projections] += f" ({d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}])"
+        lines.append(line)
     return pd.DataFrame(lines)
 
 

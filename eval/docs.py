@@ -1,0 +1,67 @@
+"""Insert into README.md and docs/ what the results say.  `python -m eval docs`
+
+A page marks a place with `<!-- insert: NAME -->` and `<!-- end -->`, each on a line of its own. What stands between them is generated.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+from checkpoints.files import read_json, replacing
+from eval import fine, world
+from eval.ablation import report
+from eval.ablation.rows import Results
+from eval.peers import benchmark, parity
+from eval.tables import markdown
+
+PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def inserts(root: Path) -> dict[str, str]:
+    """What can be inserted, by name, computed from the files in `root`/results."""
+    results = {path.stem: read_json(path) for path in sorted((root / "results").glob("*.json"))}
+    ablation = Results(results["ablation"])
+    return {
+        "world": world.table(results["world"]),
+        "fine": fine.table(results["fine"]),
+        "parity": parity.table(results["parity"]),
+        "benchmark": benchmark.table(results["benchmark"]),
+        "machine": f"Measured on {results['benchmark']['machine']}.",
+        "claim": f"{report.caveat(ablation)}\n\n{markdown(report.two_by_two(ablation))}",
+    }
+
+
+def filled(page: str, values: dict[str, str]) -> str:
+    """The page with every marked place filled anew. Raises ValueError for a name that nothing generates."""
+
+    def fill(place: re.Match[str]) -> str:
+        if place[2] not in values:
+            raise ValueError(f"nothing generates {place[2]!r}; known are {', '.join(values)}")
+        return f"{place[1]}{values[place[2]]}\n{place[3]}"
+
+    return PLACE.sub(fill, page)
+
+
+def pages(root: Path) -> list[Path]:
+    """The pages that may hold generated parts."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def write(root: Path) -> list[Path]:
+    """Fill every page in `root`; returns those that changed."""
+    values, changed = inserts(root), []
+    for path in pages(root):
+        old = path.read_text()
+        if (new := filled(old, values)) != old:
+            with replacing(path) as part:
+                part.write_text(new)
+            changed.append(path)
+    return changed
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval docs`"""
+    changed = write(args.root)
+    print("\n".join(map(str, changed)) or "every page is up to date")
