@@ -25,6 +25,7 @@ from sampling.embeddings import Strength
 from sampling.images import to_images
 from sampling.pipeline import Pipeline
 from train.judge import Judge, delta_e
+from train.loop import Plan, autocast
 from train.vae import to_tensor
 from train.world import CONCEPT_NAMES, CONCEPTS, Scene, pictures
 
@@ -139,7 +140,7 @@ def draw(
     fuse: Fuse = decoupled,
     batch: int = 32,
 ) -> Tensor:
-    """One picture for each prompt, `n 3 h w`, with seeds 0 .. n-1, under bfloat16 autocast.
+    """One picture for each prompt, `n 3 h w`, with seeds 0 .. n-1, in bfloat16 where the device has it.
 
     `embedding`: what the adapter reads from the image prompts, `n 1 ...`, or None; `scale` is lambda; `name` labels the
     progress bar.
@@ -147,10 +148,21 @@ def draw(
     drawn, device = [], next(pipeline.unet.parameters()).device.type
     for rows in tqdm(torch.arange(len(prompts)).split(batch), desc=name, unit="batch"):
         texts, pictured = [prompts[i] for i in rows], None if embedding is None else embedding[rows]
-        with torch.autocast(device, torch.bfloat16):
+        with precision(device):
             x = pipeline.draw(texts, rows.tolist(), pictured, scale=scale, guidance=guidance, steps=steps, fuse=fuse)
         drawn.append(x.float().cpu())
     return torch.cat(drawn)
+
+
+def precision(device: str) -> torch.autocast:
+    """What `draw` draws in: bfloat16 where the device has it, as in training."""
+    return autocast(Plan("drawing", steps=0, batch=0, lr=0.0, device=device, bf16=True))
+
+
+def dtype(device: str = "cpu") -> str:
+    """The name of that precision, for a results file."""
+    with precision(device):
+        return "bfloat16" if torch.is_autocast_enabled(device) else "float32"
 
 
 def all_drawings(scene: Scene) -> Tensor:

@@ -17,7 +17,7 @@ from checkpoints.files import check_output, sha256, write_json
 from eval import clip_score
 from eval.ablation.report import measures
 from eval.ablation.rows import frame_of
-from eval.bench import Bench, through_the_vae
+from eval.bench import Bench, dtype, through_the_vae
 from eval.prompts import Prompts
 from eval.tables import markdown
 from model.attention import decoupled
@@ -53,7 +53,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> d
         rows += bench.cell("picture", load_adapter(file, pipeline.unet), decoupled, (1.0,), form=form)
     results = {
         "command": f"python -m eval fine --n {n} --steps {steps} --guidance {guidance:g}",
-        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": "bfloat16", "seeds": f"0..{n - 1}"},
+        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(), "seeds": f"0..{n - 1}"},
         "sha256": {file.name: sha256(file) for file in files},
         "scorer": bench.scorer.name,
         "truth": bench.prompts.to_json()["truth"],

@@ -21,7 +21,7 @@ import pandas as pd
 from torch import Tensor
 
 from checkpoints.files import check_output, sha256, write_json
-from eval.bench import draw, embed, through_the_vae
+from eval.bench import draw, dtype, embed, through_the_vae
 from eval.prompts import Prompts
 from eval.tables import markdown, summary
 from sampling.embeddings import Strength
@@ -102,7 +102,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> d
     test, vae = Prompts.of_the_world(n, seed=2), measure.pipeline.vae
     results: dict[str, Any] = {
         "command": f"python -m eval world --n {n} --steps {steps} --guidance {guidance:g}",
-        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": "bfloat16", "seeds": f"0..{n - 1}"},
+        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(), "seeds": f"0..{n - 1}"},
         "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
         "vae_psnr": psnr(vae, test.pixels),
         "true": measure.score(test, test.pixels, "own"),
