@@ -36,111 +36,114 @@ PROMPTS = {  # pictures, and texts that ask for something else
 
 @dataclass(frozen=True)
 class Artist:
-    """Draws with a pipeline from the example pictures, by their names."""
+    """Draws requests for image prompts from the example pictures. Masks are files, which it writes to `folder`."""
 
     pipeline: Pipeline
+    folder: Path
     seed: int = 0
     steps: int = STEPS
 
-    def embed(self, *names: str) -> Tensor:
-        return self.pipeline.embed([example(name) for name in names])
-
-    def draw(self, embedding: Tensor | list[Tensor], text: str = "", num: int = 1, **options: Any) -> list[Image.Image]:
+    def draw(self, *prompts: ImagePrompt, text: str = "", num: int = 1, **options: Any) -> list[Image.Image]:
         """`num` pictures, picture i from seed + i."""
-        options = {"guidance": GUIDANCE, "steps": self.steps} | options
-        seeds = [self.seed + i for i in range(num)]
-        return to_images(self.pipeline.draw([text] * num, seeds, embedding, **options))
+        options = {"guidance": GUIDANCE, "steps": self.steps, "seed": self.seed} | options
+        return list(self.pipeline.series(read_inputs(Request(text, prompts, **options)), num))
+
+    def mask(self, left: int, top: int, right: int, bottom: int) -> Path:
+        """A mask of 64 x 64, white in a box."""
+        path, mask = self.folder / f"mask-{left}-{top}-{right}-{bottom}.png", Image.new("L", (64, 64))
+        mask.paste(255, (left, top, right, bottom))
+        mask.save(path)
+        return path
 
 
-def example(name: str) -> Image.Image:
-    return open_image(EXAMPLES / f"{name}.png")
+def example(name: str) -> Path:
+    return EXAMPLES / f"{name}.png"
 
 
-def box(left: int, top: int, right: int, bottom: int) -> Tensor:
-    """A mask, `64 64`: 1 in the box."""
-    mask = torch.zeros(64, 64)
-    mask[top:bottom, left:right] = 1
-    return mask
+def prompt(*names: str, **options: Any) -> ImagePrompt:
+    """An image prompt of example pictures."""
+    return ImagePrompt(tuple(example(name) for name in names), **options)
 
 
-def as_picture(mask: Tensor) -> Image.Image:
+def shown(*names: str) -> list[Image.Image]:
+    return [open_image(example(name)) for name in names]
+
+
+def shown_mask(path: Path) -> Image.Image:
     """A mask with a thin frame, because paper is white too."""
-    return ImageOps.expand(to_images(mask.expand(1, 3, -1, -1) * 2 - 1)[0], 1, "grey")
+    return ImageOps.expand(open_image(path), 1, "grey")
 
 
 def image_to_image(artist: Artist) -> Cells:
     strengths = (0.3, 0.45, 0.6, 0.75, 0.9)
     rows = []
-    for start, prompt in (("cake", "mushroom"), ("rabbit", "pig"), ("ball", "mouse")):
-        embedding, picture = artist.embed(prompt), to_tensor(example(start))
-        drawn = [artist.draw(embedding, edit=Edit(picture, strength))[0] for strength in strengths]
-        rows.append([example(start), example(prompt), *drawn])
+    for start, name in (("cake", "mushroom"), ("rabbit", "pig"), ("ball", "mouse")):
+        drawn = [artist.draw(prompt(name), init_image=example(start), strength=share)[0] for share in strengths]
+        rows.append([*shown(start, name), *drawn])
     return [["start", "image prompt"], [f"strength {strength:g}" for strength in strengths]], rows, [""] * 3
 
 
 def inpainting(artist: Artist) -> Cells:
-    top, bottom, right = box(0, 0, 64, 30), box(0, 32, 64, 64), box(30, 0, 64, 64)
+    top, bottom, right = artist.mask(0, 0, 64, 30), artist.mask(0, 32, 64, 64), artist.mask(30, 0, 64, 64)
     rows = []
-    for start, mask, prompt in (("alien", top, "hat"), ("rabbit", right, "ball"), ("mouse", bottom, "alien")):
-        edit = Edit(to_tensor(example(start)), 1.0, mask[None, None])
-        drawn = artist.draw(artist.embed(prompt), num=4, edit=edit)
-        rows.append([example(start), as_picture(mask), example(prompt), *drawn])
+    for start, mask, name in (("alien", top, "hat"), ("rabbit", right, "ball"), ("mouse", bottom, "alien")):
+        drawn = artist.draw(prompt(name), num=4, init_image=example(start), mask=mask)
+        rows.append([*shown(start), shown_mask(mask), *shown(name), *drawn])
     return [["picture", "mask", "image prompt"], ["four seeds", "", "", ""]], rows, [""] * 3
 
 
 def several_pictures(artist: Artist) -> Cells:
-    names, shares = ("mouse", "owl"), (0.0, 0.25, 0.5, 0.75, 1.0)
-    embedding, pictures, rows = artist.embed(*names), [example(name) for name in names], []
+    names, shares, rows = ("mouse", "owl"), (0.0, 0.25, 0.5, 0.75, 1.0), []
     for rule in RULES:
-        lambdas = [Lambda(images=(1 - share, share), rule=rule) for share in shares]
-        rows.append([*pictures, *(artist.draw(embedding, scale=lam)[0] for lam in lambdas)])
+        prompts = [prompt(*names, weights=(1 - share, share), rule=rule) for share in shares]
+        rows.append([*shown(*names), *(artist.draw(one)[0] for one in prompts)])
     weights = [f"{1 - share:g} and {share:g}" for share in shares]
     return [["one prompt of", "two pictures"], weights], rows, [f"--image-rule {rule}" for rule in RULES]
 
 
 def negative_image(artist: Artist) -> Cells:
     rows = []
-    for prompt, negative in (("snail", "banana"), ("ball", "rabbit"), ("mouse", "owl")):
-        embedding, against = artist.embed(prompt), artist.embed(negative)
-        drawn = [artist.draw(embedding, num=3, against=[no]) for no in (None, against)]
-        rows.append([example(prompt), example(negative), *drawn[0], *drawn[1]])
+    for name, negative in (("snail", "banana"), ("ball", "rabbit"), ("mouse", "owl")):
+        drawn = [artist.draw(prompt(name, negatives=no), num=3) for no in ((), (example(negative),))]
+        rows.append([*shown(name, negative), *drawn[0], *drawn[1]])
     return [["image prompt", "negative"], ["without it", "", ""], ["with it", "", ""]], rows, [""] * 3
 
 
 def layers(artist: Artist) -> Cells:
-    lambdas, rows = [Lambda(0.0), *(Lambda(layers=each) for each in (None, *get_args(Preset)))], []
-    for name, text in PROMPTS.items():
-        drawn = [artist.draw(artist.embed(name), text, scale=lam)[0] for lam in lambdas]
-        rows.append([example(name), *drawn])
+    options: list[dict[str, Any]] = [{"scale": 0.0}, {}, *({"layers": name} for name in get_args(Preset))]
+    rows = [
+        [*shown(name), *(artist.draw(prompt(name, **each), text=text)[0] for each in options)]
+        for name, text in PROMPTS.items()
+    ]
     return [["image prompt"], ["text alone"], ["all layers", *get_args(Preset)]], rows, [*PROMPTS.values()]
 
 
 def steps(artist: Artist) -> Cells:
     ranges = [(0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (0.75, 1.0)]
-    lambdas, rows = [Lambda(start=start, end=end) for start, end in ranges], []
-    for name, text in PROMPTS.items():
-        drawn = [artist.draw(artist.embed(name), text, scale=lam)[0] for lam in lambdas]
-        rows.append([example(name), *drawn])
+    rows = [
+        [*shown(name), *(artist.draw(prompt(name, start=start, end=end), text=text)[0] for start, end in ranges)]
+        for name, text in PROMPTS.items()
+    ]
     return [["image prompt"], [f"{start:g} to {end:g}" for start, end in ranges]], rows, [*PROMPTS.values()]
 
 
 def regions(artist: Artist) -> Cells:
     twice = replace(artist, pipeline=replace(artist.pipeline, adapters=artist.pipeline.adapters * 2))
-    masks, rows = (box(0, 0, 32, 64), box(32, 0, 64, 64)), []
+    masks, rows = (artist.mask(0, 0, 32, 64), artist.mask(32, 0, 64, 64)), []
     for names in (("mouse", "pig"), ("owl", "alien"), ("snail", "mushroom")):
-        lambdas = [Lambda(mask=mask) for mask in masks]
-        drawn = twice.draw([artist.embed(name) for name in names], num=4, scale=lambdas)
-        cells = [cell for name, mask in zip(names, masks, strict=True) for cell in (example(name), as_picture(mask))]
+        halves = list(zip(names, masks, strict=True))
+        drawn = twice.draw(*(prompt(name, mask=mask) for name, mask in halves), num=4)
+        cells = [cell for name, mask in halves for cell in (*shown(name), shown_mask(mask))]
         rows.append([*cells, *drawn])
     return [["left", "its mask", "right", "its mask"], ["four seeds", "", "", ""]], rows, [""] * 3
 
 
 def two_guidances(artist: Artist) -> Cells:
     weights, text, rows = (1.0, 2.0, 4.0, 8.0), "an owl on a yellow background", []
-    embedding = artist.embed("mushroom")
+    mushroom = prompt("mushroom", scale=0.6)
     for w_t in weights:
-        drawn = [artist.draw(embedding, text, guidance=w_t, image_guidance=w_i, scale=0.6)[0] for w_i in weights]
-        rows.append([example("mushroom"), *drawn])
+        drawn = [artist.draw(mushroom, text=text, guidance=w_t, image_guidance=w_i)[0] for w_i in weights]
+        rows.append([*shown("mushroom"), *drawn])
     notes = [f'--guidance {w_t:g}, "{text}"' for w_t in weights]
     return [["image prompt"], [f"picture {w_i:g}" for w_i in weights]], rows, notes
 
@@ -148,10 +151,10 @@ def two_guidances(artist: Artist) -> Cells:
 def samplers(artist: Artist) -> Cells:
     counts, rows, notes = [max(1, artist.steps * n // STEPS) for n in (5, 10, 20, 50)], [], []
     for name in ("alien", "banana"):
-        for flag, sampler in SAMPLERS.items():
-            drawn = [artist.draw(artist.embed(name), sampler=sampler, steps=n, guidance=7.5)[0] for n in counts]
-            rows.append([example(name), *drawn])
-            notes.append(f"--sampler {flag} --guidance 7.5")
+        for sampler in SAMPLERS:
+            drawn = [artist.draw(prompt(name), sampler=sampler, steps=n, guidance=7.5)[0] for n in counts]
+            rows.append([*shown(name), *drawn])
+            notes.append(f"--sampler {sampler} --guidance 7.5")
     return [["image prompt"], [f"{n} steps" for n in counts]], rows, notes
 
 
@@ -159,8 +162,8 @@ def fine_grained(artist: Artist) -> Cells:
     plus = replace(artist, pipeline=load(adapter=WEIGHTS / "ip_adapter_plus.safetensors"))
     rows = []
     for name in ("alien", "cake", "train", "hat"):
-        drawn = [each.draw(each.embed(name), num=3) for each in (artist, plus)]
-        rows.append([example(name), *drawn[0], *drawn[1]])
+        drawn = [each.draw(prompt(name), num=3) for each in (artist, plus)]
+        rows.append([*shown(name), *drawn[0], *drawn[1]])
     return [["image prompt"], ["global: 4 tokens", "", ""], ["fine-grained: 16 tokens", "", ""]], rows, [""] * 4
 
 
@@ -188,17 +191,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/gallery"))
     args = parser.parse_args()
-    began = time.time()
-    try:
-        artist = Artist(load(), args.seed)
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
-    settings = {"command": f"python -m sampling.gallery --seed {args.seed}"}
-    for name, (title, draw) in tqdm(SHEETS.items(), desc="drawing", unit="sheet", disable=None):
-        columns, rows, notes = draw(artist)
-        save_image(sheet(columns, rows, notes, title=title), args.out / f"{name}.png", settings)
-    print(f"{args.out}: {len(SHEETS)} sheets, drawn in {time.time() - began:.0f} s")
+    draw_all(args.seed, args.out)
 
 
-if __name__ == "__main__":
-    main()
+def draw_all(seed: int, out: Path) -> None:
+    """Writes every sheet to a folder."""
+    from sampling.pipeline import load
+
+XX

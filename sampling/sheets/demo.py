@@ -73,7 +73,7 @@ def draw_rows(pipeline: Pipeline, rows: list[tuple[Path, str]], seed: int) -> li
             texts = [""] * variations + [text] * (with_text + len(LAMBDAS))
             lam = torch.tensor(scales).view(-1, 1, 1, 1)
             coarse = lam * torch.tensor(alone).view(-1, 1, 1, 1)
-            pictures = pipeline.draw(
+            pictures = pipeline.sample(
                 texts,
                 seeds,
                 pipeline.embed([prompt]),
