@@ -57,7 +57,7 @@ def draw(
             seen.append(finest(maps))
             maps.clear()
 
-        drawn = pipeline.draw([prompt], [seed], embedding, scale=scale, guidance=guidance, steps=steps, watch=watch)
+        drawn = pipeline.sample([prompt], [seed], embedding, scale=scale, guidance=guidance, steps=steps, watch=watch)
     return to_images(drawn)[0], torch.stack(seen).mean(dim=0)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +25,7 @@ from model.image_projection import Projection
 from model.unet import UNetConfig
 from sampling.lambdas import Lambda
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Strength = Scale | Sequence[Scale] | Lambda  # lambda of one adapter: for all its layers, one for each, or as data
 
 
@@ -88,25 +90,26 @@ def weigh_tokens(context: Context, weights: Sequence[float]) -> Context:
     return replace(context, image=(*context.image[:-1], sources))
 
 
-def save_embedding(embedding: Tensor, path: Path) -> None:
-    """Writes the result of `Pipeline.embed` as safetensors. Raises OSError when the file can't be written."""
-    with replacing(path) as part:
+def save_embedding(embedding: Tensor, path: Path | str) -> None:
+    """Writes what `Pipeline.embed` gave as safetensors, whole or not at all."""
+    with replacing(Path(path)) as part:
         save_file({"embedding": embedding.cpu().contiguous()}, part)
 
 
-def load_embedding(path: Path, reads: Projection) -> Tensor:
+def load_embedding(path: Path | str, reads: Projection) -> Tensor:
     """What `save_embedding` wrote, for an adapter's projection: `1 k e`, or `1 k m e` of fine features.
 
     Raises ValueError when it is something else, was made for another adapter, or is not finite.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
     try:
         tensors = load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
     embedding = tensors.get("embedding")
-    if embedding is None or not embedding.is_floating_point() or 0 in embedding.shape or embedding.shape[:1] != (1,):
+    if embedding is None or embedding.dtype not in FLOATS or 0 in embedding.shape or embedding.shape[:1] != (1,):
         raise ValueError(f"{path}: holds no image embedding; --save-embedding writes such files")
     if embedding.ndim != 3 + reads.fine or embedding.shape[-1] != reads.image_dim:
         shape = f"1 k {'m ' * reads.fine}{reads.image_dim}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -15,10 +15,9 @@ from torch import Tensor
 from model.attention import Scale, Source
 from model.context import Context, pyramid
 from model.unet import UNetConfig
+from sampling.request import Preset, Rule
 
 Blocks = Mapping[str, Any]  # the dict of diffusers' `set_ip_adapter_scale`
-Preset = Literal["style", "layout", "finest"]
-Rule = Literal["output", "embedding", "tokens"]
 Move = Callable[[Context, int], Context]  # a Context to that of timestep t
 
 
@@ -38,7 +37,7 @@ class Lambda:
     """
 
     scale: float | tuple[float, ...] = 1.0
-    layers: Preset | Blocks | Sequence[float] | None = None
+    layers: str | Blocks | Sequence[float] | None = None  # a string is a Preset
     start: float = 0.0
     end: float = 1.0
     mask: Tensor | None = None
@@ -91,7 +90,7 @@ def places(config: UNetConfig) -> list[tuple[str, str, int]]:
     return [*down, *[("mid", "", 0)] * config.mid_depth, *up]
 
 
-def preset(name: Preset, config: UNetConfig) -> Blocks:
+def preset(name: str, config: UNetConfig) -> Blocks:
     """Blocks that a picture acts in: InstantStyle's two (arXiv 2404.02733), of the deepest level with cross-attention, or the finest's.
 
     In SDXL, from the paper, the second attention alone: style is `up block_0 [0, 1, 0]`, layout `down block_2 [0, 1]`. For
@@ -109,7 +108,7 @@ def preset(name: Preset, config: UNetConfig) -> Blocks:
     return {"up": {up: 1.0}} if name == "style" else {"down": {down: 1.0}, "mid": 1.0}
 
 
-def layer_weights(layers: Preset | Blocks | Sequence[float] | None, config: UNetConfig) -> list[float]:
+def layer_weights(layers: str | Blocks | Sequence[float] | None, config: UNetConfig) -> list[float]:
     """A weight for each cross-attention layer in execution order: all 1 for None, or a list of them, or by blocks.
 
     Blocks are as diffusers' `set_ip_adapter_scale` reads them: {"down" | "up": a number, or a list with one for each attention

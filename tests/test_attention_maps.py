@@ -14,7 +14,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-import test_cli
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from einops import rearrange
@@ -23,6 +22,7 @@ from PIL import Image
 from test_adapter import IMAGE, adapter_for, official
 from test_attention import queries, source
 from test_pipeline import build
+from tiny import pixels_of
 from torch import Tensor
 
 from eval import __main__ as cli
@@ -40,7 +40,6 @@ Pair = Callable[[str], UNetPair]
 EXACT = 1e-13  # float64; measured: 8e-15 and less
 STORED = 1e-7  # maps and lambdas are kept in float32; measured: 6e-8 and less
 SEVERAL = 1e-6  # sums of such numbers; measured: 1.3e-7 and less
-weights, image = test_cli.weights, test_cli.image  # fixtures
 MASK = torch.linspace(0, 2, 9 * 7).double().reshape(9, 7)
 PICTURES = torch.tensor([0.2, 1.5]).double()
 SCALES: list[Scale] = [1.0, 0.6, 0.0, PICTURES, pyramid(MASK, 9, 7)]
@@ -386,7 +385,7 @@ def test_the_command_draws_a_sheet(weights: Path, image: Path, tmp_path: Path) -
     attention(*given, "--image", image, "--out", out[3])
     attention(*given, "--image", image, "--prompt", "a fox", "--scale", 0.3, "--seed", 3, "--out", out[4])
     assert [rows_of(path) for path in out] == [3, 3, 2, 2, 3]
-    pixels = [test_cli.pixels_of(path) for path in out]
+    pixels = [pixels_of(path) for path in out]
     assert np.array_equal(pixels[0], pixels[1]) and not np.array_equal(pixels[0], pixels[4])
     assert read_settings(out[0])["arguments"]["prompt"] == "a fox"
 

@@ -1,30 +1,22 @@
-"""Draws a labelled sheet for each way to steer the mini weights, and names the flags of `python -m sampling` that do it.
-
-python -m sampling.gallery --seed 0 --out out/gallery
-"""
+"""Draws a labelled sheet for each way to steer the mini weights, and names the options of `python -m sampling` that do it."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 from tqdm import tqdm
 
-from sampling.demo import EXAMPLES, GUIDANCE, STEPS
-from sampling.edit import Edit
-from sampling.images import open_image, save_image, to_images, to_tensor
-from sampling.lambdas import Lambda, Preset
-from sampling.options import RULES, SAMPLERS
-from sampling.pipeline import WEIGHTS, Pipeline, load
-from sampling.sheets import sheet
+from sampling.images import open_image, save_image
+from sampling.inputs import read_inputs
+from sampling.pipeline import Pipeline, load
+from sampling.request import WEIGHTS, ImagePrompt, Preset, Request, Rule, SamplerName
+from sampling.sheets.demo import EXAMPLES, GUIDANCE, STEPS
+from sampling.sheets.layout import sheet
 
 Cells = tuple[list[list[str]], list[list[Image.Image]], list[str]]  # titles in groups, rows, a note for each row
 PROMPTS = {  # pictures, and texts that ask for something else
@@ -94,11 +86,11 @@ def inpainting(artist: Artist) -> Cells:
 
 def several_pictures(artist: Artist) -> Cells:
     names, shares, rows = ("mouse", "owl"), (0.0, 0.25, 0.5, 0.75, 1.0), []
-    for rule in RULES:
+    for rule in get_args(Rule):
         prompts = [prompt(*names, weights=(1 - share, share), rule=rule) for share in shares]
         rows.append([*shown(*names), *(artist.draw(one)[0] for one in prompts)])
     weights = [f"{1 - share:g} and {share:g}" for share in shares]
-    return [["one prompt of", "two pictures"], weights], rows, [f"--image-rule {rule}" for rule in RULES]
+    return [["one prompt of", "two pictures"], weights], rows, [f"--image-rule {rule}" for rule in get_args(Rule)]
 
 
 def negative_image(artist: Artist) -> Cells:
@@ -151,7 +143,7 @@ def two_guidances(artist: Artist) -> Cells:
 def samplers(artist: Artist) -> Cells:
     counts, rows, notes = [max(1, artist.steps * n // STEPS) for n in (5, 10, 20, 50)], [], []
     for name in ("alien", "banana"):
-        for sampler in SAMPLERS:
+        for sampler in get_args(SamplerName):
             drawn = [artist.draw(prompt(name), sampler=sampler, steps=n, guidance=7.5)[0] for n in counts]
             rows.append([*shown(name), *drawn])
             notes.append(f"--sampler {sampler} --guidance 7.5")
@@ -184,18 +176,12 @@ SHEETS: dict[str, tuple[str, Callable[[Artist], Cells]]] = {  # by its file's na
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sampling.gallery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/gallery"))
-    args = parser.parse_args()
-    draw_all(args.seed, args.out)
-
-
-def draw_all(seed: int, out: Path) -> None:
-    """Writes every sheet to a folder."""
-    from sampling.pipeline import load
-
-XX
+def write(seed: int, out: Path) -> str:
+    """Draws every sheet into a folder, and says what it wrote."""
+    pipeline, settings = load(), {"command": f"python -m sampling.sheets gallery --seed {seed}"}
+    with TemporaryDirectory() as folder:
+        artist = Artist(pipeline, Path(folder), seed)
+        for name, (title, draw) in tqdm(SHEETS.items(), desc="drawing", unit="sheet", disable=None):
+            columns, rows, notes = draw(artist)
+            save_image(sheet(columns, rows, notes, title=title), out / f"{name}.png", settings)
+    return f"{out}: {len(SHEETS)} sheets"
