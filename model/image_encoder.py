@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
 
 Fit = Literal["crop", "squash", "pad"]
-LONG = 32  # sides in this ratio and more are cut before they are resized
+LONG = 256  # pictures whose sides are in this ratio or more are cut before they are resized
 ROWS = 64  # rows that `padded_square` takes at a time
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

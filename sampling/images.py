@@ -70,7 +70,7 @@ def _grey(image: Image.Image) -> np.ndarray:
         white = 1.0
     elif not image.mode.startswith("I;16"):
         white = next((level for level in (255.0, 65535.0, 2.0**31 - 1) if largest <= level), largest)
-    return (np.nan_to_num(values, posinf=white) * (255 / white)).round().clip(0, 255).astype(np.uint8)
+    return (np.nan_to_num(values).clip(0, white) * (255 / white)).round().astype(np.uint8)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
