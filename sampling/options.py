@@ -52,7 +52,8 @@ def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Comman
     given = vars(parser(about).parse_args(argv))
     own = {"again", "out", "save_embedding", "device", "compile"}
     if "again" in given and (other := sorted(given.keys() - own)):
-        raise ValueError(f"--again takes every setting from its picture: leave out {', '.join(map(flag, other))}")
+        flags = ", ".join("--no-paste" if name == "paste" else flag(name) for name in other)
+        raise ValueError(f"--again takes every setting from its picture: leave out {flags}")
     adapters = given.pop("ip_adapter", [])
     if prompts := image_prompts(given, adapters):
         given["image_prompts"] = prompts

@@ -123,8 +123,8 @@ def moved(weights: Path, tmp_path: Path, image: Path, monkeypatch: pytest.Monkey
     """A folder in which a picture was drawn by relative names, and its pixels. The test now runs in another folder."""
     folder, elsewhere = tmp_path / "drawn", tmp_path / "elsewhere"
     shutil.copytree(weights, folder / "models" / "tiny")
-    for name in ("image.png", "mask.png", "init.png"):
-        shutil.copy(image, folder / name)
+    for name, turn in (("image.png", 0), ("mask.png", 180), ("init.png", 90)):  # none equals another
+        Image.open(image).rotate(turn).save(folder / name)
     shutil.move(folder / "models" / "tiny" / "ip_adapter.safetensors", folder / "a.safetensors")
     shutil.move(folder / "models" / "tiny" / "ip_adapter.json", folder / "a.json")
     elsewhere.mkdir()

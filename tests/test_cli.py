@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import IMAGE, PARTS, difference, draw, names, pixels_of
+from tiny import IMAGE, PARTS, VAE_CONFIG, again, difference, draw, loud, names, pixels_of
+from torch import nn
 
 from checkpoints import cards
 from model.image_encoder import ImageEncoder
 from model.unet import UNet
+from model.vae import VAE
 from sampling import __main__ as cli
 from sampling import command, pipeline
 from sampling.images import read_settings
+from sampling.inputs import read_inputs
 from sampling.options import parser
+from sampling.pipeline import Pipeline, load
+from sampling.request import Request
 
 
 def test_text_only(weights: Path, tmp_path: Path) -> None:
@@ -204,7 +212,14 @@ MISTAKES = {
     "weights": ["--checkpoint", "none"],
     "again": ["--again", "no-such.png"],
     "seed": ["--seed", str(2**70)],
+    "seed of the last": ["--seed", str(2**64 - 1), "--num", "2"],
     "folder": ["--out", ".."],
+    "format": ["--out", "a.jpg"],
+    "guidance": ["--guidance", "nan"],
+    "large": ["--guidance", "1e30"],
+    "lambda": ["--scale", "inf", "--image", "x.png"],
+    "memory": ["--width", "100000000"],
+    "vae": ["--vae", "no-such"],
     "device": ["--device", "nonsense"],
 }
 
@@ -237,3 +252,108 @@ def test_compile_freezes_the_unet(weights: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch, "compile", lambda unet, options: seen.append((type(unet), options)) or unet)
     draw(weights, tmp_path / "a.png", "--compile")
     assert seen == [(UNet, {"freezing": True})]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_compile_without_a_compiler_is_refused_at_once(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr(torch, "empty", lambda *size, device: SimpleNamespace(device=SimpleNamespace(type=str(device))))
+    for names_it, name in (({}, "gcc" if device == "cuda" else "g++"), ({"CXX": "icpx", "CC": "icx"}, "ic")):
+        for key, value in names_it.items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(
+            ValueError, match=f"--compile needs {re.escape(name)}.*, which is not there: install it, or leave"
+        ):
+            draw(weights, tmp_path / "a.png", "--compile", "--device", device)
+
+
+@pytest.mark.parametrize("num", [5, 2])
+def test_each_picture_is_written_as_it_is_drawn(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int
+) -> None:
+    """Ctrl-C in the third batch leaves the pictures of the first two, and says how many."""
+    monkeypatch.setattr(pipeline, "BATCH", 1)
+    drawn: list[int] = []
+    sample = Pipeline.sample
+
+    def interrupted(self: Pipeline, *args: Any, **options: Any) -> Any:
+        assert len(list(tmp_path.iterdir())) == len(drawn)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(1)
+        return sample(self, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "sample", interrupted)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["sampling", "--checkpoint", str(weights), "--steps", "1", "--num", str(num), "--out", str(tmp_path / "a.png")],
+    )
+    if num == 2:
+        cli.main()
+    else:
+        with pytest.raises(SystemExit, match=r"^stopped; 2 of 5 written$"):
+            cli.main()
+    assert names(tmp_path) == ["a-0.png", "a-1.png"]
+
+
+def test_large_pictures_are_drawn_one_at_a_time(weights: Path) -> None:
+    drawer, small, large = load(weights), Request(), Request(width=4 * 64, height=4 * 64)
+    assert [len(each) for each in drawer.batches(read_inputs(small), 40)] == [16, 16, 8]
+    assert [len(each) for each in drawer.batches(read_inputs(large), 3)] == [1, 1, 1]
+
+
+def black(module: nn.Module) -> nn.Module:
+    """Weights whose results overflow in float16, and in no wider type."""
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.mul_(60.0 if weight.ndim > 1 else 1.0)
+    return module
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_result_that_is_not_finite_is_an_error(weights: Path, tmp_path: Path, part: str) -> None:
+    """It was drawn black, and the exit code was 0."""
+    shutil.copytree(weights, tmp_path / "weights")
+    whole = load(weights)
+    cards.save(black({"unet": whole.unet, "vae": whole.vae}[part]), tmp_path / "weights" / f"{part}.safetensors", {})
+    with pytest.raises(ValueError, match=r"not finite in float16: use --dtype bfloat16 or float32"):
+        draw(tmp_path / "weights", tmp_path / "a.png", "--dtype", "float16", "--guidance", 9999)
+    assert names(tmp_path) == ["weights"]
+    for dtype in ("float32", "bfloat16"):
+        assert draw(tmp_path / "weights", tmp_path / "a.png", "--dtype", dtype).shape == (16, 16, 3)
+
+
+def test_another_autoencoder(weights: Path, tmp_path: Path) -> None:
+    """--vae takes the place of the base model's, which may be missing; the picture remembers it."""
+    torch.manual_seed(5)
+    cards.save(loud(VAE(VAE_CONFIG)), tmp_path / "vae" / "better.safetensors", {})
+    own = draw(weights, tmp_path / "a.png")
+    other = draw(weights, tmp_path / "b.png", "--vae", tmp_path / "vae" / "better.safetensors")
+    assert difference(own, other) > 10
+    assert difference(again(tmp_path / "b.png", tmp_path / "c.png"), other) == 0
+    shutil.copytree(weights, tmp_path / "bare")
+    (tmp_path / "bare" / "vae.safetensors").unlink()
+    (tmp_path / "bare" / "vae.json").unlink()
+    options = ("--vae", tmp_path / "vae" / "better.safetensors")
+    assert difference(draw(tmp_path / "bare", tmp_path / "d.png", *options), other) == 0
+    assert difference(again(tmp_path / "d.png", tmp_path / "e.png"), other) == 0
+
+
+def test_what_a_network_predicts_can_be_said(weights: Path, tmp_path: Path) -> None:
+    """--prediction v equals a card that says so."""
+    shutil.copytree(weights, tmp_path / "v")
+    card = json.loads((tmp_path / "v" / "unet.json").read_text())
+    card["config"]["prediction"] = "v"
+    (tmp_path / "v" / "unet.json").write_text(json.dumps(card))
+    said = draw(weights, tmp_path / "a.png", "--prediction", "v")
+    assert difference(said, draw(tmp_path / "v", tmp_path / "b.png")) == 0
+    assert difference(said, draw(weights, tmp_path / "c.png")) > 10
+    assert (
+        difference(draw(tmp_path / "v", tmp_path / "b.png", "--prediction", "epsilon"), pixels_of(tmp_path / "c.png"))
+        == 0
+    )
+    assert difference(again(tmp_path / "a.png", tmp_path / "d.png"), said) == 0

@@ -122,3 +122,49 @@ def test_changes_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match=message):
         draw(weights, tmp_path / "a.png", *[named.get(part, part) for part in options.split()])
     assert names(tmp_path) == ["photo"]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L with a clear level", "P"])
+def test_what_is_transparent_in_a_mask_is_not_repainted(
+    weights: Path, tmp_path: Path, photo: tuple[Path, Path], image: Path, mode: str
+) -> None:
+    """White strokes on nothing are the mask that is white there and black elsewhere, for --mask and for --image-mask."""
+    strokes = Image.open(photo[1])  # black on the left, white on the right
+    white = Image.new("L", strokes.size, 255)
+    clear = photo[0].parent / "clear.png"
+    if mode == "L with a clear level":
+        strokes.point(lambda level: level or 9).save(clear, transparency=9)
+    elif mode == "P":
+        indexed = Image.frombytes("P", strokes.size, strokes.point(lambda level: int(level == 0)).tobytes())
+        indexed.putpalette([255] * 6)
+        indexed.save(clear, transparency=1)
+    else:
+        Image.merge("LA", (white, strokes)).convert(mode).save(clear)
+    for options in (("--init-image", photo[0], "--mask"), ("--image", image, "--width", 24, "--image-mask")):
+        want, got = (draw(weights, tmp_path / "a.png", *options, mask) for mask in (photo[1], clear))
+        assert difference(want, got) == 0
+    drawn = draw(weights, tmp_path / "a.png", "--init-image", photo[0], "--mask", clear)
+    assert difference(drawn[:, :12], pixels_of(photo[0])[:, :12]) == 0
+
+
+def test_a_picture_of_an_odd_size_is_cropped_when_asked(
+    weights: Path, tmp_path: Path, photo: tuple[Path, Path]
+) -> None:
+    """The message offers it; the mask is cut alike; the middle of the picture is what stays."""
+    pixels = np.random.default_rng(1).integers(0, 256, (19, 27, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "odd.png")
+    mask = np.zeros((19, 27), np.uint8)
+    mask[:, :15] = 255
+    Image.fromarray(mask).save(tmp_path / "odd_mask.png")
+    options = ("--init-image", tmp_path / "odd.png", "--mask", tmp_path / "odd_mask.png")
+    with pytest.raises(ValueError, match="multiples of 4, not 27 x 19: add --crop to use its middle, 24 x 16"):
+        draw(weights, tmp_path / "a.png", *options)
+    drawn = draw(weights, tmp_path / "a.png", *options, "--crop")
+    assert drawn.shape == (16, 24, 3) and difference(drawn[:, 14:], pixels[1:17, 15:25].astype(int)) == 0
+    assert difference(again(tmp_path / "a.png", tmp_path / "b.png"), drawn) == 0
+    small = draw(weights, tmp_path / "c.png", *options, "--crop", "--width", 12, "--height", 8)
+    assert difference(small[:, 8:], pixels[5:13, 15:19].astype(int)) == 0
+    with pytest.raises(ValueError, match="a picture of 27 x 19 can't be cropped to 28 x 16"):
+        draw(weights, tmp_path / "d.png", *options, "--crop", "--width", 28)
+    with pytest.raises(ValueError, match="--crop is for a picture to change"):
+        draw(weights, tmp_path / "d.png", "--crop")
