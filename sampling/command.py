@@ -69,7 +69,7 @@ def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callab
 def load_model(model: Model, device: str) -> Pipeline:
     """The pipeline of a Model."""
     adapters, dtype = model.adapters or None, getattr(torch, model.dtype)
-    return load(model.checkpoint, adapters, model.image_encoder, dtype, device, model.vae, model.prediction)
+    return load(model.checkpoint, adapters, model.image_encoder, dtype, device, model.prediction, model.vae)
 
 
 def check_model(inputs: Inputs, model: Model) -> None:

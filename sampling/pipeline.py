@@ -251,13 +251,13 @@ def load(
     image_encoder: Path | str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    vae: Path | str | None = None,
     prediction: Prediction | None = None,
+    vae: Path | str | None = None,
 ) -> Pipeline:
     """The pipeline of a base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
 
-    Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read. `vae`
-    replaces the base model's autoencoder; `prediction` says what the UNet predicts, whatever its files say. Raises
+    Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
+    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder. Raises
     FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
     checkpoint = Path(checkpoint)

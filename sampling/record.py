@@ -52,9 +52,9 @@ def used_files(request: Request, model: Model) -> list[Path]:
     """Every file that decides the picture: weights with their configs, and the pictures, embeddings and masks of the request."""
     base = [model.checkpoint]
     if (model.checkpoint / "unet.safetensors").exists():
-        base = [model.checkpoint / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder")]
-    if model.vae:
-        base.append(model.vae)
+        parts = ("unet", "text_encoder") if model.vae else ("unet", "vae", "text_encoder")
+        base = [model.checkpoint / f"{part}.safetensors" for part in parts]
+    base += [model.vae] if model.vae else []
     if request.image_prompts:
         adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
         base += [*adapters, *([encoder] if encoder else [])]

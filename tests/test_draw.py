@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,10 @@ from PIL import Image
 from tiny import difference, draw
 
 from sampling.embeddings import load_embedding, save_embedding
+from sampling.options import parse
 from sampling.pipeline import Pipeline, load
-from sampling.request import ImagePrompt, Request
+from sampling.record import ROOT
+from sampling.request import ImagePrompt, Request, paths
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +109,25 @@ print(",".join(sys.modules), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code, *module.split()], capture_output=True, text=True, check=True)
     assert not {*heavy} & {*done.stderr.splitlines()[-1].split(",")}
+
+
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/drawing.md", "docs/checkpoints.md")}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_commands_on_a_page_are_read(name: str) -> None:
+    """And the pictures of the first are shipped."""
+    text = PAGES[name].replace("\\\n", " ")
+    commands = [parse(shlex.split(line)[3:]) for line in re.findall(r"^python -m sampling .*", text, re.MULTILINE)]
+    assert commands
+    if name != "docs/checkpoints.md":
+        assert all((ROOT / path).is_file() for path in paths(commands[0].request)) and paths(commands[0].request)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/drawing.md"])
+def test_the_python_on_a_page_draws(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGES[name], re.DOTALL) if "Request(" in block]
+    assert len([line for line in code.splitlines() if line]) <= 6
+    monkeypatch.chdir(ROOT)
+    exec(code.replace("fox.png", str(tmp_path / "fox.png")).replace("steps=20", "steps=1"), {})
+    assert Image.open(tmp_path / "fox.png").size == (64, 64)
