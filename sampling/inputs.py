@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from sampling.edit import Edit
+from sampling.embeddings import PictureWeights
 from sampling.images import open_image, read_mask, to_tensor
 from sampling.lambdas import Lambda
 from sampling.request import ImagePrompt, Request
@@ -17,9 +18,10 @@ Picture = Image.Image | Path  # opened, or the file of a saved embedding, which 
 
 @dataclass(frozen=True)
 class PromptInputs:
-    """An image prompt: its pictures, those against it, and its lambda."""
+    """An image prompt: its pictures and their weights, those against it, and its lambda."""
 
     pictures: tuple[Picture, ...]
+    weights: PictureWeights
     negatives: tuple[Picture, ...]
     scale: Lambda
 
@@ -46,8 +48,8 @@ def open_picture(path: Path) -> Picture:
 def _image_prompt(prompt: ImagePrompt) -> PromptInputs:
     pictures, negatives = (tuple(map(open_picture, each)) for each in (prompt.images, prompt.negatives))
     mask = read_mask(prompt.mask)[0, 0] if prompt.mask else None
-    lam = Lambda(prompt.scale, prompt.layers, prompt.start, prompt.end, mask, prompt.weights, prompt.rule)
-    return PromptInputs(pictures, negatives, lam)
+    lam = Lambda(prompt.scale, prompt.layers, prompt.start, prompt.end, mask)
+    return PromptInputs(pictures, PictureWeights(prompt.weights, prompt.rule), negatives, lam)
 
 
 def _edit(request: Request) -> Edit | None:

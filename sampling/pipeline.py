@@ -23,11 +23,11 @@ from model.vae import VAE
 from sampling.ddim import Sampler, State, ddim
 from sampling.dpm import dpm
 from sampling.edit import Edit, begin
-from sampling.embeddings import Strength, load_embedding, parts, weigh_tokens
+from sampling.embeddings import PictureWeights, Strength, load_embedding, parts, weigh_tokens
 from sampling.guidance import guided
 from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
-from sampling.lambdas import moving
+from sampling.lambdas import moving, set_lambda
 from sampling.request import WEIGHTS, Request, check_seed
 from sampling.schedule import Prediction, Schedule, schedule_of
 
@@ -90,12 +90,13 @@ class Pipeline:
         fuse: Fuse = decoupled,
         grid: tuple[int, int] | None = None,
         against: Sequence[Tensor | None] | None = None,
+        weights: Sequence[PictureWeights] | None = None,
     ) -> tuple[Context, Context]:
         """(uncond, cond) for b prompts. `embedding`: as `embed` gives it, or `b k ...`; the unconditional side has the null image.
 
         With several adapters `embedding` is a sequence, one for each, and `scale` is one for all or a sequence too. `grid` is
         (height, width) of the latents, for a mask. `against` has for each adapter embeddings that the unconditional side reads
-        in place of the null image, or None.
+        in place of the null image, or None; `weights` has the weights of its pictures.
         """
         device = next(self.unet.parameters()).device
         text = self.text(self.text.tokenize([*negatives, *prompts]).to(device))
@@ -107,16 +108,17 @@ class Pipeline:
         if isinstance(scale, Sequence) and not isinstance(embedding, Tensor):
             scales = list(scale)
         against = [None] * len(embeddings) if against is None else against
-        if not len(embeddings) == len(scales) == len(against) == len(self.adapters):
+        weights = [PictureWeights()] * len(embeddings) if weights is None else weights
+        if not len(embeddings) == len(scales) == len(against) == len(weights) == len(self.adapters):
             given = f"{len(embeddings)} embeddings and {len(scales)} scales"
             raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {given} are given")
         grid = grid or (self.unet.config.sample_size, self.unet.config.sample_size)
-        for adapter, pictures, no, lam in zip(self.adapters, embeddings, against, scales, strict=True):
+        for adapter, pictures, no, lam, each in zip(self.adapters, embeddings, against, scales, weights, strict=True):
             no = self.null(adapter, pictures) if no is None else no
-            for part in parts(pictures, no, lam, self.unet.config, grid):
+            for part in parts(pictures, no, lam, each, self.unet.config, grid):
                 one = part.embedding.expand(len(prompts), *part.embedding.shape[1:])
-                uncond = adapter(uncond, part.against.expand_as(one), part.scale)
-                cond = weigh_tokens(adapter(cond, one, part.scale), part.weights)
+                uncond = set_lambda(adapter(uncond, part.against.expand_as(one)), part.levels)
+                cond = set_lambda(weigh_tokens(adapter(cond, one), part.weights), part.levels)
         return uncond, cond
 
     def draw(self, request: Request) -> Image.Image:
@@ -153,6 +155,7 @@ class Pipeline:
                 edit=edit,
                 image_guidance=request.image_guidance,
                 against=against or None,
+                weights=[prompt.weights for prompt in prompts] or None,
             )
             yield from to_images(drawn)
 
@@ -181,25 +184,29 @@ class Pipeline:
         edit: Edit | None = None,
         image_guidance: float | None = None,
         against: Sequence[Tensor | None] | None = None,
+        weights: Sequence[PictureWeights] | None = None,
     ) -> Tensor:
         """A batch of pictures, one for each prompt and seed: `b 3 H W`, about [-1, 1]. `draw` is this for one Request.
 
         `scale` is lambda (Eq. 8); `guidance` is w (Eq. 7), of the text alone where the picture has its `image_guidance`.
         `size` is (height, width) in pixels, multiples of the VAE's factor. The noise of picture i comes from a CPU generator
         of its own, seeded with `seeds[i]`. `watch` is called after every step. `sampler` is `ddim` or `dpm`. `edit` is a
-        picture to change, which sets the size. `against` are negative image prompts, as `contexts` takes them. Raises
-        ValueError where the arguments do not fit together, or where the result is not finite.
+        picture to change, which sets the size. `against` are negative image prompts and `weights` those of pictures, as
+        `contexts` takes them. Raises ValueError where the arguments do not fit together, or where the result is not finite.
         """
         prompts, seeds, negatives = rows_of(prompts, seeds, negatives)
         size = size or (edit.size if edit else self.native_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         canvas = begin(edit, self.unet.config.in_channels, self.vae, self.schedule, steps, generators, size)
         x, dtype = canvas.noise, next(self.unet.parameters()).dtype
-        uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, (x.shape[-2], x.shape[-1]), against)
+        grid = x.shape[-2], x.shape[-1]
+        uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights)
         # run the sampler on one number to learn which timesteps it visits
         times = [state.t for state in sampler(lambda x, t: x, torch.zeros(1), self.schedule, steps, start=canvas.start)]
         lambdas = scale if isinstance(scale, Sequence) else [scale] * len(self.adapters)
-        move = moving(lambdas if cond.image else [], times)
+        counts = [each.prompts for each in weights or [PictureWeights()] * len(lambdas)]
+        each_prompts = [lam for lam, count in zip(lambdas, counts, strict=False) for _ in range(count)]
+        move = moving(each_prompts if cond.image else [], times)
         denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move))
         for state in sampler(denoise, x, self.schedule, steps, eta, generators, canvas.start, canvas.enter):
             x = check_finite(state.x, dtype)
