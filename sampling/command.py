@@ -35,6 +35,8 @@ def run(command: Command) -> None:
     check_seed(request.seed + command.num - 1)
     check_png(command.out)
     if command.save_embedding:
+        if len(request.image_prompts) != 1:
+            raise ValueError("--save-embedding writes one adapter's image prompt: name it with --image")
         check_output(command.save_embedding)
     inputs = read_inputs(request)
     check_model(inputs, model)

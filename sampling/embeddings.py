@@ -42,6 +42,12 @@ class PictureWeights:
         return len(self.values) if self.values and self.rule == "output" else 1
 
 
+def of_prompts(lambdas: Sequence[Strength], weights: Sequence[PictureWeights] | None) -> list[Strength]:
+    """The lambda of each image prompt of a Context, from that of each adapter."""
+    counts = [each.prompts for each in weights or [PictureWeights()] * len(lambdas)]
+    return [lam for lam, count in zip(lambdas, counts, strict=True) for _ in range(count)]
+
+
 @dataclass(frozen=True)
 class Part:
     """One image prompt: embeddings `1 k e` or `b k e`, those of the unconditional side, lambda of each layer, and token weights."""

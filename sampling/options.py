@@ -65,8 +65,6 @@ def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Comman
     command = Command(request, model, **fill(Command))
     if command.num < 1:
         raise ValueError(f"--num must be at least 1, not {command.num}")
-    if command.save_embedding and len(command.request.image_prompts) != 1 and not command.again:
-        raise ValueError("--save-embedding writes one adapter's image prompt: name it with --image")
     return command
 
 
@@ -136,6 +134,7 @@ def parser(about: str | None = None) -> argparse.ArgumentParser:
 
 def _picture(group: Any) -> None:
     def add(name: str, about: str, kind: Any = float, **options: Any) -> None:
+        options |= {"metavar": "FILE"} if kind is Path else {}
         group.add_argument(name, type=kind, action=Following, help=about, **options)
 
     add(
@@ -182,13 +181,15 @@ def _text(group: Any) -> None:
 
 
 def _edit(group: Any) -> None:
-    group.add_argument("--init-image", type=Path, help="Picture to change. It sets the width and height.")
+    group.add_argument(
+        "--init-image", type=Path, metavar="FILE", help="Picture to change. It sets the width and height."
+    )
     about = (
         "How much to change it: the fraction of the steps to run, above 0 and at most 1. Default 0.8, with --mask 1."
     )
     group.add_argument("--strength", type=float, help=about)
     about = "Picture that shows where to repaint: white yes, black or transparent no. It has the size of --init-image."
-    group.add_argument("--mask", type=Path, help=about)
+    group.add_argument("--mask", type=Path, metavar="FILE", help=about)
     about = "With --mask: do not put the old pixels back where the mask is black."
     group.add_argument("--no-paste", dest="paste", action="store_false", help=about)
     about = (
@@ -210,6 +211,7 @@ def _sampler(group: Any) -> None:
 
 def _files(group: Any) -> None:
     def add(name: str, about: str, kind: Any = Path, **options: Any) -> None:
+        options |= {"metavar": "FILE"} if kind is Path else {}
         group.add_argument(name, type=kind, help=about, **options)
 
     add(
@@ -218,7 +220,7 @@ def _files(group: Any) -> None:
         "Default: the mini weights.",
     )
     about = "Official adapter file. Default: the one in the folder of --checkpoint. Give it again to add adapters."
-    group.add_argument("--ip-adapter", type=Path, action="append", help=about)
+    group.add_argument("--ip-adapter", type=Path, metavar="FILE", action="append", help=about)
     add("--image-encoder", "Image encoder: a folder, or a file of this project. Default: the one in --checkpoint.")
     add("--vae", "Autoencoder to use instead of the base model's own.")
     add("--prediction", "What the UNet predicts, where its files do not say it.", str, choices=("epsilon", "v"))

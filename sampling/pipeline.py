@@ -20,10 +20,11 @@ from model.image_encoder import Fit, ImageEncoder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
+from sampling.batch import check_finite, groups, rows_of
 from sampling.ddim import Sampler, State, ddim
 from sampling.dpm import dpm
 from sampling.edit import Edit, begin
-from sampling.embeddings import PictureWeights, Strength, load_embedding, parts, weigh_tokens
+from sampling.embeddings import PictureWeights, Strength, load_embedding, of_prompts, parts, weigh_tokens
 from sampling.guidance import guided
 from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
@@ -32,7 +33,6 @@ from sampling.request import WEIGHTS, Request, check_seed
 from sampling.schedule import Prediction, Schedule, schedule_of
 
 SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "dpm++": dpm}
-BATCH, AREA = 16, 64 * 64  # pictures and latents that are drawn at a time; AREA is one picture of 512 x 512
 Given = Picture | str  # where an image prompt is meant
 
 
@@ -160,11 +160,9 @@ class Pipeline:
             yield from to_images(drawn)
 
     def batches(self, inputs: Inputs, num: int) -> list[range]:
-        """The seeds of `num` pictures in groups to draw together: at most BATCH pictures, and at most AREA latents."""
+        """The seeds of `num` pictures in groups that `series` draws together."""
         _, (height, width) = size_of(inputs, self.native_size, self.vae.config.factor)
-        latents = max(1, abs(height * width) // self.vae.config.factor**2)
-        many, seeds = max(1, min(BATCH, AREA // latents)), range(inputs.request.seed, inputs.request.seed + num)
-        return [seeds[first : first + many] for first in range(0, num, many)]
+        return groups(inputs.request.seed, num, abs(height * width) // self.vae.config.factor**2)
 
     @torch.no_grad()
     def sample(
@@ -188,11 +186,10 @@ class Pipeline:
     ) -> Tensor:
         """A batch of pictures, one for each prompt and seed: `b 3 H W`, about [-1, 1]. `draw` is this for one Request.
 
-        `scale` is lambda (Eq. 8); `guidance` is w (Eq. 7), of the text alone where the picture has its `image_guidance`.
-        `size` is (height, width) in pixels, multiples of the VAE's factor. The noise of picture i comes from a CPU generator
-        of its own, seeded with `seeds[i]`. `watch` is called after every step. `sampler` is `ddim` or `dpm`. `edit` is a
-        picture to change, which sets the size. `against` are negative image prompts and `weights` those of pictures, as
-        `contexts` takes them. Raises ValueError where the arguments do not fit together, or where the result is not finite.
+        `guidance` is w (Eq. 7), of the text alone where the picture has its `image_guidance`. `size` is (height, width) in
+        pixels, multiples of the VAE's factor. The noise of picture i comes from a CPU generator of its own, seeded with
+        `seeds[i]`. `watch` is called after every step. `sampler` is `ddim` or `dpm`. `edit` is a picture to change, which sets
+        the size. The rest is as in `contexts`. Raises ValueError where arguments do not fit, or the result is not finite.
         """
         prompts, seeds, negatives = rows_of(prompts, seeds, negatives)
         size = size or (edit.size if edit else self.native_size)
@@ -204,9 +201,7 @@ class Pipeline:
         # run the sampler on one number to learn which timesteps it visits
         times = [state.t for state in sampler(lambda x, t: x, torch.zeros(1), self.schedule, steps, start=canvas.start)]
         lambdas = scale if isinstance(scale, Sequence) else [scale] * len(self.adapters)
-        counts = [each.prompts for each in weights or [PictureWeights()] * len(lambdas)]
-        each_prompts = [lam for lam, count in zip(lambdas, counts, strict=False) for _ in range(count)]
-        move = moving(each_prompts if cond.image else [], times)
+        move = moving(of_prompts(lambdas, weights) if cond.image else [], times)
         denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move))
         for state in sampler(denoise, x, self.schedule, steps, eta, generators, canvas.start, canvas.enter):
             x = check_finite(state.x, dtype)
@@ -220,30 +215,6 @@ class Pipeline:
         """(height, width) in pixels that the base model was trained at."""
         side = self.unet.config.sample_size * self.vae.config.factor
         return side, side
-
-
-def rows_of(
-    prompts: str | Sequence[str], seeds: int | Sequence[int], negatives: str | Sequence[str]
-) -> tuple[list[str], list[int], list[str]]:
-    """Prompts, seeds and negative prompts, one for each picture. Raises ValueError when they are not as many."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-    negatives = [negatives] * len(prompts) if isinstance(negatives, str) else list(negatives)
-    if not prompts or not len(prompts) == len(seeds) == len(negatives):
-        raise ValueError(
-            f"{len(prompts)} prompts, {len(seeds)} seeds and {len(negatives)} negative prompts: give one of each for a picture"
-        )
-    for seed in seeds:
-        check_seed(seed)
-    return prompts, seeds, negatives
-
-
-def check_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gives `x` back. Raises ValueError for values that would be drawn black; `dtype` is that of the networks."""
-    if x.isfinite().all():
-        return x
-    cure = "use --dtype bfloat16 or float32" if dtype == torch.float16 else "lower --guidance or --scale"
-    raise ValueError(f"the result is not finite in {str(dtype).removeprefix('torch.')}: {cure}")
 
 
 def compiled(unet: UNet) -> UNet:

@@ -30,8 +30,9 @@ def stored(path: Path) -> str:
     full = Path(os.path.abspath(path))
     if any(full.is_relative_to(ROOT / folder) for folder in FOLDERS):
         return SHIPPED + full.relative_to(ROOT).as_posix()
-    if path.is_absolute() and full.is_relative_to(Path.home()):
-        return f"~/{full.relative_to(Path.home()).as_posix()}"
+    home = Path(os.path.expanduser("~"))  # stays "~" where there is none
+    if path.is_absolute() and full.is_relative_to(home):
+        return f"~/{full.relative_to(home).as_posix()}"
     return path.as_posix()
 
 

@@ -105,7 +105,7 @@ def test_again_refuses_what_it_did_not_draw(tmp_path: Path, settings: dict[str, 
 
 def test_a_record_holds_no_path_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shipped files are stored by name, so a picture is drawn again from any folder, by any copy of the project."""
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     Image.new("RGB", (8, 8), "red").save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     shipped = ROOT / "sampling" / "examples" / "owl.png"
@@ -323,3 +323,15 @@ def test_other_options_are_refused_beside_again(tmp_path: Path) -> None:
             value = [] if action.nargs == 0 else [values.get(flag, "1")]
             with pytest.raises(ValueError, match=f"--again takes every setting from its picture: leave out {flag}"):
                 cli.run(["--again", str(tmp_path / "a.png"), flag, *value])
+
+
+def test_an_embedding_is_saved_of_a_picture_with_an_image_prompt_only(
+    weights: Path, tmp_path: Path, image: Path
+) -> None:
+    draw(weights, tmp_path / "text.png", "--prompt", "a fox")
+    draw(weights, tmp_path / "image.png", "--image", image)
+    kept = ("--out", str(tmp_path / "b.png"), "--save-embedding", str(tmp_path / "kept.safetensors"))
+    with pytest.raises(ValueError, match="--save-embedding writes one adapter's image prompt"):
+        cli.run(["--again", str(tmp_path / "text.png"), *kept])
+    cli.run(["--again", str(tmp_path / "image.png"), *kept])
+    assert names(tmp_path) == ["b.png", "image.png", "kept.safetensors", "text.png"]

@@ -22,7 +22,7 @@ from model.image_encoder import ImageEncoder
 from model.unet import UNet
 from model.vae import VAE
 from sampling import __main__ as cli
-from sampling import command, pipeline
+from sampling import batch, command
 from sampling.images import read_settings
 from sampling.inputs import read_inputs
 from sampling.options import parser
@@ -77,7 +77,7 @@ def test_three_pictures_are_three_single_ones(weights: Path, tmp_path: Path, ima
 
 def test_more_pictures_than_a_batch(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(weights, tmp_path / "a.png", "--num", 3)
-    monkeypatch.setattr(pipeline, "BATCH", 2)
+    monkeypatch.setattr(batch, "BATCH", 2)
     draw(weights, tmp_path / "b.png", "--num", 3)
     assert all(
         difference(pixels_of(tmp_path / f"a-{i}.png"), pixels_of(tmp_path / f"b-{i}.png")) <= 1 for i in range(3)
@@ -275,7 +275,7 @@ def test_each_picture_is_written_as_it_is_drawn(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int
 ) -> None:
     """Ctrl-C in the third batch leaves the pictures of the first two, and says how many."""
-    monkeypatch.setattr(pipeline, "BATCH", 1)
+    monkeypatch.setattr(batch, "BATCH", 1)
     drawn: list[int] = []
     sample = Pipeline.sample
 

@@ -95,6 +95,7 @@ HEAVY = ("torch", "open_clip", "numpy", "PIL")
         ("sampling.sheets --help", HEAVY),
         ("sampling.sheets gallery --help", HEAVY),
         ("sampling.pipeline", ("open_clip",)),
+        ("weights_convert inspect weights/ip_adapter.safetensors weights/unet.safetensors", ("open_clip",)),
     ],
 )
 def test_arguments_are_read_before_anything_heavy_is_imported(module: str, heavy: tuple[str, ...]) -> None:
@@ -107,7 +108,9 @@ except SystemExit:
     pass
 print(",".join(sys.modules), file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", code, *module.split()], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *module.split()], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert not {*heavy} & {*done.stderr.splitlines()[-1].split(",")}
 
 
@@ -118,7 +121,10 @@ PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/drawing
 def test_the_commands_on_a_page_are_read(name: str) -> None:
     """And the pictures of the first are shipped."""
     text = PAGES[name].replace("\\\n", " ")
-    commands = [parse(shlex.split(line)[3:]) for line in re.findall(r"^(?:\.venv/bin/)?python -m sampling .*", text, re.MULTILINE)]
+    commands = [
+        parse(shlex.split(line)[3:])
+        for line in re.findall(r"^(?:\.venv/bin/)?python -m sampling .*", text, re.MULTILINE)
+    ]
     assert commands
     if name != "docs/checkpoints.md":
         assert all((ROOT / path).is_file() for path in paths(commands[0].request)) and paths(commands[0].request)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from sampling.images import open_image, save_image
+from sampling.images import check_png, open_image, save_image
 from sampling.inputs import read_inputs
 from sampling.pipeline import Pipeline, load
 from sampling.request import WEIGHTS, ImagePrompt, Preset, Request, Rule, SamplerName
@@ -178,6 +178,7 @@ SHEETS: dict[str, tuple[str, Callable[[Artist], Cells]]] = {  # by its file's na
 
 def write(seed: int, out: Path) -> str:
     """Draws every sheet into a folder, and says what it wrote."""
+    check_png(out / "sheet.png")
     pipeline, settings = load(), {"command": f"python -m sampling.sheets gallery --seed {seed}"}
     with TemporaryDirectory() as folder:
         artist = Artist(pipeline, Path(folder), seed)
