@@ -12,10 +12,10 @@ BIN := .venv/bin
 .PHONY: demo gallery test weights ablation world docs constraints clean
 
 demo: .venv/ready
-	$(BIN)/python -m sampling.demo --seed $(SEED)
+	$(BIN)/python -m sampling.sheets demo --seed $(SEED)
 
 gallery: .venv/ready
-	$(BIN)/python -m sampling.gallery --seed $(SEED)
+	$(BIN)/python -m sampling.sheets gallery --seed $(SEED)
 
 test: .venv/tests
 	$(BIN)/ruff check .

@@ -19,7 +19,8 @@ from torch import Tensor
 from checkpoints.files import check_output
 from eval.attention_maps import Named, finest, name_maps, record
 from sampling.images import open_image, save_image, to_images
-from sampling.pipeline import WEIGHTS, Pipeline, load
+from sampling.pipeline import Pipeline, load
+from sampling.request import WEIGHTS
 
 COLUMNS, INCHES, DPI, SIDE = 7, 1.6, 100, 256
 HEAT = matplotlib.colormaps["inferno"]
@@ -57,7 +58,7 @@ def draw(
             seen.append(finest(maps))
             maps.clear()
 
-        drawn = pipeline.draw([prompt], [seed], embedding, scale=scale, guidance=guidance, steps=steps, watch=watch)
+        drawn = pipeline.sample([prompt], [seed], embedding, scale=scale, guidance=guidance, steps=steps, watch=watch)
     return to_images(drawn)[0], torch.stack(seen).mean(dim=0)
 
 

@@ -149,7 +149,7 @@ def draw(
     for rows in tqdm(torch.arange(len(prompts)).split(batch), desc=name, unit="batch"):
         texts, pictured = [prompts[i] for i in rows], None if embedding is None else embedding[rows]
         with precision(device):
-            x = pipeline.draw(texts, rows.tolist(), pictured, scale=scale, guidance=guidance, steps=steps, fuse=fuse)
+            x = pipeline.sample(texts, rows.tolist(), pictured, scale=scale, guidance=guidance, steps=steps, fuse=fuse)
         drawn.append(x.float().cpu())
     return torch.cat(drawn)
 

@@ -38,7 +38,7 @@ def draw(weights: Path, path: Path) -> None:
     sheet = Image.new("RGB", (COLUMNS * SIZE, ROWS * SIZE))
     for rows in torch.arange(COLUMNS * ROWS).split(COLUMNS):
         texts, seeds = [prompts.other[i] for i in rows], rows.tolist()
-        drawn = pipeline.draw(texts, seeds, embedding[rows], scale=lam[rows], guidance=4.0, steps=12)
+        drawn = pipeline.sample(texts, seeds, embedding[rows], scale=lam[rows], guidance=4.0, steps=12)
         for i, image in zip(seeds, to_images(drawn), strict=True):
             sheet.paste(image, (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
     with replacing(path) as part:

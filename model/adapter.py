@@ -6,14 +6,13 @@ and ride in the Context. The UNet gets no new modules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.attention import Scale, Source
+from model.attention import Source
 from model.context import Context
 from model.image_projection import Projection
 from model.unet import UNet
@@ -63,22 +62,19 @@ class IPAdapter(nn.Module):
         tokens = self.image_projection(pictures.flatten(0, 1))
         return rearrange(tokens, "(b k) n c -> b (k n) c", b=len(pictures))
 
-    def forward(self, context: Context, embedding: Tensor, scale: Scale | Sequence[Scale] = 1.0) -> Context:
-        """Adds a picture to a Context. `embedding`: as `tokens` takes it. `scale`: lambda, or one a layer.
+    def forward(self, context: Context, embedding: Tensor, scale: float | Tensor = 1.0) -> Context:
+        """Adds a picture to a Context. `embedding`: as `tokens` takes it. `scale`: lambda of all layers, as Source has it.
 
         A dropped picture is a zero embedding (section 3.2.3): its tokens are LayerNorm(bias), not zeros. For fine features
         it is zero pixels through the encoder.
         """
         tokens = self.tokens(embedding)
-        scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(self.heads)
-        if len(scales) != len(self.heads):
-            raise ValueError(f"{len(scales)} scales for {len(self.heads)} cross-attention layers")
 
         def split(x: Tensor, heads: int) -> Tensor:
             return rearrange(x, "b m (h d) -> b h m d", h=heads)
 
         sources = tuple(
-            Source(split(to_k(tokens), heads), split(to_v(tokens), heads), lam)
-            for heads, (to_k, to_v), lam in zip(self.heads, self.projections(), scales, strict=True)
+            Source(split(to_k(tokens), heads), split(to_v(tokens), heads), scale)
+            for heads, (to_k, to_v) in zip(self.heads, self.projections(), strict=True)
         )
         return replace(context, image=(*context.image, sources))

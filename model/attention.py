@@ -10,7 +10,7 @@ Axes: `b n c` tokens, `b h n d` heads; `n` queries, `m` keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,6 @@ from model.kernels import fused_is_faster
 
 if TYPE_CHECKING:
     from model.context import Context
-
-Scale = float | Tensor | Mapping[int, Tensor]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,37 +37,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 class Source:
     """Keys and values that cross-attention can read, and lambda, how strongly it reads them.
 
-    `k`, `v`: `b h m d`. `scale` is lambda of Eq. 8: a number, a tensor (one value a picture, `b`, or
-    what broadcasts to `b h n d`), or a map over the picture as `pyramid` makes it: {number of queries: `b 1 n 1`}.
+    `k`, `v`: `b h m d`. `scale` is lambda of Eq. 8: a number, or a tensor that broadcasts to `b h n d` (one value a picture is
+    `b 1 1 1`, a mask on this layer's own grid is `b 1 n 1`).
     """
 
     k: Tensor
     v: Tensor
-    scale: Scale = 1.0
+    scale: float | Tensor = 1.0
 
     @property
     def off(self) -> bool:
         return isinstance(self.scale, int | float) and self.scale == 0
 
     def weight(self, q: Tensor) -> float | Tensor:
-        """lambda for the queries `q`: a number, or a tensor that broadcasts to `b h n d`.
-
-        Raises ValueError when the map over the picture has no level with that many queries.
-        """
-        if not isinstance(self.scale, Mapping):
-            return _four_axes(self.scale).to(q) if isinstance(self.scale, Tensor) else self.scale
-        n = q.shape[-2]
-        if n not in self.scale:
+        """lambda for the queries `q`. Raises ValueError for a tensor that does not broadcast to them."""
+        if not isinstance(self.scale, Tensor):
+            return self.scale
+        if self.scale.ndim not in (0, 4) or (self.scale.ndim == 4 and self.scale.shape[2] not in (1, q.shape[2])):
             raise ValueError(
-                f"this mask was made for levels of {sorted(self.scale)} queries, but a layer asks with {n}: "
-                "give pyramid() the latents' true (h, w)"
+                f"lambda of shape {tuple(self.scale.shape)} does not broadcast to {tuple(q.shape)}: a value for each picture is "
+                "`b 1 1 1`, and a mask is made for the latents' true (h, w)"
             )
-        return self.scale[n].to(q)
-
-
-def _four_axes(scale: Tensor) -> Tensor:
-    """One lambda a picture, `b`, as `b 1 1 1`."""
-    return scale if scale.ndim == 4 else scale.reshape(-1, 1, 1, 1)
+        return self.scale.to(q)
 
 
 def decoupled(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
@@ -99,7 +88,8 @@ def concatenated(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
         return attention(q, k, v)
     log_odds = [q.new_zeros(1, 1, 1, text.k.shape[-2])]
     for weight, source in zip(weights, image, strict=True):
-        column = _four_axes(torch.as_tensor(weight, dtype=q.dtype, device=q.device))
+        column = torch.as_tensor(weight, dtype=q.dtype, device=q.device)
+        column = column if column.ndim else column.reshape(1, 1, 1, 1)
         if (column < 0).any():
             raise ValueError("the joint softmax takes log lambda, so lambda must not be negative")
         log_odds.append(column.log().expand(*column.shape[:-1], source.k.shape[-2]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from model.attention import Fuse, Scale, Source, _four_axes, decoupled
+from model.attention import Fuse, Source, decoupled
 
 
 @dataclass(frozen=True)
@@ -32,24 +31,13 @@ class Context:
         return tuple(prompt[layer] for prompt in self.image)
 
 
-def _cat_scale(a: Source, b: Source) -> Scale:
+def _cat_scale(a: Source, b: Source) -> float | Tensor:
     if isinstance(a.scale, int | float) and isinstance(b.scale, int | float) and a.scale == b.scale:
         return a.scale
-
-    def rows(source: Source, n: int | None) -> Tensor:
-        scale = source.scale[n] if isinstance(source.scale, Mapping) and n is not None else source.scale
-        value = _four_axes(torch.as_tensor(scale, dtype=source.k.dtype, device=source.k.device))
-        return value.expand(source.k.shape[0], *value.shape[1:])
-
-    def cat(n: int | None) -> Tensor:
-        top, bottom = rows(a, n), rows(b, n)
-        shape = torch.broadcast_shapes(top.shape[1:], bottom.shape[1:])
-        return torch.cat([top.expand(-1, *shape), bottom.expand(-1, *shape)])
-
-    if isinstance(a.scale, Mapping) and isinstance(b.scale, Mapping) and set(a.scale) != set(b.scale):
-        raise ValueError("the two masks were made for latents of different sizes")
-    levels = next((tuple(s.scale) for s in (a, b) if isinstance(s.scale, Mapping)), None)
-    return cat(None) if levels is None else {n: cat(n) for n in levels}
+    both = [torch.as_tensor(source.scale, dtype=source.k.dtype, device=source.k.device) for source in (a, b)]
+    top, bottom = (scale if scale.ndim else scale.reshape(1, 1, 1, 1) for scale in both)
+    shape = torch.broadcast_shapes(top.shape[1:], bottom.shape[1:])
+    return torch.cat([top.expand(len(a.k), *shape), bottom.expand(len(b.k), *shape)])
 
 
 def stack(uncond: Context, cond: Context) -> Context:
@@ -73,19 +61,15 @@ def stack(uncond: Context, cond: Context) -> Context:
     return replace(cond, text=torch.cat([uncond.text, cond.text]), image=image, added=added)
 
 
-def pyramid(mask: Tensor, h: int, w: int, levels: int = 4) -> dict[int, Tensor]:
-    """A mask as lambda over the picture, for every level of a UNet whose latents are `h x w`.
+def pyramid(mask: Tensor, h: int, w: int, levels: int = 4) -> list[Tensor]:
+    """A mask as lambda over the picture, `b 1 n 1`, for each level of a UNet whose latents are `h x w`, the finest first.
 
     `mask`: `H W` or `b H W`, values are lambda (0 = the prompt has no say there, soft values allowed); averaged over the area
-    of each query. Returns {number of queries: `b 1 n 1`}. Levels halve with rounding up, as the UNet's strided
-    convolutions do, so the grid is exact at any size.
+    of each query. Levels halve with rounding up, as the UNet's strided convolutions do, so the grid is exact at any size.
     """
-    mask = mask if mask.ndim == 3 else mask[None]
-    grids = {}
+    mask, maps = (mask if mask.ndim == 3 else mask[None])[:, None], []
     for _ in range(levels):
-        grids[h * w] = rearrange(
-            F.interpolate((mask if mask.is_floating_point() else mask.float())[:, None], (h, w), mode="area"),
-            "b 1 h w -> b 1 (h w) 1",
-        )
+        area = F.interpolate(mask if mask.is_floating_point() else mask.float(), (h, w), mode="area")
+        maps.append(rearrange(area, "b 1 h w -> b 1 (h w) 1"))
         h, w = (h + 1) // 2, (w + 1) // 2
-    return grids
+    return maps

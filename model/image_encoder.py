@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import VisionTransformer
+
 Fit = Literal["crop", "squash", "pad"]
+LONG = 256  # pictures whose sides are in this ratio or more are cut before they are resized
+ROWS = 64  # rows that `padded_square` takes at a time
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -22,11 +26,38 @@ def normalise(rgb: Tensor) -> Tensor:
 
 
 def centre_square(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    """The picture with its short side at `size`, then the centre square, the margin rounded down."""
-    short = min(image.size)
+    """Resizes the short side to `size`, then cuts the centre square, with the margin rounded down.
+
+    Of a picture longer than LONG times its short side only the middle is resized, so a strip of 60000 x 1 takes no memory.
+    """
+    short, long = min(image.size), max(image.size)
+    if long > LONG * short:
+        kept = LONG * short + (long - LONG * short) % 2  # an even number of pixels goes, so the centre stays
+        image = _middle(image, min(image.width, kept), min(image.height, kept))
     image = image.resize((int(size * image.width / short), int(size * image.height / short)), resample)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return _middle(image, size, size)
+
+
+def padded_square(image: Image.Image, size: int) -> Image.Image:
+    """Pads an RGB picture to a square with bars of CLIP's mean colour, then resizes it to `size`, bicubic.
+
+    Equal to padding first, bit for bit, but takes size x side pixels in place of side x side: Pillow resizes rows, then
+    columns, so the rows can be padded and resized a few at a time.
+    """
+    side, colour = max(image.size), tuple(round(255 * m) for m in MEAN)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    narrow = Image.new("RGB", (size, side), colour)
+    for first in range(0, image.height, ROWS):
+        last = min(first + ROWS, image.height)
+        rows = Image.new("RGB", (side, last - first), colour)
+        rows.paste(image.crop((0, first, image.width, last)), (left, 0))
+        narrow.paste(rows.resize((size, last - first), Image.Resampling.BICUBIC), (0, top + first))
+    return narrow.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 @dataclass(frozen=True)
@@ -61,6 +92,10 @@ class ImageEncoder(nn.Module):
     """Pixels, `b 3 s s` as `preprocess` makes them, to CLIP image features."""
 
     def __init__(self, config: ImageConfig = VIT_H) -> None:
+        # open_clip takes seconds to import, so only what builds a tower imports it
+        from open_clip.modified_resnet import ModifiedResNet
+        from open_clip.transformer import QuickGELU, VisionTransformer
+
         super().__init__()
         self.config = config
         self.clip: VisionTransformer | ModifiedResNet
@@ -113,13 +148,8 @@ class ImageEncoder(nn.Module):
         square, `pad` first adds bars of the mean colour, so that nothing is lost.
         """
         image, size = image.convert("RGB"), self.config.image_size
-        if fit == "pad":
-            side = max(image.size)
-            canvas = Image.new("RGB", (side, side), tuple(round(255 * m) for m in MEAN))
-            canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = canvas
         if fit == "squash":
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         else:
-            image = centre_square(image, size, Image.Resampling.BICUBIC)
+            image = padded_square(image, size) if fit == "pad" else centre_square(image, size, Image.Resampling.BICUBIC)
         return normalise(torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1))

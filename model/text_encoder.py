@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
 
 START, END = 49406, 49407  # <|startoftext|>, <|endoftext|> in CLIP's vocabulary
 
@@ -42,6 +44,8 @@ SD21_TEXT = TextConfig(width=1024, layers=24, heads=16, activation="gelu", pad=0
 
 @functools.cache
 def _tokenizer() -> SimpleTokenizer:
+    from open_clip.tokenizer import SimpleTokenizer  # takes seconds to import, so only where it is needed
+
     return SimpleTokenizer()
 
 
@@ -65,6 +69,8 @@ class TextEncoder(nn.Module):
     """c_t = CLIP's hidden states of a prompt."""
 
     def __init__(self, config: TextConfig = SD15_TEXT) -> None:
+        from open_clip.transformer import QuickGELU, TextTransformer  # as above
+
         super().__init__()
         if config.vocabulary and config.vocabulary[-1] != END:
             raise ValueError("the last token of a small vocabulary must be the end token, as it is in CLIP's")
@@ -81,14 +87,14 @@ class TextEncoder(nn.Module):
         self.clip.attn_mask = None  # a non-persistent buffer would stay on the meta device; `hidden` builds its own
         self.rows = {token: row for row, token in enumerate(config.vocabulary)}
 
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """Prompts to tokens, `b 77`: start, the words, end, padding.
+    def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
+        """One prompt or several to tokens, `b 77`: start, the words, end, padding.
 
         Warns, naming them, of words that the small vocabulary does not know (left out) and of words cut off at 77 tokens.
         """
         length = self.config.context_length
         rows = []
-        for prompt in prompts:
+        for prompt in [prompts] if isinstance(prompts, str) else prompts:
             tokens, unknown, cut = [START], [], []
             for word, pieces in words_of(prompt):
                 if self.rows and not all(piece in self.rows for piece in pieces):

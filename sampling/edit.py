@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.vae import VAE
 from sampling.ddim import Denoiser, randn
+from sampling.request import check_size
 from sampling.schedule import Schedule
 
 
@@ -21,9 +22,9 @@ from sampling.schedule import Schedule
 class Edit:
     """A picture to change, `b 3 H W` in [-1, 1], or `1 3 H W` for a whole batch.
 
-    Of all steps the last `strength` of them run, above 0 and at most 1. `mask`, `b 1 H W` or `1 1 H W` in [0, 1], is 1 where
-    to repaint; a network knows it as it is from 0.5 up. With `paste` the picture is put back where the mask is 0, and
-    blended in between. Raises ValueError for a strength out of its range, or a mask of another size.
+    Run only the last `strength` fraction of the steps, above 0 and at most 1. `mask`, `b 1 H W` or `1 1 H W` in [0, 1], is 1
+    where to repaint; the latents are repainted where it is at least 0.5. With `paste` the old pixels are put back where the
+    mask is 0, and blended in between. Raises ValueError for a strength out of its range, or a mask of another size.
     """
 
     picture: Tensor
@@ -44,8 +45,20 @@ class Edit:
         height, width = self.picture.shape[-2:]
         return height, width
 
+    def cropped(self, size: tuple[int, int]) -> Edit:
+        """The middle of the picture and of its mask, of `size` (height, width). Raises ValueError when they are smaller."""
+        (height, width), (old_height, old_width) = size, self.size
+        if height > old_height or width > old_width or min(size) < 1:
+            raise ValueError(f"a picture of {old_width} x {old_height} can't be cropped to {width} x {height}")
+        top, left = (old_height - height) // 2, (old_width - width) // 2
+
+        def middle(pixels: Tensor) -> Tensor:
+            return pixels[..., top : top + height, left : left + width]
+
+        return replace(self, picture=middle(self.picture), mask=None if self.mask is None else middle(self.mask))
+
     def start(self, steps: int) -> int:
-        """How many of the steps are left out, rounded up as diffusers does. Raises ValueError when none is left."""
+        """Number of steps to leave out, rounded up as in diffusers. Raises ValueError when no step would run."""
         run = int(steps * self.strength)
         if run < 1:
             raise ValueError(f"strength {self.strength} of {steps} steps is less than one step: raise one of them")
@@ -137,15 +150,18 @@ def begin(
 
 def _check(edit: Edit | None, inpaints: bool, factor: int, batch: int, size: tuple[int, int]) -> None:
     height, width = size
+    check_size(width, height)
     if height % factor or width % factor or min(size) <= 0:
-        raise ValueError(f"width and height must be positive multiples of {factor}, not {width} x {height}")
+        crop = f"{width - width % factor} x {height - height % factor}"
+        offer = f": add --crop to use its middle, {crop}" if edit and edit.size == size and min(size) >= factor else ""
+        raise ValueError(f"width and height must be positive multiples of {factor}, not {width} x {height}{offer}")
     if inpaints and (edit is None or edit.mask is None):
         raise ValueError("this base model is for inpainting: it needs both a picture and a mask (--init-image, --mask)")
     if edit is None:
         return
     if edit.size != size:
         asked, has = f"{width} x {height}", f"{edit.size[1]} x {edit.size[0]}"
-        raise ValueError(f"{asked} is asked for, but the picture to change is {has}: make the picture that size first")
+        raise ValueError(f"{asked} is asked for, but the picture to change is {has}: make it that size, or add --crop")
     for tensor in (edit.picture, edit.mask):
         if tensor is not None and len(tensor) not in (1, batch):
             raise ValueError(

@@ -13,53 +13,88 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.files import replacing
-from model.attention import Scale
 from model.context import Context
 from model.image_projection import Projection
 from model.unet import UNetConfig
-from sampling.lambdas import Lambda
+from sampling.lambdas import Lambda, Level, places
+from sampling.request import Rule
 
-Strength = Scale | Sequence[Scale] | Lambda  # lambda of one adapter: for all its layers, one for each, or as data
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Strength = Level | Sequence[Level] | Lambda  # lambda of one adapter: for all its layers, one for each, or as data
+
+
+@dataclass(frozen=True)
+class PictureWeights:
+    """A weight for each picture of one prompt, and the rule that says what it multiplies; without values all are alike."""
+
+    values: tuple[float, ...] = ()
+    rule: Rule = "output"
+
+    @property
+    def prompts(self) -> int:
+        """Number of image prompts of a Context: by the rule "output" each picture is one of its own."""
+        return len(self.values) if self.values and self.rule == "output" else 1
+
+
+def of_prompts(lambdas: Sequence[Strength], weights: Sequence[PictureWeights] | None) -> list[Strength]:
+    """The lambda of each image prompt of a Context, from that of each adapter."""
+    counts = [each.prompts for each in weights or [PictureWeights()] * len(lambdas)]
+    return [lam for lam, count in zip(lambdas, counts, strict=True) for _ in range(count)]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One image prompt: embeddings `1 k e` or `b k e`, what the unconditional side reads, lambda, and the weights of its tokens."""
+    """One image prompt: embeddings `1 k e` or `b k e`, those of the unconditional side, lambda of each layer, and token weights."""
 
     embedding: Tensor
     against: Tensor
-    scale: Scale | Sequence[Scale]
+    levels: Sequence[Level]
     weights: tuple[float, ...] = ()
 
 
-def parts(embedding: Tensor, against: Tensor, lam: Strength, config: UNetConfig, grid: tuple[int, int]) -> list[Part]:
+def parts(
+    embedding: Tensor,
+    against: Tensor,
+    lam: Strength,
+    weights: PictureWeights,
+    config: UNetConfig,
+    grid: tuple[int, int],
+) -> list[Part]:
     """The image prompts of one adapter: one, or with the rule "output" one for each picture.
 
     `against`, negative pictures or the null image, has as many as `embedding`, or one for all of them; only the rule "output"
-    weighs them too, as diffusers does. Raises ValueError when weights or pictures are not as many. `config` and `grid` are
+    weighs them too, as in diffusers. Raises ValueError when weights or pictures are not as many. `config` and `grid` are
     those of `Lambda.by_layer`.
     """
     pictures = embedding.shape[1]
     if against.shape[1] not in (1, pictures):
         raise ValueError(f"{against.shape[1]} negative images for {pictures} images: give one, or {pictures}")
-    if not isinstance(lam, Lambda):
-        return [Part(embedding, against, lam)]
-    if lam.images and len(lam.images) != pictures:
-        raise ValueError(f"{len(lam.images)} image weights for {pictures} images: give each its own")
-    if lam.images and lam.rule == "output":
+    if weights.values and len(weights.values) != pictures:
+        raise ValueError(f"{len(weights.values)} image weights for {pictures} images: give each its own")
+    if weights.values and weights.rule == "output":
         each = embedding.split(1, dim=1), against.expand(-1, pictures, *against.shape[2:]).split(1, dim=1)
         return [
-            Part(one, no, lam.by_layer(config, grid, weight)) for one, no, weight in zip(*each, lam.images, strict=True)
+            Part(one, no, levels_of(lam, config, grid, weight))
+            for one, no, weight in zip(*each, weights.values, strict=True)
         ]
-    scale = lam.by_layer(config, grid)
-    if lam.rule == "embedding":
-        return [Part(weigh_embedding(embedding, lam.images), against, scale)]
-    return [Part(embedding, against, scale, lam.images)]
+    levels = levels_of(lam, config, grid)
+    if weights.rule == "embedding":
+        return [Part(weigh_embedding(embedding, weights.values), against, levels)]
+    return [Part(embedding, against, levels, weights.values)]
+
+
+def levels_of(lam: Strength, config: UNetConfig, grid: tuple[int, int], weight: float = 1.0) -> list[Level]:
+    """lambda of each layer, times `weight`."""
+    if isinstance(lam, Lambda):
+        return lam.by_layer(config, grid, weight)
+    each = list(lam) if isinstance(lam, Sequence) else [lam] * len(places(config))
+    return each if weight == 1 else [weight * level for level in each]
 
 
 def weigh_embedding(embedding: Tensor, weights: Sequence[float]) -> Tensor:
@@ -88,25 +123,26 @@ def weigh_tokens(context: Context, weights: Sequence[float]) -> Context:
     return replace(context, image=(*context.image[:-1], sources))
 
 
-def save_embedding(embedding: Tensor, path: Path) -> None:
-    """Writes the result of `Pipeline.embed` as safetensors. Raises OSError when the file can't be written."""
-    with replacing(path) as part:
+def save_embedding(embedding: Tensor, path: Path | str) -> None:
+    """Writes what `Pipeline.embed` gave as safetensors, whole or not at all."""
+    with replacing(Path(path)) as part:
         save_file({"embedding": embedding.cpu().contiguous()}, part)
 
 
-def load_embedding(path: Path, reads: Projection) -> Tensor:
+def load_embedding(path: Path | str, reads: Projection) -> Tensor:
     """What `save_embedding` wrote, for an adapter's projection: `1 k e`, or `1 k m e` of fine features.
 
     Raises ValueError when it is something else, was made for another adapter, or is not finite.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
     try:
         tensors = load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
     embedding = tensors.get("embedding")
-    if embedding is None or not embedding.is_floating_point() or 0 in embedding.shape or embedding.shape[:1] != (1,):
+    if embedding is None or embedding.dtype not in FLOATS or 0 in embedding.shape or embedding.shape[:1] != (1,):
         raise ValueError(f"{path}: holds no image embedding; --save-embedding writes such files")
     if embedding.ndim != 3 + reads.fine or embedding.shape[-1] != reads.image_dim:
         shape = f"1 k {'m ' * reads.fine}{reads.image_dim}"

@@ -16,7 +16,9 @@ from sampling.ddim import Denoiser
 from sampling.lambdas import Move, unmoved
 
 Side = Literal["uncond", "image", "cond"]  # a pass of the UNet: neither prompt, the picture alone, both
-Control = Callable[[Tensor, int, Side], Residuals]  # what a structure control adds in one pass, for latents x at timestep t
+Control = Callable[
+    [Tensor, int, Side], Residuals
+]  # what a structure control adds in one pass, for latents x at timestep t
 
 
 def guided(

@@ -4,53 +4,73 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from checkpoints.files import replacing
+from checkpoints.files import check_output, replacing
 
 KEY = "ip-adapter"  # the PNG text chunk that holds a picture's settings
+LONGEST = 1 << 16  # pixels of a picture's longer side; JPEG's own limit
 
 
-def open_image(path: Path) -> Image.Image:
-    """A picture file as upright RGB: EXIF rotation applied, transparency on white, 16 bits scaled to 8, CMYK and grey converted.
+def open_image(path: Path | str, behind: Literal["white", "black"] = "white") -> Image.Image:
+    """A picture file as upright RGB: EXIF rotation applied, transparency laid over `behind`, CMYK, grey and deep levels converted.
 
-    Raises ValueError with one sentence for a file that is missing, not a picture, truncated, or too large to be one.
+    Raises ValueError with one sentence for a file that is missing, not a picture, damaged, or too large.
     """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a picture in it")
+    if not path.is_file():
+        raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}")
     try:
         with Image.open(path) as file:
+            if max(file.size) > LONGEST:
+                raise Image.DecompressionBombError
             file.load()
-            image = ImageOps.exif_transpose(file)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
+            return to_rgb(ImageOps.exif_transpose(file), behind)
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not a picture that Pillow can read (PNG, JPEG, WebP, ... are fine)") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: more pixels than any picture needs; make it smaller first") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: the picture is damaged or cut short ({error})") from None
-    return to_rgb(image)
+    except Exception as error:  # the decoders of damaged pictures raise errors of any kind
+        raise ValueError(
+            f"{path}: the picture is damaged or cut short ({str(error) or type(error).__name__})"
+        ) from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow's to RGB, 8 bits."""
-    if image.mode in ("I;16", "I;16L", "I;16B", "I"):
-        return Image.fromarray(
-            (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-        ).convert("RGB")
-    if image.mode == "F":
-        values = np.asarray(image)
-        return Image.fromarray(
-            (values * (255 if values.max() <= 1 else 1)).round().clip(0, 255).astype(np.uint8)
-        ).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+def to_rgb(image: Image.Image, behind: Literal["white", "black"] = "white") -> Image.Image:
+    """Any mode of Pillow to RGB, 8 bits, over a background of white or black where it is transparent."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        clear = image.info.get("transparency")  # of a 16-bit PNG: one level
+        grey = Image.fromarray(_grey(image))
+        if clear is not None:
+            grey.putalpha(Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8)))
+        image = grey
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, behind), rgba).convert("RGB")
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    """Grey in 8 bits, `h w`, of a picture with 16-bit, 32-bit or float levels; NaN is black.
+
+    The file of 32-bit or float levels does not say which level is white: it is the first of 1 (floats), 255, 65535 and
+    2^31 - 1 that the largest value does not exceed. A float picture may exceed 1 by a factor of 16, as highlights do.
+    """
+    values = np.asarray(image).astype(np.float32)
+    largest = values.max(initial=0, where=np.isfinite(values))
+    white = 65535.0
+    if image.mode == "F" and largest <= 16:
+        white = 1.0
+    elif not image.mode.startswith("I;16"):
+        white = next((level for level in (255.0, 65535.0, 2.0**31 - 1) if largest <= level), largest)
+    return (np.nan_to_num(values).clip(0, white) * (255 / white)).round().astype(np.uint8)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -59,30 +79,48 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(levels / 127.5 - 1).permute(2, 0, 1)[None]
 
 
+def read_mask(path: Path | str) -> Tensor:
+    """A mask file as `1 1 h w` in [0, 1]: 1 is white. Black and transparent are 0, since nothing was painted there."""
+    return to_tensor(open_image(path, behind="black").convert("L")) / 2 + 0.5
+
+
 def to_images(pictures: Tensor) -> list[Image.Image]:
     """`b 3 h w` in [-1, 1] to Pillow pictures: clipped, rounded to the nearest of 256 levels."""
     levels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(level.permute(1, 2, 0).cpu().numpy()) for level in levels]
 
 
-def save_image(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
-    """Writes a PNG whose text chunk holds `settings` as JSON. Raises OSError when the file can't be written."""
+def check_png(path: Path) -> None:
+    """Raises ValueError or OSError where `save_image` could not write to `path`."""
+    check_output(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: pictures are written as PNG, which keeps their settings: name it {path.stem}.png")
+
+
+def save_image(image: Image.Image, path: Path | str, settings: dict[str, Any]) -> None:
+    """Writes a PNG, whole or not at all, whose text chunk holds `settings` as JSON."""
+    check_png(Path(path))
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, json.dumps(settings))
-    with replacing(path) as part:
+    with replacing(Path(path)) as part:
         image.save(part, "PNG", pnginfo=info)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a PNG that `save_image` wrote. Raises ValueError when there are none."""
+def read_settings(path: Path | str) -> dict[str, Any]:
+    """The settings in a PNG that `save_image` wrote. Raises ValueError when there are none; a stranger may have written them."""
+    path = Path(path)
     try:
+        if not path.is_file():
+            raise FileNotFoundError
         with Image.open(path) as image:
-            settings = json.loads(image.info[KEY])
+            text = image.info.get(KEY)
+    except Exception:  # the decoders of damaged pictures raise errors of any kind
+        raise ValueError(f"{path}: not a picture that this program drew") from None
+    try:
+        settings = json.loads(text)  # type: ignore[arg-type]
         if not isinstance(settings, dict):
             raise TypeError
-    except (OSError, UnidentifiedImageError):
-        raise ValueError(f"{path}: not a picture that this program drew") from None
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (TypeError, ValueError, RecursionError):
         raise ValueError(
             f"{path}: this picture holds no settings (it was not drawn by this program, or another one saved it again)"
         ) from None

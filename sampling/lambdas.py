@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from model.attention import Scale, Source
+from model.attention import Source
 from model.context import Context, pyramid
 from model.unet import UNetConfig
+from sampling.request import Preset
 
 Blocks = Mapping[str, Any]  # the dict of diffusers' `set_ip_adapter_scale`
-Preset = Literal["style", "layout", "finest"]
-Rule = Literal["output", "embedding", "tokens"]
+Level = float | Tensor  # lambda of one layer, as Source has it
 Move = Callable[[Context, int], Context]  # a Context to that of timestep t
 
 
@@ -33,17 +33,14 @@ class Lambda:
     lambda is 0. So end = 0.5 of 10 steps is steps 0 to 4, start = 0.5 steps 5 to 9. That is the rule of the official SDXL
     pipeline and of diffusers' `control_guidance_start`, `control_guidance_end`. diffusers' `IPAdapterScaleCutoffCallback(r)`
     acts after step int(n r), which is thus still on: one step more, end = (int(n r) + 1) / n.
-    `images` are weights of the pictures of one prompt, by `rule` (sampling/embeddings.py says which); none are all alike.
     Raises ValueError for a range or a mask that is none.
     """
 
     scale: float | tuple[float, ...] = 1.0
-    layers: Preset | Blocks | Sequence[float] | None = None
+    layers: str | Blocks | Sequence[float] | None = None  # a string is a Preset
     start: float = 0.0
     end: float = 1.0
     mask: Tensor | None = None
-    images: tuple[float, ...] = ()
-    rule: Rule = "output"
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
@@ -58,11 +55,6 @@ class Lambda:
         """Every step has the same lambda."""
         return isinstance(self.scale, int | float) and (self.start, self.end) == (0, 1)
 
-    @property
-    def prompts(self) -> int:
-        """How many image prompts of a Context it is of: by the rule "output" each picture is one of its own."""
-        return len(self.images) if self.images and self.rule == "output" else 1
-
     def at(self, step: int, steps: int) -> float:
         """What step `step` of `steps` multiplies `by_layer` with."""
         if not isinstance(self.scale, int | float) and len(self.scale) != steps:
@@ -71,14 +63,17 @@ class Lambda:
             return 0.0
         return 1.0 if isinstance(self.scale, int | float) else self.scale[step]
 
-    def by_layer(self, config: UNetConfig, grid: tuple[int, int], weight: float = 1.0) -> list[Scale]:
+    def by_layer(self, config: UNetConfig, grid: tuple[int, int], weight: float = 1.0) -> list[Level]:
         """What all steps share, times `weight`, for each layer of a UNet whose latents are `grid`: numbers, with a mask maps."""
         scale = weight * (self.scale if isinstance(self.scale, int | float) else 1.0)
         weights = [scale * each for each in layer_weights(self.layers, config)]
         if self.mask is None:
             return list(weights)
-        levels = pyramid(self.mask, *grid, len(config.channels))
-        return [{n: each * level for n, level in levels.items()} if each else 0.0 for each in weights]
+        maps, depth = pyramid(self.mask, *grid, len(config.channels)), len(config.channels) - 1
+        # the level of a layer: a block's own on the way down, counted backwards on the way up, the deepest in the middle
+        blocks = [(part, int(block.removeprefix("block_") or 0)) for part, block, _ in places(config)]
+        levels = [i if part == "down" else depth - i for part, i in blocks]
+        return [each * maps[level] if each else 0.0 for each, level in zip(weights, levels, strict=True)]
 
 
 def places(config: UNetConfig) -> list[tuple[str, str, int]]:
@@ -91,7 +86,7 @@ def places(config: UNetConfig) -> list[tuple[str, str, int]]:
     return [*down, *[("mid", "", 0)] * config.mid_depth, *up]
 
 
-def preset(name: Preset, config: UNetConfig) -> Blocks:
+def preset(name: str, config: UNetConfig) -> Blocks:
     """Blocks that a picture acts in: InstantStyle's two (arXiv 2404.02733), of the deepest level with cross-attention, or the finest's.
 
     In SDXL, from the paper, the second attention alone: style is `up block_0 [0, 1, 0]`, layout `down block_2 [0, 1]`. For
@@ -109,7 +104,7 @@ def preset(name: Preset, config: UNetConfig) -> Blocks:
     return {"up": {up: 1.0}} if name == "style" else {"down": {down: 1.0}, "mid": 1.0}
 
 
-def layer_weights(layers: Preset | Blocks | Sequence[float] | None, config: UNetConfig) -> list[float]:
+def layer_weights(layers: str | Blocks | Sequence[float] | None, config: UNetConfig) -> list[float]:
     """A weight for each cross-attention layer in execution order: all 1 for None, or a list of them, or by blocks.
 
     Blocks are as diffusers' `set_ip_adapter_scale` reads them: {"down" | "up": a number, or a list with one for each attention
@@ -158,14 +153,12 @@ def unmoved(context: Context, t: int) -> Context:
 
 
 def moving(lambdas: Sequence[object], times: Sequence[int]) -> Move:
-    """The Context of each timestep of `times`: what every image prompt has as lambda, times `Lambda.at` of its own Lambda.
+    """The Context of each timestep of `times`: lambda of each image prompt, times `Lambda.at` of its own of `lambdas`.
 
     A factor that varies is a tensor, also where it is 0 or 1, so a compiled UNet is one graph for all of them.
     """
     step = {t: i for i, t in enumerate(times)}
-    varying: list[Lambda | None] = []
-    for lam in lambdas:
-        varying += [None if lam.still else lam] * lam.prompts if isinstance(lam, Lambda) else [None]
+    varying = [lam if isinstance(lam, Lambda) and not lam.still else None for lam in lambdas]
 
     def move(context: Context, t: int) -> Context:
         factors = [None if lam is None else lam.at(step[t], len(times)) for lam in varying]
@@ -175,14 +168,21 @@ def moving(lambdas: Sequence[object], times: Sequence[int]) -> Move:
     return move if any(varying) else unmoved
 
 
+def set_lambda(context: Context, levels: Sequence[Level]) -> Context:
+    """The last image prompt of a Context with lambda of each layer. Raises ValueError when they are not as many as the layers."""
+    *others, last = context.image
+    if len(levels) != len(last):
+        raise ValueError(f"{len(levels)} scales for {len(last)} cross-attention layers")
+    sources = tuple(replace(source, scale=scale) for source, scale in zip(last, levels, strict=True))
+    return replace(context, image=(*others, sources))
+
+
 def _times(sources: tuple[Source, ...], factor: float | None) -> tuple[Source, ...]:
     if factor is None:
         return sources
 
-    def scaled(source: Source) -> Scale:
+    def scaled(source: Source) -> Tensor:
         number = torch.tensor(factor, dtype=source.k.dtype, device=source.k.device)
-        if isinstance(source.scale, Mapping):
-            return {n: number * level.to(number) for n, level in source.scale.items()}
         return number * (source.scale.to(number) if isinstance(source.scale, Tensor) else source.scale)
 
     return tuple(source if source.off else replace(source, scale=scaled(source)) for source in sources)

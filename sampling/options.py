@@ -1,29 +1,98 @@
-"""The options of the command line, and what they say together."""
+"""The options of `python -m sampling`: argparse fills a Request, a Model, and a Command around them."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
+from sampling.request import DtypeName, Fit, ImagePrompt, Model, Request, Rule, SamplerName
 
-from sampling.ddim import ddim
-from sampling.dpm import dpm
-from sampling.lambdas import Rule
-from sampling.pipeline import WEIGHTS
+# The options of an image prompt, and so of each --ip-adapter, with the field of ImagePrompt that each fills.
+PROMPT = {
+    "image": "images",
+    "image_weight": "weights",
+    "image_rule": "rule",
+    "negative_image": "negatives",
+    "scale": "scale",
+    "image_layers": "layers",
+    "image_start": "start",
+    "image_end": "end",
+    "image_mask": "mask",
+}
+REPEATED = ("image", "image_weight", "negative_image")  # those that may be given more than once for one adapter
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAMPLERS = {"ddim": ddim, "dpm++": dpm}
 
-# Of an image prompt, so of each --ip-adapter: options that may be given again, and the others with their defaults.
-MANY = ("image", "image_weight", "negative_image")
-ONE = {"scale": 1.0, "image_layers": None, "image_start": 0.0, "image_end": 1.0, "image_mask": None, "image_rule": None}
-RULES = get_args(Rule)
-OUTPUTS = ("out", "again", "save_embedding")  # what decides no picture
-PATHS = ("checkpoint", "image_encoder", "init_image", "mask")  # of the others, those that name a file
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for: a request drawn `num` times, and what decides no picture: where it runs and is written.
+
+    `again` is a picture to draw again: it holds the request and the model, and those here are the defaults.
+    """
+
+    request: Request = field(default_factory=Request)
+    model: Model = field(default_factory=Model)
+    num: int = 1
+    out: Path = Path("out.png")
+    again: Path | None = None
+    save_embedding: Path | None = None
+    device: str = "cpu"
+    compile: bool = False
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Command:
+    """The Command of the arguments. Raises ValueError where they do not go together."""
+    given = vars(parser(about).parse_args(argv))
+    own = {"again", "out", "save_embedding", "device", "compile"}
+    if "again" in given and (other := sorted(given.keys() - own)):
+        flags = ", ".join("--no-paste" if name == "paste" else flag(name) for name in other)
+        raise ValueError(f"--again takes every setting from its picture: leave out {flags}")
+    adapters = given.pop("ip_adapter", [])
+    if prompts := image_prompts(given, adapters):
+        given["image_prompts"] = prompts
+
+    def fill(kind: type[Any]) -> dict[str, Any]:
+        return {each.name: given[each.name] for each in fields(kind) if each.name in given}
+
+    request, model = Request(**fill(Request)), Model(adapters=tuple(adapters), **fill(Model))
+    command = Command(request, model, **fill(Command))
+    if command.num < 1:
+        raise ValueError(f"--num must be at least 1, not {command.num}")
+    return command
+
+
+def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[ImagePrompt, ...]:
+    """Takes the options of image prompts out of `given`, where each value has the number of --ip-adapter before it.
+
+    One adapter takes them wherever they stand; of several, each takes those that follow it. Raises ValueError for what could
+    be misread.
+    """
+    options = {name: given.pop(name) for name in PROMPT if name in given}
+    several, prompts = len(adapters) > 1, []
+    if several and any(before == 0 for values in options.values() for before, _ in values):
+        raise ValueError("of several --ip-adapter, each is followed by its own --image and --scale; none stands before")
+    for place in range(1, max(1, len(adapters)) + 1):
+        own = {name: [v for before, v in each if before == place or not several] for name, each in options.items()}
+        own = {name: values for name, values in own.items() if values}
+        if twice := [name for name, values in own.items() if len(values) > 1 and name not in REPEATED]:
+            raise ValueError(f"{flag(twice[0])} is given twice for one adapter")
+        if "image" in own:
+            values: dict[str, Any] = {PROMPT[name]: v if name in REPEATED else v[0] for name, v in own.items()}
+            prompts.append(ImagePrompt(**values))
+        elif several:
+            raise ValueError(
+                f"of several --ip-adapter, each is followed by its own --image; {adapters[place - 1]} has none"
+            )
+        elif alone := [name for name in own if name != "scale"]:  # the lambda of no picture does no harm
+            raise ValueError(f"{flag(alone[0])} is for an image prompt: name it with --image")
+    return tuple(prompts)
 
 
 class Following(argparse.Action):
@@ -32,169 +101,137 @@ class Following(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, args: argparse.Namespace, value: Any, option: str | None = None
     ) -> None:
-        setattr(args, self.dest, [*getattr(args, self.dest), (len(args.ip_adapter), value)])
+        before = len(getattr(args, "ip_adapter", []))
+        setattr(args, self.dest, [*getattr(args, self.dest, []), (before, value)])
 
 
 def layers(text: str) -> Any:
     """The value of --image-layers: a preset's name, or JSON."""
     try:
         return json.loads(text) if text[:1] in ("{", "[") else text
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text} is not JSON ({error})") from None
-
-
-def _image_prompt(p: argparse.ArgumentParser) -> None:
-    """What each adapter has for itself."""
-
-    def add(name: str, kind: Callable[[str], Any], about: str, choices: Sequence[str] | None = None) -> None:
-        p.add_argument(name, type=kind, action=Following, default=[], help=about, choices=choices)
-
-    add("--image", Path, "image prompt, or a file of --save-embedding; several make one prompt of several pictures")
-    add("--image-weight", float, "weight of a picture: of several, one for each --image, in their order")
-    add(
-        "--image-rule",
-        str,
-        "what the weights multiply: what is read of each picture alone (output, as diffusers), its embedding (as "
-        "ComfyUI_IPAdapter_plus), or its tokens (as refiners) (default output)",
-        RULES,
-    )
-    add("--negative-image", Path, "a picture to keep away from: the unconditional pass sees it in place of none")
-    add("--scale", float, "lambda, the weight of the image prompt (Eq. 8; default 1)")
-    add(
-        "--image-layers",
-        layers,
-        "where it acts: style, layout (InstantStyle's blocks), finest (the finest level, which carries colours in the mini world), "
-        "a JSON list of a weight for each cross-attention layer, "
-        """or diffusers' blocks: '{"up": {"block_1": [0, 1, 0]}}' (default: all alike)""",
-    )
-    add("--image-start", float, "the share of the steps that are over when it begins to act (default 0)")
-    add("--image-end", float, "the share of the steps that are over when it has ceased to act (default 1)")
-    add("--image-mask", Path, "where it acts in the picture: white yes, black no, grey in between; of any size")
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:60]} is not JSON ({error})") from None
 
 
 def parser(about: str | None = None) -> argparse.ArgumentParser:
+    """Options without defaults of their own: what is not given keeps the default of Request, Model or Command."""
     p = argparse.ArgumentParser(
-        prog="python -m sampling", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m sampling",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
     )
-    _image_prompt(p)
-    p.add_argument(
-        "--fit",
-        choices=("crop", "squash", "pad"),
-        default="crop",
-        help="how a picture that is not square becomes one (default: crop, as CLIP does)",
+    _picture(
+        p.add_argument_group("picture", "Image prompts. Of several --ip-adapter, each takes those that follow it.")
     )
-    p.add_argument("--prompt", default="", help="text prompt")
-    p.add_argument("--negative-prompt", default="", help="text of the unconditional pass")
-    p.add_argument("--guidance", type=float, default=7.5, help="w, the guidance weight (Eq. 7; default 7.5)")
-    p.add_argument("--image-guidance", type=float, help="the image prompt's own w; --guidance is then the text's alone")
-    p.add_argument("--steps", type=int, default=50, help="steps of the sampler (default 50)")
-    p.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="DDIM, or DPM-Solver++(2M) (default ddim)")
-    p.add_argument("--eta", type=float, default=0.0, help="0 is DDIM, 1 is DDPM (default 0); of ddim alone")
-    p.add_argument("--init-image", type=Path, help="a picture to change; width and height are its own")
-    p.add_argument(
-        "--strength",
-        type=float,
-        help="how much it may change: the share of the steps that run, above 0, at most 1 (default 0.8; with --mask 1)",
-    )
-    p.add_argument("--mask", type=Path, help="white where to repaint --init-image, black where it stays; of its size")
-    p.add_argument("--no-paste", action="store_true", help="with --mask: leave what was drawn, also where it is black")
-    p.add_argument("--seed", type=int, default=0, help="picture i uses seed + i (default 0)")
-    p.add_argument("--num", type=int, default=1, help="number of pictures (default 1)")
-    p.add_argument("--width", type=int, help="in pixels (default: what the base model was trained at)")
-    p.add_argument("--height", type=int, help="in pixels")
-    p.add_argument("--dtype", choices=DTYPES, default="float32")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes to start, then faster")
-    p.add_argument(
-        "--checkpoint",
-        type=Path,
-        default=WEIGHTS,
-        help="Stable Diffusion 1.5 as one file or a diffusers folder, or a folder of our own (default: the mini weights)",
-    )
-    p.add_argument(
-        "--ip-adapter",
-        type=Path,
-        action="append",
-        default=[],
-        help="official adapter file (default: the folder's own); of several, each is followed by its own --image and --scale",
-    )
-    p.add_argument(
-        "--image-encoder",
-        type=Path,
-        help="folder in transformers' layout, or a file of our own (default: the folder's own)",
-    )
-    p.add_argument(
-        "--out", type=Path, default=Path("out.png"), help="PNG to write; with --num N, out-0.png ... (default out.png)"
-    )
-    p.add_argument(
-        "--save-embedding", type=Path, help="safetensors to write the image prompt to; --image reads it again"
-    )
-    p.add_argument(
-        "--again", type=Path, help="a PNG that this program wrote: draws it again from its own settings, to --out"
-    )
+    _text(p.add_argument_group("text"))
+    _edit(p.add_argument_group("edit", "Start from a picture instead of noise."))
+    _sampler(p.add_argument_group("sampler"))
+    _files(p.add_argument_group("files"))
     return p
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Gives each adapter its pictures and its lambda, and a picture to change its strength.
+def _picture(group: Any) -> None:
+    def add(name: str, about: str, kind: Any = float, **options: Any) -> None:
+        options |= {"metavar": "FILE"} if kind is Path else {}
+        group.add_argument(name, type=kind, action=Following, help=about, **options)
 
-    One adapter takes them wherever they stand; of several, each takes those that follow it, and `ip_adapter`, `image`,
-    `scale` and the other options of an image prompt are then lists with an entry for each.
-    """
-    several, places = len(args.ip_adapter) > 1, range(1, max(1, len(args.ip_adapter)) + 1)
-    found = {name: getattr(args, name) for name in (*MANY, *ONE)}
-    if several and any(before == 0 for given in found.values() for before, _ in given):
-        raise ValueError("of several --ip-adapter, each is followed by its own --image and --scale; none stands before")
-    for name, given in found.items():
-        each = [[value for before, value in given if before == place or not several] for place in places]
-        if name in ONE and any(len(values) > 1 for values in each):
-            raise ValueError(f"{flag(name)} is given twice for one adapter")
-        values = [(*values, ONE[name])[0] if name in ONE else values for values in each]
-        setattr(args, name, values if several else values[0])
-    if several and [] in args.image:
-        bare = args.ip_adapter[args.image.index([])]
-        raise ValueError(f"of several --ip-adapter, each is followed by its own --image; {bare} has none")
-    for pictures, weights in (
-        zip(args.image, args.image_weight, strict=True) if several else [(args.image, args.image_weight)]
-    ):
-        if weights and len(weights) != len(pictures):
-            raise ValueError(f"{len(weights)} --image-weight for {len(pictures)} --image: give each its own")
-    args.ip_adapter = args.ip_adapter if several else (*args.ip_adapter, None)[0]
-    _check(args, found)
-    if args.init_image and args.strength is None:
-        args.strength = 1.0 if args.mask else 0.8
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _check(args: argparse.Namespace, found: dict[str, list[Any]]) -> None:
-    """Refuses what lacks its counterpart. A lambda alone is fine: it is that of no picture."""
-    alone = [name for name, given in found.items() if given and name not in ("image", "scale")]
-    if not found["image"] and (alone or args.image_guidance is not None):
-        raise ValueError(f"{flag((*alone, 'image_guidance')[0])} is for an image prompt: name it with --image")
-    if args.init_image is None and (args.mask or args.strength is not None):
-        raise ValueError(
-            f"{'--mask' if args.mask else '--strength'} is for a picture to change: name it with --init-image"
-        )
-    if args.no_paste and args.mask is None:
-        raise ValueError("--no-paste is for a picture with a --mask")
+    add(
+        "--image",
+        "Picture to use as the image prompt, or a file of --save-embedding. Give it again to add pictures.",
+        Path,
+    )
+    add("--scale", f"Lambda, the weight of the image prompt (Eq. 8). Default {ImagePrompt.scale:g}.")
+    add("--negative-image", "Picture to keep away from: the unconditional pass sees it. May be given again.", Path)
+    add("--image-weight", "Weight of one picture. Give one for each --image, in the same order.")
+    add(
+        "--image-rule",
+        "What the weights multiply: what is read from each picture (output, as in diffusers), its embedding (as in "
+        f"ComfyUI_IPAdapter_plus), or its tokens (as in refiners). Default {ImagePrompt.rule}.",
+        str,
+        choices=get_args(Rule),
+    )
+    add(
+        "--image-layers",
+        "Layers in which the image prompt acts: style or layout (the blocks of InstantStyle), finest (the finest level, which "
+        "carries the colours in the mini world), a JSON list with a weight for each cross-attention layer, "
+        """or diffusers' blocks, as in '{"up": {"block_1": [0, 1, 0]}}'. Default: all alike.""",
+        layers,
+    )
+    add("--image-start", "Begin to use the image prompt after this share of the steps. Default 0.")
+    add("--image-end", "Stop using the image prompt after this share of the steps. Default 1.")
+    add(
+        "--image-mask",
+        "Picture that shows where the image prompt acts: fully in white, not at all in black or where it is transparent. "
+        "It may have any size.",
+        Path,
+    )
+    about = f"How to make a picture square: crop the middle, squash it, or pad it. Default {Request.fit}."
+    group.add_argument("--fit", choices=get_args(Fit), help=about)
+    about = "Guidance weight of the image prompt alone; --guidance is then that of the text alone."
+    group.add_argument("--image-guidance", type=float, help=about)
 
 
-def adapter_files(args: argparse.Namespace) -> list[Path]:
-    """The adapters that are named."""
-    named = args.ip_adapter if isinstance(args.ip_adapter, list) else [args.ip_adapter]
-    return [Path(name) for name in named if name]
+def _text(group: Any) -> None:
+    group.add_argument("--prompt", help="Text prompt.")
+    group.add_argument("--negative-prompt", help="Text of the unconditional pass: what to keep away from.")
+    about = f"w, the guidance weight (Eq. 7). Default {Request.guidance:g}."
+    group.add_argument("--guidance", type=float, help=about)
 
 
-def image_prompts(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The options of each adapter's image prompt; empty without pictures."""
-    several, names = isinstance(args.ip_adapter, list), (*MANY, *ONE)
-    each = zip(*(getattr(args, name) if several else [getattr(args, name)] for name in names), strict=True)
-    prompts = [argparse.Namespace(**dict(zip(names, values, strict=True))) for values in each]
-    for prompt in prompts:
-        prompt.image = [Path(picture) for picture in prompt.image]
-        prompt.negative_image = [Path(picture) for picture in prompt.negative_image]
-        prompt.image_mask = Path(prompt.image_mask) if prompt.image_mask else None
-    return [prompt for prompt in prompts if prompt.image]
+def _edit(group: Any) -> None:
+    group.add_argument(
+        "--init-image", type=Path, metavar="FILE", help="Picture to change. It sets the width and height."
+    )
+    about = (
+        "How much to change it: the fraction of the steps to run, above 0 and at most 1. Default 0.8, with --mask 1."
+    )
+    group.add_argument("--strength", type=float, help=about)
+    about = "Picture that shows where to repaint: white yes, black or transparent no. It has the size of --init-image."
+    group.add_argument("--mask", type=Path, metavar="FILE", help=about)
+    about = "With --mask: do not put the old pixels back where the mask is black."
+    group.add_argument("--no-paste", dest="paste", action="store_false", help=about)
+    about = (
+        "Cut the middle of --init-image and --mask to --width and --height, or to the largest size that can be drawn."
+    )
+    group.add_argument("--crop", action="store_true", help=about)
+
+
+def _sampler(group: Any) -> None:
+    group.add_argument("--steps", type=int, help=f"Number of steps. Default {Request.steps}.")
+    about = f"DDIM, or DPM-Solver++(2M), which needs fewer steps. Default {Request.sampler}."
+    group.add_argument("--sampler", choices=get_args(SamplerName), help=about)
+    group.add_argument("--eta", type=float, help="Noise added in each step of ddim: 0 is DDIM, 1 is DDPM. Default 0.")
+    group.add_argument("--seed", type=int, help="Seed of the noise; picture i uses seed + i. Default 0.")
+    group.add_argument("--num", type=int, help="Number of pictures. Default 1.")
+    group.add_argument("--width", type=int, help="Width in pixels. Default: what the base model was trained at.")
+    group.add_argument("--height", type=int, help="Height in pixels. Default: what the base model was trained at.")
+
+
+def _files(group: Any) -> None:
+    def add(name: str, about: str, kind: Any = Path, **options: Any) -> None:
+        options |= {"metavar": "FILE"} if kind is Path else {}
+        group.add_argument(name, type=kind, help=about, **options)
+
+    add(
+        "--checkpoint",
+        "Base model: Stable Diffusion as one file or as a diffusers folder, or a folder of this project. "
+        "Default: the mini weights.",
+    )
+    about = "Official adapter file. Default: the one in the folder of --checkpoint. Give it again to add adapters."
+    group.add_argument("--ip-adapter", type=Path, metavar="FILE", action="append", help=about)
+    add("--image-encoder", "Image encoder: a folder, or a file of this project. Default: the one in --checkpoint.")
+    add("--vae", "Autoencoder to use instead of the base model's own.")
+    add("--prediction", "What the UNet predicts, where its files do not say it.", str, choices=("epsilon", "v"))
+    add("--dtype", f"Precision. Default {Model.dtype}.", str, choices=get_args(DtypeName))
+    add("--device", f"Device, such as cuda or mps. Default {Command.device}.", str)
+    group.add_argument("--compile", action="store_true", help="Compile the UNet: slow to start, then faster.")
+    add("--out", f"PNG file to write; with --num, {Command.out.stem}-0.png and so on. Default {Command.out}.")
+    add("--save-embedding", "Also write the embedding of the image prompt to this safetensors file; --image reads it.")
+    add(
+        "--again",
+        "PNG that this program wrote: draw it again, to --out. All settings come from the picture, so only --out, "
+        "--save-embedding, --device and --compile go with it.",
+    )
+    group.add_argument("-h", "--help", action="help", help="Show this help.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
-from checkpoints.stable_diffusion import load_base, load_image_encoder, scheduler_config
+from checkpoints.stable_diffusion import load_base, load_image_encoder, load_vae, scheduler_config
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.context import Context
@@ -20,14 +20,20 @@ from model.image_encoder import Fit, ImageEncoder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
+from sampling.batch import check_finite, groups, rows_of
 from sampling.ddim import Sampler, State, ddim
+from sampling.dpm import dpm
 from sampling.edit import Edit, begin
-from sampling.embeddings import Strength, parts, weigh_tokens
+from sampling.embeddings import PictureWeights, Strength, load_embedding, of_prompts, parts, weigh_tokens
 from sampling.guidance import guided
-from sampling.lambdas import moving
-from sampling.schedule import Schedule, schedule_of
+from sampling.images import to_images
+from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
+from sampling.lambdas import moving, set_lambda
+from sampling.request import WEIGHTS, Request, check_seed
+from sampling.schedule import Prediction, Schedule, schedule_of
 
-WEIGHTS = Path(__file__).parent.parent / "weights"
+SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "dpm++": dpm}
+Given = Picture | str  # where an image prompt is meant
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,27 @@ class Pipeline:
     adapters: tuple[IPAdapter, ...] = ()
 
     @torch.no_grad()
-    def embed(self, pictures: Sequence[Image.Image], fit: Fit = "crop", adapter: int = 0) -> Tensor:
-        """What an adapter reads of RGB pictures that make up one prompt: embeddings `1 k e`, or fine features `1 k m e`."""
-        if self.image is None or not self.adapters:
+    def embed(self, pictures: Given | Sequence[Given], fit: Fit = "crop", adapter: int = 0) -> Tensor:
+        """What an adapter reads of pictures that make up one prompt: embeddings `1 k e`, or fine features `1 k m e`.
+
+        A picture is an RGB Pillow image, a picture file, or a file of `save_embedding`.
+        """
+        given = [pictures] if isinstance(pictures, Image.Image | Path | str) else pictures
+        opened = [one if isinstance(one, Image.Image) else open_picture(Path(one)) for one in given]
+        images = [one for one in opened if isinstance(one, Image.Image)]
+        if not self.adapters or (images and self.image is None):
             raise FileNotFoundError(
                 "an image prompt needs an image encoder and an adapter; `make weights` trains the mini ones"
             )
-        pixels = torch.stack([self.image.preprocess(picture, fit) for picture in pictures])
-        like = next(self.image.parameters())
-        read = self.image.fine if self.adapters[adapter].image_projection.fine else self.image
-        return read(pixels.to(like))[None]
+        projection, like = self.adapters[adapter].image_projection, next(self.adapters[adapter].parameters())
+        seen: Iterator[Tensor] = iter(())
+        if self.image is not None and images:
+            pixels = torch.stack([self.image.preprocess(image, fit) for image in images])
+            read = self.image.fine if projection.fine else self.image
+            seen = iter(read(pixels.to(next(self.image.parameters())))[None].split(1, dim=1))
+        return torch.cat(
+            [load_embedding(one, projection).to(like) if isinstance(one, Path) else next(seen) for one in opened], dim=1
+        )
 
     def null(self, adapter: IPAdapter, like: Tensor) -> Tensor:
         """No picture (section 3.2.3), for pictures such as `like`: zeros, `1 1 e`, or the fine features of zero pixels, `1 1 m e`."""
@@ -73,12 +90,13 @@ class Pipeline:
         fuse: Fuse = decoupled,
         grid: tuple[int, int] | None = None,
         against: Sequence[Tensor | None] | None = None,
+        weights: Sequence[PictureWeights] | None = None,
     ) -> tuple[Context, Context]:
         """(uncond, cond) for b prompts. `embedding`: as `embed` gives it, or `b k ...`; the unconditional side has the null image.
 
         With several adapters `embedding` is a sequence, one for each, and `scale` is one for all or a sequence too. `grid` is
         (height, width) of the latents, for a mask. `against` has for each adapter embeddings that the unconditional side reads
-        in place of the null image, or None.
+        in place of the null image, or None; `weights` has the weights of its pictures.
         """
         device = next(self.unet.parameters()).device
         text = self.text(self.text.tokenize([*negatives, *prompts]).to(device))
@@ -90,25 +108,69 @@ class Pipeline:
         if isinstance(scale, Sequence) and not isinstance(embedding, Tensor):
             scales = list(scale)
         against = [None] * len(embeddings) if against is None else against
-        if not len(embeddings) == len(scales) == len(against) == len(self.adapters):
+        weights = [PictureWeights()] * len(embeddings) if weights is None else weights
+        if not len(embeddings) == len(scales) == len(against) == len(weights) == len(self.adapters):
             given = f"{len(embeddings)} embeddings and {len(scales)} scales"
             raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {given} are given")
         grid = grid or (self.unet.config.sample_size, self.unet.config.sample_size)
-        for adapter, pictures, no, lam in zip(self.adapters, embeddings, against, scales, strict=True):
+        for adapter, pictures, no, lam, each in zip(self.adapters, embeddings, against, scales, weights, strict=True):
             no = self.null(adapter, pictures) if no is None else no
-            for part in parts(pictures, no, lam, self.unet.config, grid):
+            for part in parts(pictures, no, lam, each, self.unet.config, grid):
                 one = part.embedding.expand(len(prompts), *part.embedding.shape[1:])
-                uncond = adapter(uncond, part.against.expand_as(one), part.scale)
-                cond = weigh_tokens(adapter(cond, one, part.scale), part.weights)
+                uncond = set_lambda(adapter(uncond, part.against.expand_as(one)), part.levels)
+                cond = set_lambda(weigh_tokens(adapter(cond, one), part.weights), part.levels)
         return uncond, cond
 
+    def draw(self, request: Request) -> Image.Image:
+        """The picture that a request asks for. Raises ValueError where the request, its files and this model do not fit."""
+        return next(self.series(read_inputs(request)))
+
+    def series(
+        self, inputs: Inputs, num: int = 1, watch: Callable[[State], None] | None = None
+    ) -> Iterator[Image.Image]:
+        """`num` pictures of one request, from its seed, seed + 1, ...; those of a batch come as soon as it is drawn."""
+        request, prompts = inputs.request, inputs.image_prompts
+        check_seed(request.seed + num - 1)
+        if prompts and len(prompts) != max(1, len(self.adapters)):
+            raise ValueError(f"{len(prompts)} image prompts for {len(self.adapters)} adapters: give each adapter one")
+        edit, size = size_of(inputs, self.native_size, self.vae.config.factor)
+        embeddings = [self.embed(prompt.pictures, request.fit, i) for i, prompt in enumerate(prompts)]
+        against = [
+            self.embed(prompt.negatives, request.fit, i) if prompt.negatives else None
+            for i, prompt in enumerate(prompts)
+        ]
+        for seeds in self.batches(inputs, num):
+            drawn = self.sample(
+                [request.prompt] * len(seeds),
+                seeds,
+                embeddings or None,
+                [request.negative_prompt] * len(seeds),
+                scale=[prompt.scale for prompt in prompts] or 1.0,
+                guidance=request.guidance,
+                steps=request.steps,
+                eta=request.eta,
+                size=size,
+                watch=watch,
+                sampler=SAMPLERS[request.sampler],
+                edit=edit,
+                image_guidance=request.image_guidance,
+                against=against or None,
+                weights=[prompt.weights for prompt in prompts] or None,
+            )
+            yield from to_images(drawn)
+
+    def batches(self, inputs: Inputs, num: int) -> list[range]:
+        """The seeds of `num` pictures in groups that `series` draws together."""
+        _, (height, width) = size_of(inputs, self.native_size, self.vae.config.factor)
+        return groups(inputs.request.seed, num, abs(height * width) // self.vae.config.factor**2)
+
     @torch.no_grad()
-    def draw(
+    def sample(
         self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int],
         embedding: Tensor | Sequence[Tensor] | None = None,
-        negatives: Sequence[str] | None = None,
+        negatives: str | Sequence[str] = "",
         scale: Strength | Sequence[Strength] = 1.0,
         guidance: float = 7.5,
         steps: int = 50,
@@ -120,29 +182,32 @@ class Pipeline:
         edit: Edit | None = None,
         image_guidance: float | None = None,
         against: Sequence[Tensor | None] | None = None,
+        weights: Sequence[PictureWeights] | None = None,
     ) -> Tensor:
-        """One picture for each prompt and seed, `b 3 H W`, about [-1, 1].
+        """A batch of pictures, one for each prompt and seed: `b 3 H W`, about [-1, 1]. `draw` is this for one Request.
 
-        `scale` is lambda (Eq. 8), `guidance` is w (Eq. 7), and of the text alone where the picture has its `image_guidance`.
-        `size` is (height, width) in pixels, multiples of the VAE's factor. Picture i's noise comes from a CPU generator seeded
-        `seeds[i]` alone. `watch` is called after every step. `sampler` is `ddim` or `dpm`. With `edit` a picture is changed,
-        and `size` is its own. `against` are negative image prompts, as `contexts` takes them.
+        `guidance` is w (Eq. 7), of the text alone where the picture has its `image_guidance`. `size` is (height, width) in
+        pixels, multiples of the VAE's factor. The noise of picture i comes from a CPU generator of its own, seeded with
+        `seeds[i]`. `watch` is called after every step. `sampler` is `ddim` or `dpm`. `edit` is a picture to change, which sets
+        the size. The rest is as in `contexts`. Raises ValueError where arguments do not fit, or the result is not finite.
         """
+        prompts, seeds, negatives = rows_of(prompts, seeds, negatives)
         size = size or (edit.size if edit else self.native_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         canvas = begin(edit, self.unet.config.in_channels, self.vae, self.schedule, steps, generators, size)
-        x, negatives = canvas.noise, negatives or [""] * len(prompts)
-        uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, (x.shape[-2], x.shape[-1]), against)
-        # a network of one number tells which timesteps the sampler visits
+        x, dtype = canvas.noise, next(self.unet.parameters()).dtype
+        grid = x.shape[-2], x.shape[-1]
+        uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights)
+        # run the sampler on one number to learn which timesteps it visits
         times = [state.t for state in sampler(lambda x, t: x, torch.zeros(1), self.schedule, steps, start=canvas.start)]
         lambdas = scale if isinstance(scale, Sequence) else [scale] * len(self.adapters)
-        move = moving(lambdas if cond.image else [], times)
+        move = moving(of_prompts(lambdas, weights) if cond.image else [], times)
         denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move))
         for state in sampler(denoise, x, self.schedule, steps, eta, generators, canvas.start, canvas.enter):
-            x = state.x
+            x = check_finite(state.x, dtype)
             if watch is not None:
                 watch(state)
-        drawn = self.vae.decode(canvas.leave(x).to(next(self.vae.parameters())))
+        drawn = check_finite(self.vae.decode(canvas.leave(x).to(next(self.vae.parameters()))), dtype)
         return edit.finish(drawn) if edit else drawn
 
     @property
@@ -159,38 +224,45 @@ def compiled(unet: UNet) -> UNet:
 
 
 def load(
-    checkpoint: Path = WEIGHTS,
-    adapter: Path | Sequence[Path] | None = None,
-    image_encoder: Path | None = None,
+    checkpoint: Path | str = WEIGHTS,
+    adapter: Path | str | Sequence[Path | str] | None = None,
+    image_encoder: Path | str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    prediction: Prediction | None = None,
+    vae: Path | str | None = None,
 ) -> Pipeline:
     """The pipeline of a base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
 
-    A folder's own `image_encoder` and `ip_adapter` are taken where none is named; without them there is text alone. Raises
+    Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
+    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder. Raises
     FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
-    files, image_encoder = prompt_files(checkpoint, adapter, image_encoder)
+    checkpoint = Path(checkpoint)
+    files, encoder = prompt_files(checkpoint, adapter, image_encoder)
     schedule = schedule_of(scheduler_config(checkpoint))
-    for file in files:  # what is no adapter is told before gigabytes are read
+    for file in files:  # reject files that are not adapters before loading the base model
         adapter_sizes(adapter_file(file))
     base = load_base(checkpoint, dtype)
-    image = load_image_encoder(image_encoder, dtype) if image_encoder else None
+    if vae is not None:
+        base = replace(base, vae=load_vae(Path(vae), dtype))
+    image = load_image_encoder(encoder, dtype) if encoder else None
     widths = (image.config.output_dim, image.config.fine_dim) if image else (None, None)
     adapters = tuple(load_adapter(file, base.unet, widths[0], dtype, widths[1]) for file in files)
     for part in (base.unet, base.vae, base.text, image, *adapters):
         if part is not None:
             part.to(device)
-    schedule = replace(schedule, prediction=base.unet.config.prediction)
+    schedule = replace(schedule, prediction=prediction or base.unet.config.prediction)
     return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters)
 
 
 def prompt_files(
-    checkpoint: Path, adapter: Path | Sequence[Path] | None, image_encoder: Path | None
+    checkpoint: Path, adapter: Path | str | Sequence[Path | str] | None, image_encoder: Path | str | None
 ) -> tuple[list[Path], Path | None]:
     """The adapters and the image encoder to use: those named (perhaps none), or else the folder's own, if it has them."""
     own = checkpoint / "ip_adapter.safetensors", checkpoint / "image_encoder.safetensors", checkpoint / "image_encoder"
-    encoders = [image_encoder] if image_encoder else [path for path in own[1:] if path.exists()]
+    encoders = [Path(image_encoder)] if image_encoder else [path for path in own[1:] if path.exists()]
     if adapter is None:
         adapter = [path for path in own[:1] if path.exists()]
-    return [adapter] if isinstance(adapter, Path) else list(adapter), encoders[0] if encoders else None
+    named = [adapter] if isinstance(adapter, Path | str) else adapter
+    return [Path(file) for file in named], encoders[0] if encoders else None

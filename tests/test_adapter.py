@@ -12,9 +12,10 @@ from torch import Tensor
 
 from model.adapter import IPAdapter
 from model.attention import Fuse, concatenated, decoupled
-from model.context import Context, pyramid
+from model.context import Context
 from model.image_projection import ImageProjection
 from model.unet import SD15, UNet
+from sampling.lambdas import Lambda, set_lambda
 
 Pair = Callable[[str], UNetPair]
 TOLERANCE = 1e-12  # measured: 2e-14 and less
@@ -156,12 +157,12 @@ def test_a_lambda_for_each_layer(pair: Pair) -> None:
     unet = pair("sd15").ours
     adapter, text, embedding = adapter_for(unet), Context(randn(1, 5, unet.config.context_dim)), randn(1, IMAGE, seed=1)
     lambdas = [0.1 * i for i in range(len(adapter.heads))]
-    assert [source.scale for source in adapter(text, embedding, lambdas).image[0]] == lambdas
+    plain = adapter(text, embedding)
+    assert [source.scale for source in set_lambda(plain, lambdas).image[0]] == lambdas
     x = randn(1, 4, 9, 5, seed=2)
-    assert torch.equal(
-        unet(x, 500, adapter(text, embedding, [0.7] * len(lambdas))), unet(x, 500, adapter(text, embedding, 0.7))
-    )
-    assert torch.equal(unet(x, 500, adapter(text, embedding, [0.0] * len(lambdas))), unet(x, 500, text))
+    alike = unet(x, 500, set_lambda(plain, [0.7] * len(lambdas)))
+    assert torch.equal(alike, unet(x, 500, adapter(text, embedding, 0.7)))
+    assert torch.equal(unet(x, 500, set_lambda(plain, [0.0] * len(lambdas))), unet(x, 500, text))
 
 
 def test_adapters_chain_and_leave_the_context_as_it_was(pair: Pair) -> None:
@@ -178,13 +179,15 @@ def test_masks_of_zeros_and_ones_in_a_whole_unet(pair: Pair, size: tuple[int, in
     unet = pair("sd15").ours
     adapter, text, embedding = adapter_for(unet), Context(randn(2, 5, unet.config.context_dim)), randn(2, IMAGE, seed=1)
     x = randn(2, 4, *size, seed=2)
-    none, full = (
-        unet(x, 500, adapter(text, embedding, pyramid(torch.full((8, 8), value), *size))) for value in (0.0, 1.0)
-    )
+
+    def masked(mask: Tensor) -> Tensor:
+        levels = Lambda(mask=mask).by_layer(unet.config, size)
+        return unet(x, 500, set_lambda(adapter(text, embedding), levels))
+
+    none, full = (masked(torch.full((8, 8), value)) for value in (0.0, 1.0))
     assert torch.equal(none, unet(x, 500, text))
     assert max_error(full, unet(x, 500, adapter(text, embedding))) < TOLERANCE
-    left = pyramid(torch.tensor([[1.0, 0.0]]).expand(2, 2), *size)
-    assert max_error(unet(x, 500, adapter(text, embedding, left)), full) > 0.01
+    assert max_error(masked(torch.tensor([[1.0, 0.0]]).expand(2, 2)), full) > 0.01
 
 
 def test_wrong_widths_raise(pair: Pair) -> None:
@@ -196,7 +199,7 @@ def test_wrong_widths_raise(pair: Pair) -> None:
         with pytest.raises(ValueError, match=r"width 10, .* gives 11"):
             adapter(text, randn(*shape))
     with pytest.raises(ValueError, match="3 scales for 16 cross-attention layers"):
-        adapter(text, randn(1, IMAGE), [1.0, 1.0, 1.0])
+        set_lambda(adapter(text, randn(1, IMAGE)), [1.0, 1.0, 1.0])
 
 
 def test_official_size() -> None:

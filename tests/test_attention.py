@@ -13,12 +13,13 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from peers import max_error, randn, randomise
 from torch import Tensor
 
-from model.attention import CrossAttention, Fuse, Scale, SelfAttention, Source, attention, concatenated, decoupled
+from model.attention import CrossAttention, Fuse, SelfAttention, Source, attention, concatenated, decoupled
 from model.context import Context, pyramid, stack
 from model.unet import UNet, UNetConfig
 
 TOLERANCE = 1e-12  # measured: 8e-15 and less
 DIM, CONTEXT, HEADS = 24, 12, 3
+Scale = float | Tensor
 PICTURES, TENSOR = torch.tensor([0.2, 1.5]).double().reshape(2, 1, 1, 1), torch.tensor(0.4).double()
 FUSES = pytest.mark.parametrize("fuse", [decoupled, concatenated])
 
@@ -115,10 +116,7 @@ def test_masks_equal_diffusers(size: tuple[int, int]) -> None:
     x, text = randn(2, math.prod(size), DIM), randn(2, 7, CONTEXT, seed=1)
     tokens = [randn(2, 4, CONTEXT, seed=2 + i) for i in range(2)]
     masks = [(randn(*size, seed=5 + i) > 0).double() for i in range(2)]
-    maps = [
-        {n: grid.double() * scale for n, grid in pyramid(mask, *size, levels=1).items()}
-        for mask, scale in zip(masks, scales, strict=True)
-    ]
+    maps = [pyramid(mask, *size, levels=1)[0].double() * scale for mask, scale in zip(masks, scales, strict=True)]
     got = ours(x, Context(text, prompts(processor, ours, tokens, maps)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # diffusers warns when its guess is wrong
@@ -133,7 +131,7 @@ def test_masks_equal_diffusers(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("lam", [1.0, 0.3, 2.5, "map", "picture"])
 def test_concatenated_is_a_mix_with_gate_g(lam: float | str) -> None:
     """Z = g A_text + (1 - g) A_image, g = sigmoid(lse_text - lse_image - log lambda)."""
-    scale: Any = {15: randn(2, 1, 15, 1, seed=9).abs()} if lam == "map" else PICTURES if lam == "picture" else lam
+    scale: Any = randn(2, 1, 15, 1, seed=9).abs() if lam == "map" else PICTURES if lam == "picture" else lam
     q, text, image = queries(), source(m=7), source(scale=scale, seed=3)
     lse_text, lse_image = ((q @ s.k.mT / math.sqrt(q.shape[-1])).logsumexp(-1, keepdim=True) for s in (text, image))
     g = torch.sigmoid(lse_text - lse_image - torch.as_tensor(image.weight(q), dtype=q.dtype).log())
@@ -152,7 +150,7 @@ def test_the_papers_simple_adapter_reads_text_and_image_as_one_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    "zero", [0, 0.0, torch.tensor(0.0), {15: torch.zeros(2, 1, 15, 1)}], ids=["int", "float", "tensor", "mask"]
+    "zero", [0, 0.0, torch.tensor(0.0), torch.zeros(2, 1, 15, 1)], ids=["int", "float", "tensor", "mask"]
 )
 def test_lambda_zero_is_no_picture_decoupled(zero: Scale) -> None:
     q, text = queries(), source(m=7)
@@ -163,13 +161,13 @@ def test_lambda_zero_is_no_picture_concatenated() -> None:
     q, text = queries(), source(m=7)
     alone = attention(q, text.k, text.v)
     assert torch.equal(concatenated(q, text, [source(scale=0.0, seed=3)]), alone)
-    for zero in (torch.tensor(0.0), {15: torch.zeros(2, 1, 15, 1)}):
+    for zero in (torch.tensor(0.0), torch.zeros(2, 1, 15, 1)):
         assert max_error(concatenated(q, text, [source(scale=zero, seed=3)]), alone) < TOLERANCE
 
 
 @FUSES
 @pytest.mark.parametrize(
-    "one", [torch.tensor(1.0), torch.ones(2, 1, 1, 1), {15: torch.ones(1, 1, 15, 1)}], ids=["number", "picture", "mask"]
+    "one", [torch.tensor(1.0), torch.ones(2, 1, 1, 1), torch.ones(1, 1, 15, 1)], ids=["number", "picture", "mask"]
 )
 def test_a_mask_of_ones_is_lambda_one(fuse: Fuse, one: Scale) -> None:
     q, text = queries(), source(m=7)
@@ -179,7 +177,7 @@ def test_a_mask_of_ones_is_lambda_one(fuse: Fuse, one: Scale) -> None:
 @FUSES
 def test_a_mask_speaks_only_where_it_is_not_zero(fuse: Fuse) -> None:
     q, text, lit = queries(), source(m=7), (torch.arange(15) % 2).double()
-    got = fuse(q, text, [source(scale={15: lit.reshape(1, 1, 15, 1)}, seed=3)])
+    got = fuse(q, text, [source(scale=lit.reshape(1, 1, 15, 1), seed=3)])
     with_picture, without = fuse(q, text, [source(seed=3)]), fuse(q, text, [])
     assert max_error(got, torch.where(lit[:, None] == 1, with_picture, without)) < TOLERANCE
     assert max_error(with_picture, without) > 0.1
@@ -215,9 +213,10 @@ def test_negative_lambda_raises_in_a_joint_softmax(lam: Scale) -> None:
 
 @FUSES
 def test_a_mask_made_for_another_size_raises(fuse: Fuse) -> None:
-    scale = pyramid(torch.ones(8, 8), 9, 5)
-    with pytest.raises(ValueError, match="true \\(h, w\\)"):
-        fuse(queries(n=16), source(), [source(scale=scale)])
+    """So does a value for each picture that lacks its axes: `b` would be a value for each channel."""
+    for scale in (pyramid(torch.ones(8, 8), 9, 5)[0], torch.ones(2), torch.ones(2, 1)):
+        with pytest.raises(ValueError, match=r"does not broadcast .* true \(h, w\)"):
+            fuse(queries(n=16), source(), [source(scale=scale)])
 
 
 def context(fuse: Fuse, scale: Scale, seed: int) -> Context:
@@ -231,7 +230,7 @@ def context(fuse: Fuse, scale: Scale, seed: int) -> Context:
     )
 
 
-MASK, SOFT = pyramid((randn(2, 9, 5, seed=3) > 0).double(), 9, 5), pyramid(randn(9, 5, seed=4).sigmoid(), 9, 5)
+MASK, SOFT = pyramid((randn(2, 9, 5, seed=3) > 0).double(), 9, 5)[0], pyramid(randn(9, 5, seed=4).sigmoid(), 9, 5)[0]
 
 
 @FUSES
@@ -297,14 +296,13 @@ def test_pyramid_has_the_unets_own_grids(size: tuple[int, int]) -> None:
     with torch.no_grad():
         unet(torch.zeros(1, 4, *size), 0, Context(torch.zeros(1, 2, 4)))
     grids = pyramid(torch.ones(24, 24), *size)
-    assert set(asked) == set(grids)
-    assert all(torch.equal(grid, torch.ones(1, 1, n, 1)) for n, grid in grids.items())
+    assert sorted(set(asked), reverse=True) == list(dict.fromkeys(grid.shape[2] for grid in grids))
+    assert all(torch.equal(grid, torch.ones(1, 1, grid.shape[2], 1)) for grid in grids)
 
 
 def test_pyramid_averages_over_each_querys_area() -> None:
     mask = randn(2, 16, 24).sigmoid()
     grids = pyramid(mask, 8, 12, levels=3)
-    assert list(grids) == [96, 24, 6]
-    for n, block in ((96, 2), (24, 4), (6, 8)):
+    for grid, n, block in zip(grids, (96, 24, 6), (2, 4, 8), strict=True):
         want = mask.reshape(2, 16 // block, block, 24 // block, block).mean((2, 4)).reshape(2, 1, n, 1)
-        assert max_error(grids[n].double(), want) < 1e-6  # lambda is float32
+        assert max_error(grid.double(), want) < 1e-6  # lambda is float32

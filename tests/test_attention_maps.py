@@ -14,7 +14,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-import test_cli
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from einops import rearrange
@@ -23,27 +22,29 @@ from PIL import Image
 from test_adapter import IMAGE, adapter_for, official
 from test_attention import queries, source
 from test_pipeline import build
+from tiny import pixels_of
 from torch import Tensor
 
 from eval import __main__ as cli
 from eval.attention_maps import finest, image_mass, name_maps, record, softmax_maps, word_positions
 from eval.attention_sheet import COLUMNS, DPI, INCHES, Section, overlay, sheet
-from model.attention import Fuse, Scale, Source, concatenated, decoupled
+from model.attention import Fuse, Source, concatenated, decoupled
 from model.context import Context, pyramid
 from model.text_encoder import TextEncoder
 from model.unet import UNet, UNetConfig
 from sampling.guidance import guided
 from sampling.images import read_settings
+from sampling.lambdas import Lambda, set_lambda
 from train.clip import MINI_TEXT
 
 Pair = Callable[[str], UNetPair]
 EXACT = 1e-13  # float64; measured: 8e-15 and less
 STORED = 1e-7  # maps and lambdas are kept in float32; measured: 6e-8 and less
 SEVERAL = 1e-6  # sums of such numbers; measured: 1.3e-7 and less
-weights, image = test_cli.weights, test_cli.image  # fixtures
 MASK = torch.linspace(0, 2, 9 * 7).double().reshape(9, 7)
-PICTURES = torch.tensor([0.2, 1.5]).double()
-SCALES: list[Scale] = [1.0, 0.6, 0.0, PICTURES, pyramid(MASK, 9, 7)]
+Scale = float | Tensor
+PICTURES = torch.tensor([0.2, 1.5]).double().reshape(2, 1, 1, 1)
+SCALES: list[Scale] = [1.0, 0.6, 0.0, PICTURES, pyramid(MASK, 9, 7)[0]]
 
 
 def naive(q: Tensor, *keys: Tensor, log_lambda: Tensor | float = 0.0) -> Tensor:
@@ -59,12 +60,6 @@ def check(maps: Tensor, q: Tensor, k: Tensor) -> None:
     assert max_error(maps.sum(dim=-1), torch.ones(maps.shape[:-1]).double()) < EXACT, "rows do not sum to 1"
     assert maps.min() >= 0, "negative attention"
     assert max_error(maps, naive(q, k)) < EXACT
-
-
-def lambda_of(scale: Scale, n: int) -> Tensor:
-    """As `b 1 n 1` or what broadcasts to it."""
-    value = scale[n] if isinstance(scale, dict) else torch.as_tensor(scale, dtype=torch.float64)
-    return value if value.ndim == 4 else value.reshape(-1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=["1", "0.6", "0", "pictures", "mask"])
@@ -90,7 +85,7 @@ def test_the_official_formula_is_not_a_map() -> None:
 def test_joint_maps_and_image_mass(scale: Scale) -> None:
     q, text, pictures = queries(n=63), source(m=77), [source(m=4, scale=scale)]
     of_text, of_image = softmax_maps(q, text, pictures, concatenated)
-    log_lambda = lambda_of(scale, 63).log()
+    log_lambda = torch.as_tensor(scale, dtype=torch.float64).log()
     assert max_error(torch.cat([of_text, of_image], -1), naive(q, text.k, pictures[0].k, log_lambda=log_lambda)) < EXACT
     assert max_error(image_mass(q, text, pictures), of_image.sum(dim=-1)) < EXACT
 
@@ -158,7 +153,11 @@ def unet() -> UNet:
 
 
 def context_for(unet: UNet, scale: Scale = 0.6, fuse: Fuse = decoupled, batch: int = 2) -> Context:
-    return adapter_for(unet)(Context(randn(batch, 5, 8), fuse=fuse), randn(batch, IMAGE, seed=1), scale)
+    text, embedding = Context(randn(batch, 5, 8), fuse=fuse), randn(batch, IMAGE, seed=1)
+    if scale is not SCALES[-1]:
+        return adapter_for(unet)(text, embedding, scale)
+    levels = Lambda(2.0, mask=MASK / 2).by_layer(unet.config, (9, 7))  # each layer has its own level of the mask
+    return set_lambda(adapter_for(unet)(text, embedding), levels)
 
 
 @pytest.mark.parametrize("fuse", [decoupled, concatenated])
@@ -249,7 +248,7 @@ def test_lambda_scales_what_is_read(unet: UNet, scale: Scale, fuse: Fuse) -> Non
     assert max_error(read, layer.split(inputs[0])) < SEVERAL
     if fuse is decoupled:
         assert torch.equal(first.image[0], plain[0].image[0]) and torch.equal(first.text, plain[0].text)
-        want = lambda_of(scale, 63)
+        want = torch.as_tensor(scale, dtype=torch.float64)
         assert max_error(torch.as_tensor(w, dtype=torch.float64) + torch.zeros_like(want), want) < STORED
         assert first.image_mass is None
     else:
@@ -386,7 +385,7 @@ def test_the_command_draws_a_sheet(weights: Path, image: Path, tmp_path: Path) -
     attention(*given, "--image", image, "--out", out[3])
     attention(*given, "--image", image, "--prompt", "a fox", "--scale", 0.3, "--seed", 3, "--out", out[4])
     assert [rows_of(path) for path in out] == [3, 3, 2, 2, 3]
-    pixels = [test_cli.pixels_of(path) for path in out]
+    pixels = [pixels_of(path) for path in out]
     assert np.array_equal(pixels[0], pixels[1]) and not np.array_equal(pixels[0], pixels[4])
     assert read_settings(out[0])["arguments"]["prompt"] == "a fox"
 

@@ -87,7 +87,7 @@ def ours(pipeline: Pipeline, ask: Ask, masked: bool, paste: bool = False) -> np.
     masks = ask.masks if ask.each else ask.masks[:1]
     m = torch.cat([to_tensor(one) for one in masks]) / 2 + 0.5 if masked else None
     edit = Edit(torch.cat([to_tensor(one) for one in given]), ask.strength, m, paste)
-    drawn = replace(pipeline, schedule=replace(pipeline.schedule, spacing=ask.spacing)).draw(
+    drawn = replace(pipeline, schedule=replace(pipeline.schedule, spacing=ask.spacing)).sample(
         [FOX] * ask.num,
         [ask.seed + i for i in range(ask.num)],
         pipeline.embed([PROMPT]) if ask.prompted else None,
@@ -200,7 +200,7 @@ def test_white_of_strength_one_is_drawn_as_without_a_picture(model: Get) -> None
     pipeline, _ = model("sd15")
     white = torch.ones(1, 1, 16, 24)
     pixels = [to_tensor(picture((16, 24), seed)) for seed in (0, 1)]
-    drawn = [pipeline.draw([FOX], [3], steps=3, edit=Edit(one, 1.0, white)) for one in pixels]
+    drawn = [pipeline.sample([FOX], [3], steps=3, edit=Edit(one, 1.0, white)) for one in pixels]
     assert torch.equal(*drawn)
 
 
@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_refused(
     model: Get, base: str, given: Edit | None, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        model(base)[0].draw([FOX] * 2, [0, 1], edit=given, **{"steps": 4} | options)
+        model(base)[0].sample([FOX] * 2, [0, 1], edit=given, **{"steps": 4} | options)
 
 
 def test_a_mask_of_another_size_is_refused() -> None:

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sampling import gallery
 from sampling.images import read_settings
-from sampling.options import MANY, ONE, flag, parser
+from sampling.options import PROMPT, flag, parser
 from sampling.pipeline import load
-from sampling.sheets import CELL, sheet
+from sampling.sheets import __main__ as sheets
+from sampling.sheets import gallery
+from sampling.sheets.layout import CELL, sheet
 
 
 @pytest.fixture(scope="module")
-def artist() -> gallery.Artist:
-    return gallery.Artist(load(), seed=3, steps=4)
+def artist(tmp_path_factory: pytest.TempPathFactory) -> gallery.Artist:
+    return gallery.Artist(load(), tmp_path_factory.mktemp("masks"), seed=3, steps=4)
 
 
 def flags(text: str) -> set[str]:
@@ -47,7 +48,7 @@ def test_titles_name_flags_of_the_command_line(name: str) -> None:
 
 def test_every_flag_of_an_image_prompt_has_a_sheet() -> None:
     named = {each for title, _ in gallery.SHEETS.values() for each in flags(title)}
-    assert {flag(name) for name in (*MANY, *ONE)} - named == {"--scale"}  # which `make demo` shows
+    assert {flag(name) for name in PROMPT} - named == {"--scale"}  # which `make demo` shows
     assert {"--init-image", "--strength", "--mask", "--guidance", "--image-guidance", "--sampler"} <= named
 
 
@@ -58,10 +59,9 @@ def test_the_command_writes_every_sheet(
         return [["a"]], [[Image.new("RGB", (64, 64), (artist.seed, 0, 0))]], ["a note"]
 
     monkeypatch.setattr(gallery, "SHEETS", {"one": ("one (--image)", tiny), "two": ("two (--mask)", tiny)})
-    monkeypatch.setattr("sys.argv", ["gallery", "--seed", "7", "--out", str(tmp_path / "folder")])
-    gallery.main()
+    sheets.main(["gallery", "--seed", "7", "--out", str(tmp_path / "folder")])
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["one.png", "two.png"]
-    assert read_settings(tmp_path / "folder" / "two.png") == {"command": "python -m sampling.gallery --seed 7"}
+    assert read_settings(tmp_path / "folder" / "two.png") == {"command": "python -m sampling.sheets gallery --seed 7"}
     assert "2 sheets" in capsys.readouterr().out
 
 

@@ -12,7 +12,19 @@ from peers import max_error, number_of, randn, randomise, vision_pair
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from model.image_encoder import MEAN, MINI_IMAGE, STD, VIT_BIGG, VIT_H, VIT_L, ImageConfig, ImageEncoder, normalise
+from model.image_encoder import (
+    MEAN,
+    MINI_IMAGE,
+    STD,
+    VIT_BIGG,
+    VIT_H,
+    VIT_L,
+    ImageConfig,
+    ImageEncoder,
+    centre_square,
+    normalise,
+    padded_square,
+)
 
 TOLERANCE = 1e-12  # measured: 2e-14 and less
 GREY = 1 / 255 / min(STD)  # one grey level, normalised
@@ -105,6 +117,47 @@ def test_pad_keeps_the_shape_and_adds_bars_of_the_mean(wide: bool) -> None:
 def test_fits_agree_on_a_square() -> None:
     crop, squash, pad = (encoder(64).preprocess(photo(100, 100), fit) for fit in ("crop", "squash", "pad"))
     assert torch.equal(crop, squash) and torch.equal(crop, pad)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (200, 60), (61, 203), (300, 1), (2, 130)])
+def test_padding_row_by_row_is_padding_first(size: tuple[int, int]) -> None:
+    """Bit for bit, by Pillow's own paste and resize of the whole square."""
+    picture, side = photo(*size), max(size)
+    square = Image.new("RGB", (side, side), tuple(round(255 * m) for m in MEAN))
+    square.paste(picture, ((side - size[0]) // 2, (side - size[1]) // 2))
+    want = square.resize((64, 64), Image.Resampling.BICUBIC)
+    assert padded_square(picture, 64).tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("size", [(2570, 10), (2571, 10), (5, 1777), (640, 1), (1, 641), (520, 2)])
+def test_a_strip_is_cut_where_resizing_it_whole_would_cut(size: tuple[int, int]) -> None:
+    picture, short = photo(*size), min(size)
+    whole = picture.resize((20 * size[0] // short, 20 * size[1] // short), Image.Resampling.BICUBIC)
+    left, top = (whole.width - 20) // 2, (whole.height - 20) // 2
+    want = whole.crop((left, top, left + 20, top + 20))
+    drawn = centre_square(picture, 20, Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(want).astype(int)).max() <= 1
+
+
+def test_strips_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No picture on the way is larger than 64 MB: 60000 x 1 took 12 GB when it was resized, or padded, as a whole."""
+    made, new, resize = [], Image.new, Image.Image.resize
+
+    def watch(make: Any) -> Any:
+        def watched(*args: Any, **options: Any) -> Image.Image:
+            size = args[1]  # of Image.new(mode, size), and of resize(image, size)
+            made.append(3 * size[0] * size[1])
+            assert made[-1] < 1 << 26
+            return make(*args, **options)
+
+        return watched
+
+    monkeypatch.setattr(Image, "new", watch(new))
+    monkeypatch.setattr(Image.Image, "resize", watch(resize))
+    for size in ((6000, 1), (60000, 1), (1, 60000), (30000, 7)):
+        for fit in ("crop", "squash", "pad"):
+            assert encoder(224).preprocess(Image.new("RGB", size), fit).shape == (3, 224, 224)
+    assert len(made) > 12
 
 
 def test_normalise_is_the_processors() -> None:

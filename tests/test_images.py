@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from model.image_encoder import ImageConfig, ImageEncoder
-from sampling.images import KEY, open_image, read_settings, save_image, to_images
+from sampling.images import KEY, open_image, read_mask, read_settings, save_image, to_images, to_rgb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -115,6 +117,18 @@ OTHER: dict[str, tuple[Image.Image, str, list[Any]]] = {
     "grey": (Image.fromarray(np.array([[0, 9, 200]], dtype=np.uint8)), "png", [0, 9, 200]),
     "float to 1": (Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)), "tiff", [0, 128, 255]),
     "float to 255": (Image.fromarray(np.array([[0.0, 99.6, 255.0]], dtype=np.float32)), "tiff", [0, 100, 255]),
+    "float above 1": (Image.fromarray(np.array([[0.0, 0.5, 1.5]], dtype=np.float32)), "tiff", [0, 128, 255]),
+    "float with highlights": (Image.fromarray(np.array([[0.25, 1.0, 16.0]], dtype=np.float32)), "tiff", [64, 255, 255]),
+    "float to 65535": (Image.fromarray(np.array([[0, 257, 65535]], dtype=np.float32)), "tiff", [0, 1, 255]),
+    "float with NaN": (Image.fromarray(np.array([[np.nan, 0.5, 1.0]], dtype=np.float32)), "tiff", [0, 128, 255]),
+    "float with infinities": (
+        Image.fromarray(np.array([[-np.inf, 0.5, np.inf]], dtype=np.float32)),
+        "tiff",
+        [0, 128, 255],
+    ),
+    "32-bit to 255": (Image.fromarray(np.array([[0, 9, 255]], dtype=np.int32)), "tiff", [0, 9, 255]),
+    "32-bit to 65535": (Image.fromarray(np.array([[-5, 257, 65535]], dtype=np.int32)), "tiff", [0, 1, 255]),
+    "32-bit to 2^31 - 1": (Image.fromarray(np.array([[0, 2**30, 2**31 - 1]], dtype=np.int32)), "tiff", [0, 128, 255]),
     "float below 0": (Image.fromarray(np.array([[-3.0, 0.5, 1.0]], dtype=np.float32)), "tiff", [0, 128, 255]),
 }
 
@@ -157,10 +171,65 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
     assert open_image(path).getpixel((0, 0)) == RED
 
 
-def encoded(suffix: str) -> bytes:
+FORMATS = {"jpg": "JPEG", "jfif": "JPEG", "tif": "TIFF", "tiff": "TIFF", "jp2": "JPEG2000", "ico": "ICO", "tga": "TGA"}
+FORMATS |= {suffix: suffix.upper() for suffix in ("png", "gif", "webp", "bmp", "avif", "dds", "pcx", "sgi", "ppm")}
+
+
+def encoded(suffix: str, image: Image.Image | None = None) -> bytes:
     file = io.BytesIO()
-    noise().save(file, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()))
+    (image or noise()).save(file, FORMATS[suffix])
     return file.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jfif", "png", "gif", "tif", "tiff", "webp", "avif", "bmp"])
+def test_usual_files_are_read(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a.{suffix}").write_bytes(encoded(suffix, four_colours()))
+    np.testing.assert_allclose(corners(open_image(tmp_path / f"a.{suffix}")), [RED, GREEN, BLUE, WHITE], atol=9)
+
+
+# Masks: what is transparent is not painted.
+
+
+def strokes(mode: str) -> tuple[Image.Image, dict[str, Any]]:
+    """White on the left; on the right nothing: transparent where the mode can be, else black."""
+    image = Image.new("L", (8, 8), 0)
+    image.paste(255, (0, 0, 4, 8))
+    if mode in ("RGBA", "LA"):
+        return Image.merge("LA", (Image.new("L", (8, 8), 255), image)).convert(mode), {}
+    key = {"L key": 7, "RGB key": (7, 7, 7), "1 key": 0, "I;16 key": 300, "P key": 1, "P alpha": b"\xff\x00"}.get(mode)
+    if mode.startswith("P"):
+        palette = image.point(lambda level: int(level == 0)).convert("L")
+        indexed = Image.frombytes("P", (8, 8), palette.tobytes())
+        indexed.putpalette([255] * 6 if key else [255, 255, 255, 0, 0, 0])
+        return indexed, {"transparency": key} if key else {}
+    if mode.startswith("I;16"):
+        levels = np.where(np.asarray(image) == 255, 65535, 300 if key else 0).astype(np.uint16)
+        return Image.fromarray(levels), {"transparency": key} if key else {}
+    if mode in ("I", "F"):
+        return Image.fromarray(np.asarray(image).astype(np.int32 if mode == "I" else np.float32)), {}
+    if mode in ("L key", "RGB key"):
+        image = image.point(lambda level: level or 7)
+    return image.convert(mode.split()[0]), {} if key is None else {"transparency": key}
+
+
+TRANSPARENT_MODES = ["RGBA", "LA", "P key", "P alpha", "L key", "RGB key", "1 key", "I;16 key"]
+OPAQUE_MODES = ["1", "L", "P", "RGB", "CMYK", "I;16", "I", "F", "YCbCr"]
+
+
+@pytest.mark.parametrize("mode", TRANSPARENT_MODES + OPAQUE_MODES)
+def test_a_mask_is_white_strokes(tmp_path: Path, mode: str) -> None:
+    image, options = strokes(mode)
+    suffix = "tiff" if mode in ("CMYK", "I", "F", "YCbCr") else "png"
+    mask = read_mask(saved(image, tmp_path / f"a.{suffix}", **options))
+    assert mask.shape == (1, 1, 8, 8)
+    wanted = (torch.arange(8) < 4).float().expand(1, 1, 8, 8)
+    assert float((mask - wanted).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa"])
+def test_every_mode_with_alpha_is_laid_over_both_backgrounds(mode: str) -> None:
+    clear = Image.new(mode, (3, 3))
+    assert [to_rgb(clear, behind).getpixel((1, 1)) for behind in ("white", "black")] == [WHITE, (0, 0, 0)]
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
@@ -173,7 +242,7 @@ def test_truncated_files_are_refused_by_name(tmp_path: Path, suffix: str, share:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
-@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif"])
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_flipped_bytes_are_a_picture_or_a_value_error(tmp_path: Path, suffix: str) -> None:
     data, path, rng = encoded(suffix), tmp_path / f"bad.{suffix}", np.random.default_rng(1)
     for _ in range(60):
@@ -185,6 +254,14 @@ def test_flipped_bytes_are_a_picture_or_a_value_error(tmp_path: Path, suffix: st
             assert open_image(path).mode == "RGB"
         except ValueError as error:
             assert path.name in str(error)
+
+
+@pytest.mark.parametrize("fourcc", [b"XXXX", b"DX10", b"\0\0\0\0"])
+def test_pixel_formats_that_pillow_does_not_know(tmp_path: Path, fourcc: bytes) -> None:
+    """Its decoders raise NotImplementedError, RuntimeError and others for them."""
+    (tmp_path / "a.dds").write_bytes(encoded("dds")[:80] + struct.pack("<I", 4) + fourcc + encoded("dds")[88:])
+    with pytest.raises(ValueError, match=r"a\.dds"):
+        open_image(tmp_path / "a.dds")
 
 
 @pytest.mark.parametrize(
@@ -203,6 +280,19 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="folder"):
         open_image(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("read", [open_image, read_mask], ids=["picture", "mask"])
+def test_only_regular_files_are_read(tmp_path: Path, read: Any) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="not a regular file"):
+            read(path)
+
+
+def test_a_strip_longer_than_any_picture(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"strip\.png: more pixels"):
+        open_image(saved(Image.new("1", (2**16 + 1, 1)), tmp_path / "strip.png"))
 
 
 def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +327,33 @@ def test_saving_over_a_picture_replaces_it(tmp_path: Path) -> None:
     for seed in (1, 2):
         save_image(four_colours(), path, {"seed": seed})
     assert read_settings(path) == {"seed": 2}
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.jpeg", "a.webp", "a", "a.png.gif", "a.safetensors"])
+def test_other_formats_are_not_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"written as PNG, which keeps their settings: name it a\.?[a-z]*\.png"):
+        save_image(four_colours(), tmp_path / name, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_keeps_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.PNG"
+    save_image(four_colours(), path, {"seed": 1})
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match=r"a\.PNG can't be written: No space left on device"):
+        save_image(four_colours(), path, {"seed": 2})
+    assert read_settings(path) == {"seed": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_string_is_a_path(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.png")
+    save_image(four_colours(), path, {"seed": 1})
+    assert open_image(path).size == (40, 24) and read_mask(path).shape == (1, 1, 24, 40)
+    assert read_settings(path) == {"seed": 1}
 
 
 def png_with(text: str | None, path: Path) -> Path:

@@ -21,9 +21,9 @@ from model.context import Context, pyramid
 from model.image_projection import ImageProjection
 from model.layers import Downsample
 from model.unet import MINI, SD15, SD21, SDXL
-from sampling.embeddings import parts, weigh_embedding
+from sampling.embeddings import PictureWeights, parts, weigh_embedding
 from sampling.guidance import guided
-from sampling.lambdas import Lambda, layer_weights, moving, places, preset, unmoved
+from sampling.lambdas import Lambda, layer_weights, moving, places, preset, set_lambda, unmoved
 from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
 
@@ -125,9 +125,9 @@ def test_a_whole_unet_with_blocks_equals_diffusers(name: str, layers: Any) -> No
         added = torch.cat([extra["text_embeds"], zeros], dim=1)
     want = both.peer(x, 500, text, added_cond_kwargs={"image_embeds": [embedding], **extra}).sample
     scales = Lambda(layers=layers).by_layer(config, (9, 7))
-    got = both.ours(x, 500, adapter(Context(text, added=added), embedding, scales))
+    got = both.ours(x, 500, set_lambda(adapter(Context(text, added=added), embedding), scales))
     assert max_error(got, want) < TOLERANCE
-    assert max_error(got, both.ours(x, 500, adapter(Context(text), embedding), added=added)) > 1e-3
+    assert max_error(got, both.ours(x, 500, adapter(Context(text, added=added), embedding))) > 1e-3
 
 
 # steps
@@ -197,7 +197,9 @@ def one() -> tuple[Any, Any, Tensor, Tensor]:
 
 def halves(one: tuple[Any, Any, Tensor, Tensor], scale: Any) -> tuple[Context, Context]:
     _, adapter, text, embedding = one
-    return adapter(Context(text[0]), 0 * embedding, scale), adapter(Context(text[1]), embedding, scale)
+    sides = adapter(Context(text[0]), 0 * embedding), adapter(Context(text[1]), embedding)
+    levels = scale if isinstance(scale, list) else [scale] * len(places(SMALL_ONE))
+    return set_lambda(sides[0], levels), set_lambda(sides[1], levels)
 
 
 TIMES = [901, 601, 301, 1]
@@ -287,7 +289,7 @@ def test_the_grid_is_right_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> Non
     for h in sides:
         for w in sides:
             asked.clear()
-            queries = list(pyramid(mask, h, w, len(SD15.channels)))
+            queries = [level.shape[2] for level in pyramid(mask, h, w, len(SD15.channels))]
             want = [(h, w)]
             for _ in SD15.channels[1:]:
                 want.append((strided(want[-1][0]), strided(want[-1][1])))
@@ -297,12 +299,16 @@ def test_the_grid_is_right_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_mask_is_read_with_its_rows_as_rows() -> None:
-    """520 x 512, where a grid guessed from the number of queries is sheared: 33 rows of 32 in the second level."""
+    """520 x 512, where a grid guessed from the number of queries is sheared: 33 rows of 32 in the second level.
+
+    Each layer has the map of its own level: two layers of each block down, one in the middle, three of each block up.
+    """
     rows = torch.arange(520.0)[:, None].expand(520, 512) / 519
     scales: Any = Lambda(mask=rows).by_layer(SD15, (65, 64))
-    assert list(scales[0]) == [65 * 64, 33 * 32, 17 * 16, 9 * 8]
-    for (n, level), width in zip(scales[0].items(), (64, 32, 16, 8), strict=True):
-        grid = level.reshape(n // width, width)
+    heights, widths = (65, 33, 17, 9), (64, 32, 16, 8)
+    levels = [0, 0, 1, 1, 2, 2, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0]
+    for scale, level in zip(scales, levels, strict=True):
+        grid = scale.reshape(heights[level], widths[level])
         assert bool((grid == grid[:, :1]).all()) and bool((grid[1:] > grid[:-1]).all())
 
 
@@ -329,7 +335,7 @@ def test_masks_equal_diffusers(layers: Any) -> None:
     context = Context(text)
     for i, mask in enumerate(masks):
         lam = Lambda(0.7 if layers is None else 1.0, layers, mask=mask)
-        context = adapter(context, embeddings[:, i], lam.by_layer(config, (h, w)))
+        context = set_lambda(adapter(context, embeddings[:, i]), lam.by_layer(config, (h, w)))
     got = both.ours(x, 500, context)
     assert max_error(got, want) < TOLERANCE
     assert max_error(got, both.ours(x, 500, adapter(Context(text), embeddings))) > 1e-3
@@ -341,7 +347,7 @@ def test_a_soft_mask_is_lambda_at_each_place(one: Any) -> None:
     x = randn(2, 4, 9, 7, seed=1)
 
     def drawn(lam: Lambda) -> Tensor:
-        return unet(x, 500, adapter(Context(text[0]), embedding, lam.by_layer(SMALL_ONE, (9, 7))))
+        return unet(x, 500, set_lambda(adapter(Context(text[0]), embedding), lam.by_layer(SMALL_ONE, (9, 7))))
 
     half = Lambda(0.8, mask=torch.full((18, 14), 0.5, dtype=torch.float64))
     assert max_error(drawn(half), drawn(Lambda(0.4))) < TOLERANCE
@@ -410,29 +416,29 @@ def test_weights_on_the_output_equal_diffusers(world: Any, negative: int) -> Non
     against = randn(1, negative, IMAGE, seed=3) if negative else None
     null = torch.zeros(1, 1, IMAGE).double() if against is None else against
     halves = torch.cat([null.expand(2, 2, -1), pictures.expand(2, -1, -1)])
-    lam = Lambda(0.7, images=(0.3, 1.5))
-    contexts = pipe.contexts(PROMPTS, NEGATIVES, pictures, lam, against=[against])
+    lam, weights = Lambda(0.7), [PictureWeights((0.3, 1.5))]
+    contexts = pipe.contexts(PROMPTS, NEGATIVES, pictures, lam, against=[against], weights=weights)
     ones = [torch.ones(1, 2, 64, 64, dtype=torch.float64)]
     want = peer_guided(both, x, halves, [0.7 * 0.3, 0.7 * 1.5], 4.0, ip_adapter_masks=ones)
     assert max_error(guided(pipe.unet, *contexts, 4.0)(x, 500), want) < TOLERANCE
     # and with a range: the same while it is on, the text alone after
-    move = moving([replace(lam, end=0.5)], [500, 1])
+    move = moving([replace(lam, end=0.5)] * 2, [500, 1])
     denoise = guided(pipe.unet, *contexts, 4.0, None, move)
     assert max_error(denoise(x, 500), want) < TOLERANCE
     assert max_error(denoise(x, 1), guided(pipe.unet, *pipe.contexts(PROMPTS, NEGATIVES), 4.0)(x, 1)) < TOLERANCE
 
 
-def sources(pipe: Pipeline, pictures: Tensor, lam: Any) -> tuple[Any, Any]:
-    uncond, cond = pipe.contexts(PROMPTS[:1], NEGATIVES[:1], pictures, lam)
+def sources(pipe: Pipeline, pictures: Tensor, *weights: PictureWeights) -> tuple[Any, Any]:
+    uncond, cond = pipe.contexts(PROMPTS[:1], NEGATIVES[:1], pictures, weights=weights or None)
     return uncond.image[0], cond.image[0]
 
 
 def test_weights_on_the_embedding(world: Any) -> None:
     """w e before the projection; the null image stays, and weight 0 is one."""
     pipe, pictures, weights = world[1], randn(1, 2, IMAGE, seed=2), (0.3, 0.0)
-    uncond, cond = sources(pipe, pictures, Lambda(images=weights, rule="embedding"))
-    _, want = sources(pipe, torch.stack([0.3 * pictures[:, 0], 0 * pictures[:, 1]], dim=1), 1.0)
-    null, _ = sources(pipe, pictures, 1.0)
+    uncond, cond = sources(pipe, pictures, PictureWeights(weights, "embedding"))
+    _, want = sources(pipe, torch.stack([0.3 * pictures[:, 0], 0 * pictures[:, 1]], dim=1))
+    null, _ = sources(pipe, pictures)
     for got, expected in ((cond, want), (uncond, null)):
         assert all(torch.equal(a.k, b.k) and torch.equal(a.v, b.v) for a, b in zip(got, expected, strict=True))
     assert torch.equal(cond[0].k[:, :, 4:], null[0].k[:, :, 4:])
@@ -451,20 +457,22 @@ def test_weights_on_the_tokens(world: Any) -> None:
     """K' and V' of w c, with c from the projection; the unconditional side is not weighed."""
     pipe, pictures, weights = world[1], randn(1, 2, IMAGE, seed=2), (0.3, 1.5)
     (adapter,) = pipe.adapters
-    uncond, cond = sources(pipe, pictures, Lambda(images=weights, rule="tokens"))
+    uncond, cond = sources(pipe, pictures, PictureWeights(weights, "tokens"))
     tokens = torch.cat([w * adapter.tokens(pictures[:, j]) for j, w in enumerate(weights)], dim=1)
     for source, (to_k, to_v), heads in zip(cond, adapter.projections(), adapter.heads, strict=True):
         for got, projected in ((source.k, to_k(tokens)), (source.v, to_v(tokens))):
             want = projected.unflatten(-1, (heads, -1)).transpose(1, 2)
             assert max_error(got, want) < TOLERANCE
-    null, _ = sources(pipe, pictures, 1.0)
+    null, _ = sources(pipe, pictures)
     assert all(torch.equal(a.k, b.k) for a, b in zip(uncond, null, strict=True))
 
 
 def test_pictures_and_weights_that_do_not_fit_are_refused(world: Any) -> None:
     pipe, pictures = world[1], randn(1, 3, IMAGE)
     with pytest.raises(ValueError, match="2 image weights for 3 images"):
-        pipe.contexts(PROMPTS, NEGATIVES, pictures, Lambda(images=(1.0, 2.0)))
+        pipe.contexts(PROMPTS, NEGATIVES, pictures, weights=[PictureWeights((1.0, 2.0))])
     with pytest.raises(ValueError, match="2 negative images for 3 images"):
         pipe.contexts(PROMPTS, NEGATIVES, pictures, against=[pictures[:, :2]])
-    assert len(parts(pictures, randn(1, 1, IMAGE), Lambda(images=(1.0, 2.0, 3.0)), SD15, (8, 8))) == 3
+    weights = PictureWeights((1.0, 2.0, 3.0))
+    each = parts(pictures, randn(1, 1, IMAGE), 0.5, weights, SD15, (8, 8))
+    assert [part.levels for part in each] == [[0.5 * weight] * 16 for weight in weights.values]

@@ -167,7 +167,7 @@ CHECKS: dict[str, Callable[[Stack], Tensor]] = {
     "decode": lambda s: s.pipeline.vae.decode(s.latents),
     "trajectory": lambda s: list(ddim(denoiser, s.latents, s.pipeline.schedule, 30))[-1].x,
     "preprocess": lambda s: s.pipeline.image.preprocess(PHOTO),  # type: ignore[union-attr]
-    "mask": lambda s: torch.cat([*context.pyramid(MASK, *GRIDS[0], levels=len(GRIDS)).values()], dim=2),
+    "mask": lambda s: torch.cat(context.pyramid(MASK, *GRIDS[0], levels=len(GRIDS)), dim=2),
 }
 
 
@@ -309,12 +309,12 @@ def grid_guessed(m: pytest.MonkeyPatch, _: Stack) -> None:
     """From the number of queries and the mask's own sides, as diffusers guesses it."""
     real = context.pyramid
 
-    def pyramid(mask: Tensor, h: int, w: int, levels: int) -> dict[int, Tensor]:
-        grids = {}
-        for n in real(mask, h, w, levels):
+    def pyramid(mask: Tensor, h: int, w: int, levels: int) -> list[Tensor]:
+        grids = []
+        for n in (level.shape[2] for level in real(mask, h, w, levels)):
             rows = int(math.sqrt(n * mask.shape[0] / mask.shape[1]))
             rows += n % rows != 0
-            grids |= real(mask, rows, n // rows, levels=1)
+            grids += real(mask, rows, n // rows, levels=1)
         return grids
 
     m.setattr(context, "pyramid", pyramid)

@@ -27,7 +27,9 @@ from model.unet import UNetConfig
 from model.vae import VAEConfig
 from sampling import __main__ as cli
 from sampling.images import read_settings
+from sampling.options import parse
 from sampling.pipeline import load
+from sampling.request import ImagePrompt, Request
 from train import __main__ as train
 
 # As Stable Diffusion 1.5 ships it.
@@ -326,12 +328,6 @@ def two(model: Model, pictures: list[Path]) -> list[str]:
     return ["--ip-adapter", first, "--image", a, "--image", b, "--scale", "0.5", "--ip-adapter", second, "--image", c]
 
 
-def settled(options: Sequence[str]) -> dict[str, Any]:
-    args = cli.parser().parse_args(options)
-    cli.settle(args)
-    return vars(args)
-
-
 def test_again_with_two_adapters(model: Get, pictures: list[Path], tmp_path: Path) -> None:
     """lambda is 1 where it is not named."""
     base, out = model("sd15"), tmp_path / "a.png"
@@ -339,8 +335,10 @@ def test_again_with_two_adapters(model: Get, pictures: list[Path], tmp_path: Pat
     cli.run([*two(base, pictures), *common, "--out", str(out)])
     settings = read_settings(out)
     names = [str(path) for path in pictures]
-    assert settings["arguments"]["ip_adapter"] == [str(path) for path in base.adapters]
-    assert settings["arguments"]["image"] == [names[:2], names[2:]] and settings["arguments"]["scale"] == [0.5, 1.0]
+    assert settings["model"]["adapters"] == [str(path) for path in base.adapters]
+    first, second = settings["request"]["image_prompts"]
+    assert (first["images"], second["images"]) == (names[:2], names[2:])
+    assert (first["scale"], second["scale"]) == (0.5, 1.0)
     assert {*names, *map(str, base.adapters)} < set(settings["sha256"])
     cli.run(["--again", str(out), "--out", str(tmp_path / "b.png")])
     assert (tmp_path / "b.png").read_bytes() == out.read_bytes()
@@ -349,13 +347,13 @@ def test_again_with_two_adapters(model: Get, pictures: list[Path], tmp_path: Pat
 def test_one_adapter_takes_everything_wherever_it_stands() -> None:
     parts = ["--image", "x.png"], ["--scale", "0.5"], ["--ip-adapter", "a.bin"], ["--image", "y.png"]
     orders = [
-        settled([option for i in order for option in parts[i]]) for order in ((0, 1, 2, 3), (2, 1, 0, 3), (0, 3, 2, 1))
+        parse([option for i in order for option in parts[i]]) for order in ((0, 1, 2, 3), (2, 1, 0, 3), (0, 3, 2, 1))
     ]
     assert orders[0] == orders[1] == orders[2]
-    assert orders[0]["image"] == [Path("x.png"), Path("y.png")]
-    assert (orders[0]["ip_adapter"], orders[0]["scale"]) == (Path("a.bin"), 0.5)
-    none = settled([])
-    assert (none["ip_adapter"], none["image"], none["scale"]) == (None, [], 1.0)
+    (prompt,) = orders[0].request.image_prompts
+    assert prompt == ImagePrompt((Path("x.png"), Path("y.png")), scale=0.5)
+    assert orders[0].model.adapters == (Path("a.bin"),)
+    assert parse([]).request == Request() and parse([]).model.adapters == ()
 
 
 @pytest.mark.parametrize(

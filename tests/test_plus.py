@@ -242,7 +242,7 @@ ASKS = {
 def ours(files: Files, forms: list[str], ask: Ask, pictures: list[Path]) -> np.ndarray:
     pipe = load(files.model.base, [files.paths[form] for form in forms], files.model.encoder)
     opened = [[Image.open(pictures[i]).convert("RGB") for i in numbers] for numbers in ask.images]
-    drawn = pipe.draw(
+    drawn = pipe.sample(
         [ask.prompt] * ask.num,
         [ask.seed + i for i in range(ask.num)],
         [pipe.embed(prompt, adapter=i) for i, prompt in enumerate(opened)],

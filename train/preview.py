@@ -25,7 +25,7 @@ def _sheet(images: list[Image.Image], columns: int) -> Image.Image:
 def texts(pipeline: Pipeline, path: Path) -> None:
     """The captions of the first validation scenes."""
     prompts = [World("val")[i].caption for i in range(ROWS * COLUMNS)]
-    drawn = pipeline.draw(prompts, list(range(len(prompts))), guidance=4.0, steps=12)
+    drawn = pipeline.sample(prompts, list(range(len(prompts))), guidance=4.0, steps=12)
     _sheet(to_images(drawn), COLUMNS).save(path)
     path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
 
@@ -37,6 +37,6 @@ def prompts(pipeline: Pipeline, path: Path) -> None:
         prompt = Image.fromarray(pictures([World("val")[i]])[0])
         text = ["", "", *[caption("fox", None, "pink")] * 4]
         lam = torch.tensor(scales).view(-1, 1, 1, 1)
-        drawn = pipeline.draw(text, [0, 1, 0, 0, 0, 0], pipeline.embed([prompt]), scale=lam, guidance=4.0, steps=12)
+        drawn = pipeline.sample(text, [0, 1, 0, 0, 0, 0], pipeline.embed([prompt]), scale=lam, guidance=4.0, steps=12)
         rows += [prompt, *to_images(drawn)]
     _sheet(rows, 1 + len(scales)).save(path)

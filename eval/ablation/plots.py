@@ -16,7 +16,7 @@ from eval.ablation.forms import FORMS
 from eval.ablation.rows import Results, fraction
 from eval.ablation.study import Place, Study
 from sampling.images import to_images
-from sampling.sheets import sheet
+from sampling.sheets.layout import sheet
 
 matplotlib.use("agg")
 

@@ -97,7 +97,7 @@ def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Row:
         return theirs(**prompts, num_inference_steps=n, output_type="pt")
 
     def our_picture(n: int) -> Any:
-        return ours.draw(["a fox"], [0], image, steps=n)
+        return ours.sample(["a fox"], [0], image, steps=n)
 
     with torch.no_grad():
         short, long = (beside(partial(our_picture, n), partial(their_picture, n), rounds) for n in few)

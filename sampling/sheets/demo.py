@@ -1,26 +1,20 @@
-"""Draws a labelled contact sheet from the mini weights: what an image prompt does, alone, with text, and as lambda grows.
-
-python -m sampling.demo --seed 0 --out out/demo.png
-"""
+"""Draws a labelled contact sheet from the mini weights: what an image prompt does, alone, with text, and as lambda grows."""
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
-import time
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sampling.images import open_image, save_image, to_images
+from sampling.images import check_png, open_image, save_image, to_images
 from sampling.lambdas import layer_weights
 from sampling.pipeline import Pipeline, load
-from sampling.sheets import sheet
+from sampling.sheets.layout import sheet
 
-EXAMPLES = Path(__file__).parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 LAMBDAS = (0.0, 0.25, 0.5, 1.0, 1.5)
 COLUMNS = (
     ["image prompt"],
@@ -73,7 +67,7 @@ def draw_rows(pipeline: Pipeline, rows: list[tuple[Path, str]], seed: int) -> li
             texts = [""] * variations + [text] * (with_text + len(LAMBDAS))
             lam = torch.tensor(scales).view(-1, 1, 1, 1)
             coarse = lam * torch.tensor(alone).view(-1, 1, 1, 1)
-            pictures = pipeline.draw(
+            pictures = pipeline.sample(
                 texts,
                 seeds,
                 pipeline.embed([prompt]),
@@ -86,26 +80,10 @@ def draw_rows(pipeline: Pipeline, rows: list[tuple[Path, str]], seed: int) -> li
     return drawn
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sampling.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/demo.png"))
-    args = parser.parse_args()
-    began = time.time()
-    try:
-        pipeline = load()
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
-    rows = plan(args.seed)
-    save_image(
-        sheet(COLUMNS, draw_rows(pipeline, rows, args.seed), [text for _, text in rows], note_at=3),
-        args.out,
-        {"command": f"python -m sampling.demo --seed {args.seed}"},
-    )
-    print(f"{args.out}: {len(rows)} image prompts, drawn in {time.time() - began:.0f} s")
-
-
-if __name__ == "__main__":
-    main()
+def write(seed: int, out: Path) -> str:
+    """Draws the sheet to a file, and says what it wrote."""
+    check_png(out)
+    rows = plan(seed)
+    page = sheet(COLUMNS, draw_rows(load(), rows, seed), [text for _, text in rows], note_at=3)
+    save_image(page, out, {"command": f"python -m sampling.sheets demo --seed {seed}"})
+    return f"{out}: {len(rows)} image prompts"

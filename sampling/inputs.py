@@ -1,0 +1,73 @@
+"""A Request with its files read: pictures opened, masks as tensors, lambda as a Lambda."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from sampling.edit import Edit
+from sampling.embeddings import PictureWeights
+from sampling.images import open_image, read_mask, to_tensor
+from sampling.lambdas import Lambda
+from sampling.request import ImagePrompt, Request
+
+Picture = Image.Image | Path  # opened, or the file of a saved embedding, which is read for its adapter
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """An image prompt: its pictures and their weights, those against it, and its lambda."""
+
+    pictures: tuple[Picture, ...]
+    weights: PictureWeights
+    negatives: tuple[Picture, ...]
+    scale: Lambda
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a request reads from files."""
+
+    request: Request
+    image_prompts: tuple[PromptInputs, ...]
+    edit: Edit | None
+
+
+def read_inputs(request: Request) -> Inputs:
+    """Opens every file of a request. Raises ValueError for one that is missing, damaged or does not fit, before any weights are read."""
+    return Inputs(request, tuple(_image_prompt(prompt) for prompt in request.image_prompts), _edit(request))
+
+
+def open_picture(path: Path) -> Picture:
+    """An opened picture; a saved embedding (.safetensors) stays a path."""
+    return path if path.suffix == ".safetensors" else open_image(path)
+
+
+def _image_prompt(prompt: ImagePrompt) -> PromptInputs:
+    pictures, negatives = (tuple(map(open_picture, each)) for each in (prompt.images, prompt.negatives))
+    mask = read_mask(prompt.mask)[0, 0] if prompt.mask else None
+    lam = Lambda(prompt.scale, prompt.layers, prompt.start, prompt.end, mask)
+    return PromptInputs(pictures, PictureWeights(prompt.weights, prompt.rule), negatives, lam)
+
+
+def _edit(request: Request) -> Edit | None:
+    if request.init_image is None:
+        return None
+    mask = read_mask(request.mask) if request.mask else None
+    strength = request.strength if request.strength is not None else 1.0 if request.mask else 0.8
+    return Edit(to_tensor(open_image(request.init_image)), strength, mask, request.paste)
+
+
+def size_of(inputs: Inputs, native: tuple[int, int], factor: int) -> tuple[Edit | None, tuple[int, int]]:
+    """The picture to change, cut where the request says so, and the size (height, width) to draw.
+
+    `native` is the size that the base model was trained at; drawn sizes are multiples of `factor`.
+    """
+    request, edit = inputs.request, inputs.edit
+    height, width = edit.size if edit else native
+    if edit and request.crop:
+        height, width = height - height % factor, width - width % factor
+    size = height if request.height is None else request.height, width if request.width is None else request.width
+    return (edit.cropped(size) if edit and request.crop else edit), size

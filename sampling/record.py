@@ -1,0 +1,168 @@
+"""What a PNG remembers of how it was drawn, and `--again`, which finds the same files and draws it again.
+
+A record is {"request": ..., "model": ..., "sha256": {file: hash}}. It names a file as the user did, except that a shipped
+file is "ip-adapter:weights/..." and the home folder is "~". A record is read as a stranger's: nothing in it is trusted, and
+a file is used only if its hash is the recorded one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from checkpoints import files
+from sampling.images import read_settings
+from sampling.options import PROMPT
+from sampling.pipeline import prompt_files
+from sampling.request import ImagePrompt, Model, Request, from_json, map_paths, paths, to_json
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = "ip-adapter:"
+FOLDERS = ("weights", "sampling/examples", "results")  # of shipped files
+
+
+def stored(path: Path) -> str:
+    """The name of a file or folder in a record."""
+    full = Path(os.path.abspath(path))
+    if any(full.is_relative_to(ROOT / folder) for folder in FOLDERS):
+        return SHIPPED + full.relative_to(ROOT).as_posix()
+    home = Path(os.path.expanduser("~"))  # stays "~" where there is none
+    if path.is_absolute() and full.is_relative_to(home):
+        return f"~/{full.relative_to(home).as_posix()}"
+    return path.as_posix()
+
+
+def sha256(path: Path) -> str:
+    """The hash of a regular file; a device or a pipe might never end. Raises ValueError for anything else."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    return files.sha256(path)
+
+
+def used_files(request: Request, model: Model) -> list[Path]:
+    """Every file that decides the picture: weights with their configs, and the pictures, embeddings and masks of the request."""
+    base = [model.checkpoint]
+    if (model.checkpoint / "unet.safetensors").exists():
+        parts = ("unet", "text_encoder") if model.vae else ("unet", "vae", "text_encoder")
+        base = [model.checkpoint / f"{part}.safetensors" for part in parts]
+    base += [model.vae] if model.vae else []
+    if request.image_prompts:
+        adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
+        base += [*adapters, *([encoder] if encoder else [])]
+    return [*(file for path in base for file in files.files_of(path)), *paths(request)]
+
+
+def digests(request: Request, model: Model) -> dict[str, str]:
+    """The hash of each of `used_files`, by its stored name."""
+    return {stored(path): sha256(path) for path in used_files(request, model)}
+
+
+def record(request: Request, model: Model, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What `save_image` writes into a picture. `hashes` is what `digests` gives."""
+    settings = [to_json(map_paths(item, lambda path: Path(stored(path)))) for item in (request, model)]
+    return {"request": settings[0], "model": settings[1], "sha256": dict(hashes)}
+
+
+def recall(picture: Path) -> tuple[Request, Model]:
+    """The request and the model of a picture that this program drew, with every file found and its hash compared.
+
+    Raises ValueError with one sentence where the picture holds neither, or a file is missing or has changed.
+    """
+    settings = read_settings(picture)
+    hashes = settings.get("sha256")
+    if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
+        raise ValueError(f"{picture}: a sheet, or another picture that holds no request, so it can't be drawn again")
+    try:
+        request, model = _read(settings)
+    except ValueError as error:
+        raise ValueError(f"{picture} can't be drawn again: {error}") from None
+
+    def find(path: Path) -> Path:
+        return _find(path, picture, hashes)
+
+    request, model = map_paths(request, find), map_paths(model, find)
+    for path in used_files(request, model):  # an adapter that no one named, too
+        if sha256(path) not in hashes.values():
+            raise ValueError(f"{picture} does not say which {path} it was drawn with, so it can't be drawn again")
+    return request, model
+
+
+def _read(settings: Mapping[str, Any]) -> tuple[Request, Model]:
+    if "request" not in settings:
+        return _from_arguments(settings.get("arguments"))
+    return from_json(Request, settings.get("request")), from_json(Model, settings.get("model"))
+
+
+def _from_arguments(arguments: object) -> tuple[Request, Model]:
+    """A record of the first format: the arguments of the command line."""
+    if not isinstance(arguments, dict):
+        raise ValueError("its arguments are not a JSON object")
+    values = {key: value for key, value in arguments.items() if key not in ("num", "device", "compile", "no_paste")}
+    adapters = values.pop("ip_adapter", None)
+    several = isinstance(adapters, list)
+    options = {PROMPT[name]: values.pop(name) for name in PROMPT if name in values}
+    if several and not all(isinstance(each, list) and len(each) == len(adapters) for each in options.values()):
+        raise ValueError("it has not as many image prompts as adapters")
+    each = [{name: value[i] for name, value in options.items()} for i in range(len(adapters))] if several else [options]
+    prompts = tuple(
+        from_json(ImagePrompt, {name: value for name, value in one.items() if value is not None})
+        for one in each
+        if one.get("images")
+    )
+    model = {name: values.pop(name) for name in ("checkpoint", "image_encoder", "dtype") if name in values}
+    model["adapters"] = adapters if several else [adapters] * (adapters is not None)
+    paste = {} if arguments.get("no_paste") is None else {"paste": arguments["no_paste"] is False}
+    request = {"version": 1, "image_prompts": prompts, **values, **paste}
+    return from_json(Request, request), from_json(Model, model)
+
+
+def _find(path: Path, picture: Path, hashes: Mapping[str, str]) -> Path:
+    """The file or folder that a record means by `path`: there, or else beside the picture, here, or among the shipped files.
+
+    Raises ValueError unless everything that was recorded of it has its hash.
+    """
+    name = path.as_posix()
+    parts = _parts(name, hashes)
+    if not parts:
+        raise ValueError(f"{picture} does not say which {name} it was drawn with, so it can't be drawn again")
+    place = ROOT / name.removeprefix(SHIPPED) if name.startswith(SHIPPED) else Path(os.path.expanduser(name))
+    folders = [picture.parent, Path.cwd(), ROOT, ROOT / "sampling" / "examples"]
+    named = [place, *(folder / each for folder in folders for each in (name, path.name))]
+    alike = (other for folder in folders for other in sorted(folder.iterdir()) if other.suffix == path.suffix)
+    for candidate in chain(named, alike):
+        if _changed(candidate, parts) is None:
+            return candidate
+    rest = _changed(place, parts) or ""
+    if _part(place, rest).exists():
+        raise ValueError(f"{picture} was drawn with another {name}{rest}: the file has changed since")
+    raise ValueError(f"{picture} was drawn with {name}{rest}, which is not there: put it beside the picture")
+
+
+def _parts(name: str, hashes: Mapping[str, str]) -> dict[str, str]:
+    """What was recorded of a file (itself and its card) or a folder (the files in it): the rest of each name, and its hash."""
+    parts = {key.removeprefix(name): h for key, h in hashes.items() if key == name or key.startswith(f"{name}/")}
+    card = os.path.splitext(name)[0] + ".json"
+    return parts | ({".json": hashes[card]} if name in hashes and card in hashes else {})
+
+
+def _part(path: Path, rest: str) -> Path:
+    return path.with_suffix(rest) if rest == ".json" else path / rest[1:] if rest else path
+
+
+def _changed(path: Path, parts: Mapping[str, str]) -> str | None:
+    """The first part that is missing or has another hash, if any."""
+    for rest, digest in parts.items():
+        part = _part(path, rest)
+        if not part.is_file() or sha256(part) != digest:
+            return rest
+    return None

@@ -1,0 +1,42 @@
+"""Draws labelled sheets from the mini weights.
+
+python -m sampling.sheets demo --seed 0 --out out/demo.png
+python -m sampling.sheets gallery --seed 0 --out out/gallery
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sampling.sheets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, about, out in (
+        ("demo", "Draw the contact sheet: image prompts alone, with text, and as lambda grows.", "out/demo.png"),
+        ("gallery", "Draw a sheet for each way to steer a drawing.", "out/gallery"),
+    ):
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("--seed", type=int, default=0, help="Seed of the first picture. Default 0.")
+        command.add_argument("--out", type=Path, default=Path(out), help=f"Where to write. Default {out}.")
+    args = parser.parse_args(argv)
+    began = time.time()
+    from sampling.sheets import demo, gallery  # imports torch, which takes seconds: only once the arguments are read
+
+    try:
+        written = {"demo": demo, "gallery": gallery}[args.command].write(args.seed, args.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    print(f"{written}, drawn in {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
