@@ -30,8 +30,8 @@ from sampling import __main__ as cli
 from sampling.images import read_settings, save_image
 from sampling.lambdas import Lambda
 from sampling.pipeline import load
-from train import adapter as training
 from train.clip import MINI_TEXT
+from train.setting import Source, prepare
 
 UNET = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4, sample_size=4)
 VAE_CONFIG = VAEConfig(channels=(8, 8, 8), res_blocks=1, groups=4, scale=1.0)
@@ -489,7 +489,7 @@ def nine(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_adapter_is_not_trained_on_a_network_that_inpaints(nine: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a model for inpainting: train on the ordinary one"):
-        training.prepare(training.Source(base=nine), tmp_path)
+        prepare(Source(base=nine), tmp_path)
 
 
 def test_what_is_no_adapter_is_told_before_the_base_is_read(
