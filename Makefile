@@ -24,9 +24,6 @@ test: .venv/tests
 
 weights: .venv/tests
 	$(BIN)/python -m train all
-	$(BIN)/python -m train adapter --fine
-	$(BIN)/python -m train judge
-	$(BIN)/python -m train scorer
 
 ablation: .venv/tests
 	$(BIN)/python -m eval ablation

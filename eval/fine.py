@@ -42,9 +42,9 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> d
     """
     check_output(out)
     files = [weights / f"{name}.safetensors" for name in ADAPTERS]
-    for file, option in zip(files, ("", " --fine"), strict=True):
+    for file, stage in zip(files, ("adapter", "plus"), strict=True):
         if not file.exists():
-            raise FileNotFoundError(f"{file} is not there; `python -m train adapter{option}` trains it")
+            raise FileNotFoundError(f"{file} is not there; `python -m train {stage}` trains it")
     pipeline, judge = load(weights, ()), load_judge(weights / "judge.safetensors")
     bench = Bench(pipeline, Prompts.of_the_world(n, seed=4), clip_score.load(weights), judge, steps, guidance)
     through = through_the_vae(pipeline.vae, bench.prompts.pixels)

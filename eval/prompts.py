@@ -89,7 +89,7 @@ class Prompts:
         own = [text for _, text in files]
         if len(set(own)) < 2:
             raise ValueError(
-                "the held-out pictures need at least two different captions: give more pictures (51 or more)"
+                "the held-out pictures need at least two different captions: give more pictures (20 or more)"
             )
         other = [next(text for text in own[i:] + own[:i] if text != mine) for i, mine in enumerate(own)]
         images = [centre_square(open_image(file), side, Image.Resampling.BILINEAR) for file, _ in files]

@@ -34,10 +34,11 @@ from eval.prompts import Prompts
 from eval.tables import markdown
 from sampling.pipeline import load
 from train import checkpoint, clip, scorer
-from train.adapter import Setting, Source
 from train.data import Pairs
 from train.judge import load_judge
-from train.loop import Plan, generator
+from train.loop import Plan
+from train.randomness import generator
+from train.setting import Setting, Source
 from train.world import CONCEPT_NAMES, CONCEPTS, World
 
 ROOT = Path(__file__).parent.parent

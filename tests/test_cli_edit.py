@@ -17,7 +17,7 @@ from model.unet import UNet
 from sampling import pipeline
 from sampling.images import read_settings
 from sampling.pipeline import load
-from train import adapter as training
+from train.setting import Source, prepare
 
 
 def test_samplers_differ(weights: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def nine(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_adapter_is_not_trained_on_a_network_that_inpaints(nine: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a model for inpainting: train on the ordinary one"):
-        training.prepare(training.Source(base=nine), tmp_path)
+        prepare(Source(base=nine), tmp_path)
 
 
 def test_what_is_no_adapter_is_told_before_the_base_is_read(

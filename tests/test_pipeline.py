@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -438,31 +439,33 @@ def test_an_adapter_is_trained_on_the_files_of_a_base_model(
     named = {"base": files.base, "image-encoder": files.encoder, "data": tmp_path / "data.json"}
     named |= {"weights": tmp_path / "out", "state": tmp_path / "state", "steps": 3, "batch": 2, "accumulate": 2}
     options = [str(part) for name, value in named.items() for part in (f"--{name}", value)]
-    fine, name, tokens = (["--fine"], "ip_adapter_plus", 16) if form == "plus" else ([], "ip_adapter", 4)
-    train.main(["adapter", *options, *fine, "--bf16", "--checkpointing"])
+    stage, name, tokens = ("plus", "ip_adapter_plus", 16) if form == "plus" else ("adapter", "ip_adapter", 4)
+    train.main([stage, *options, "--bf16", "--checkpointing"])
     trained, base = tmp_path / "out" / f"{name}.safetensors", load(files.base, ()).unet
     assert load_adapter(trained, base).image_projection.tokens == tokens
     files.peers[0].unet._load_ip_adapter_weights([nested(load_file(trained))])
     files.peers[0].unload_ip_adapter()
     with pytest.raises(ValueError, match="name one with --image-encoder"):
-        train.main(["adapter", *[o for o in options if o not in ("--image-encoder", str(files.encoder))]])
+        train.main([stage, *[o for o in options if o not in ("--image-encoder", str(files.encoder))]])
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_the_ablation_runs_on_the_files_of_a_base_model(
-    model: Callable[[str], Model], pictures: list[Path], tmp_path: Path
-) -> None:
+def test_the_ablation_runs_on_the_files_of_a_base_model(model: Callable[[str], Model], tmp_path: Path) -> None:
     """As with official weights and one's own pictures: no truth, so CLIP alone reads; every form is trained and drawn with."""
     files = model("sd15")
-    data = [{"image_file": str(pictures[i % 3]), "text": f"picture {i}"} for i in range(101)]
+    pictures = [tmp_path / f"{i}.png" for i in range(20)]
+    for i, path in enumerate(pictures):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (12, 14, 3), np.uint8)).save(path)
+    data = [{"image_file": str(path), "text": f"picture {i}"} for i, path in enumerate(pictures)]
     (tmp_path / "data.json").write_text(json.dumps(data))
     named = {"base": files.base, "image-encoder": files.encoder, "data": tmp_path / "data.json", "scorer": "weights"}
     named |= {"state": tmp_path / "state", "out": tmp_path, "seeds": 1, "steps": 4, "batch": 2, "jobs": 2}
     options = [str(part) for name, value in named.items() for part in (f"--{name}", value)]
     measures.run(measures.parser().parse_args(["ablation", "--smoke", *options]))
     found = json.loads((tmp_path / "results" / "ablation.json").read_text())
-    assert found["prompts"]["agreeing"] == ["picture 0", "picture 50", "picture 100"]
-    assert found["prompts"]["conflict"] == ["picture 50", "picture 100", "picture 0"]
+    held_out = sorted(range(20), key=lambda i: hashlib.sha256(pictures[i].read_bytes()).hexdigest())[:4]
+    own = [f"picture {i}" for i in held_out]
+    assert found["prompts"]["agreeing"] == own and found["prompts"]["conflict"] == [*own[1:], own[0]]
     assert "truth" not in found and set(found["summary"]["endpoint"]) == set(found["study"]["forms"])
     text = (tmp_path / "RESULTS.md").read_text()
     assert "no truth is known" in text and "another picture's caption" in text

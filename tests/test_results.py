@@ -15,7 +15,7 @@ from eval.ablation.endpoint import grey_error
 from eval.ablation.rows import Results
 from eval.prompts import Prompts
 from eval.tables import markdown
-from train.data import fingerprint
+from train.fingerprint import fingerprint
 
 ROOT = Path(__file__).parent.parent
 RESULTS = json.loads((ROOT / "results" / "world.json").read_text())

@@ -28,14 +28,19 @@ from model.vae import VAE, VAEConfig
 from sampling.pipeline import load
 from sampling.schedule import Prediction, Schedule
 from train import adapter as adapter_stage
+from train import loss as loss_module
+from train import preview, setting
 from train.__main__ import main
-from train.adapter import Recipe, Setting, batch_of, begin_as, check_gates, drops, held_out_losses, images_of
-from train.adapter import Source as AdapterSource
+from train.adapter import Recipe
 from train.clip import MINI_TEXT
-from train.data import Pairs, encode_texts, world_pairs
+from train.data import Cached, Pairs
+from train.encode import WorldPictures, encode_texts
+from train.gains import check_gates, held_out_losses
 from train.loop import Plan
-from train.loss import diffusion_loss, min_snr, noise_for
-from train.unet import rows_of
+from train.loss import diffusion_loss, drops, images_of, min_snr, noise_for, noised
+from train.plus import begin_as
+from train.setting import Setting
+from train.setting import Source as AdapterSource
 from train.world import World
 
 CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4)
@@ -282,13 +287,13 @@ def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pa
     assert all(torch.equal(before[name], tensor) for name, tensor in known.state_dict().items())
     assert all(torch.equal(plus.state_dict()[n], before[n]) for n in before if n.startswith(("to_k", "to_v")))
     rows, none = torch.arange(len(pairs)), torch.zeros(len(pairs), dtype=torch.bool)
-    batch = batch_of(pairs, rows, torch.Generator().manual_seed(0), "cpu")
+    batch = noised(pairs.at(rows), torch.Generator().manual_seed(0), "cpu")
     errors: dict[str, float] = {}
     for name, adapter in {"plus": plus, "fresh": fresh}.items():
         for drop in (none, ~none):
             with torch.no_grad():
                 contexts = [
-                    each(Context(batch.text), images_of(source, rows, drop), scale=2.0)
+                    each(Context(batch.text), images_of(source.at(rows), drop), scale=2.0)
                     for each, source in ((known, pairs), (adapter, fine))
                 ]
                 wanted, own = (unet(batch.x0, batch.t, context) for context in contexts)
@@ -304,11 +309,11 @@ def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pa
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_command_trains_plus_from_the_base_folders_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That has to be there, before anything is computed; the card names both steps."""
-    monkeypatch.setattr(adapter_stage.preview, "prompts", lambda *_: None)
-    monkeypatch.setattr(adapter_stage, "Source", functools.partial(AdapterSource, pictures=24))
+    monkeypatch.setattr(preview, "prompts", lambda *_: None)
+    monkeypatch.setattr(setting, "Source", functools.partial(AdapterSource, pictures=24))
     base, out, state = tmp_path / "base", tmp_path / "out", tmp_path / "state"
     shutil.copytree("weights", base)
-    command = ["adapter", "--fine", "--steps", "2", "--batch", "4"]
+    command = ["plus", "--steps", "2", "--batch", "4"]
     command += [part for k, v in {"base": base, "weights": out, "state": state}.items() for part in (f"--{k}", str(v))]
     main(command)
     card = json.loads((out / "ip_adapter_plus.json").read_text())
@@ -325,24 +330,22 @@ def test_the_command_trains_plus_from_the_base_folders_adapter(tmp_path: Path, m
     monkeypatch.setattr("sys.argv", ["train", *command])
     with pytest.raises(SystemExit, match=r"^error: .*which Plus begins as"):  # the sentence alone, without a traceback
         runpy.run_path("train/__main__.py", run_name="__main__")
-    with pytest.raises(ValueError, match="--fine goes with adapter, not with all"):
-        main(["all", *command[1:]])
 
 
 # the data
 
 
 def test_an_epoch_shows_every_picture_once(pairs: Pairs) -> None:
-    plan = Plan("p", steps=9, batch=2, lr=1e-3)
-    seen = [rows_of(pairs, plan, step).tolist() for step in range(6)]
+    data = Cached(pairs, 2, seed=0)
+    seen = [data.rows(step).tolist() for step in range(6)]
     first, second = ([row for rows in epoch for row in rows] for epoch in (seen[:3], seen[3:]))
     assert sorted(first) == sorted(second) == list(range(6)) and first != second
-    assert rows_of(pairs, plan, 4).tolist() == seen[4]
+    assert data.rows(4).tolist() == seen[4]
 
 
 def test_latents_are_samples_of_the_posterior(pairs: Pairs) -> None:
     rows = torch.tensor([4, 1])
-    drawn = torch.stack([pairs.latents(rows, torch.Generator().manual_seed(i)) for i in range(400)])
+    drawn = torch.stack([pairs.at(rows).latents(torch.Generator().manual_seed(i)) for i in range(400)])
     torch.testing.assert_close(drawn.mean(dim=0), pairs.mean[rows], atol=0.03, rtol=0)
     assert float(drawn.std(dim=0).mean()) == pytest.approx(0.1, abs=0.005)
 
@@ -367,14 +370,14 @@ def test_captions_are_encoded_once_each_the_empty_one_first() -> None:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_pairs_of_the_world_and_their_cache(tmp_path: Path) -> None:
     encoders, cache = tiny_encoders(), tmp_path / "new"  # the folder of a fresh run isn't there yet
-    found = world_pairs(*encoders, "val", 3, cache)
+    found = WorldPictures("val", 3).pairs(*encoders, cache)
     assert found.mean.shape == (3, 4, 16, 16) and found.images is not None and found.images.shape == (3, 12)
     captions = [World("val")[i].caption for i in range(3)]
     texts, rows = encode_texts(encoders[1], captions)
     assert torch.equal(found.texts, texts) and torch.equal(found.caption, rows)
-    again = world_pairs(*encoders, "val", 3, cache)
+    again = WorldPictures("val", 3).pairs(*encoders, cache)
     assert torch.equal(again.mean, found.mean) and torch.equal(again.images, found.images)
-    assert {path.suffix for path in cache.iterdir()} == {".safetensors"} and len(list(cache.iterdir())) == 2
+    assert [path.suffix for path in cache.rglob("*") if path.is_file()] == [".safetensors"] * 2
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -384,11 +387,11 @@ def test_no_picture_is_a_zero_embedding_or_zero_pixels(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = {False: torch.zeros(12), True: encoders[2].fine(torch.zeros(1, 3, 64, 64))[0]}
     for fine, null in wanted.items():
-        pairs = world_pairs(*encoders, "val", 2, tmp_path, fine=fine)
+        pairs = WorldPictures("val", 2).pairs(*encoders, tmp_path, fine=fine)
         assert pairs.null is not None and torch.equal(pairs.null, null) and pairs.images is not None
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(adapter_stage, "drops", lambda n, g: (~drop, drop))
-            batch = batch_of(pairs, torch.arange(2), torch.Generator().manual_seed(0), "cpu", dropping=True)
+            patch.setattr(loss_module, "drops", lambda n, g: (~drop, drop))
+            batch = noised(pairs.at(torch.arange(2)), torch.Generator().manual_seed(0), "cpu", dropping=True)
         assert torch.equal(batch.image[0], null) and torch.equal(batch.image[1], pairs.images[1].float())
         assert torch.equal(batch.text[1], pairs.texts[0].float())
 
@@ -404,7 +407,7 @@ def test_every_phase_has_its_own_captions(tmp_path: Path, monkeypatch: pytest.Mo
         return fit(setting, adapter, plan, *args, **options)
 
     monkeypatch.setattr(adapter_stage, "fit", spy)
-    monkeypatch.setattr(adapter_stage.preview, "prompts", lambda *_: None)
+    monkeypatch.setattr(preview, "prompts", lambda *_: None)
     plan = Recipe("first", steps=1, batch=2, lr=1e-2, warmup=1, says=(0.0, 0.0))
     phases = plan, replace(plan, name="second", says=(1.0, 1.0))
     adapter_stage.train(tmp_path, tmp_path, phases, AdapterSource(Path("weights"), pictures=24))
@@ -420,9 +423,9 @@ def test_every_phase_has_its_own_captions(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_cache_of_other_data_is_not_used(tmp_path: Path) -> None:
     """After the autoencoder is trained again, or the number of pictures changes, the old latents are wrong."""
     vae, text, image = tiny_encoders()
-    before = world_pairs(vae, text, image, "val", 2, tmp_path)
-    assert len(world_pairs(vae, text, image, "val", 3, tmp_path)) == 3
+    before = WorldPictures("val", 2).pairs(vae, text, image, tmp_path)
+    assert len(WorldPictures("val", 3).pairs(vae, text, image, tmp_path)) == 3
     with torch.no_grad():
         for weight in vae.parameters():
             weight.mul_(1.5)
-    assert not torch.equal(world_pairs(vae, text, image, "val", 2, tmp_path).mean, before.mean)
+    assert not torch.equal(WorldPictures("val", 2).pairs(vae, text, image, tmp_path).mean, before.mean)

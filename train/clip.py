@@ -22,10 +22,15 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
 from checkpoints import cards
+from checkpoints.files import check_output
 from model.image_encoder import MINI_IMAGE, ImageConfig, ImageEncoder, normalise
 from model.text_encoder import END, START, TextConfig, TextEncoder, words_of
+from train.card import WORLD_LICENCE, card
 from train.colour import NAMES
-from train.loop import Plan, card, run
+from train.data import OnTheFly
+from train.encode import renderer
+from train.loop import Plan, run
+from train.randomness import seeded
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, SLOTS, Scene, Split, World, pictures, random_scene
 
 PHASES = (
@@ -59,7 +64,7 @@ class CLIP(nn.Module):
         self.text, self.image = TextEncoder(text), ImageEncoder(image)
         self.words = nn.Linear(image.output_dim, sum(SLOTS))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -127,7 +132,7 @@ def classify(x: Tensor, y: Tensor, train: int) -> float:
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     return float((linear(x[train:]).argmax(dim=1) == y[train:]).float().mean())
 
 
@@ -167,20 +172,27 @@ def unit_entries(image: ImageEncoder) -> None:
         tensor /= std
 
 
-def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> None:
-    torch.manual_seed(phases[0].seed)
-    clip, log = CLIP(), list[dict[str, Any]]()
+def train(
+    folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES, command: str = "python -m train clip"
+) -> None:
+    """Trains on the mini world, and writes `text_encoder` and `image_encoder.safetensors` to the folder `weights`."""
+    files = weights / "text_encoder.safetensors", weights / "image_encoder.safetensors"
+    for file in files:
+        check_output(file)
+    with seeded(phases[0].seed):
+        clip = CLIP()
+    log, made_from = list[dict[str, Any]](), {"pictures": renderer()}
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, CLIP)
         return probe(module.image)
 
     for plan in phases:
-        batches = functools.partial(batch_of, clip.text, plan)
-        _, rows = run(plan, clip, batches, functools.partial(clip_loss, clip), validate, folder)
+        data, loss = OnTheFly(functools.partial(batch_of, clip.text, plan)), functools.partial(clip_loss, clip)
+        _, rows = run(plan, clip, data, loss, validate, folder, made_from=made_from)
         clip.text.requires_grad_(False)
         log += rows
     unit_entries(clip.image.eval())
-    written = card(phases, log, "python -m train clip") | {"gate": GATE}
-    cards.save(clip.text, weights / "text_encoder.safetensors", written)
-    cards.save(clip.image, weights / "image_encoder.safetensors", written)
+    written = card(phases, log, command, {"data": "the mini world", "gate": GATE}, WORLD_LICENCE)
+    for tower, file in zip((clip.text, clip.image), files, strict=True):
+        cards.save(tower, file, written)

@@ -1,34 +1,80 @@
-"""What the UNet and the adapter learn from, computed once: latents, captions, and image embeddings of pictures."""
+"""Batches of training data, as a pure function of the step: made on the fly, read from files, or computed once and kept."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from model.image_encoder import ImageEncoder, centre_square, normalise
-from model.text_encoder import TextEncoder
-from model.vae import VAE
 from sampling.images import open_image
-from train.loop import stream
-from train.world import SAYS, Scene, Split, World, pictures
+from train.randomness import generator
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Data(Protocol[T_co]):
+    """One endless stream of batches. Process `rank` of `world_size` takes batch `step * world_size + rank` of it.
+
+    The processes of a step see different batches; n processes see in one step what one process sees in n.
+    """
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T_co: ...
+
+
+@dataclass(frozen=True)
+class OnTheFly(Generic[T]):
+    """`make(i)` is batch i."""
+
+    make: Callable[[int], T]
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T:
+        return self.make(step * world_size + rank)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Picture files, one a batch, again from the start after the last: `read` turns a picture into `3 h w`; a batch is `1 3 h w`."""
+
+    files: Sequence[Path]
+    read: Callable[[Image.Image], Tensor]
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
+        """Raises ValueError, naming the file, when it is not a picture."""
+        return self.read(open_image(self.files[(step * world_size + rank) % len(self.files)]))[None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Picture-text pairs, encoded. `mean`, `std`: `b c h w` of q(z|x), scaled; `text`: tokens c_t, `b 77 c`; `image`: what an
+    adapter reads, embeddings `b e` or fine features `b m e`. `empty`, `77 c`, and `null` stand for a dropped text or picture."""
+
+    mean: Tensor
+    std: Tensor
+    text: Tensor
+    empty: Tensor
+    image: Tensor | None = None
+    null: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def latents(self, generator: torch.Generator) -> Tensor:
+        """A sample of q(z|x) for each picture, `b c h w`."""
+        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Picture-text pairs. `mean`, `std`: `n c h w` of q(z|x), scaled; `caption`: row of `texts` for each picture;
-    `texts`: `m 77 c`, the different captions' text tokens, the empty one first. If asked for, `images` are what an adapter reads,
-    embeddings `n e` or fine features `n m e`, and `null` is what it reads of no picture: zeros `e`, or those of zero pixels, `m e`."""
+    """All pairs, in memory, in half precision. `caption`: row of `texts` for each picture; `texts`: `m 77 c`, the different
+    captions' text tokens, the empty one first. `images`: `n e` or `n m e`, and `null`, `e` or `m e`, if an adapter is to read them."""
 
     mean: Tensor
     std: Tensor
@@ -40,148 +86,67 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.mean)
 
-    def latents(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """A sample of q(z|x) for these rows."""
-        mean = self.mean[rows].float()
-        return mean + self.std[rows].float() * torch.randn(mean.shape, generator=generator)
+    def at(self, rows: Tensor) -> Batch:
+        """These pairs, in float32."""
+        image, null = (None, None) if self.images is None else (self.images[rows].float(), self.null)
+        text, empty = self.texts[self.caption[rows]].float(), self.texts[0].float()
+        return Batch(
+            self.mean[rows].float(), self.std[rows].float(), text, empty, image, None if null is None else null.float()
+        )
+
+    def parts(self, size: int = 64) -> Iterator[Batch]:
+        """All pairs in order, in parts of about equal length, at most `size`."""
+        for rows in torch.arange(len(self)).tensor_split(-(-len(self) // size)):
+            yield self.at(rows)
 
 
-@torch.no_grad()
-def _computed(
-    cache: Path, batches: Callable[[int], Tensor], count: int, encode: Callable[[Tensor], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """encode(batches(0)), ..., joined, in half precision; kept in the file `cache` and read from it the next time."""
-    if not cache.exists():
-        found: dict[str, list[Tensor]] = {}
-        for batch in tqdm(stream(batches, 0, count, workers=2), total=count, desc=cache.stem):
-            for key, value in encode(batch).items():
-                found.setdefault(key, []).append(value.half().cpu())
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(f".{os.getpid()}.part")  # another process may compute the same
-        save_file({key: torch.cat(parts).contiguous() for key, parts in found.items()}, part)
-        part.rename(cache)
-    return load_file(cache)
+@dataclass(frozen=True)
+class Cached:
+    """Batches of `size` pairs. Every epoch is another permutation; fewer pairs than a batch are repeated in it."""
+
+    pairs: Pairs
+    size: int
+    seed: int
+
+    def rows(self, index: int) -> Tensor:
+        """The pairs of batch `index`."""
+        n = len(self.pairs)
+        epoch, within = divmod(index, max(1, n // self.size))
+        g = generator(self.seed + 1, epoch)
+        order = torch.cat([torch.randperm(n, generator=g) for _ in range(-(-self.size // n))])
+        return order[within * self.size :][: self.size]
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        return self.pairs.at(self.rows(step * world_size + rank))
 
 
-def fingerprint(module: nn.Module) -> str:
-    """A few digits that change when a module's weights do."""
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:8]
+class _Steps(Dataset[T | Exception]):
+    def __init__(self, data: Data[T]) -> None:
+        self.data = data
+
+    def __getitem__(self, step: int) -> T | Exception:
+        try:
+            return self.data.batch(step)
+        except (ValueError, OSError) as error:  # a DataLoader would wrap it in a traceback
+            return error
 
 
-def latents(vae: VAE, batches: Callable[[int], Tensor], count: int, folder: Path, data: str) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of q(z|x), scaled, for `count` batches of pictures `b 3 h w` in [-1, 1]."""
-    weight = next(vae.parameters())
+def stream(data: Data[T], steps: Iterable[int], workers: int) -> Iterator[T]:
+    """The batches of these steps, in order, made ahead of time in worker processes, whose errors are raised here."""
 
-    def encode(x: Tensor) -> dict[str, Tensor]:
-        mean, logvar = vae.moments(x.to(weight))
-        return {"mean": mean * vae.config.scale, "std": (0.5 * logvar).exp() * vae.config.scale}
+    def ignore_interrupt(_: int) -> None:  # Ctrl-C reaches the workers too, but the loop decides when to stop
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    found = _computed(folder / f"{data}-latents-{fingerprint(vae)}.safetensors", batches, count, encode)
-    return found["mean"], found["std"]
-
-
-def features(
-    image: ImageEncoder, batches: Callable[[int], Tensor], count: int, folder: Path, data: str, fine: bool
-) -> tuple[Tensor, Tensor]:
-    """(images, null) of `Pairs` for `count` batches of pixels `b 3 s s`: image embeddings, or fine features."""
-    weight, size = next(image.parameters()), image.config.image_size
-    read: Callable[[Tensor], Tensor] = image.fine if fine else image
-    cache = folder / f"{data}-{'tokens' if fine else 'images'}-{fingerprint(image)}.safetensors"
-    images = _computed(cache, batches, count, lambda x: {"images": read(x.to(weight))})["images"]
-    with torch.no_grad():
-        null = read(torch.zeros(1, 3, size, size).to(weight))[0].cpu() if fine else torch.zeros(images.shape[1])
-    return images, null
-
-
-@torch.no_grad()
-def encode_texts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """The text tokens of all different captions, the empty one first, and each caption's row."""
-    different = ["", *sorted(set(captions) - {""})]
-    row = {caption: i for i, caption in enumerate(different)}
-    tokens = text.tokenize(different)
-    device = next(text.parameters()).device
-    hidden = torch.cat([text(part.to(device)).half().cpu() for part in tokens.split(256)])
-    return hidden, torch.tensor([row[caption] for caption in captions])
-
-
-def world_pairs(
-    vae: VAE,
-    text: TextEncoder,
-    image: ImageEncoder | None,
-    split: Split,
-    count: int,
-    folder: Path,
-    says: tuple[float, float] = SAYS,
-    fine: bool = False,
-) -> Pairs:
-    """The first `count` pictures of a split; what is slow to compute is kept in `folder`. `images` only with `image`.
-
-    `says`: the shares of captions that name the concept, and the background.
-    """
-    world, size = World(split, says), 100
-    scenes: list[Scene] = [world[i] for i in range(count)]
-    steps = -(-count // size)
-
-    def rgb(step: int) -> Tensor:
-        return torch.from_numpy(pictures(scenes[step * size : (step + 1) * size])).permute(0, 3, 1, 2).float() / 255
-
-    data = f"{split}-{count}"
-    mean, std = latents(vae, lambda step: 2 * rgb(step) - 1, steps, folder, data)
-    images, null = None, None
-    if image is not None:
-        images, null = features(image, lambda step: normalise(rgb(step)), steps, folder, data, fine)
-    texts, caption = encode_texts(text, [scene.caption for scene in scenes])
-    return Pairs(mean, std, caption, texts, images, null)
-
-
-def captioned_files(data: Path) -> list[tuple[Path, str]]:
-    """The pictures and captions of a user's data: the official trainer's JSON list
-    `[{"image_file": ..., "text": ...}]` (paths relative to the file), or a folder of pictures with a `.txt` beside each.
-
-    Raises ValueError that names the first entries at fault.
-    """
-    if data.is_dir():
-        files = sorted(f for f in data.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-        missing = [f.name for f in files if not f.with_suffix(".txt").exists()]
-        if missing or not files:
-            what = f"no caption (.txt) beside {', '.join(missing[:5])}" if missing else "no pictures in it"
-            raise ValueError(f"{data}: {what}")
-        return [(f, f.with_suffix(".txt").read_text().strip()) for f in files]
-    try:
-        entries = json.loads(data.read_text())
-        pairs = [(data.parent / entry["image_file"], str(entry["text"])) for entry in entries]
-    except (OSError, json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{data}: not a JSON list of image_file and text, nor a folder ({error!r})") from None
-    absent = [str(f) for f, _ in pairs if not f.exists()]
-    if absent or not pairs:
-        what = f"these pictures are missing: {', '.join(absent[:5])}" if absent else "the list is empty"
-        raise ValueError(f"{data}: {what}")
-    return pairs
-
-
-def file_pairs(
-    vae: VAE,
-    text: TextEncoder,
-    image: ImageEncoder,
-    files: list[tuple[Path, str]],
-    side: int,
-    folder: Path,
-    fine: bool = False,
-) -> Pairs:
-    """A user's pictures, short side to `side` and centre crop as the paper does; what is slow is kept in `folder`."""
-
-    def square(step: int) -> Tensor:
-        picture = centre_square(open_image(files[step][0]), side, Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-
-    def pixels(step: int) -> Tensor:
-        return image.preprocess(open_image(files[step][0]))[None]
-
-    listed = hashlib.sha256(repr([str(file) for file, _ in files]).encode()).hexdigest()[:16]
-    mean, std = latents(vae, square, len(files), folder, f"{listed}-{side}")
-    images, null = features(image, pixels, len(files), folder, listed, fine)
-    texts, caption = encode_texts(text, [words for _, words in files])
-    return Pairs(mean, std, caption, texts, images, null)
+    loader: DataLoader[T | Exception] = DataLoader(
+        _Steps(data),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_interrupt,
+        generator=torch.Generator(),  # it would take a number from the global one
+    )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch

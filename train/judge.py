@@ -16,9 +16,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from checkpoints import cards
+from checkpoints.files import check_output
 from model.layers import ResBlock
+from train.card import WORLD_LICENCE, card
 from train.colour import srgb_to_lab
-from train.loop import Plan, card, run
+from train.data import OnTheFly
+from train.encode import renderer
+from train.loop import Plan, run
+from train.randomness import seeded
 from train.vae import to_tensor
 from train.world import BACKGROUNDS, CONCEPTS, SIZE, Scene, Split, World, pictures
 
@@ -132,20 +137,25 @@ def judge_loss(judge: Judge, batch: Batch, generator: torch.Generator) -> dict[s
     return {"loss": concept + background + palette + placement, "palette": palette.detach() * 20}
 
 
-def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> None:
+def train(
+    folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES, command: str = "python -m train judge"
+) -> None:
     """Train the judge; write `weights`/judge.safetensors and its card."""
-    torch.manual_seed(phases[0].seed)
-    judge, log = Judge(), list[dict[str, Any]]()
+    out = weights / "judge.safetensors"
+    check_output(out)
+    with seeded(phases[0].seed):
+        judge = Judge()
     x, true = batch_of("val", 1000, 0)
+    log, made_from = list[dict[str, Any]](), {"pictures": renderer()}
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, Judge)
         return module.read(x).score(true["concept"], true["background"], true["palette"])
 
     for plan in phases:
-        batches, loss = functools.partial(batch_of, "train", plan.batch), functools.partial(judge_loss, judge)
-        log += run(plan, judge, batches, loss, validate, folder)[1]
-    cards.save(judge, weights / "judge.safetensors", card(phases, log, "python -m train judge"))
+        data, loss = OnTheFly(functools.partial(batch_of, "train", plan.batch)), functools.partial(judge_loss, judge)
+        log += run(plan, judge, data, loss, validate, folder, made_from=made_from)[1]
+    cards.save(judge, out, card(phases, log, command, {"data": "the mini world"}, WORLD_LICENCE))
 
 
 def load_judge(path: Path) -> Judge:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from model.context import Context
 from model.unet import UNet
 from sampling.schedule import Schedule
+from train.data import Batch
+
+DROP = 0.05  # the share of each kind of dropping (section 4.1.2)
 
 
 def min_snr(schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
@@ -35,3 +40,38 @@ def diffusion_loss(
 def noise_for(x0: Tensor, generator: torch.Generator, timesteps: int = 1000) -> tuple[Tensor, Tensor]:
     """(t, eps): t uniform in [0, T), eps ~ N(0, I)."""
     return torch.randint(timesteps, (len(x0),), generator=generator), torch.randn(x0.shape, generator=generator)
+
+
+def drops(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(drop the text, drop the image) for n pictures: image only, text only, both, 5 % each, by one uniform number."""
+    r = torch.rand(n, generator=generator)
+    image = (r < DROP) | ((r >= 2 * DROP) & (r < 3 * DROP))
+    text = (r >= DROP) & (r < 3 * DROP)
+    return text, image
+
+
+@dataclass(frozen=True)
+class Noised:
+    """What Eq. 6 takes: latents x_0, timesteps, noise, text tokens c_t, and what the adapter reads of the pictures."""
+
+    x0: Tensor
+    t: Tensor
+    eps: Tensor
+    text: Tensor
+    image: Tensor
+
+
+def images_of(batch: Batch, drop: Tensor) -> Tensor:
+    """What the adapter reads of these pictures, and of no picture where `drop` is true."""
+    assert batch.image is not None and batch.null is not None
+    return torch.where(drop.view(-1, *[1] * batch.null.ndim), batch.null, batch.image)
+
+
+def noised(batch: Batch, g: torch.Generator, device: str, dropping: bool = False) -> Noised:
+    """The pairs at random timesteps and noise; with `dropping` some lose their text, picture, or both."""
+    x0 = batch.latents(g)
+    t, eps = noise_for(x0, g)
+    none = torch.zeros(len(batch), dtype=torch.bool)
+    drop_text, drop_image = drops(len(batch), g) if dropping else (none, none)
+    text = torch.where(drop_text.view(-1, 1, 1), batch.empty, batch.text)
+    return Noised(*(tensor.to(device) for tensor in (x0, t, eps, text, images_of(batch, drop_image))))

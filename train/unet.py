@@ -6,7 +6,6 @@ for classifier-free guidance. The EMA is what is kept.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import cards
+from checkpoints.files import check_output
 from checkpoints.stable_diffusion import load_text_encoder, load_vae
 from model.context import Context
 from model.layers import ResBlock, SpatialTransformer
@@ -21,9 +21,13 @@ from model.unet import MINI, UNet
 from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
 from train import preview
-from train.data import Pairs, world_pairs
-from train.loop import Plan, card, generator, run
+from train.card import WORLD_LICENCE, card
+from train.data import Batch, Cached, Pairs
+from train.encode import WorldPictures
+from train.fingerprint import fingerprint
+from train.loop import Plan, run
 from train.loss import diffusion_loss, noise_for
+from train.randomness import generator, seeded
 
 PHASES = (
     Plan("unet", steps=2900, batch=32, lr=1e-3, ema=0.998, decay=0.45, validate_every=850),
@@ -41,41 +45,49 @@ def initialise(unet: UNet) -> None:
             nn.init.zeros_(getattr(module, last).bias)
 
 
-def rows_of(pairs: Pairs, plan: Plan, step: int) -> Tensor:
-    """Which pictures step `step` sees: every epoch is another permutation."""
-    per_epoch = len(pairs) // plan.batch
-    order = torch.randperm(len(pairs), generator=generator(plan.seed + 1, step // per_epoch))
-    return order[step % per_epoch * plan.batch :][: plan.batch]
+def fresh(seed: int) -> UNet:
+    """An untrained UNet, whose weights depend on the seed alone."""
+    with seeded(seed):
+        unet = UNet(MINI)
+    initialise(unet)
+    return unet
 
 
 @torch.no_grad()
 def held_out_loss(unet: UNet, schedule: Schedule, pairs: Pairs, seed: int = 1) -> float:
     """The unweighted loss on held-out pictures, at noise and timesteps that never change."""
     losses = []
-    for i, rows in enumerate(torch.arange(len(pairs)).split(64)):
+    for i, batch in enumerate(pairs.parts()):
         g = generator(seed, i)
-        x0 = pairs.latents(rows, g)
+        x0 = batch.latents(g)
         t, eps = noise_for(x0, g)
-        losses.append(diffusion_loss(unet, schedule, x0, Context(pairs.texts[pairs.caption[rows]].float()), t, eps))
+        losses.append(diffusion_loss(unet, schedule, x0, Context(batch.text), t, eps))
     return float(torch.cat(losses).mean())
 
 
-def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> None:
-    torch.manual_seed(phases[0].seed)
+def train(
+    folder: Path,
+    weights: Path,
+    phases: tuple[Plan, ...] = PHASES,
+    command: str = "python -m train unet",
+    pictures: int = PICTURES,
+) -> None:
+    """Trains on the VAE and the text encoder in `weights`, and writes `unet.safetensors` there."""
+    out = weights / "unet.safetensors"
+    check_output(out)
     vae = load_vae(weights / "vae.safetensors")
     text = load_text_encoder(weights / "text_encoder.safetensors")
-    pairs = world_pairs(vae, text, None, "train", PICTURES, folder)
-    held_out = world_pairs(vae, text, None, "val", HELD_OUT, folder)
-    unet, schedule = UNet(MINI), Schedule(prediction=MINI.prediction)
-    initialise(unet)
+    world, unseen = WorldPictures("train", pictures), WorldPictures("val", min(HELD_OUT, pictures))
+    made_from = {**world.made_from(), "vae": fingerprint(vae), "text encoder": fingerprint(text)}
+    pairs, held_out = (each.pairs(vae, text, None, folder / "cache") for each in (world, unseen))
+    unet, schedule = fresh(phases[0].seed), Schedule(prediction=MINI.prediction)
 
-    def loss(plan: Plan, step: int, g: torch.Generator) -> dict[str, Tensor]:
-        rows = rows_of(pairs, plan, step)
-        x0 = pairs.latents(rows, g)
+    def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
+        x0 = batch.latents(g)
         t, eps = noise_for(x0, g)
-        caption = torch.where(torch.rand(len(rows), generator=g) < DROP, 0, pairs.caption[rows])
-        each = diffusion_loss(unet, schedule, x0, Context(pairs.texts[caption].float()), t, eps, GAMMA)
-        return {"loss": each.mean()}
+        drop = torch.rand(len(batch), generator=g) < DROP
+        told = torch.where(drop.view(-1, 1, 1), batch.empty, batch.text)
+        return {"loss": diffusion_loss(unet, schedule, x0, Context(told), t, eps, GAMMA).mean()}
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, UNet)
@@ -84,7 +96,9 @@ def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES) -> Non
 
     log: list[dict[str, Any]] = []
     for plan in phases:
-        kept, rows = run(plan, unet, int, functools.partial(loss, plan), validate, folder, workers=0)
+        data = Cached(pairs, plan.batch, plan.seed)
+        kept, rows = run(plan, unet, data, loss, validate, folder, workers=0, made_from=made_from)
         unet.load_state_dict(kept.state_dict())
         log += rows
-    cards.save(unet, weights / "unet.safetensors", card(phases, log, "python -m train unet"))
+    about = {"data": f"the mini world, {pictures} pictures"}
+    cards.save(unet, out, card(phases, log, command, about, WORLD_LICENCE))

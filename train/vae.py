@@ -19,10 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints import cards
+from checkpoints.files import check_output
 from model.attention import SelfAttention
 from model.layers import ResBlock
 from model.vae import MINI_VAE, VAE, VAEConfig
-from train.loop import Plan, card, run
+from train.card import WORLD_LICENCE, card
+from train.data import OnTheFly
+from train.encode import renderer
+from train.loop import Plan, run
+from train.randomness import seeded
 from train.world import Split, World, pictures
 
 PHASES = (
@@ -37,10 +42,10 @@ def initialise(vae: VAE) -> None:
     for module in vae.modules():
         last = module.conv2 if isinstance(module, ResBlock) else module.to_out if isinstance(module, SelfAttention) else None
         if last is not None:
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            for tensor in last.parameters():
+                nn.init.zeros_(tensor)
     with torch.no_grad():
-        weight, bias = (tensor.chunk(2)[1] for tensor in (vae.quant_conv.weight, vae.quant_conv.bias))
+        weight, bias = (tensor.chunk(2)[1] for tensor in vae.quant_conv.parameters())
         weight.zero_()
         bias.fill_(LOGVAR)
 
@@ -72,19 +77,28 @@ def psnr(vae: VAE, x: Tensor) -> float:
     return float((10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))).mean())
 
 
-def train(folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES, config: VAEConfig = MINI_VAE) -> None:
-    torch.manual_seed(phases[0].seed)
-    vae, held_out, log = VAE(config), batch_of("val", 256, 0), list[dict[str, Any]]()
-    initialise(vae.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+def train(
+    folder: Path,
+    weights: Path,
+    phases: tuple[Plan, ...] = PHASES,
+    command: str = "python -m train vae",
+    config: VAEConfig = MINI_VAE,
+) -> None:
+    """Trains on the mini world, and writes `vae.safetensors` to the folder `weights`."""
+    check_output(weights / "vae.safetensors")
+    with seeded(phases[0].seed):
+        vae = VAE(config)
+    held_out, log, made_from = batch_of("val", 256, 0), list[dict[str, Any]](), {"pictures": renderer()}
+    initialise(vae.to(memory_format=torch.channels_last))
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, VAE)
         return {"psnr": psnr(module, held_out)}
 
     for plan in phases:
-        batches = functools.partial(batch_of, "train", plan.batch)
-        log += run(plan, vae, batches, functools.partial(vae_loss, vae), validate, folder)[1]
+        data, loss = OnTheFly(functools.partial(batch_of, "train", plan.batch)), functools.partial(vae_loss, vae)
+        log += run(plan, vae, data, loss, validate, folder, made_from=made_from)[1]
     with torch.no_grad():
         std = torch.cat([vae.encode(batch_of("train", 64, i)) for i in range(16)]).std()
     vae.config = replace(config, scale=config.scale / float(std))
-    cards.save(vae, weights / "vae.safetensors", card(phases, log, "python -m train vae"))
+    cards.save(vae, weights / "vae.safetensors", card(phases, log, command, {"data": "the mini world"}, WORLD_LICENCE))

@@ -20,7 +20,7 @@ from eval.ablation.rows import SCHEMA, Results, frame_of
 from eval.ablation.study import SMOKE, Place, Study
 from eval.ablation.work import evaluate
 from eval.prompts import TASKS
-from train.adapter import Source
+from train.setting import Source
 
 OTHER_STUDY = ("smoke", "data", "steps", "batch", "prompts", "rates")  # options that change the published study
 # How far the mean of a measure may be from the stored one. Another kind of processor rounds otherwise, or has no bfloat16, so pictures

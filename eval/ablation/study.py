@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from checkpoints.files import read_json
 from eval import clip_score
 from eval.ablation.forms import FORMS, SHARES, Form
@@ -23,11 +21,12 @@ from eval.bench import Bench
 from eval.prompts import Prompts
 from model.adapter import IPAdapter
 from sampling.pipeline import load
-from train import adapter as training
-from train.adapter import Setting, Source
-from train.data import captioned_files, fingerprint
+from train.captioned import captioned_files, split
+from train.fingerprint import fingerprint
 from train.judge import load_judge
 from train.loop import Plan
+from train.randomness import seeded
+from train.setting import Setting, Source, prepare
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,14 @@ class Place:
         return read_json(path.with_suffix(".json")) if path.exists() else {}
 
     def bench(self, study: Study) -> Bench:
-        """What draws and reads the study's pictures. Of a user's pictures every 50th is held out."""
+        """What draws and reads the study's pictures; of a user's pictures, those that training holds out."""
         source, judge = self.source, None
         pipeline = load(source.base, (), source.image_encoder, device=study.device)
         if source.data is None:
             prompts, judge = Prompts.of_the_world(study.prompts), load_judge(source.base / "judge.safetensors")
         else:
-            held_out = captioned_files(source.data)[::50][: study.prompts]
-            prompts = Prompts.of_files(held_out, pipeline.native_size[0])
+            held_out = split(captioned_files(source.data))[1][: study.prompts]
+            prompts = Prompts.of_files([(file.path, file.text) for file in held_out], pipeline.native_size[0])
         scorer = clip_score.find(self.scorer, study.device)
         return Bench(pipeline, prompts, scorer, judge, study.draw_steps, study.guidance)
 
@@ -129,7 +128,7 @@ class Place:
         """The same, with `made_from`: fingerprints of the weights, the data, the scorer."""
         parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")}
         data = None if self.source.data is None else captioned_files(self.source.data)
-        listed = [[file.name, text] for file, text in data or []]
+        listed = [[file.digest, file.text] for file in data or []]
         digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:8] if data else self.source.pictures
         weights = {name: fingerprint(part) for name, part in parts.items() if part is not None}
         return replace(self, made_from={**weights, "data": digest, "scorer": bench.scorer.name})
@@ -147,15 +146,15 @@ class Place:
 
 @functools.cache  # once in a process
 def _prepared(source: Source, folder: Path, device: str) -> Setting:
-    return training.prepare(source, folder, device)
+    return prepare(source, folder, device)
 
 
 def untrained(setting: Setting, form: Form, seed: int) -> IPAdapter:
     """The adapter that a form starts from. For one seed, all forms with the same number of tokens start with the same
     projection."""
     tokens = _as_many_parameters(setting) if form.wide else None
-    torch.manual_seed(seed)
-    return setting.adapter(form.own, tokens)
+    with seeded(seed):
+        return setting.adapter(form.own, tokens)
 
 
 def _as_many_parameters(setting: Setting) -> int:

@@ -1,0 +1,577 @@
+"""Training on a user's pictures, as a command: states, caches, outputs, cards, sentences, and SIGKILL at twenty points."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from own_pictures import IMAGE, UNET, picture, write_base, write_pictures
+from safetensors.torch import load_file
+from torch import Tensor
+
+from checkpoints.adapters import load_adapter, save_adapter
+from checkpoints.files import sha256
+from model.adapter import IPAdapter
+from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
+from model.unet import UNet
+from sampling.pipeline import WEIGHTS, load
+from train import adapter, encode, gains, loop, plus, preview, setting
+from train import unet as unet_stage
+from train.__main__ import folders, main, plans_of, source_of, status
+from train.card import card, code_version
+from train.data import Cached, Data, OnTheFly, Pairs
+from train.errors import OtherRun
+from train.gains import verdict
+from train.options import parser
+from train.plus import PLAN as PLUS
+from train.setting import Source
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:these words are not")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+STEPS = "--steps", "2", "--batch", "4", "--side", "16"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, and the state and result of a finished run on it. Shared: work on a copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_pictures(folder / "data")
+    main(command(folder, base))
+    return folder
+
+
+def command(folder: Path, base: Path, *options: Any, stage: str = "adapter") -> list[str]:
+    named = {"data": "data", "state": "state", "weights": "out"}
+    parts = [part for name, place in named.items() for part in (f"--{name}", folder / place)]
+    return [str(part) for part in (stage, *parts, "--base", base, *STEPS, *options)]
+
+
+def nothing_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "encoded", lambda *_: pytest.fail("pictures were encoded"))
+
+
+# states
+
+
+def another_picture(folder: Path) -> None:
+    picture(99).save(folder / "data" / "07.png")
+
+
+def another_caption(folder: Path) -> None:
+    (folder / "data" / "07.txt").write_text("a fox")
+
+
+def picture_less(folder: Path) -> None:
+    (folder / "data" / "07.png").unlink()
+
+
+CHANGES: dict[str, tuple[Callable[[Path], Any] | None, tuple[str, ...], str]] = {
+    "a picture of the same name": (another_picture, (), "pictures"),
+    "a caption": (another_caption, (), "captions"),
+    "a picture less": (picture_less, (), "pictures, captions"),
+    "the size": (None, ("--side", "32"), "side"),
+    "the steps": (None, ("--steps", "3"), "steps"),
+    "the rate": (None, ("--lr", "1e-3"), "lr"),
+    "the seed": (None, ("--seed", "5"), "seed"),
+    "the base": (None, ("--base", "OTHER"), "base, vae, text encoder, image encoder"),
+    "the encoder": (None, ("--image-encoder", "OTHER/image_encoder.safetensors"), "image encoder"),
+    "precision": (None, ("--bf16",), "precision of the base"),  # where the processor has bfloat16
+    "where it starts": (None, ("--from", "STARTED"), "--from"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_runs_adapter_is_not_returned(
+    trained: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Refused before anything is encoded, with a sentence that names what differs; state and result stay as they were."""
+    folder, other = tmp_path / "work", write_base(tmp_path / "other", seed=1)
+    shutil.copytree(trained, folder)
+    edit, options, names = CHANGES[change]
+    monkeypatch.setattr(loop, "has_bfloat16", lambda _: True)
+    if edit:
+        edit(folder)
+    started = trained / "out" / "ip_adapter.safetensors"
+    options = tuple(part.replace("OTHER", str(other)).replace("STARTED", str(started)) for part in options)
+    before = {path: sha256(path) for path in folder.rglob("*.safetensors")} | {folder: sha256(folder / "state/ip_adapter.pt")}
+    nothing_encoded(monkeypatch)
+    with pytest.raises(OtherRun, match=rf"ip_adapter\.pt is the state of another run, with other {names}[:,]"):
+        main(command(folder, base, *options))
+    after = {path: sha256(path) for path in folder.rglob("*.safetensors")} | {folder: sha256(folder / "state/ip_adapter.pt")}
+    assert before == after
+
+
+def test_the_same_command_again_gives_the_same_without_a_step(
+    trained: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(trained, folder)
+    monkeypatch.setattr(Cached, "batch", lambda *_: pytest.fail("a step was run"))
+    main(command(folder, base))
+    assert sha256(folder / "out" / "ip_adapter.safetensors") == sha256(trained / "out" / "ip_adapter.safetensors")
+
+
+def test_a_result_of_another_run_is_not_overwritten(trained: Path, base: Path, tmp_path: Path) -> None:
+    """Whether its card is there or not."""
+    for cards in (True, False):
+        folder = tmp_path / f"cards {cards}"
+        shutil.copytree(trained, folder)
+        shutil.rmtree(folder / "state")
+        another_picture(folder)
+        if not cards:
+            (folder / "out" / "ip_adapter.json").unlink()
+        before = sha256(folder / "out" / "ip_adapter.safetensors")
+        with pytest.raises(OSError, match=r"ip_adapter\.safetensors is there, from another run: name another folder"):
+            main(command(folder, base))
+        assert sha256(folder / "out" / "ip_adapter.safetensors") == before
+
+
+def test_a_second_run_in_the_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "data")
+    hold = "import sys, time; from pathlib import Path; from train.checkpoint import locked\n"
+    hold += "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(100)"
+    first = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "state"], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == b"locked\n"
+        said = status(command(tmp_path, base))
+    finally:
+        first.kill()
+        first.wait()
+    assert isinstance(said, str) and f"state is in use by another run (process {first.pid})" in said
+
+
+# caches
+
+
+def numbered(broken: int | None = None) -> tuple[Data[Tensor], list[int]]:
+    """Batches of their own number, of which one may be broken; and those that were encoded."""
+    seen: list[int] = []
+
+    def make(i: int) -> Tensor:
+        if i == broken:
+            raise ValueError(f"{i}.png: the picture is damaged")
+        return torch.full((1, 2), float(i))
+
+    return OnTheFly(make), seen
+
+
+def count(data: Data[Tensor], seen: list[int], keys: list[str], folder: Path) -> Tensor:
+    def encode_(x: Tensor) -> dict[str, Tensor]:
+        seen.append(int(x[0, 0]))
+        return {"x": x}
+
+    return encode.encoded(data, keys, encode_, folder, workers=0)["x"]
+
+
+def test_what_is_encoded_is_kept_when_a_picture_is_broken(tmp_path: Path) -> None:
+    keys = [f"k{i}" for i in range(6)]
+    data, seen = numbered(broken=4)
+    with pytest.raises(ValueError, match=r"^4\.png: the picture is damaged$"):
+        count(data, seen, keys, tmp_path)
+    assert seen == [0, 1, 2, 3]
+    data, seen = numbered()
+    assert count(data, seen, keys, tmp_path)[:, 0].tolist() == [0, 1, 2, 3, 4, 5] and seen == [4, 5]
+    data, seen = numbered()
+    assert count(data, seen, [keys[3], "new", keys[0]], tmp_path)[:, 0].tolist() == [3, 1, 0] and seen == [1]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"half", None])
+def test_a_damaged_cache_is_named_and_computed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: bytes | None
+) -> None:
+    keys = [f"k{i}" for i in range(3)]
+    whole = count(*numbered(), keys, tmp_path)
+    path = tmp_path / "k1.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] if damage is None else damage)
+    data, seen = numbered()
+    assert torch.equal(count(data, seen, keys, tmp_path), whole) and seen == [1]
+    assert "k1.safetensors is damaged" in capsys.readouterr().err
+    data, seen = numbered()
+    assert torch.equal(count(data, seen, keys, tmp_path), whole) and seen == []
+
+
+def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures under old names never get old latents, and the other way round; nor do those of another encoder or size."""
+    folder = write_pictures(tmp_path / "data", 3)
+    encoded: list[int] = []
+    real = encode.encoded
+
+    def counted(data: Data[Tensor], keys: list[str], encode_: Any, cache: Path) -> dict[str, Tensor]:
+        def one(x: Tensor) -> dict[str, Tensor]:
+            encoded.append(len(x))
+            return encode_(x)
+
+        return real(data, keys, one, cache, workers=0)
+
+    monkeypatch.setattr(encode, "encoded", counted)
+
+    def pairs(where: Path = base, side: int = 16) -> tuple[Pairs, int]:
+        encoded.clear()
+        found = setting.prepare(Source(where, data=folder, side=side), tmp_path / "state").pairs
+        return found, len(encoded)
+
+    first, n = pairs()
+    assert n == 6  # latents and embeddings
+    assert pairs()[1] == 0
+    picture(99).save(folder / "01.png")
+    second, n = pairs()
+    assert n == 2 and not torch.equal(first.mean[1], second.mean[1]) and torch.equal(first.mean[::2], second.mean[::2])
+    fresh = encode.FilePictures(Source(base, data=folder).files()[0], 16)  # type: ignore[index]
+    pipeline = load(base, ())
+    again = fresh.pairs(pipeline.vae, pipeline.text, pipeline.image, tmp_path / "another cache")
+    assert torch.equal(again.mean, second.mean) and again.images is not None and second.images is not None
+    assert torch.equal(again.images, second.images)
+    (folder / "00.png").rename(folder / "x.png")
+    (folder / "02.png").rename(folder / "00.png")
+    (folder / "x.png").rename(folder / "02.png")
+    swapped, n = pairs()
+    assert n == 0 and torch.equal(swapped.mean, second.mean.flip(0))
+    assert pairs(side=32)[1] == 3 and pairs(write_base(tmp_path / "other", seed=1))[1] == 6
+
+
+@pytest.mark.parametrize("stage", ["adapter", "unet"])
+def test_no_number_depends_on_what_was_cached(
+    stage: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same seed gives the same weights with a full cache, a half-filled one and none, and whatever ran before."""
+    monkeypatch.setattr(preview, "texts", lambda *_: None)
+    monkeypatch.setattr(unet_stage, "MINI", replace(UNET, prediction="v"))
+    write_pictures(tmp_path / "data", 6)
+    plan = replace(adapter.PLAN if stage == "adapter" else unet_stage.PHASES[0], steps=1, batch=2, bf16=False)
+    out = tmp_path / "out"
+    shutil.copytree(base, out)
+
+    def train() -> dict[str, Tensor]:
+        if stage == "adapter":
+            adapter.train(tmp_path / "state", out, (plan,), Source(base, data=tmp_path / "data", side=16))
+            return load_file(out / "ip_adapter.safetensors")
+        unet_stage.train(tmp_path / "state", out, (plan,), pictures=4)
+        return load_file(out / "unet.safetensors")
+
+    first = train()
+    for kept in ("all", "some", "none"):
+        torch.rand(5)
+        (tmp_path / "state" / f"{plan.name}.pt").unlink()
+        files = sorted((tmp_path / "state" / "cache").rglob("*.safetensors"))
+        for file in {"all": [], "some": files[::2], "none": files}[kept]:
+            file.unlink()
+        again = train()
+        assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first), kept
+
+
+def test_a_run_killed_at_twenty_points_ends_in_the_same_file(base: Path, tmp_path: Path) -> None:
+    """While it encodes, writes caches, states and the result, and between any two steps: SIGKILL, then the same command."""
+    data = write_pictures(tmp_path / "data", 8)
+    arguments = [sys.executable, "tests/kill.py", base, data, tmp_path / "work"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, env={**ENVIRONMENT, "PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["points"]) == 20 and all(found["same"]), found
+    kinds = {"half of tensors", "half of state", "before rename", "after rename", "before step"}
+    assert kinds <= set(found["points"]) and {"before latents", "after latents"} & set(found["points"])
+
+
+# few pictures
+
+
+@pytest.mark.parametrize(("n", "batch"), [(1, 4), (3, 8), (6, 32), (5, 5), (7, 3)])
+def test_fewer_pictures_than_the_batch_are_repeated(n: int, batch: int) -> None:
+    """Each as often as any other, within one; and every batch is full."""
+    pairs = Pairs(torch.zeros(n, 1), torch.zeros(n, 1), torch.zeros(n, dtype=torch.long), torch.zeros(1, 1), None, None)
+    data = Cached(pairs, batch, seed=0)
+    for step in range(4):
+        counts = torch.bincount(data.rows(step), minlength=n)
+        assert counts.sum() == batch and int(counts.max() - counts.min()) <= 1
+
+
+@pytest.mark.parametrize("stage", ["adapter", "plus"])
+def test_six_pictures_are_enough(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the default batch of 32. That nothing is measured is said at the start and at the end."""
+    write_pictures(tmp_path / "data", 6)
+    monkeypatch.chdir(tmp_path)
+    main([stage, "--data", "data", "--base", str(base), "--steps", "2", "--side", "16"])
+    said = capsys.readouterr().out
+    assert "fewer than 20 different pictures: none is held out, so nothing is measured" in said
+    file = Path("out/adapter/ip_adapter_plus.safetensors" if stage == "plus" else "out/adapter/ip_adapter.safetensors")
+    assert said.endswith(f"{file}: no pictures were held out, so whether it learned was not measured\n")
+    assert file.exists() and sorted(path.name for path in Path("runs").iterdir()) == ["data"]
+    kind = Resampler if stage == "plus" else ImageProjection
+    assert isinstance(load_adapter(file, load(base, ()).unet).image_projection, kind)
+
+
+# where things are read and written
+
+
+def arguments(*line: str) -> Any:
+    return parser("").parse_args(line)
+
+
+def test_a_users_run_has_places_of_its_own() -> None:
+    own, world = arguments("adapter", "--data", "a/cats"), arguments("adapter")
+    assert folders(own) == (Path("runs/cats"), Path("out/adapter")) and folders(world) == (Path("runs"), Path("weights"))
+    assert source_of(own, "adapter", folders(own)[1]).base == WEIGHTS
+    named = arguments("plus", "--data", "cats.json", "--weights", "o", "--state", "s", "--base", "b")
+    assert folders(named) == (Path("s"), Path("o")) and source_of(named, "plus", Path("o")).base == Path("b")
+    assert source_of(named, "plus", Path("o")).fine and not source_of(own, "adapter", Path("o")).fine
+    for stage in ("adapter", "all"):
+        elsewhere = arguments(stage, "--weights", "w")
+        assert source_of(elsewhere, "plus", folders(elsewhere)[1]).base == Path("w")
+
+
+@pytest.mark.parametrize("stage", [adapter, plus])
+def test_the_default_rate(stage: Any, base: Path) -> None:
+    """The paper's where a base is named, constant; the mini world's for the mini weights; and what is given wins."""
+    (paper,) = stage.phases_for(Source(base, data=Path("data"), fine=stage is plus))
+    assert paper.lr == 1e-4 and all(paper.rate(step) == 1 for step in (0, 1, paper.steps - 1))
+    (mini,) = stage.phases_for(Source(data=Path("data"), fine=stage is plus))
+    assert (mini.lr, mini.decay) == ((PLUS.lr, PLUS.decay) if stage is plus else (adapter.PLAN.lr, adapter.PLAN.decay))
+    given = plans_of(arguments("adapter", "--lr", "1e-5", "--steps", "7"), (paper,))
+    assert (given[0].lr, given[0].steps) == (1e-5, 7)
+    assert stage.phases_for(Source(fine=stage is plus)) == stage.PHASES
+
+
+# cards
+
+
+def test_the_card_says_what_was_done(trained: Path, base: Path) -> None:
+    written = json.loads((trained / "out" / "ip_adapter.json").read_text())
+    assert written["command"] == f"python -m train {' '.join(command(trained, base))}"
+    assert written["data"] == "data: 16 pictures to train on, 4 held out" and written["base"] == base.name
+    assert "licence" not in written and "OpenMoji" not in json.dumps(written)
+    assert [plan["steps"] for plan in written["settings"]] == [2] and written["results"]["step"] == 2
+    assert written["code"] == code_version() and written["torch"] == torch.__version__
+    assert {"pictures", "captions", "base", "image encoder", "side"} <= written["made_from"].keys()
+
+
+def test_a_licence_is_stated_where_it_is_known() -> None:
+    plan, log = adapter.PLAN, [{"step": 1}, {"step": 2, "seconds": 1.0}, {"step": 3}]
+    known = card((plan,), log, "c", {"data": "d"}, "a licence")
+    assert known["licence"] == "a licence" and known["results"] == log[1] and known["settings"][0]["lr"] == plan.lr
+    assert "licence" not in card((plan,), log, "c", {}, None)
+
+
+def test_the_code_is_named_by_its_commit_or_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the commit of a repository that the project was copied into."""
+    from train import card as cards
+
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    if head:
+        assert head.startswith(code_version().removesuffix("-dirty"))
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", inner.parent], check=True)
+    monkeypatch.setattr(cards, "ROOT", inner)
+    monkeypatch.setattr(cards.metadata, "version", lambda _: "1.2.3")
+    assert code_version() == "1.2.3"
+
+
+# what is said
+
+
+def test_the_end_says_where_the_adapter_is(trained: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(command(trained, base))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"{trained / 'data'}: 16 pictures to train on, 4 held out")
+    assert said[-1].startswith(f"{trained / 'out' / 'ip_adapter.safetensors'}: it has not learned to read pictures (yet): on 4")
+
+
+def test_the_verdict_is_whether_the_right_picture_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a made-up loss: the distance of what the adapter reads from what the latents are, and a lot of noise."""
+    g = torch.Generator().manual_seed(0)
+    mean, zeros = torch.randn(8, 3, 2, 2, generator=g), torch.zeros(8, dtype=torch.long)
+    pairs = Pairs(mean, torch.zeros_like(mean), zeros, torch.zeros(1, 77, 8), mean.flatten(1), torch.zeros(12))
+
+    def loss(_: Any, __: Any, x0: Tensor, read: Tensor, t: Tensor, ___: Tensor) -> Tensor:
+        return 0.1 * (x0.flatten(1) - read).square().mean(dim=1) + t / 100
+
+    monkeypatch.setattr(gains, "diffusion_loss", loss)
+    readers: dict[str, Callable[[Tensor], Tensor]] = {
+        "it learned to read pictures: on 8 held-out pictures the loss is lower by": lambda image: image,
+        "it has not learned to read pictures (yet): on 8": lambda image: -image,
+        "it has not learned": lambda image: torch.randn(image.shape, generator=g),
+    }
+    for said, read in readers.items():
+        found = verdict(None, lambda _, image, read=read: read(image), None, pairs, "cpu")  # type: ignore[arg-type]
+        assert found.startswith(said), found
+
+
+WHOLE = "steps", "side", "accumulate", "batch"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        *(((f"--{name}", value), f"argument --{name}") for name in WHOLE for value in ("0", "-1", "1.5", "many")),
+        *((("--lr", value), "argument --lr") for value in ("0", "-1", "nan", "inf", "fast")),
+        *((("--seed", value), "argument --seed") for value in ("-1", "99999999999", "x")),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused_at_once(
+    options: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["adapter", "--data", "data", *options])
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:9", "gpu", "meta", ""])
+def test_a_device_that_is_not_there_gets_a_sentence(device: str, tmp_path: Path, base: Path) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    write_pictures(tmp_path / "data", 2)
+    said = status(command(tmp_path, base, "--device", device))
+    assert isinstance(said, str) and said.startswith(f"error: --device {device} can't be used here (")
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--side", "17"), "--side 17 must be a multiple of 4"),
+        (("--base", "nowhere"), "nowhere"),
+        (("--from", "nowhere.safetensors"), r"nowhere\.safetensors"),
+        (("--data", "nowhere"), "nowhere: No such file"),
+    ],
+)
+def test_what_does_not_fit_gets_a_sentence(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], sentence: str
+) -> None:
+    nothing_encoded(monkeypatch)
+    write_pictures(tmp_path / "data", 2)
+    said = status(command(tmp_path, base, *options))
+    assert isinstance(said, str) and said.startswith("error: ") and sentence.replace("\\", "") in said
+    assert not (tmp_path / "state").exists()
+
+
+def test_broken_pictures_stop_the_command_before_the_base_is_loaded(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setting, "load", lambda *_, **__: pytest.fail("the base was loaded"))
+    write_pictures(tmp_path / "data", 3)
+    (tmp_path / "data" / "01.png").write_bytes(b"")
+    (tmp_path / "data" / "02.txt").write_bytes(b"\xff")
+    said = status(command(tmp_path, base))
+    assert isinstance(said, str) and "01.png: the file is empty" in said and "02.txt: the caption is not UTF-8" in said
+
+
+def test_ctrl_c_while_encoding_is_a_sentence_and_a_status(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    write_pictures(tmp_path / "data", 3)
+    monkeypatch.setattr(encode, "latents", interrupted)
+    assert status(command(tmp_path, base)) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), "lower --batch"), (ModuleNotFoundError("", name="resvg_py"), r"[world]")],
+)
+def test_known_failures_are_sentences(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise error
+
+    write_pictures(tmp_path / "data", 3)
+    monkeypatch.setattr(encode, "latents", fails)
+    assert sentence in str(status(command(tmp_path, base)))
+
+
+# going on from a released adapter
+
+
+def released(folder: Path, base: Path, projection: Projection, name: str) -> Path:
+    """A file in the official layout, with weights that are no longer the UNet's."""
+    unet = load(base, ()).unet
+    known = IPAdapter(unet, projection)
+    with torch.no_grad():
+        for tensor in known.parameters():
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
+    save_adapter(known, unet, folder / name, {}, dtype=None)
+    return folder / name
+
+
+FORMS: dict[str, tuple[str, Callable[[], Projection]]] = {
+    "ip_adapter": ("adapter", lambda: ImageProjection(IMAGE.output_dim, UNET.context_dim, 4)),
+    "ip_adapter_plus": ("plus", lambda: Resampler(IMAGE.fine_dim, UNET.context_dim, 5, 16, 2, 1)),
+    "ip_adapter_full": ("plus", lambda: MLPProjection(IMAGE.fine_dim, UNET.context_dim)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_from_goes_on_from_a_released_adapter(base: Path, tmp_path: Path, form: str) -> None:
+    """Its form and sizes stay, and a small step away from it is what comes out; the card names it, and no licence."""
+    stage, projection = FORMS[form]
+    start = released(tmp_path, base, projection(), "released.safetensors")
+    write_pictures(tmp_path / "data", 6)
+    main(command(tmp_path, base, "--from", start, "--lr", "1e-6", stage=stage))
+    before, after = load_file(start), load_file(tmp_path / "out" / f"{form}.safetensors")
+    assert before.keys() == after.keys() and all(before[name].shape == after[name].shape for name in before)
+    moved = max(float((before[name] - after[name].float()).abs().max()) for name in before)
+    assert 0 < moved < 2e-3  # it is stored in half precision
+    written = json.loads((tmp_path / "out" / f"{form}.json").read_text())
+    assert written["from"] == "released.safetensors" and "licence" not in written
+    other = "adapter" if stage == "plus" else "plus"
+    with pytest.raises(ValueError, match=rf"released\.safetensors is IP-Adapter.*: continue it with `python -m train {stage}`"):
+        main(command(tmp_path, base, "--from", start, stage=other))
+
+
+def test_every_tensor_of_a_continued_adapter_trains(base: Path, tmp_path: Path) -> None:
+    """Loaded adapters are frozen; one that is continued must not be."""
+    start = released(tmp_path, base, FORMS["ip_adapter"][1](), "released.safetensors")
+    source = Source(base, data=write_pictures(tmp_path / "data", 4), side=16, start=start)
+    own = setting.prepare(source, tmp_path / "state")
+    first = adapter.first(own, source, 0)
+    assert all(p.requires_grad for p in first.parameters()) and first.training
+    assert not any(p.requires_grad for p in UNet.parameters(own.pipeline.unet))
+
+
+# the command line
+
+
+def test_help_imports_no_torch() -> None:
+    """For the command and for every stage; it takes a fraction of a second."""
+    script = "import sys; from train.options import STAGES, parser; import train.__main__\n"
+    script += "parser('x').format_help(); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, env={**ENVIRONMENT, "PYTHONPATH": "."})
+    for stage in ("", "adapter"):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "train", *([stage] if stage else []), "--help"],
+            capture_output=True,
+            text=True,
+            env={**ENVIRONMENT, "PYTHONPATH": "."},
+        )
+        assert done.returncode == 0 and "usage: python -m train" in done.stdout
+        assert not {line.split("|")[-1].strip() for line in done.stderr.splitlines()} & {"torch", "numpy", "open_clip"}
+
+
+def test_every_option_has_a_sentence() -> None:
+    for stage in parser("")._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr,attr-defined]
+        assert all(action.help for action in stage._actions)
+
+
+@pytest.mark.parametrize("stage", ["vae", "clip", "unet", "judge", "scorer", "all"])
+def test_data_is_for_adapters_alone(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([stage, "--data", "data"])
+    assert "unrecognized arguments: --data" in capsys.readouterr().err

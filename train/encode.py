@@ -1,0 +1,182 @@
+"""Pictures and captions as the UNet and an adapter read them. What is slow is computed once and kept, a file for each batch.
+
+A file is named after the content of its pictures, in a folder named after the encoder's weights and the size: other pictures,
+another encoder or another size never meet an old file, and a run that stops loses only the batch it was at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoints.files import replacing
+from model.image_encoder import ImageEncoder, centre_square, normalise
+from model.text_encoder import TextEncoder
+from model.vae import VAE
+from train.captioned import Captioned
+from train.data import Data, Files, OnTheFly, Pairs, stream
+from train.fingerprint import digest, fingerprint
+from train.world import SAYS, Scene, Split, World, pictures
+
+Encode = Callable[[Tensor], dict[str, Tensor]]
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    """What is kept in a cache file; None when it is not there, or damaged, which is said."""
+    try:
+        return load_file(file) if file.exists() else None
+    except (SafetensorError, OSError) as error:
+        print(f"{file} is damaged ({error}); it is computed again", file=sys.stderr)
+        return None
+
+
+@torch.no_grad()
+def encoded(data: Data[Tensor], keys: Sequence[str], encode: Encode, folder: Path, workers: int = 2) -> dict[str, Tensor]:
+    """encode(data.batch(i)) for each key i, joined, in half precision. Batch i is kept as `folder`/`keys[i]`.safetensors.
+
+    A batch is always encoded alone and whole, so its numbers do not depend on what was kept. Raises OSError when the folder
+    cannot be written.
+    """
+    files = [folder / f"{key}.safetensors" for key in keys]
+    parts = {i: tensors for i, file in enumerate(files) if (tensors := _read(file))}
+    missing = [i for i in range(len(files)) if i not in parts]
+    batches: Iterator[Tensor] = stream(data, missing, workers)
+    for i in tqdm(missing, desc=folder.name, disable=not missing):
+        parts[i] = {name: tensor.half().cpu().contiguous() for name, tensor in encode(next(batches)).items()}
+        with replacing(files[i]) as part:
+            save_file(parts[i], part)
+    return {name: torch.cat([parts[i][name] for i in range(len(files))]) for name in parts[0]}
+
+
+def latents(vae: VAE, data: Data[Tensor], keys: Sequence[str], folder: Path, size: str) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of q(z|x), scaled, `n c h w` each, for batches of pictures `b 3 h w` in [-1, 1]."""
+    weight = next(vae.parameters())
+
+    def encode(x: Tensor) -> dict[str, Tensor]:
+        mean, logvar = vae.moments(x.to(weight))
+        return {"mean": mean * vae.config.scale, "std": (0.5 * logvar).exp() * vae.config.scale}
+
+    found = encoded(data, keys, encode, folder / f"latents-{size}-{fingerprint(vae)}-{vae.config.scale:g}")
+    return found["mean"], found["std"]
+
+
+def features(
+    image: ImageEncoder, data: Data[Tensor], keys: Sequence[str], folder: Path, fine: bool
+) -> tuple[Tensor, Tensor]:
+    """(images, null) of `Pairs` for batches of pixels `b 3 s s`: image embeddings, or fine features.
+
+    No picture is a zero embedding, or the fine features of zero pixels (section 3.2.3).
+    """
+    weight, size = next(image.parameters()), image.config.image_size
+    read: Callable[[Tensor], Tensor] = image.fine if fine else image
+    cache = folder / f"{'tokens' if fine else 'images'}-{size}-{fingerprint(image)}"
+    images = encoded(data, keys, lambda x: {"images": read(x.to(weight))}, cache)["images"]
+    with torch.no_grad():
+        null = read(torch.zeros(1, 3, size, size).to(weight))[0].cpu() if fine else torch.zeros(images.shape[1])
+    return images, null
+
+
+@torch.no_grad()
+def encode_texts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """The text tokens of all different captions, the empty one first, `m 77 c`, and each caption's row, `n`."""
+    different = ["", *sorted(set(captions) - {""})]
+    row = {caption: i for i, caption in enumerate(different)}
+    tokens = text.tokenize(different)
+    device = next(text.parameters()).device
+    hidden = torch.cat([text(part.to(device)).half().cpu() for part in tokens.split(256)])
+    return hidden, torch.tensor([row[caption] for caption in captions])
+
+
+@functools.cache
+def renderer() -> str:
+    """Hash of some rendered pictures. It changes when the drawings or the way they are painted do."""
+    return hashlib.sha256(pictures([World("train")[i] for i in range(16)]).tobytes()).hexdigest()[:8]
+
+
+def drawn(scene: Scene) -> list[str]:
+    """Everything about a scene that can be seen, and nothing that its caption says."""
+    seen = [f.name for f in dataclasses.fields(scene) if not f.name.startswith("says")]
+    return [f"{name}={np.asarray(getattr(scene, name)).tolist()!r}" for name in seen]
+
+
+@dataclass(frozen=True)
+class WorldPictures:
+    """The first `count` pictures of a split. `says`: the shares of captions that name the concept, and the background."""
+
+    split: Split
+    count: int
+    says: tuple[float, float] = SAYS
+
+    @functools.cached_property
+    def scenes(self) -> list[Scene]:
+        world = World(self.split, self.says)
+        return [world[i] for i in range(self.count)]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, fine: bool = False) -> Pairs:
+        """Encodes them, 100 at a time. `images` only with `image`."""
+        batches = [self.scenes[first : first + 100] for first in range(0, self.count, 100)]
+        keys = [digest([renderer(), *map(drawn, batch)]) for batch in batches]
+
+        def rgb(i: int) -> Tensor:
+            return torch.from_numpy(pictures(batches[i])).permute(0, 3, 1, 2).float() / 255
+
+        mean, std = latents(vae, OnTheFly(lambda i: 2 * rgb(i) - 1), keys, folder, "world")
+        images, null = None, None
+        if image is not None:
+            images, null = features(image, OnTheFly(lambda i: normalise(rgb(i))), keys, folder, fine)
+        texts, caption = encode_texts(text, [scene.caption for scene in self.scenes])
+        return Pairs(mean, std, caption, texts, images, null)
+
+    def made_from(self) -> dict[str, str]:
+        """What identifies them."""
+        captions = digest([scene.caption for scene in self.scenes])
+        return {"pictures": f"{self.count} of {self.split}, {renderer()}", "captions": captions}
+
+
+@dataclass(frozen=True)
+class FilePictures:
+    """A user's pictures at `side` x `side`: the short side is resized to it, then the centre is cropped, as in the paper."""
+
+    files: list[Captioned]
+    side: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, fine: bool = False) -> Pairs:
+        """Encodes them, one at a time. `images` only with `image`."""
+        keys = [file.digest for file in self.files]
+
+        def square(picture: Image.Image) -> Tensor:
+            resized = centre_square(picture, self.side, Image.Resampling.BILINEAR)
+            return torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+        paths = [file.path for file in self.files]
+        mean, std = latents(vae, Files(paths, square), keys, folder, str(self.side))
+        images, null = None, None
+        if image is not None:
+            images, null = features(image, Files(paths, image.preprocess), keys, folder, fine)
+        texts, caption = encode_texts(text, [file.text for file in self.files])
+        return Pairs(mean, std, caption, texts, images, null)
+
+    def made_from(self) -> dict[str, str]:
+        """What identifies them."""
+        pictures = digest([file.digest for file in self.files])
+        captions = digest([file.text for file in self.files])
+        return {"pictures": pictures, "captions": captions, "side": str(self.side)}

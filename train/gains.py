@@ -1,0 +1,78 @@
+"""Does an adapter learn? Held-out losses with the picture, with none, and with another; and the gates before step 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.adapter import IPAdapter
+from model.attention import Fuse, decoupled
+from model.context import Context
+from model.unet import UNet
+from sampling.schedule import Schedule
+from train.data import Pairs
+from train.errors import GateError
+from train.loss import diffusion_loss, images_of, noised
+from train.randomness import generator
+
+
+@torch.no_grad()
+def losses_of(
+    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse, device: str, seed: int = 1
+) -> dict[str, list[Tensor]]:
+    """Unweighted losses of each pair, in parts: with its `own` picture, with `none`, and with `another`.
+
+    Noise and timesteps depend on `seed` alone, so differences are paired.
+    """
+    losses: dict[str, list[Tensor]] = {"own": [], "none": [], "another": []}
+    for i, part in enumerate(pairs.parts()):
+        batch = noised(part, generator(seed, i), device)
+        none = images_of(part, torch.ones(len(part), dtype=torch.bool)).to(device)
+        for name, image in {"own": batch.image, "none": none, "another": batch.image.roll(1, dims=0)}.items():
+            context = adapter(Context(batch.text, fuse=fuse), image)
+            losses[name].append(diffusion_loss(unet, schedule, batch.x0, context, batch.t, batch.eps))
+    return losses
+
+
+def held_out_losses(
+    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu"
+) -> dict[str, float]:
+    """The mean loss with the picture, and by how much it is lower than with a zero image and with another picture."""
+    losses = losses_of(unet, adapter, schedule, pairs, fuse, device)
+    own, none, another = (sum(float(part.sum()) for part in losses[k]) / len(pairs) for k in ("own", "none", "another"))
+    return {"held_out": own, "gain_zero": none - own, "gain_shuffled": another - own}
+
+
+def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, device: str) -> str:
+    """One sentence: is the held-out loss lower with the right picture than with another, by more than twice its error?
+
+    The error is the standard error over pictures. Few pictures are read at several noises and timesteps.
+    """
+    rounds = range(100, 100 + max(1, 64 // len(pairs)))
+    losses = [losses_of(unet, adapter, schedule, pairs, decoupled, device, seed) for seed in rounds]
+    gains = torch.stack([torch.cat(each["another"]) - torch.cat(each["own"]) for each in losses]).mean(dim=0)
+    gain, error = float(gains.mean()), float(gains.std() / len(gains) ** 0.5)
+    learned = "it learned to read pictures" if gain > 2 * error else "it has not learned to read pictures (yet)"
+    return (
+        f"{learned}: on {len(pairs)} held-out pictures the loss is lower by {gain:.2g} ± {2 * error:.2g} "
+        "with the right picture than with another"
+    )
+
+
+def check_gates(
+    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu"
+) -> None:
+    """Raises `GateError` unless scale 0 is the base bit for bit, every trainable tensor gets a gradient, no frozen one."""
+    batch = noised(pairs.at(torch.arange(min(4, len(pairs)))), generator(0, 0), device)
+    text = Context(batch.text, fuse=fuse)
+    with torch.no_grad():
+        if not torch.equal(unet(batch.x0, batch.t, text), unet(batch.x0, batch.t, adapter(text, batch.image, 0.0))):
+            raise GateError("at scale 0 the adapter changes the base model")
+    diffusion_loss(unet, schedule, batch.x0, adapter(text, batch.image), batch.t, batch.eps).mean().backward()
+    silent = [name for name, p in adapter.named_parameters() if p.grad is None or not p.grad.any()]
+    moved = [name for name, p in unet.named_parameters() if p.grad is not None]
+    adapter.zero_grad(set_to_none=True)
+    if silent:
+        raise GateError(f"no gradient reaches these tensors of the adapter: {', '.join(silent)}")
+    if moved:
+        raise GateError(f"gradients reach the frozen base: {', '.join(moved)}")
