@@ -52,25 +52,25 @@ class Bench:
         truth is known also concept, background, palette error and placement error, by the judge."""
         row = {"task": task, **cell}
         if self.prompts.truth is not None:
-            row |= self._judged(task, drawn, self.prompts.truth)
+            row |= self._judge(task, drawn, self.prompts.truth)
         shown = self.scorer.images(to_images(drawn))
-        row["clip_i"] = _rounded(cosine(shown, self._pictured), 3)
+        row["clip_i"] = _round(cosine(shown, self._prompt_embeddings), 3)
         if task != "picture":
-            row["clip_t"] = _rounded(cosine(shown, self.scorer.texts(self.prompts.texts(task))), 3)
+            row["clip_t"] = _round(cosine(shown, self.scorer.texts(self.prompts.texts(task))), 3)
         return row
 
     @functools.cached_property
-    def _pictured(self) -> Tensor:
+    def _prompt_embeddings(self) -> Tensor:
         return self.scorer.images(self.prompts.images)
 
-    def _judged(self, task: str, drawn: Tensor, truth: Truth) -> Row:
+    def _judge(self, task: str, drawn: Tensor, truth: Truth) -> Row:
         assert self.judge is not None
         seen, own = self.judge.read(drawn), truth.own
         row: Row = {
             "concept": seen.concept.argmax(dim=1).tolist(),
             "background": seen.background.argmax(dim=1).tolist(),
-            "palette_error": _rounded(delta_e(seen.palette, own["palette"]), 1),
-            "placement_error": _rounded((seen.placement - own["placement"]).norm(dim=-1), 1),
+            "palette_error": _round(delta_e(seen.palette, own["palette"]), 1),
+            "placement_error": _round((seen.placement - own["placement"]).norm(dim=-1), 1),
         }
         return row if task == "conflict" else row | {"drawing": nearest(truth.scenes, drawn)}
 
@@ -177,5 +177,5 @@ def nearest(scenes: list[Scene], drawn: Tensor) -> list[int]:
     return [int((all_drawings(scene) - x).square().mean(dim=(1, 2, 3)).argmin()) for scene, x in pairs]
 
 
-def _rounded(values: Tensor, digits: int) -> list[float]:
+def _round(values: Tensor, digits: int) -> list[float]:
     return [round(value, digits) for value in values.tolist()]

@@ -53,7 +53,6 @@ def add_scores(commands: Commands) -> None:
     out = Path("sampling/examples")
     samples.add_argument("--out", type=Path, default=out, help=f"folder to write to (default: {out})")
 
-
     pages = command(commands, "docs", "Insert what the results say into README.md and docs/")
     pages.add_argument("--root", type=Path, default=Path("."), help="folder of the project (default: here)")
 

@@ -86,7 +86,7 @@ def choose_lambda(measure: Measure, n: int) -> tuple[dict[str, Any], list[dict[s
     return min(keep or sweep[:1], key=lambda row: float(row["palette_error"])), sweep
 
 
-def coloured(prompts: Prompts) -> list[str]:
+def coloured_texts(prompts: Prompts) -> list[str]:
     """The conflicting texts with the coarse name of the image prompt's first colour."""
     truth = prompts.truth
     assert truth is not None
@@ -113,7 +113,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> d
     lam = lambda_of(chosen["layers"], chosen["lambda"])
     parts: dict[str, tuple[list[str], Strength | None, str]] = {
         "text": (test.other, None, "wanted"),
-        "colour": (coloured(test), None, "wanted"),
+        "colour": (coloured_texts(test), None, "wanted"),
         "image": ([""] * n, 1.0, "own"),
         "conflict": (test.other, lam, "wanted"),
     }

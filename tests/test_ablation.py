@@ -27,7 +27,7 @@ from eval.ablation.endpoint import best_lambda, curves, summary
 from eval.ablation.forms import FORMS, SHARES
 from eval.ablation.memo import Memo
 from eval.ablation.rows import Results, fraction, frame_of
-from eval.ablation.study import SMOKE, Place, Study, untrained
+from eval.ablation.study import SMOKE, Place, Study, untrained_adapter
 from eval.ablation.training import best_rate, train
 from eval.bench import Bench, all_drawings, nearest
 from eval.prompts import Prompts
@@ -65,7 +65,7 @@ def bench() -> Bench:
 
 def test_forms_of_one_seed_start_from_the_same_projection(setting: Setting) -> None:
     def first(form: str, seed: int) -> Tensor:
-        return untrained(setting, FORMS[form], seed).image_projection.proj.weight
+        return untrained_adapter(setting, FORMS[form], seed).image_projection.proj.weight
 
     alike = [first(form, 1) for form in ("ip_adapter", "shared", "concatenated", "simple")]
     assert all(torch.equal(alike[0], other) for other in alike[1:])
@@ -73,7 +73,9 @@ def test_forms_of_one_seed_start_from_the_same_projection(setting: Setting) -> N
 
 
 def test_forms_differ_in_what_is_trained(setting: Setting) -> None:
-    sizes = {name: sum(p.numel() for p in untrained(setting, form, 0).parameters()) for name, form in FORMS.items()}
+    sizes = {
+        name: sum(p.numel() for p in untrained_adapter(setting, form, 0).parameters()) for name, form in FORMS.items()
+    }
     layers = setting.pipeline.unet.cross_attentions()
     own = sum(layer.to_k.weight.numel() + layer.to_v.weight.numel() for layer in layers)
     assert sizes["ip_adapter"] == sizes["concatenated"] == sizes["simple"] + own

@@ -24,7 +24,8 @@ from train.setting import Source
 
 OTHER_STUDY = ("smoke", "data", "steps", "batch", "prompts", "rates")  # options that change the published study
 # How far the mean of a measure may be from the stored one. Another kind of processor rounds otherwise, or has no bfloat16, so pictures
-# differ a little.
+# differ a little. Measured for ip_adapter:0:picture on a processor without bfloat16: 2 of 128 concepts and 1 drawing differ, and the
+# means of the other measures by 0, 0.28, 0.03 and 0.0006.
 TOLERANCE = {
     "concept": 0.03,
     "background": 0.03,

@@ -135,7 +135,7 @@ class Place:
 
     def setting(self, study: Study) -> Setting:
         """The base model and pictures that every form is trained on."""
-        return _prepared(self.source, self.state, study.device)
+        return _prepare_once(self.source, self.state, study.device)
 
     def shipped_pictures(self) -> int | None:
         """How many pictures the base folder's own adapter saw in its training, from its card."""
@@ -145,11 +145,11 @@ class Place:
 
 
 @functools.cache  # once in a process
-def _prepared(source: Source, folder: Path, device: str) -> Setting:
+def _prepare_once(source: Source, folder: Path, device: str) -> Setting:
     return prepare(source, folder, device)
 
 
-def untrained(setting: Setting, form: Form, seed: int) -> IPAdapter:
+def untrained_adapter(setting: Setting, form: Form, seed: int) -> IPAdapter:
     """The adapter that a form starts from. For one seed, all forms with the same number of tokens start with the same
     projection."""
     tokens = _as_many_parameters(setting) if form.wide else None

@@ -9,7 +9,7 @@ from typing import Any
 from checkpoints.adapters import save_adapter
 from eval.ablation.forms import FORMS, SHARES
 from eval.ablation.memo import Memo, as_json
-from eval.ablation.study import Place, Study, untrained
+from eval.ablation.study import Place, Study, untrained_adapter
 from train import adapter as training
 from train import checkpoint
 
@@ -21,7 +21,7 @@ def try_rate(place: Place, study: Study, form: str, rate: float) -> float | None
 
     def make() -> float | None:
         setting = place.setting(study)
-        start = untrained(setting, FORMS[form], 1000)
+        start = untrained_adapter(setting, FORMS[form], 1000)
         try:
             _, log = training.fit(setting, start, plan, place.work, FORMS[form].fuse)
         except FloatingPointError:
@@ -50,7 +50,7 @@ def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None
         state.unlink()  # the state is past the missing share, so train from the start
     setting = place.setting(study)
     for share in SHARES:
-        start = untrained(setting, FORMS[form], seed)
+        start = untrained_adapter(setting, FORMS[form], seed)
         adapter, log = training.fit(setting, start, plan, place.work, fuse, until=round(share * plan.steps))
         if share in missing:
             keys = ("step", "held_out", "gain_zero", "gain_shuffled")

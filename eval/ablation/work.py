@@ -22,7 +22,7 @@ from checkpoints.files import read_json
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY, SHARES
 from eval.ablation.mass import image_mass
 from eval.ablation.memo import Memo
-from eval.ablation.study import Place, Study, untrained
+from eval.ablation.study import Place, Study, untrained_adapter
 from eval.ablation.training import best_rate, settings_of, train, try_rate
 from eval.bench import Bench, Row
 from eval.prompts import TASKS
@@ -44,7 +44,7 @@ def _drawing(study: Study) -> dict[str, Any]:
     return {key: getattr(study, key) for key in ("prompts", "draw_steps", "guidance")}
 
 
-def _trained(place: Place, study: Study, bench: Bench, form: str, seed: int, share: float) -> IPAdapter:
+def _load_trained(place: Place, study: Study, bench: Bench, form: str, seed: int, share: float) -> IPAdapter:
     """The adapter after a share of its training."""
     return load_adapter(place.adapter(form, seed, share), bench.pipeline.unet).to(study.device)
 
@@ -57,7 +57,7 @@ def rows(place: Place, study: Study, form: str, seed: int, rate: float) -> list[
         bench, fuse, drawn = place.bench(study), FORMS[form].fuse, list[Row]()
         for share in SHARES:
             where = {"form": form, "seed": seed, "share": share}
-            adapter = _trained(place, study, bench, form, seed, share)
+            adapter = _load_trained(place, study, bench, form, seed, share)
             for task in TASKS if share == 1 else ("conflict",):
                 lambdas = FORMS[form].few if share < 1 else FORMS[form].lambdas_of(task)
                 drawn += bench.cell(task, adapter, fuse, lambdas, **where)
@@ -75,8 +75,8 @@ def masses(place: Place, study: Study, form: str, rate: float) -> list[Row]:
     def make() -> list[Row]:
         train(place, study, form, 0, rate)
         bench = place.bench(study).first(MASS_PROMPTS)
-        adapters = {0.0: untrained(place.setting(study), FORMS[form], 0).to(study.device)}
-        adapters |= {share: _trained(place, study, bench, form, 0, share) for share in SHARES}
+        adapters = {0.0: untrained_adapter(place.setting(study), FORMS[form], 0).to(study.device)}
+        adapters |= {share: _load_trained(place, study, bench, form, 0, share) for share in SHARES}
         measured = ((share, image_mass(bench, adapter)) for share, adapter in adapters.items())
         return [{"form": form, "share": share, **row} for share, each in measured for row in each]
 
@@ -94,7 +94,7 @@ def more_steps(place: Place, study: Study, form: str, rate: float) -> list[Row]:
     def make() -> list[Row]:
         bench = replace(place.bench(study), steps=study.check_steps)
         where = {"form": form, "seed": 0, "share": 1.0, "steps": study.check_steps}
-        adapter = _trained(place, study, bench, form, 0, 1.0)
+        adapter = _load_trained(place, study, bench, form, 0, 1.0)
         return bench.cell("conflict", adapter, FORMS[form].fuse, FORMS[form].few[:1], **where)
 
     key = _key(study, form, 0, rate) | {"steps": study.check_steps}

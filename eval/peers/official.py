@@ -87,7 +87,7 @@ def write(folder: Path, seed: int = 0) -> None:
     )
 
 
-def _filled(module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+def _fill(module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
     module.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -106,7 +106,7 @@ def peer_unet(folder: Path, dtype: torch.dtype, adapter: bool = True) -> Any:
     config = configs.diffusers_config(SD15)
     unet = UNet2DConditionModel.from_config(config)
     tensors = convert_ldm_unet_checkpoint(_part(folder, LDM["unet"]), dict(unet.config))
-    unet = _filled(unet, tensors, dtype)
+    unet = _fill(unet, tensors, dtype)
     if adapter:
         state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
         for name, tensor in load_file(folder / ADAPTER).items():
@@ -138,7 +138,7 @@ def peer_vae(folder: Path, dtype: torch.dtype) -> Any:
 
     vae = peer_autoencoder(SD_VAE)
     tensors = convert_ldm_vae_checkpoint(_part(folder, LDM["vae"]), dict(vae.config))
-    return _filled(vae, tensors, dtype)
+    return _fill(vae, tensors, dtype)
 
 
 def peer_text(folder: Path, dtype: torch.dtype) -> Any:
@@ -150,7 +150,7 @@ def peer_text(folder: Path, dtype: torch.dtype) -> Any:
     )
     prefix = f"{LDM['text']}text_model."
     tensors = {k.removeprefix(prefix): v for k, v in _part(folder, prefix).items()}
-    return _filled(CLIPTextModel(config), tensors, dtype)
+    return _fill(CLIPTextModel(config), tensors, dtype)
 
 
 def peer_image(folder: Path, dtype: torch.dtype) -> Any:
