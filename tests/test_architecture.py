@@ -104,7 +104,7 @@ def test_no_imports_go_in_circles() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("package", ["eval"])
+@pytest.mark.parametrize("package", ["train", "eval"])
 def test_functions_are_short(package: str) -> None:
     long = [
         f"{path}::{node.name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import shutil
@@ -29,9 +31,9 @@ from train import unet as unet_stage
 from train.__main__ import folders, main, plans_of, source_of, status
 from train.card import card, code_version
 from train.data import Cached, Data, OnTheFly, Pairs
-from train.errors import OtherRun
+from train.errors import Diverged, GateError, Interrupted, OtherRun
 from train.gains import verdict
-from train.options import parser
+from train.options import STAGES, parser
 from train.plus import PLAN as PLUS
 from train.setting import Source
 
@@ -355,7 +357,8 @@ def test_the_card_says_what_was_done(trained: Path, base: Path) -> None:
     assert written["data"] == "data: 16 pictures to train on, 4 held out" and written["base"] == base.name
     assert "licence" not in written and "OpenMoji" not in json.dumps(written)
     assert [plan["steps"] for plan in written["settings"]] == [2] and written["results"]["step"] == 2
-    assert written["code"] == code_version() and written["torch"] == torch.__version__
+    assert written["code"].removesuffix("-dirty") == code_version().removesuffix("-dirty")
+    assert written["torch"] == torch.__version__
     assert {"pictures", "captions", "base", "image encoder", "side"} <= written["made_from"].keys()
 
 
@@ -497,6 +500,32 @@ def test_known_failures_are_sentences(
     assert sentence in str(status(command(tmp_path, base)))
 
 
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (Interrupted("ip_adapter: stopped after step 3", 2), 130),
+        (Interrupted("ip_adapter: stopped after step 3", 15), 143),
+        (Diverged("ip_adapter: loss or gradient is not finite"), "error: ip_adapter: loss or gradient is not finite"),
+        (GateError("gradients reach the frozen base"), "error: gradients reach the frozen base"),
+    ],
+)
+def test_every_early_end_has_a_status(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    found: int | str,
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise error
+
+    write_pictures(tmp_path / "data", 3)
+    monkeypatch.setattr(adapter, "run", fails)
+    assert status(command(tmp_path, base)) == found
+    assert isinstance(found, str) or "stopped after step 3" in capsys.readouterr().err
+
+
 # going on from a released adapter
 
 
@@ -563,6 +592,14 @@ def test_help_imports_no_torch() -> None:
         )
         assert done.returncode == 0 and "usage: python -m train" in done.stdout
         assert not {line.split("|")[-1].strip() for line in done.stderr.splitlines()} & {"torch", "numpy", "open_clip"}
+
+
+def test_stages_have_one_shape_and_states_of_their_own() -> None:
+    stages = [importlib.import_module(f"train.{name}") for name in STAGES]
+    assert all([*inspect.signature(stage.train).parameters][:3] == ["folder", "weights", "phases"] for stage in stages)
+    assert all("command" in inspect.signature(stage.train).parameters for stage in stages)
+    names = [plan.name for stage in stages for plan in stage.PHASES]
+    assert len(set(names)) == len(names)
 
 
 def test_every_option_has_a_sentence() -> None:

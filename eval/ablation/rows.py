@@ -24,7 +24,7 @@ SCHEMA = {
     "shipped_pictures": "number of pictures in the training of the base folder's own adapter, if there is one",
     "rates": "form -> the chosen rate, and gain_shuffled after a short training at each rate of the grid",
     "parameters": "form -> number of trained parameters",
-    "gains": "form -> for each seed, the held-out losses during training (train/adapter.py::held_out_losses)",
+    "gains": "form -> for each seed, the held-out losses during training (train/gains.py::held_out_losses)",
     "truth": "in the mini world: the concept and background that the conflicting text names (wanted), those of the image prompt "
     "(own), its palette (two CIELAB colours), and which drawing of its concept it shows, where there are several",
     "units": "name -> {key: what it was made from, value}; the value of rows-FORM-SEED, anchors and steps-FORM is a list of rows, "
