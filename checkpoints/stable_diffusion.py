@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -114,21 +115,33 @@ def load_image_encoder(path: Path, dtype: torch.dtype | None = torch.float32) ->
     return assemble(image, names, weights_in(path), "the image encoder of its config.json", dtype)
 
 
-def load_base(path: Path, dtype: torch.dtype | None = torch.float32) -> Base:
+def load_base(
+    path: Path,
+    dtype: torch.dtype | None = torch.float32,
+    prediction: Literal["epsilon", "v"] | None = None,
+    vae: Path | None = None,
+) -> Base:
     """A base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
 
-    Raises ValueError when its parts do not fit together.
+    `prediction` says what the UNet predicts, whatever its files say; `vae` is taken in place of the model's own. Raises
+    ValueError when its parts do not fit together.
     """
     end = "" if (path / "unet").is_dir() else ".safetensors"
-    base = (
-        load_single(path, dtype)
-        if path.is_file()
-        else Base(
-            load_unet(path / f"unet{end}", dtype),
-            load_vae(path / f"vae{end}", dtype),
-            load_text_encoder(path / f"text_encoder{end}", dtype),
-        )
-    )
+    other = load_vae(vae, dtype) if vae else None
+    if path.is_file():
+        single = load_single(path, dtype)
+        base = replace(single, vae=other or single.vae)
+    else:
+        unet = load_unet(path / f"unet{end}", dtype)
+        own = other or load_vae(path / f"vae{end}", dtype)
+        base = Base(unet, own, load_text_encoder(path / f"text_encoder{end}", dtype))
+    if prediction:
+        base.unet.config = replace(base.unet.config, prediction=prediction)
+    _check_fit(base, path)
+    return base
+
+
+def _check_fit(base: Base, path: Path) -> None:
     unet, vae, text = base.unet.config, base.vae.config, base.text.config
     if unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):  # alone, or with a mask to inpaint
         raise ValueError(
@@ -139,7 +152,6 @@ def load_base(path: Path, dtype: torch.dtype | None = torch.float32) -> Base:
         raise ValueError(
             f"{path} has a UNet that reads a text of width {unet.context_dim}, where its text encoder gives {text.width}"
         )
-    return base
 
 
 _AROUND = re.compile(r"attn\.proj_(in|out)\.weight$")
