@@ -30,7 +30,8 @@ from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
 from sampling.lambdas import moving, set_lambda
 from sampling.request import WEIGHTS, Request, check_seed
-from sampling.schedule import Prediction, Schedule, schedule_of
+from sampling.schedule import Prediction, Schedule
+from sampling.scheduler_file import schedule_of
 
 SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "dpm++": dpm}
 Given = Picture | str  # where an image prompt is meant
@@ -194,7 +195,7 @@ class Pipeline:
         prompts, seeds, negatives = rows_of(prompts, seeds, negatives)
         size = size or (edit.size if edit else self.native_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        canvas = begin(edit, self.unet.config.in_channels, self.vae, self.schedule, steps, generators, size)
+        canvas = begin(edit, self.unet.config.in_channels, self.vae, steps, generators, size)
         x, dtype = canvas.noise, next(self.unet.parameters()).dtype
         grid = x.shape[-2], x.shape[-1]
         uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights)
