@@ -21,10 +21,11 @@ from checkpoints.adapters import (
     problems,
     projection_of,
 )
+from checkpoints.clip import load_image_encoder, load_text_encoder
 from checkpoints.files import read_json_if_there, short_list
 from checkpoints.reader import File
 from checkpoints.single_file import load_single, single_kind
-from checkpoints.stable_diffusion import load_image_encoder, load_text_encoder, load_unet, load_vae
+from checkpoints.stable_diffusion import load_unet, load_vae
 
 LOADERS: dict[str, Callable[..., nn.Module]] = {
     "unet": load_unet,

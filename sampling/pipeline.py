@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
-from checkpoints.stable_diffusion import load_base, load_image_encoder, load_vae, scheduler_config
+from checkpoints.clip import load_image_encoder
+from checkpoints.files import naming
+from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.context import Context
@@ -241,19 +243,19 @@ def load(
     """
     checkpoint = Path(checkpoint)
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)
-    schedule = schedule_of(scheduler_config(checkpoint))
+    config = scheduler_config(checkpoint)
+    with naming(scheduler_file(checkpoint), "is not a schedule that is read"):
+        schedule = schedule_of(config)
     for file in files:  # reject files that are not adapters before loading the base model
         adapter_sizes(adapter_file(file))
-    base = load_base(checkpoint, dtype)
-    if vae is not None:
-        base = replace(base, vae=load_vae(Path(vae), dtype))
+    base = load_base(checkpoint, dtype, prediction, Path(vae) if vae else None)
     image = load_image_encoder(encoder, dtype) if encoder else None
     widths = (image.config.output_dim, image.config.fine_dim) if image else (None, None)
     adapters = tuple(load_adapter(file, base.unet, widths[0], dtype, widths[1]) for file in files)
     for part in (base.unet, base.vae, base.text, image, *adapters):
         if part is not None:
             part.to(device)
-    schedule = replace(schedule, prediction=prediction or base.unet.config.prediction)
+    schedule = replace(schedule, prediction=base.unet.config.prediction)
     return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters)
 
 
