@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,13 +18,16 @@ from model.image_encoder import ImageConfig, ImageEncoder
 from model.text_encoder import TextConfig, TextEncoder
 
 
-def load_text_encoder(path: Path, dtype: torch.dtype | None = torch.float32) -> TextEncoder:
-    """A text tower: a file of our own, or a folder in transformers' layout with the tokenizer's folder beside it."""
+def load_text_encoder(
+    path: Path, dtype: torch.dtype | None = torch.float32, build: Callable[[TextConfig], TextEncoder] = TextEncoder
+) -> TextEncoder:
+    """A text tower: a file of our own, or a folder in transformers' layout with the tokenizer's folder beside it. `build` makes
+    the empty tower of a config."""
     if not has_config(path):
-        return load(path, TextEncoder, TextConfig, dtype)
+        return load(path, build, TextConfig, dtype)
     folder = folder_of(path)
     pad = pad_of(folder.parent / "tokenizer")
-    text = module_from_config(folder, TextEncoder, lambda config: configs.text_config(config, pad), "a text encoder")
+    text = module_from_config(folder, build, lambda config: configs.text_config(config, pad), "a text encoder")
     return assemble_text(text, weights_in(path), "the text encoder of its config.json", dtype)
 
 
@@ -51,11 +55,14 @@ def pad_of(tokenizer: Path) -> int:
         return configs.pad_token(words, settings, special)
 
 
-def load_image_encoder(path: Path, dtype: torch.dtype | None = torch.float32) -> ImageEncoder:
-    """An image tower: a file of our own, a folder in transformers' layout or its file of weights, or such a folder of a whole CLIP."""
+def load_image_encoder(
+    path: Path, dtype: torch.dtype | None = torch.float32, build: Callable[[ImageConfig], ImageEncoder] = ImageEncoder
+) -> ImageEncoder:
+    """An image tower: a file of our own, a folder in transformers' layout or its file of weights, or such a folder of a whole CLIP.
+    `build` makes the empty tower of a config."""
     if not has_config(path):
-        return load(path, ImageEncoder, ImageConfig, dtype)
-    image = module_from_config(folder_of(path), ImageEncoder, configs.image_config, "an image encoder")
+        return load(path, build, ImageConfig, dtype)
+    image = module_from_config(folder_of(path), build, configs.image_config, "an image encoder")
     file = weights_in(path).without(r"text_model\.|text_projection\.|logit_scale$")
     names = image_names(image.state_dict(), image.config)
     return assemble(image, names, file, "the image encoder of its config.json", dtype)

@@ -28,6 +28,8 @@ _STAND_INS = {
 def check_output(path: Path) -> None:
     """Raises OSError, in a sentence, when `path` cannot be written. Call it before hours of work."""
     with _failures(path):
+        if "\0" in str(path):
+            raise NotWritten(f"{printable(str(path))} can't be written: its name holds a null character")
         if path.is_dir():
             raise NotWritten(f"{path} is a folder: name the file to write")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +50,8 @@ def _failures(path: Path) -> Iterator[None]:
         raise NotWritten(str(error).replace(f"{os.sep}.part{os.sep}", os.sep)) from error
     except (OSError, SafetensorError, RuntimeError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "what should be its folder is a file"
         raise NotWritten(f"{path} can't be written: {printable(reason)}") from error
 
 
@@ -144,7 +148,8 @@ def naming(path: Path, says: str) -> Iterator[None]:
     except KeyError as error:
         raise ValueError(f"{path} {says}: it lacks {printable(str(error))}") from None
     except Exception as error:  # JSON can hold anything
-        raise ValueError(f"{path} {says}: {printable(str(error)) or type(error).__name__}") from None
+        reason = printable(str(error).partition("\n")[0])
+        raise ValueError(f"{path} {says}: {reason or type(error).__name__}") from None
 
 
 def check_is_itself(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from checkpoints.files import naming, short_list
 from checkpoints.fill import assemble, check, empty_module
 from checkpoints.names import named, unet_rows, vae_rows
 from checkpoints.reader import File
-from model.text_encoder import TextEncoder
+from model.text_encoder import TextConfig, TextEncoder
 from model.unet import UNet, UNetConfig
 from model.vae import VAE
 
@@ -55,18 +56,23 @@ def open_single(path: Path) -> File:
 
 
 def load_single(
-    path: Path, dtype: torch.dtype | None = torch.float32, ema: bool = False, vae: VAE | None = None
+    path: Path,
+    dtype: torch.dtype | None = torch.float32,
+    ema: bool = False,
+    vae: VAE | None = None,
+    build: Callable[[TextConfig], TextEncoder] = TextEncoder,
 ) -> Base:
     """Stable Diffusion 1.x from one file in LDM's layout, `.safetensors` or `.ckpt`, with the `.yaml` beside it, if any.
 
-    With `ema` the UNet's EMA copy; with `vae` that one, so the file needs none. Raises ValueError when a part is not whole.
+    With `ema` the UNet's EMA copy; with `vae` that one, so the file needs none. `build` makes the empty
+    text tower. Raises ValueError when a part is not whole.
     """
     file, settings = open_single(path), ldm.settings_beside(path)
     file = _ema(file) if ema else file
     parts = file.part(LDM["unet"]), file.part(LDM["text"])
     with naming(path, f"is not {_WHOLE}"):
         unet = empty_module(UNet, ldm.ldm_unet(parts[0].shapes, settings))
-        text = empty_module(TextEncoder, ldm.ldm_text(_without_prefix(parts[1]).shapes))
+        text = empty_module(build, ldm.ldm_text(_without_prefix(parts[1]).shapes))
     names = named(unet.state_dict(), unet_rows(unet.config), 2)
     check(unet, names, parts[0], _WHOLE)
     return Base(

@@ -67,7 +67,7 @@ _OLD = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_ATTENTION)})(?=\.)")
 def load_vae(path: Path, dtype: torch.dtype | None = torch.float32) -> VAE:
     """An autoencoder: a file of our own; a diffusers folder or its file of weights, older names of its attention included; or a
     file in LDM's layout, of the autoencoder alone or of a whole base model."""
-    if path.is_file() and not path.with_suffix(".json").is_file() and (file := _as_ldm(File(path))):
+    if path.is_file() and not path.with_suffix(".json").is_file() and (file := as_ldm_vae(File(path))):
         return load_ldm_vae(file, ldm.settings_beside(path), "a VAE in LDM's layout", dtype)
     if not has_config(path):
         return load(path, VAE, VAEConfig, dtype)
@@ -77,7 +77,7 @@ def load_vae(path: Path, dtype: torch.dtype | None = torch.float32) -> VAE:
     return assemble(vae, names, file, "the VAE of its config.json", dtype)
 
 
-def _as_ldm(file: File) -> File | None:
+def as_ldm_vae(file: File) -> File | None:
     """The autoencoder's tensors in a file of LDM's layout; None in another."""
     part = file.part(LDM["vae"]) or file
     return part if any(name.startswith("decoder.mid.block_1.") for name in part) else None
