@@ -42,7 +42,7 @@ from checkpoints.adapters import adapter_file, problems
 from checkpoints.cards import save
 from checkpoints.clip import load_image_encoder, load_text_encoder
 from checkpoints.describe import inspect, kind_of
-from checkpoints.files import check_output, replacing_in, short_list, write_json, write_tensors
+from checkpoints.files import replacing_in, short_list, write_json, write_tensors
 from checkpoints.single_file import load_single
 from checkpoints.stable_diffusion import load_base, load_unet, load_vae, save_diffusers, scheduler_config
 
@@ -57,20 +57,22 @@ _LOADERS: dict[str, Callable[..., nn.Module]] = {
 def convert(
     source: Path, target: Path, dtype: torch.dtype | None = None, ema: bool = False, diffusers: bool = False
 ) -> None:
-    """An adapter to the official .safetensors, a base model to a folder of our own, or (`diffusers`) a UNet to a diffusers folder.
+    """Writes an adapter as the official .safetensors, a base model as a folder of our own, a network of one as a file of our own,
+    or with `diffusers` a UNet as a diffusers folder. `dtype=None` keeps every tensor bit for bit.
 
-    `dtype=None` keeps every tensor as it is, bit for bit. Raises ValueError, and writes nothing, where something is wrong.
+    Raises ValueError for bad input and OSError where nothing can be written, and then leaves the old files as they were.
     """
     kind, card = kind_of(source), {"converted_from": source.name}
     one = kind != "base" and not diffusers
-    check_output(target if one else target / "unet.safetensors")
     if one and target.suffix != ".safetensors":
         raise ValueError(f"the {kind} is written as one file: name TARGET.safetensors, not {target}")
     if ema and (kind != "base" or source.is_dir()):
         raise ValueError(f"{source} is not a base model in a single file, so it has no EMA copy: leave out --ema")
+    if diffusers and kind != "unet":
+        raise ValueError(f"{source} is not a UNet but {kind}; --diffusers writes UNets")
+    if target.exists() and one == target.is_dir():
+        raise ValueError(f"{target} is a {'folder' if one else 'file'}: name another {'file' if one else 'folder'}")
     if diffusers:
-        if kind != "unet":
-            raise ValueError(f"{source} is not a UNet but {kind}; --diffusers writes UNets")
         save_diffusers(load_unet(source, dtype=None), target, dtype)
     elif kind == "adapter":
         file = adapter_file(source)

@@ -739,6 +739,12 @@ MISTAKES: dict[str, list[str]] = {
     "diffusers of an adapter": ["convert", "--diffusers", "adapter.safetensors", "out"],
     "nan": ["convert", "nan.safetensors", "out.safetensors"],
     "too large": ["convert", "--dtype", "float16", "large.safetensors", "out.safetensors"],
+    "in a file": ["convert", "adapter.safetensors", "text.txt/out.safetensors"],
+    "over a folder": ["convert", "adapter.safetensors", "folder"],
+    "a base over a file": ["convert", "vae", "text.txt"],
+    "diffusers over a file": ["convert", "--diffusers", "unet", "text.txt"],
+    "a name too long": ["convert", "adapter.safetensors", "x" * 300 + ".safetensors"],
+    "nowhere": ["convert", "adapter.safetensors", "/proc/none/out.safetensors"],
     "unlike": ["verify", "adapter.safetensors", "no-such.bin"],
 }
 
@@ -757,6 +763,7 @@ def test_errors_are_one_sentence(
     Path("empty.bin").touch()
     Path("folder").mkdir()
     shutil.copytree(folder / "vae", "vae")
+    shutil.copytree(folder / "unet", "unet")
     before = names(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(arguments)

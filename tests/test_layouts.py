@@ -37,6 +37,7 @@ from test_reader import write_shards
 from test_scheduler_file import SD15
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.clip import load_image_encoder, load_text_encoder
 from checkpoints.configs import pad_token, plausible, unet_config, vae_config
 from checkpoints.describe import inspect
@@ -44,11 +45,14 @@ from checkpoints.fill import empty_module
 from checkpoints.single_file import load_single
 from checkpoints.skeletons import image_skeleton, text_skeleton
 from checkpoints.stable_diffusion import load_base, load_unet, load_vae, save_diffusers, scheduler_config
+from model.adapter import IPAdapter
 from model.image_encoder import MINI_IMAGE, VIT_BIGG, VIT_H, VIT_L, ImageEncoder
+from model.image_projection import Resampler
 from model.text_encoder import END, SD15_TEXT, SD21_TEXT, TextConfig, TextEncoder
 from model.unet import UNet
 from sampling.pipeline import load
 from train.clip import MINI_TEXT
+from weights_convert import verify
 
 ROOT = Path(__file__).parent.parent
 __all__ = ["base", "folder", "own_folder", "single"]  # fixtures
@@ -433,3 +437,28 @@ def test_one_stray_key_makes_no_lora(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="is a LoRA"):
         load_base(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["to_k and to_v", "to_kv"])
+def test_plus_as_diffusers_spells_it(pair: Any, tmp_path: Path, joined: bool) -> None:
+    """The state of diffusers' own module, made from the official file."""
+    both = pair("one_block")
+    adapter = IPAdapter(both.ours, Resampler(image_dim=10, context_dim=6, tokens=3, width=64, depth=4, heads=1))
+    save_adapter(adapter, both.ours, tmp_path / "plus.safetensors", {}, None)
+    official = load_file(tmp_path / "plus.safetensors")
+    layers = {name.removeprefix("image_proj."): t for name, t in official.items() if name.startswith("image_proj.")}
+    theirs = UNet2DConditionModel._convert_ip_adapter_image_proj_to_diffusers(
+        both.peer, layers, low_cpu_mem_usage=False
+    ).state_dict()
+    assert "layers.0.attn.to_q.weight" in theirs
+    if joined:
+        theirs = {name: t for name, t in theirs.items() if ".to_k." not in name and ".to_v." not in name} | {
+            name.replace(".0.to_kv", ".attn.to_kv"): t for name, t in layers.items() if ".to_kv." in name
+        }
+    projection = {f"image_proj.{name}": t.contiguous() for name, t in theirs.items()}
+    save_file(
+        projection | {k: t for k, t in official.items() if k.startswith("ip_adapter.")}, tmp_path / "a.safetensors"
+    )
+    assert verify(tmp_path / "plus.safetensors", tmp_path / "a.safetensors") == []
+    equal(load_adapter(tmp_path / "a.safetensors", both.ours), adapter.float())
+    assert not any("odd" in line for line in inspect(tmp_path / "a.safetensors"))
