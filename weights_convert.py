@@ -32,34 +32,47 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.adapters import adapter_file, problems
 from checkpoints.cards import save
-from checkpoints.describe import LOADERS, inspect, kind_of
-from checkpoints.files import short_list, write_json, write_tensors
+from checkpoints.clip import load_image_encoder, load_text_encoder
+from checkpoints.describe import inspect, kind_of
+from checkpoints.files import replacing_in, short_list, write_json, write_tensors
 from checkpoints.single_file import load_single
-from checkpoints.stable_diffusion import load_base, load_unet, save_diffusers, scheduler_config
+from checkpoints.stable_diffusion import load_base, load_unet, load_vae, save_diffusers, scheduler_config
+
+_LOADERS: dict[str, Callable[..., nn.Module]] = {
+    "unet": load_unet,
+    "vae": load_vae,
+    "text_encoder": load_text_encoder,
+    "image_encoder": load_image_encoder,
+}
 
 
 def convert(
     source: Path, target: Path, dtype: torch.dtype | None = None, ema: bool = False, diffusers: bool = False
 ) -> None:
-    """An adapter to the official .safetensors, a base model to a folder of our own, or (`diffusers`) a UNet to a diffusers folder.
+    """Writes an adapter as the official .safetensors, a base model as a folder of our own, a network of one as a file of our own,
+    or with `diffusers` a UNet as a diffusers folder. `dtype=None` keeps every tensor bit for bit.
 
-    `dtype=None` keeps every tensor as it is, bit for bit. Raises ValueError, and writes nothing, where something is wrong.
+    Raises ValueError for bad input and OSError where nothing can be written, and then leaves the old files as they were.
     """
     kind, card = kind_of(source), {"converted_from": source.name}
-    if kind != "base" and not diffusers and target.suffix != ".safetensors":
+    one = kind != "base" and not diffusers
+    if one and target.suffix != ".safetensors":
         raise ValueError(f"the {kind} is written as one file: name TARGET.safetensors, not {target}")
     if ema and (kind != "base" or source.is_dir()):
         raise ValueError(f"{source} is not a base model in a single file, so it has no EMA copy: leave out --ema")
+    if diffusers and kind != "unet":
+        raise ValueError(f"{source} is not a UNet but {kind}; --diffusers writes UNets")
+    if target.exists() and one == target.is_dir():
+        raise ValueError(f"{target} is a {'folder' if one else 'file'}: name another {'file' if one else 'folder'}")
     if diffusers:
-        if kind != "unet":
-            raise ValueError(f"{source} is not a UNet but {kind}; --diffusers writes UNets")
         save_diffusers(load_unet(source, dtype=None), target, dtype)
     elif kind == "adapter":
         file = adapter_file(source)
@@ -68,12 +81,13 @@ def convert(
         write_tensors(target, {name: file[name] for name in file}, dtype)
     elif kind == "base":
         base = load_single(source, None, ema) if source.is_file() else load_base(source, None)
-        for name, module in base.parts.items():
-            save(module, target / f"{name}.safetensors", card, dtype)
-        if scheduler := scheduler_config(source):
-            write_json(target / "scheduler" / "scheduler_config.json", scheduler)
+        with replacing_in(target) as part:
+            for name, module in base.parts.items():
+                save(module, part / f"{name}.safetensors", card, dtype)
+            if scheduler := scheduler_config(source):
+                write_json(part / "scheduler" / "scheduler_config.json", scheduler)
     else:
-        save(LOADERS[kind](source, dtype=None), target, card, dtype)
+        save(_LOADERS[kind](source, dtype=None), target, card, dtype)
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -84,7 +98,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     if kind == "base":
         parts = load_base(path, dtype=None).parts
         return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
-    return dict(LOADERS[kind](path, dtype=None).state_dict())
+    return dict(_LOADERS[kind](path, dtype=None).state_dict())
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.files import is_finite, short_list, write_json, write_tensors
+from checkpoints.files import is_finite, replacing_in, short_list, write_json, write_tensors
 from checkpoints.fill import FLOATS, assemble
 from checkpoints.names import adapter_names, projection_names
 from checkpoints.reader import File
@@ -50,6 +50,7 @@ def adapter_file(path: Path) -> File:
                     if f"{layer}.{to}" in file:
                         names[f"ip_adapter.{2 * position + 1}.{to}"] = f"{layer}.{to}"
         file = file.renamed(names)
+    file = file.renamed(_official(file))
     if (kind := adapter_kind(file)) not in PROJECTIONS:
         raise ValueError(f"{path} is {kind}; only the base IP-Adapter, Plus and Full are read")
     return file
@@ -63,11 +64,35 @@ def _processor_order(layer: str) -> tuple[bool, bool, list[int]]:
     return "mid_block" in layer, "up_blocks" in layer, [int(n) for n in re.findall(r"\d+", layer)]
 
 
+_DIFFUSERS = {
+    "ln0": "0.norm1", "ln1": "0.norm2", "attn.norm1": "0.norm1", "attn.norm2": "0.norm2", "attn.to_q": "0.to_q", "attn.to_kv": "0.to_kv",
+    "attn.to_out": "0.to_out", "attn.to_out.0": "0.to_out", "ff.0": "1.0", "ff.1.net.0.proj": "1.1", "ff.1.net.2": "1.3",
+}  # fmt: skip
+_PLUS_LAYER = re.compile(r"(image_proj\.layers\.\d+)\.(.+)\.(weight|bias)$")
+
+
+def _official(file: File) -> dict[str, str | tuple[str, ...]]:
+    """The official names of Plus where they are spelled as in diffusers, `layers.N.attn.*`, with K and V together or apart."""
+    names: dict[str, str | tuple[str, ...]] = {}
+    for name in file:
+        layer = _PLUS_LAYER.match(name)
+        if layer and layer[2] == "attn.to_k" and (v := name.replace("to_k", "to_v")) in file:
+            names[f"{layer[1]}.0.to_kv.weight"] = (name, v)
+        elif not (layer and layer[2] == "attn.to_v"):
+            names[f"{layer[1]}.{_DIFFUSERS.get(layer[2], layer[2])}.{layer[3]}" if layer else name] = name
+    return names
+
+
+_LORA = re.compile(r"ip_adapter\.\d+\.to_\w+_lora\.(down|up)\.weight$")
+
+
 def adapter_kind(file: File) -> str:
     """What kind of adapter a file is, by its names, as diffusers tells them apart."""
     if not any(name.startswith("image_proj.") for name in file):
         return kind if (kind := single_kind(file)) != "not a base model" else "not an adapter"
-    if any("lora" in name for name in file) or any(name.startswith("image_proj.perceiver_resampler.") for name in file):
+    if any(_LORA.match(name) for name in file) or any(
+        name.startswith("image_proj.perceiver_resampler.") for name in file
+    ):
         return "an IP-Adapter FaceID"
     if "image_proj.latents" in file:
         return "IP-Adapter Plus"
@@ -162,8 +187,10 @@ def save_adapter(
 ) -> None:
     """Writes an adapter in the official layout, which diffusers loads, and its card."""
     state = adapter.state_dict()
-    write_tensors(path, {new: state[ours] for ours, (new,) in adapter_names(state, unet).items()}, dtype)
-    write_json(path.with_suffix(".json"), card)
+    with replacing_in(path.parent) as part:
+        names = adapter_names(state, unet).items()
+        write_tensors(part / path.name, {new: state[ours] for ours, (new,) in names}, dtype)
+        write_json(part / path.with_suffix(".json").name, card)
 
 
 _LAYER = re.compile(r"(ip_adapter\.\d+)\.to_[kv]_ip\.weight$")

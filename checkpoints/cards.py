@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoints.files import naming, read_json, write_json, write_tensors
+from checkpoints.files import naming, read_json, replacing_in, write_json, write_tensors
 from checkpoints.fill import M, assemble, empty_module
 from checkpoints.reader import File
 
 
 def save(module: nn.Module, path: Path, card: dict[str, Any], dtype: torch.dtype | None = torch.float16) -> None:
-    """Writes `path` (safetensors) and the card beside it (`.json`), with the module's config if it has one."""
-    write_tensors(path, module.state_dict(), dtype)
+    """Writes `path` (safetensors) and the card beside it (`.json`), with the module's config if it has one; both or none."""
     config = getattr(module, "config", None)
-    write_json(path.with_suffix(".json"), ({"config": asdict(config)} if config else {}) | card)
+    with replacing_in(path.parent) as part:
+        write_tensors(part / path.name, module.state_dict(), dtype)
+        write_json(part / path.with_suffix(".json").name, ({"config": asdict(config)} if config else {}) | card)
 
 
 def read_card(path: Path) -> dict[str, Any]:

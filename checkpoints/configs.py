@@ -1,22 +1,20 @@
-"""The configs of published networks: from a `config.json` of diffusers or transformers, or from the shapes in a single file.
+"""The configs of published networks, from a `config.json` of diffusers or transformers.
 
-Nothing here reads a file. A config that asks for what these modules do not do is refused with a ValueError; one that lacks a
-needed entry raises KeyError.
+Nothing here reads a file. A config that asks for what these modules do not do raises ValueError, and one that lacks an entry
+KeyError.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.image_encoder import ImageConfig
-from model.text_encoder import END, START, TextConfig, vocabulary
+from model.text_encoder import END, TextConfig, vocabulary
 from model.unet import UNetConfig
 from model.vae import VAEConfig
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 # What these modules do; a config that says otherwise is another network's.
 _UNET_DOES: dict[str, Any] = {
@@ -25,20 +23,35 @@ _UNET_DOES: dict[str, Any] = {
     "resnet_time_scale_shift": "default", "only_cross_attention": False, "dual_cross_attention": False, "attention_type": "default",
     "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None, "conv_in_kernel": 3,
     "conv_out_kernel": 3, "time_cond_proj_dim": None, "timestep_post_act": None, "cross_attention_norm": None,
-    "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "reverse_transformer_layers_per_block": None,
+    "resnet_skip_time_act": False, "time_embedding_act_fn": None, "time_embedding_dim": None,
+    "resnet_out_scale_factor": 1.0, "reverse_transformer_layers_per_block": None,
     "mid_block_only_cross_attention": None,
 }  # fmt: skip
 _VAE_DOES: dict[str, Any] = {
     "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True, "in_channels": 3,
-    "out_channels": 3, "latents_mean": None, "shift_factor": None,
+    "out_channels": 3, "latents_mean": None, "latents_std": None, "shift_factor": None,
 }  # fmt: skip
 _CLIP_DOES: dict[str, Any] = {"layer_norm_eps": 1e-5}
+_VISION: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 32,
+}  # fmt: skip
+
+
+_SAME = {"swish": "silu"}  # two names of one activation
+
+
+def _one(value: Any) -> Any:
+    """A setting that is the same at every level, where it is written once for each."""
+    if isinstance(value, (list, tuple)) and value and all(each == value[0] for each in value):
+        return value[0]
+    return value
 
 
 def _check(config: Mapping[str, Any], does: dict[str, Any]) -> None:
     for key, value in does.items():
-        if (config.get(key, value) or None) != (value or None):
-            raise ValueError(f"it asks for {key} = {config[key]}; this project's networks have {value}")
+        asked = config.get(key, value) if value is None else _one(config.get(key, value))
+        if ((_SAME.get(asked, asked) if isinstance(asked, str) else asked) or None) != (value or None):
+            raise ValueError(f"it asks for {key} = {config[key]!r}; this project's networks have {value}")
 
 
 def _each(value: Any, levels: int) -> tuple[int, ...]:
@@ -74,7 +87,9 @@ def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig
     kinds = [{"CrossAttnDownBlock2D": True, "DownBlock2D": False}.get(k) for k in c["down_block_types"]]
     ups = [{"CrossAttnUpBlock2D": True, "UpBlock2D": False}.get(k) for k in c["up_block_types"]]
     if None in kinds or ups != kinds[::-1]:
-        raise ValueError(f"it has blocks that are not read: {c['down_block_types']}, {c['up_block_types']}")
+        raise ValueError(f"it has blocks that are not read: {c['down_block_types']!r}, {c['up_block_types']!r}")
+    if c.get("addition_embed_type") not in (None, "text_time"):
+        raise ValueError(f"it asks for addition_embed_type = {c['addition_embed_type']!r}; only text_time is read")
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"its prediction_type {prediction} is not read, only epsilon and v_prediction")
     depth = _each(c.get("transformer_layers_per_block", 1), len(kinds))
@@ -85,10 +100,11 @@ def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig
         depth=tuple(d if cross else 0 for d, cross in zip(depth, kinds, strict=True)),
         mid_depth=depth[-1],
         heads=_each(c.get("num_attention_heads") or c.get("attention_head_dim", 8), len(kinds)),
-        res_blocks=c.get("layers_per_block", 2),
-        context_dim=c["cross_attention_dim"],
+        res_blocks=_one(c.get("layers_per_block", 2)),
+        context_dim=_one(c["cross_attention_dim"]),
         groups=c.get("norm_num_groups", 32),
         added_dim=c.get("projection_class_embeddings_input_dim") or 0,
+        added_time_dim=c.get("addition_time_embed_dim") or 256,
         prediction="v" if prediction == "v_prediction" else "epsilon",
         sample_size=c.get("sample_size") or 64,
     )
@@ -101,7 +117,7 @@ def diffusers_config(c: UNetConfig) -> dict[str, Any]:
     cross = [bool(depth) for depth in c.depth]
     added = {
         "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
+        "addition_time_embed_dim": c.added_time_dim,
         "projection_class_embeddings_input_dim": c.added_dim,
     }
     return {
@@ -127,17 +143,23 @@ def vae_config(c: Mapping[str, Any]) -> VAEConfig:
     _check(c, _VAE_DOES)
     return VAEConfig(
         channels=tuple(c["block_out_channels"]),
-        res_blocks=c.get("layers_per_block", 1),
+        res_blocks=_one(c.get("layers_per_block", 1)),
         latent_channels=c["latent_channels"],
         groups=c.get("norm_num_groups", 32),
         scale=c.get("scaling_factor", 0.18215),
     )
 
 
-def _vocab_size(rows: int) -> int:
+def vocab_size(rows: int) -> int:
     if rows <= END:
         raise ValueError(f"it has rows for {rows} tokens, but CLIP's vocabulary has {END + 1}")
     return rows
+
+
+def mlp_ratio(width: int, inner: int) -> float:
+    """What open_clip multiplies the width of a tower by, and cuts off, for the width of its MLPs."""
+    ratio = inner / width
+    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 def text_config(c: Mapping[str, Any], pad: int = END) -> TextConfig:
@@ -147,8 +169,9 @@ def text_config(c: Mapping[str, Any], pad: int = END) -> TextConfig:
         width=c["hidden_size"],
         layers=c["num_hidden_layers"],
         heads=c["num_attention_heads"],
+        mlp_ratio=mlp_ratio(c["hidden_size"], c["intermediate_size"]),
         output_dim=c["projection_dim"] if "CLIPTextModelWithProjection" in (c.get("architectures") or ()) else 0,
-        vocab_size=_vocab_size(c["vocab_size"]),
+        vocab_size=vocab_size(c["vocab_size"]),
         context_length=c["max_position_embeddings"],
         activation=_activation(c),
         pad=pad,
@@ -156,18 +179,17 @@ def text_config(c: Mapping[str, Any], pad: int = END) -> TextConfig:
 
 
 def image_config(c: Mapping[str, Any]) -> ImageConfig:
-    """Of transformers' `CLIPVisionModelWithProjection`."""
+    """Of transformers' `CLIPVisionModelWithProjection`, or of a whole `CLIPModel`."""
+    if "vision_config" in c:  # a whole CLIP, which names only what differs from transformers' defaults
+        c = _VISION | c["vision_config"] | {"projection_dim": c.get("projection_dim", 512)}
     _check(c, _CLIP_DOES | {"hidden_act": _activation(c)})
-    ratio = c["intermediate_size"] / c["hidden_size"]
-    if int(c["hidden_size"] * ratio) != c["intermediate_size"]:  # open_clip cuts the product off
-        ratio = math.nextafter(ratio, math.inf)
     return ImageConfig(
         image_size=c["image_size"],
         patch=c["patch_size"],
         width=c["hidden_size"],
         layers=(c["num_hidden_layers"],),
         heads=c["num_attention_heads"],
-        mlp_ratio=ratio,
+        mlp_ratio=mlp_ratio(c["hidden_size"], c["intermediate_size"]),
         activation=_activation(c),
         output_dim=c["projection_dim"],
     )
@@ -177,61 +199,24 @@ def _activation(c: Mapping[str, Any]) -> Any:
     return "gelu" if c.get("hidden_act") == "gelu" else "quick_gelu"
 
 
-def pad_token(words: Mapping[str, int] | None, settings: Mapping[str, Any]) -> int:
-    """The token that fills up a prompt, from a tokenizer's vocabulary and its `tokenizer_config.json`."""
-    known = {word: token for word, token in vocabulary().items() if token < START}
-    known |= {"<|startoftext|>": START, "<|endoftext|>": END}  # open_clip has other names for them
-    if words is not None and words != known:
+_VOCABULARY = (
+    "fb857eb256f62e0a626663481fa2225ef03220ac81f66f2302c29de8e3deaa47"  # of CLIP's vocabulary, as `_fingerprint` has it
+)
+
+
+def _fingerprint(words: Mapping[str, int]) -> str:
+    return hashlib.sha256("\n".join(f"{token} {word}" for word, token in sorted(words.items())).encode()).hexdigest()
+
+
+def pad_token(words: Mapping[str, int] | None, settings: Mapping[str, Any], special: Mapping[str, Any]) -> int:
+    """The token that fills up a prompt: from a tokenizer's vocabulary (None: CLIP's), its `tokenizer_config.json` and its
+    `special_tokens_map.json`, which counts unless the first has an `added_tokens_decoder` (transformers' rule)."""
+    if words is not None and _fingerprint(words) != _VOCABULARY:
         raise ValueError("its vocabulary is not CLIP's, which is the only one that is read")
     pad = settings.get("pad_token")
-    return known[pad["content"] if isinstance(pad, dict) else pad] if pad else END
-
-
-def count(shapes: Shapes, pattern: str) -> int:
-    """How many different numbers stand where `pattern`, the start of a name, has its group."""
-    return len({m[1] for name in shapes if (m := re.match(pattern, name))})
-
-
-def ldm_unet(shapes: Shapes) -> UNetConfig:
-    """Of a single file's UNet. LDM counts stages: a level's residual blocks, then its `op`, which halves the picture.
-
-    Heads are not in the weights: Stable Diffusion 1.x has 8 at every level.
-    """
-    channels, blocks, depth, i = [], [], [], 1
-    while (res := f"input_blocks.{i}.0.out_layers.3.weight") in shapes:
-        channels.append(shapes[res][0])
-        depth.append(count(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\."))
-        first = i
-        while f"input_blocks.{i}.0.out_layers.3.weight" in shapes:
-            i += 1
-        blocks.append(i - first)
-        i += 1
-    if len(set(blocks)) != 1:
-        raise KeyError(f"input_blocks.{i}.0.out_layers.3.weight")
-    return UNetConfig(
-        in_channels=shapes["input_blocks.0.0.weight"][1],
-        out_channels=shapes["out.2.weight"][0],
-        channels=tuple(channels),
-        depth=tuple(depth),
-        mid_depth=count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
-        heads=(8,) * len(channels),
-        res_blocks=blocks[0],
-        context_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
-    )
-
-
-def ldm_vae(shapes: Shapes) -> VAEConfig:
-    """Of a single file's autoencoder."""
-    levels = count(shapes, r"encoder\.down\.(\d+)\.block")
-    return VAEConfig(
-        channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
-        res_blocks=count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
-        latent_channels=shapes["post_quant_conv.weight"][0],
-    )
-
-
-def ldm_text(shapes: Shapes) -> TextConfig:
-    """Of a single file's text tower, CLIP's; its heads are 64 wide."""
-    vocab_size, width = shapes["text_model.embeddings.token_embedding.weight"]
-    layers = count(shapes, r"text_model\.encoder\.layers\.(\d+)\.")
-    return TextConfig(width=width, layers=layers, heads=max(width // 64, 1), vocab_size=_vocab_size(vocab_size))
+    if "added_tokens_decoder" not in settings:
+        pad = special.get("pad_token") or pad
+    word = pad["content"] if isinstance(pad, dict) else pad
+    if word in (None, "", "<|endoftext|>"):
+        return END
+    return (words or vocabulary())[word]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from checkpoints.adapters import (
     problems,
     projection_of,
 )
-from checkpoints.files import read_json_if_there, short_list
+from checkpoints.clip import load_image_encoder, load_text_encoder
+from checkpoints.files import printable, read_json_if_there, short_list
 from checkpoints.reader import File
 from checkpoints.single_file import load_single, single_kind
-from checkpoints.stable_diffusion import load_image_encoder, load_text_encoder, load_unet, load_vae
+from checkpoints.skeletons import image_skeleton, text_skeleton
+from checkpoints.stable_diffusion import as_ldm_vae, load_unet, load_vae
 
-LOADERS: dict[str, Callable[..., nn.Module]] = {
+_SKELETONS: dict[str, Callable[..., nn.Module]] = {  # networks, or their names and shapes alone
     "unet": load_unet,
     "vae": load_vae,
-    "text_encoder": load_text_encoder,
-    "image_encoder": load_image_encoder,
+    "text_encoder": partial(load_text_encoder, build=text_skeleton),
+    "image_encoder": partial(load_image_encoder, build=image_skeleton),
 }
 _CLASSES = {
     "UNet2DConditionModel": "unet",
@@ -38,6 +41,7 @@ _CLASSES = {
     "CLIPTextModel": "text_encoder",
     "CLIPTextModelWithProjection": "text_encoder",
     "CLIPVisionModelWithProjection": "image_encoder",
+    "CLIPModel": "image_encoder",
 }
 # What only its config holds.
 _CARDS = {"prediction": "unet", "scale": "vae", "vocabulary": "text_encoder", "patch": "image_encoder"}
@@ -50,23 +54,33 @@ def kind_of(path: Path) -> str:
     if path.is_dir():
         if (path / "unet").is_dir() or (path / "unet.safetensors").exists():
             return "base"
-        config = read_json_if_there(path / "config.json")
-        classes = config.get("_class_name") or config.get("architectures") or "no config.json that names a network"
-        name = str(classes[0] if isinstance(classes, list) else classes)
-        if name not in _CLASSES:
-            raise ValueError(f"{path} is not a folder of weights that is read: {name}")
-        return _CLASSES[name]
-    card = path.with_suffix(".json")
-    entries = read_json_if_there(card).get("config") if card != path else None
+        if kind := _kind_of_folder(path):
+            return kind
+        raise ValueError(
+            f"{path} holds no weights that are read: no base model, and no config.json that names its network"
+        )
+    file, card = File(path), read_json_if_there(path.with_suffix(".json"))
+    entries = card.get("config")
     for key, kind in _CARDS.items():
         if isinstance(entries, dict) and key in entries:
             return kind
-    file = File(path)
     if any(name.startswith(("image_proj.", "image_proj_model.")) for name in file):
         return "adapter"
     if (kind := single_kind(file)) != "not a base model":
         return "base"
-    raise ValueError(f"{path} is {kind}, no adapter, and has no card beside it; it holds {short_list(file)}")
+    if kind := _kind_of_folder(path.parent) or ("vae" if as_ldm_vae(file) else ""):
+        return kind
+    made = f" (made by `{printable(str(card['command']))}`)" if "command" in card else ""
+    raise ValueError(
+        f"{path} is neither a base model, an adapter nor one of their networks{made}; it holds {short_list(file)}"
+    )
+
+
+def _kind_of_folder(folder: Path) -> str:
+    """What the `config.json` of a folder names; "" for nothing that is read."""
+    config = read_json_if_there(folder / "config.json")
+    classes = config.get("_class_name") or config.get("architectures")
+    return _CLASSES.get(str(classes[0] if isinstance(classes, list) and classes else classes), "")
 
 
 def _size(tensors: Iterable[Tensor]) -> str:
@@ -97,7 +111,7 @@ def _describe_single(path: Path) -> list[str]:
     file = File(path)
     lines = [f"{single_kind(file)}, a single file: {_size(file[name] for name in file)}"]
     try:
-        base = load_single(path, dtype=None)
+        base = load_single(path, dtype=None, build=text_skeleton)
         parts = {"UNet": base.unet, "VAE": base.vae, "text encoder": base.text}
         lines += [f"{name}: {_size(part.state_dict().values())}" for name, part in parts.items()]
         channels, latent = base.unet.config.in_channels, base.vae.config.latent_channels
@@ -128,14 +142,14 @@ def inspect(path: Path) -> list[str]:
             if (path / "unet").is_dir()
             else "a base model in this project's own files"
         ]
-        for name in LOADERS:
+        for name in _SKELETONS:
             part = path / name if (path / name).is_dir() else path / f"{name}.safetensors"
             if part.exists():
                 lines += [f"{name}: {line}" for line in inspect(part)]
             elif name != "image_encoder":
                 lines.append(f"odd: it has no {name}")
         return lines
-    module: Any = LOADERS[kind](path, dtype=None)
+    module: Any = _SKELETONS[kind](path, dtype=None)
     config = {k: v for k, v in asdict(module.config).items() if k != "vocabulary"}
     what = kind.replace("_", " ")
     if kind == "unet":

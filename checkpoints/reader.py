@@ -1,8 +1,9 @@
-"""Reading tensors: safetensors, or a pickle that holds nothing but tensors."""
+"""Reading tensors: safetensors, or a pickle that holds nothing but tensors, whole or in shards."""
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,10 @@ from zipfile import ZIP_STORED, ZipFile
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from checkpoints.files import check_is_itself, printable, read_json
+
+_GROWTH, _SLACK = 4, 1 << 26  # a pickle may take 4 times its size in memory, and 64 MB
 
 
 class _Inert:
@@ -29,47 +34,46 @@ _LIGHTNING: list[Any] = [
 class File(Mapping[str, Tensor]):
     """A checkpoint's tensors by name, mapped to memory; copy what must outlive the file.
 
-    Raises ValueError when the file is not a complete checkpoint, or holds more than tensors. A pickle from before
-    PyTorch 1.6, or a compressed one, can't be mapped and is read as a whole.
+    `path` is a file of tensors, or the index of a sharded one. A prefix `module.` on every name is left out,
+    and names are escaped, so that they can be printed. Raises ValueError when the file is not a complete checkpoint, holds
+    more than tensors, or would take far more memory than its size. A pickle from before PyTorch 1.6, or a compressed one,
+    can't be mapped and is read as a whole.
     """
-
-    _get: Callable[[str], Tensor]
-    _shape: Callable[[str], tuple[int, ...]]
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: name the file of weights in it")
-        with open(path, "rb") as file:
-            start = file.read(9)
-        if not start:
-            raise ValueError(f"{path} is empty: download it again")
-        with _explaining(path):
-            if start[8:] == b"{":
-                handle = safe_open(path, "pt")
-                names, self._get = list(handle.keys()), handle.get_tensor
-                self._shape = lambda name: tuple(handle.get_slice(name).get_shape())
-            else:
-                tensors = _unpickled(path, is_zip=start[:2] == b"PK")
-                names, self._get = list(tensors), tensors.__getitem__
-                self._shape = lambda name: tuple(tensors[name].shape)
+        _check(path)
+        if _is_index(path):
+            names, self._get, self._shape = _sharded(path)
+        else:
+            with _explaining(path):
+                names, self._get, self._shape = _opened(path)
         if not names:
             raise ValueError(f"{path} holds no tensors")
-        self._names = {name: name for name in names}
+        prefix = "module." if all(name.startswith("module.") for name in names) else ""
+        self._names: dict[str, tuple[str, ...]] = {printable(name.removeprefix(prefix)): (name,) for name in names}
+        if len(self._names) < len(names):
+            raise ValueError(f"{path} holds names that look the same: download it again")
 
-    def renamed(self, names: dict[str, str]) -> File:
-        """The same file under other names, {new: old}. A tensor that is not named is left out."""
-        other = copy.copy(self)
-        other._names = {new: self._names[old] for new, old in names.items()}
+    def renamed(self, names: Mapping[str, str | tuple[str, ...]]) -> File:
+        """The same file under other names, {new: old}; several old ones are joined along their first axis. What is not
+        named is left out."""
+        other, each = copy.copy(self), {new: (old,) if isinstance(old, str) else old for new, old in names.items()}
+        other._names = {new: tuple(theirs for name in old for theirs in self._names[name]) for new, old in each.items()}
         return other
 
     def part(self, prefix: str) -> File:
         """The tensors whose names begin with `prefix`, without it."""
         return self.renamed({name.removeprefix(prefix): name for name in self if name.startswith(prefix)})
 
+    def without(self, pattern: str) -> File:
+        """The tensors whose names do not begin as the regular expression `pattern` says."""
+        return self.renamed({name: name for name in self if not re.match(pattern, name)})
+
     def __getitem__(self, name: str) -> Tensor:
         with _explaining(self.path):
-            return self._get(self._names[name])
+            parts = [self._get(each) for each in self._names[name]]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -81,11 +85,15 @@ class File(Mapping[str, Tensor]):
         return len(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shape(self._names[name])
+        shapes = [self._shape(each) for each in self._names[name]]
+        return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self.shape(name) for name in self}
+
+
+Opened = tuple[list[str], Callable[[str], Tensor], Callable[[str], tuple[int, ...]]]  # names, a tensor, its shape
 
 
 @contextmanager
@@ -94,24 +102,92 @@ def _explaining(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}): download it again") from error
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({printable(str(error))}): download it again"
+        ) from error
     except Exception as error:  # a damaged pickle can raise anything
-        kind, says = type(error).__name__, str(error).partition("\n")[0]
+        kind, says = type(error).__name__, printable(str(error).partition("\n")[0])
         why = f"is not a readable checkpoint ({kind}: {says}): download it again"
         if kind == "UnpicklingError":
             why = "is damaged, or holds more than tensors, and nothing else is ever unpickled: ask for a .safetensors file"
         raise ValueError(f"{path} {why}") from error
 
 
-def _unpickled(path: Path, is_zip: bool) -> dict[str, Tensor]:
-    mapped = is_zip and _is_uncompressed(path)
+_OTHERS = {
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"GIF8": "a GIF picture",
+    b"RIFF": "a WebP picture or another RIFF file",
+    b"GGUF": "a GGUF file",
+    b"%PDF": "a PDF file",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"7z\xbc\xaf": "a 7z archive: unpack it first",
+}
+
+
+def _check(path: Path) -> None:
+    """Raises ValueError, saying what the file is, when it is no file of weights."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file of weights in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    with open(path, "rb") as file:
+        start = file.read(256)
+    if not start:
+        raise ValueError(f"{path} is empty: download it again")
+    check_is_itself(path)
+    for first, what in _OTHERS.items():
+        if start.startswith(first):
+            raise ValueError(f"{path} is not a file of weights but {what}")
+    is_text = all(byte >= 32 or byte in b"\t\r\n" for byte in start)
+    if is_text and not _is_index(path):
+        what = "JSON" if start.lstrip()[:1] in (b"{", b"[") else "text"
+        raise ValueError(f"{path} is not a file of weights but {what}")
+
+
+def _is_index(path: Path) -> bool:
+    return ".index." in path.name and path.suffix == ".json"
+
+
+def _sharded(index: Path) -> Opened:
+    """The tensors of a file in shards, from its index, which says which file beside it holds each."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in where.values()
+    ):
+        raise ValueError(f"{index} is not the index of a file in shards: download it again")
+    shards = {name: File(index.with_name(name)) for name in sorted(set(where.values()))}
+    if absent := [name for name in where if printable(name) not in shards[where[name]]]:
+        raise ValueError(f"{index} names {printable(absent[0])}, which its shard lacks: download both again")
+    names = [name for shard in shards.values() for name in shard]
+    holder = {name: shard for shard in shards.values() for name in shard}
+    if len(holder) < len(names):
+        raise ValueError(f"{index} has shards that hold the same tensor twice: download them again")
+    return names, lambda name: holder[name][name], lambda name: holder[name].shape(name)
+
+
+def _opened(path: Path) -> Opened:
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":
+        handle = safe_open(path, "pt")
+        return list(handle.keys()), handle.get_tensor, lambda name: tuple(handle.get_slice(name).get_shape())
+    limit = _GROWTH * path.stat().st_size + _SLACK
+    mapped = start[:2] == b"PK" and _is_uncompressed(path, limit)
     with torch.serialization.safe_globals(_LIGHTNING):
-        return _flat(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+        tensors = _flat(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+    if sum(tensor.nbytes for tensor in tensors.values()) > limit:
+        raise ValueError("its tensors claim far more memory than the file has")
+    return list(tensors), tensors.__getitem__, lambda name: tuple(tensors[name].shape)
 
 
-def _is_uncompressed(path: Path) -> bool:
-    """Whether a zip file can be mapped. Raises ValueError when a checksum is wrong."""
+def _is_uncompressed(path: Path, limit: int) -> bool:
+    """Whether a zip file can be mapped. Raises ValueError when a checksum is wrong, or it unpacks to more than `limit` bytes."""
     with ZipFile(path) as file:
+        if not any(part.filename.endswith("data.pkl") for part in file.infolist()):
+            raise ValueError("it is a zip archive without tensors")
+        if sum(part.file_size for part in file.infolist()) > limit:
+            raise ValueError("it unpacks to far more than its size")
         if bad := file.testzip():
             raise ValueError(f"its part {bad} is damaged")
         return all(part.compress_type == ZIP_STORED for part in file.infolist())

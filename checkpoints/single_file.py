@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from checkpoints import configs
+from checkpoints import ldm
 from checkpoints.base import Base
+from checkpoints.clip import assemble_text
 from checkpoints.files import naming, short_list
 from checkpoints.fill import assemble, check, empty_module
-from checkpoints.names import named, text_names, unet_rows, vae_rows
+from checkpoints.names import named, unet_rows, vae_rows
 from checkpoints.reader import File
-from model.text_encoder import TextEncoder
-from model.unet import UNet
+from model.text_encoder import TextConfig, TextEncoder
+from model.unet import UNet, UNetConfig
 from model.vae import VAE
 
 LDM = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
+_WHOLE = "a complete Stable Diffusion 1.x checkpoint"
 
 
 def single_kind(file: File) -> str:
@@ -27,7 +31,7 @@ def single_kind(file: File) -> str:
         return "Stable Diffusion 2.x"
     if any(name.startswith(("control_model.", "controlnet_")) for name in file):
         return "a ControlNet"
-    if any("lora" in name for name in file):
+    if 2 * sum("lora" in name.lower() for name in file) > len(file):
         return "a LoRA"
     return "Stable Diffusion 1.x" if any(name.startswith(LDM["unet"]) for name in file) else "not a base model"
 
@@ -42,6 +46,7 @@ def _ema(file: File) -> File:
 
 
 def open_single(path: Path) -> File:
+    """A single file. Raises ValueError when it is not Stable Diffusion 1.x."""
     file = File(path)
     if (kind := single_kind(file)) != "Stable Diffusion 1.x":
         raise ValueError(
@@ -50,23 +55,54 @@ def open_single(path: Path) -> File:
     return file
 
 
-def load_single(path: Path, dtype: torch.dtype | None = torch.float32, ema: bool = False) -> Base:
-    """Stable Diffusion 1.x from one file in LDM's layout, `.safetensors` or `.ckpt`; with `ema` the UNet's slow copy."""
-    file = _ema(open_single(path)) if ema else open_single(path)
-    unet, vae, text = (file.part(prefix) for prefix in LDM.values())
-    with naming(path, "is not a complete Stable Diffusion 1.x checkpoint"):
-        sizes = configs.ldm_unet(unet.shapes), configs.ldm_vae(vae.shapes), configs.ldm_text(text.shapes)
-        empty = empty_module(UNet, sizes[0]), empty_module(VAE, sizes[1]), empty_module(TextEncoder, sizes[2])
-    tables = (
-        named(empty[0].state_dict(), unet_rows(sizes[0]), 2),
-        named(empty[1].state_dict(), vae_rows(sizes[1]), 2),
-        text_names(empty[2].state_dict(), sizes[2]),
-    )
-    what = "a complete Stable Diffusion 1.x checkpoint"
-    for module, names, part in zip(empty, tables, (unet, vae, text), strict=True):
-        check(module, names, part, what)
+def load_single(
+    path: Path,
+    dtype: torch.dtype | None = torch.float32,
+    ema: bool = False,
+    vae: VAE | None = None,
+    build: Callable[[TextConfig], TextEncoder] = TextEncoder,
+) -> Base:
+    """Stable Diffusion 1.x from one file in LDM's layout, `.safetensors` or `.ckpt`, with the `.yaml` beside it, if any.
+
+    With `ema` the UNet's EMA copy; with `vae` that one, so the file needs none. `build` makes the empty
+    text tower. Raises ValueError when a part is not whole.
+    """
+    file, settings = open_single(path), ldm.settings_beside(path)
+    file = _ema(file) if ema else file
+    parts = file.part(LDM["unet"]), file.part(LDM["text"])
+    with naming(path, f"is not {_WHOLE}"):
+        unet = empty_module(UNet, ldm.ldm_unet(parts[0].shapes, settings))
+        text = empty_module(build, ldm.ldm_text(_without_prefix(parts[1]).shapes))
+    names = named(unet.state_dict(), unet_rows(unet.config), 2)
+    check(unet, names, parts[0], _WHOLE)
     return Base(
-        assemble(empty[0], tables[0], unet, what, dtype),
-        assemble(empty[1], tables[1], vae, what, dtype),
-        assemble(empty[2], tables[2], text, what, dtype),
+        vae=vae or load_ldm_vae(file.part(LDM["vae"]), settings, _WHOLE, dtype),
+        text=assemble_text(text, parts[1], _WHOLE, dtype),
+        unet=assemble(unet, names, parts[0], _WHOLE, dtype),
     )
+
+
+def single_unet_config(path: Path) -> UNetConfig:
+    """The config of the UNet in a single file, from its header."""
+    with naming(path, f"is not {_WHOLE}"):
+        return ldm.ldm_unet(open_single(path).part(LDM["unet"]).shapes, ldm.settings_beside(path))
+
+
+def _without_prefix(text: File) -> File:
+    return text.renamed({name.removeprefix("text_model."): name for name in text})
+
+
+_SPELLINGS = {
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+    "group_norm": "norm", "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
+}  # fmt: skip
+_SPELLED = re.compile(rf"(?<=mid\.attn_1\.)({'|'.join(map(re.escape, _SPELLINGS))})(?=\.(weight|bias)$)")
+
+
+def load_ldm_vae(file: File, settings: ldm.Settings, what: str, dtype: torch.dtype | None) -> VAE:
+    """The autoencoder under LDM's names, its attention spelled as diffusers does too; leaves out a loss and an EMA copy."""
+    file = file.without(r"loss\.|model_ema\.")
+    file = file.renamed({_SPELLED.sub(lambda m: _SPELLINGS[m[1]], name): name for name in file})
+    with naming(file.path, f"is not {what}"):
+        vae = empty_module(VAE, ldm.ldm_vae(file.shapes, settings))
+    return assemble(vae, named(vae.state_dict(), vae_rows(vae.config), 2), file, what, dtype)

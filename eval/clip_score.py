@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from checkpoints.stable_diffusion import load_image_encoder, load_text_encoder
+from checkpoints.clip import load_image_encoder, load_text_encoder
 from model.image_encoder import ImageEncoder
 from model.text_encoder import TextEncoder
 

@@ -131,6 +131,9 @@ class ImageEncoder(nn.Module):
             ][0]
             return grid.flatten(2).transpose(1, 2) + self.clip.attnpool.positional_embedding[1:]
         layer = self.config.layers[0] - 2
+        if layer < 0:  # one layer: what enters it
+            entering: Tensor = self.clip._embeds(pixels)
+            return entering
         parts = self.clip.forward_intermediates(
             pixels,
             indices=[layer],

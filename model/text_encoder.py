@@ -28,6 +28,7 @@ class TextConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
+    mlp_ratio: float = 4.0
     output_dim: int = 0  # width of the projected, pooled embedding; 0 = none stored
     vocab_size: int = 49408
     context_length: int = 77
@@ -81,6 +82,7 @@ class TextEncoder(nn.Module):
             width=config.width,
             heads=config.heads,
             layers=config.layers,
+            mlp_ratio=config.mlp_ratio,
             output_dim=config.output_dim or None,
             act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
         )

@@ -34,6 +34,7 @@ class UNetConfig:
     context_dim: int = 768
     groups: int = 32
     added_dim: int = 0  # width of the added vector conditioning (SDXL: 2816)
+    added_time_dim: int = 256  # of which each of six sizes takes this many, as a timestep embedding
     prediction: Literal["epsilon", "v"] = "epsilon"
     sample_size: int = 64  # side of the latents that it was trained on
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sampling.schedule import Schedule
 
 Denoiser = Callable[[Tensor, int], Tensor]
-Enter = Callable[[int, int, Tensor], Tensor]  # (index, timestep, x): the latents with which that step begins
+Enter = Callable[[int, float, Tensor], Tensor]  # (index, a_t, x): the latents with which that step begins
 Sampler = Callable[..., Iterator["State"]]  # `ddim`, or another function of its shape
 
 
@@ -32,7 +32,7 @@ def randn(shape: Sequence[int], generators: Sequence[torch.Generator], like: Ten
     return noise if like is None else noise.to(like)
 
 
-def as_is(index: int, t: int, x: Tensor) -> Tensor:
+def as_is(index: int, a: float, x: Tensor) -> Tensor:
     """Every step begins with what the one before it left."""
     return x
 
@@ -57,7 +57,7 @@ def ddim(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {eta}")
     for index, (t, a, a_prev) in islice(enumerate(schedule.pairs(steps)), start, None):
-        x = enter(index, t, x)
+        x = enter(index, a, x)
         eps, x0 = schedule.split(x, model(x, t), a)
         s = eta * ((1 - a_prev) / (1 - a)) ** 0.5 * (1 - a / a_prev) ** 0.5
         x = a_prev**0.5 * x0 + (1 - a_prev - s**2) ** 0.5 * eps

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,18 +15,41 @@ from sampling.ddim import Denoiser, Enter, State, as_is
 from sampling.schedule import Schedule
 
 
-def visits(schedule: Schedule, steps: int) -> list[int]:
-    """The timesteps of `steps` steps as diffusers' `DPMSolverMultistepScheduler` places them: the last step ends at a = 1,
-    not at a timestep, so leading and linspace are those of one step more without the last.
+def levels(schedule: Schedule, steps: int) -> list[tuple[int, float]]:
+    """(t, a) of each step, as diffusers' `DPMSolverMultistepScheduler` places them. The last step ends at a = 1, not at a
+    timestep, so leading and linspace are those of one step more without the last.
 
-    Raises ValueError unless they are `steps` different ones.
+    Raises ValueError unless they are `steps` different ones, or where the scheduler's file asks for another solver.
     """
+    if schedule.not_dpm:
+        raise ValueError(
+            f"the scheduler's file sets {', '.join(schedule.not_dpm)}, which DPM-Solver++ here does not follow: "
+            "draw with --sampler ddim, or take these settings out of the file"
+        )
+    if schedule.spacing is None:
+        schedule = replace(schedule, spacing="linspace")
     found = schedule.visits(steps)
+    if schedule.karras:
+        return _karras(schedule, steps)
     if schedule.spacing in ("leading", "linspace"):
         found = schedule.visits(min(steps + 1, schedule.timesteps))[:-1]
     if len(set(found)) < max(steps, len(found)):
         raise ValueError(f"{steps} steps are too many for DPM-Solver++: it would visit a timestep twice; take fewer")
-    return found
+    schedule.warn_of_late_start(steps, found[0])
+    alphas = schedule.alphas.double()
+    return [(t, float(alphas[t])) for t in found]
+
+
+def _karras(schedule: Schedule, steps: int, rho: float = 7.0) -> list[tuple[int, float]]:
+    """Eq. 5 of arXiv 2206.00364: sigma^(1/rho) falls linearly from the largest to the smallest sigma, which is
+    sqrt((1 - a) / a) here. t is the timestep whose log sigma is nearest, by linear interpolation.
+    """
+    alphas = schedule.alphas.double().numpy()
+    table = np.sqrt((1 - alphas) / alphas)
+    most, least = table[-1] ** (1 / rho), table[0] ** (1 / rho)
+    sigmas = (most + np.linspace(0, 1, steps) * (least - most)) ** rho
+    times = np.interp(np.log(sigmas), np.log(table), np.arange(len(table))).round()
+    return [(int(t), float(1 / (1 + sigma**2))) for t, sigma in zip(times, sigmas, strict=True)]
 
 
 def dpm(
@@ -44,16 +69,16 @@ def dpm(
 
     where x_0' and h' are those of the step before. The first step has none, and the last ends at sigma = 0: there D = x_0.
     The arguments are those of `ddim`; it is deterministic, so a nonzero eta raises ValueError. Matches diffusers'
-    `DPMSolverMultistepScheduler` of order 2 with "midpoint" and final sigmas "zero".
+    `DPMSolverMultistepScheduler` of order 2 with "midpoint" and final sigmas "zero", with Karras sigmas or without.
     """
     if eta != 0:
         raise ValueError(f"eta is DDIM's: DPM-Solver++ adds no noise, so leave it at 0, not {eta}")
-    found = visits(schedule, steps)
-    a = [*schedule.alphas.double()[found].tolist(), 1.0]
+    found, a = zip(*levels(schedule, steps), strict=True)
+    a = (*a, 1.0)
     lam = [0.5 * math.log(each / (1 - each)) for each in a[:-1]]
     before = x
     for i, t in islice(enumerate(found), start, None):
-        x = enter(i, t, x)
+        x = enter(i, a[i], x)
         _, x0 = schedule.split(x, model(x, t), a[i])
         d = x0
         if start < i < len(found) - 1:

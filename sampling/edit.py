@@ -15,7 +15,7 @@ from torch import Tensor
 from model.vae import VAE
 from sampling.ddim import Denoiser, randn
 from sampling.request import check_size
-from sampling.schedule import Schedule
+from sampling.schedule import noised
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ class Canvas:
     repaints. `extra`, `b c+1 h w`, is what an inpainting UNet also reads: the mask, and latents of the picture without what it covers.
     """
 
-    schedule: Schedule
     noise: Tensor
     start: int = 0
     pure: bool = False
@@ -93,11 +92,11 @@ class Canvas:
         extra = self.extra
         return denoise if extra is None else lambda x, t: denoise(torch.cat([x, extra], dim=1), t)
 
-    def enter(self, index: int, t: int, x: Tensor) -> Tensor:
-        """The first step begins with x_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps, each later one with m x + (1 - m) x_t."""
+    def enter(self, index: int, a: float, x: Tensor) -> Tensor:
+        """The first step begins with x_t = sqrt(a) z_0 + sqrt(1 - a) eps, each later one with m x + (1 - m) x_t."""
         if self.latents is None:
             return x
-        known = self.schedule.add_noise(self.latents, self.noise, torch.tensor([t]))
+        known = noised(self.latents, self.noise, self.latents.new_tensor(a))
         if index == self.start:
             return x if self.pure else known
         return x if self.mask is None else known.lerp(x, self.mask)
@@ -111,7 +110,6 @@ def begin(
     edit: Edit | None,
     channels: int,
     vae: VAE,
-    schedule: Schedule,
     steps: int,
     generators: Sequence[torch.Generator],
     size: tuple[int, int],
@@ -133,10 +131,10 @@ def begin(
         return randn(shape, generators).to(like.device)
 
     if edit is None:
-        return Canvas(schedule, noise())
+        return Canvas(noise())
     start, pure = edit.start(steps), edit.mask is not None and edit.strength == 1
     latents = None if inpaints and pure else sample(edit.picture)
-    canvas = Canvas(schedule, noise(), start, pure, latents)
+    canvas = Canvas(noise(), start, pure, latents)
     if edit.mask is None:
         return canvas
     mask = (edit.mask >= 0.5).float()

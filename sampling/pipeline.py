@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
-from checkpoints.stable_diffusion import load_base, load_image_encoder, scheduler_config
+from checkpoints.clip import load_image_encoder
+from checkpoints.files import naming
+from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.context import Context
@@ -30,7 +32,8 @@ from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
 from sampling.lambdas import moving, set_lambda
 from sampling.request import WEIGHTS, Request, check_seed
-from sampling.schedule import Prediction, Schedule, schedule_of
+from sampling.schedule import Prediction, Schedule
+from sampling.scheduler_file import schedule_of
 
 SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "dpm++": dpm}
 Given = Picture | str  # where an image prompt is meant
@@ -194,7 +197,7 @@ class Pipeline:
         prompts, seeds, negatives = rows_of(prompts, seeds, negatives)
         size = size or (edit.size if edit else self.native_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        canvas = begin(edit, self.unet.config.in_channels, self.vae, self.schedule, steps, generators, size)
+        canvas = begin(edit, self.unet.config.in_channels, self.vae, steps, generators, size)
         x, dtype = canvas.noise, next(self.unet.parameters()).dtype
         grid = x.shape[-2], x.shape[-1]
         uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights)
@@ -240,7 +243,9 @@ def load(
     """
     checkpoint = Path(checkpoint)
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)
-    schedule = schedule_of(scheduler_config(checkpoint))
+    config = scheduler_config(checkpoint)
+    with naming(scheduler_file(checkpoint), "is not a schedule that is read"):
+        schedule = schedule_of(config)
     for file in files:  # reject files that are not adapters before loading the base model
         adapter_sizes(adapter_file(file))
     base = load_base(checkpoint, dtype, prediction, Path(vae) if vae else None)

@@ -5,9 +5,9 @@ Written a_t here for the cumulative product alpha-bar_t; x_t = sqrt(a_t) x_0 + s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,21 +17,30 @@ Prediction = Literal["epsilon", "v"]
 Spacing = Literal["leading", "trailing", "linspace", "ldm"]
 
 
+def noised(x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, where `a` broadcasts to x_0."""
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """Stable Diffusion's schedule; the default is SD 1.5 with DDIM.
+    """Stable Diffusion's schedule; the default is SD 1.5's.
 
-    `spacing` names how `visits` places the timesteps: the three of arXiv 2305.08891, Table 2, as diffusers rounds them, or
-    the original LDM's. `offset` is added to leading timesteps. `final_one`: after the last step a = 1 instead of a_0.
+    `spacing` places the timesteps: the three of arXiv 2305.08891, Table 2, as diffusers rounds them, or the original LDM's;
+    None takes the sampler's own, leading for DDIM and linspace for DPM-Solver++. `offset` is added to leading timesteps.
+    `final_one` (DDIM): after the last step a = 1 instead of a_0. `karras` (DPM-Solver++): the noise levels of arXiv 2206.00364.
+    `not_dpm` names settings of the scheduler's file that our DPM-Solver++ doesn't follow; it refuses to draw where there are any.
     """
 
     timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     prediction: Prediction = "epsilon"
-    spacing: Spacing = "leading"
+    spacing: Spacing | None = None
     offset: int = 1
     final_one: bool = False
+    karras: bool = False
+    not_dpm: tuple[str, ...] = ()
 
     @property
     def alphas(self) -> Tensor:
@@ -40,7 +49,7 @@ class Schedule:
         return torch.cumprod(1 - betas, dim=0)
 
     def visits(self, steps: int) -> list[int]:
-        """The timesteps that `steps` steps visit, from noise to picture. LDM's rule visits more where steps do not divide T.
+        """The timesteps that `steps` steps visit, from noise to picture. LDM's rule visits more if steps do not divide T.
 
         Raises ValueError unless 1 <= steps <= T.
         """
@@ -49,27 +58,37 @@ class Schedule:
             raise ValueError(f"steps must be between 1 and {total}, not {steps}")
         if self.spacing == "ldm":
             grid = np.arange(0.0, total, total // steps) + 1
-        elif self.spacing == "leading":
-            grid = np.arange(0.0, steps) * (total // steps) + self.offset
         elif self.spacing == "trailing":
             return [int(t) for t in np.round(np.arange(total, 0, -total / steps))[:steps] - 1]
-        else:
+        elif self.spacing == "linspace":
             grid = np.linspace(0, total - 1, steps).round()
+        else:
+            grid = np.arange(0.0, steps) * (total // steps) + self.offset
         return [min(int(t), total - 1) for t in grid[::-1]]
 
     def pairs(self, steps: int) -> list[tuple[int, float, float]]:
         """(t, a_t, a_prev) of each step. a_prev belongs to t - T // steps (diffusers), or to the next visit (LDM)."""
         alphas, visits = self.alphas.double(), self.visits(steps)
+        self.warn_of_late_start(steps, visits[0])
         final = 1.0 if self.final_one else float(alphas[0])
         after = [*visits[1:], -1] if self.spacing == "ldm" else [t - self.timesteps // steps for t in visits]
         return [
             (t, float(alphas[t]), float(alphas[p]) if p >= 0 else final) for t, p in zip(visits, after, strict=True)
         ]
 
+    def warn_of_late_start(self, steps: int, first: int) -> None:
+        """Warn if many leading steps begin below 0.9 T, where x_t is no longer noise, because T / steps is rounded down."""
+        fewer = self.timesteps // (self.timesteps // steps + 1)
+        if self.spacing in ("leading", None) and 10 * steps > self.timesteps and first < 0.9 * self.timesteps:
+            warnings.warn(
+                f"{steps} steps with leading spacing begin at timestep {first} of {self.timesteps}, as in diffusers, and give a "
+                f"washed-out picture: take {fewer} steps",
+                stacklevel=3,
+            )
+
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps for a batch of timesteps `b`."""
-        a = self.alphas.to(x0)[t].view(-1, *[1] * (x0.ndim - 1))
-        return a.sqrt() * x0 + (1 - a).sqrt() * eps
+        """x_t for a batch of timesteps `b`; `x0` and `eps` are `b ...`."""
+        return noised(x0, eps, self.alphas.to(x0)[t].view(-1, *[1] * (x0.ndim - 1)))
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network predicts: eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) x_0."""
@@ -83,33 +102,3 @@ class Schedule:
         if self.prediction == "epsilon":
             return output, (x - (1 - a) ** 0.5 * output) / a**0.5
         return a**0.5 * output + (1 - a) ** 0.5 * x, a**0.5 * x - (1 - a) ** 0.5 * output
-
-
-def schedule_of(config: Mapping[str, Any]) -> Schedule:
-    """The DDIM schedule of a diffusers `scheduler_config.json`, whichever scheduler that names; {} gives SD 1.5's.
-
-    As diffusers' pipeline does, `steps_offset` is 1 and samples are never clipped, whatever the file says; what it leaves
-    out is as in `DDIMScheduler`. Raises ValueError for what Stable Diffusion's schedule is not.
-    """
-    if config:
-        config = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "set_alpha_to_one": True, **config}
-    for key, value in {
-        "beta_schedule": "scaled_linear",
-        "trained_betas": None,
-        "rescale_betas_zero_snr": False,
-        "thresholding": False,
-    }.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"the scheduler's {key} is {config[key]}; only {value} is read")
-    kind, spacing = config.get("prediction_type", "epsilon"), config.get("timestep_spacing", "leading")
-    if kind not in ("epsilon", "v_prediction") or spacing not in ("leading", "trailing", "linspace"):
-        raise ValueError(f"the scheduler's prediction_type {kind} or timestep_spacing {spacing} is not read")
-    default = Schedule()
-    return Schedule(
-        timesteps=config.get("num_train_timesteps", default.timesteps),
-        beta_start=config.get("beta_start", default.beta_start),
-        beta_end=config.get("beta_end", default.beta_end),
-        prediction="v" if kind == "v_prediction" else "epsilon",
-        spacing=spacing,
-        final_one=config.get("set_alpha_to_one", default.final_one),
-    )

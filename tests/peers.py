@@ -85,7 +85,7 @@ def unet_pair(config: UNetConfig, linear: bool, seed: int = 0) -> UNetPair:
     kinds = [bool(depth) for depth in config.depth]
     added = {
         "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
+        "addition_time_embed_dim": config.added_time_dim,
         "projection_class_embeddings_input_dim": config.added_dim,
     }
     peer = UNet2DConditionModel(
@@ -113,7 +113,14 @@ def unet_pair(config: UNetConfig, linear: bool, seed: int = 0) -> UNetPair:
 SMALL_SD15 = UNetConfig(channels=(16, 24, 32, 32), heads=(4, 4, 4, 4), context_dim=12, groups=4)
 SMALL_SD21 = UNetConfig(channels=(16, 32, 48, 48), heads=(2, 4, 6, 6), context_dim=20, groups=8, prediction="v")
 SMALL_SDXL = UNetConfig(
-    channels=(16, 32, 48), depth=(0, 2, 3), mid_depth=3, heads=(2, 4, 6), context_dim=24, groups=8, added_dim=6 * 8 + 10
+    channels=(16, 32, 48),
+    depth=(0, 2, 3),
+    mid_depth=3,
+    heads=(2, 4, 6),
+    context_dim=24,
+    groups=8,
+    added_dim=6 * 8 + 10,
+    added_time_dim=8,
 )
 SMALL_ONE = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=6, groups=4)
 SMALL_UNETS = {

@@ -31,19 +31,12 @@ from checkpoints import configs
 from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.base import Base
 from checkpoints.cards import save
+from checkpoints.clip import load_image_encoder, load_text_encoder
 from checkpoints.describe import inspect
 from checkpoints.files import write_json, write_tensors
 from checkpoints.names import adapter_names, named, unet_rows, vae_rows
 from checkpoints.single_file import load_single
-from checkpoints.stable_diffusion import (
-    load_base,
-    load_image_encoder,
-    load_text_encoder,
-    load_unet,
-    load_vae,
-    save_diffusers,
-    unet_config,
-)
+from checkpoints.stable_diffusion import load_base, load_unet, load_vae, save_diffusers, unet_config
 from model.adapter import IPAdapter
 from model.context import Context
 from model.image_encoder import ImageConfig
@@ -333,7 +326,8 @@ def test_unets_of_several_sizes_there_and_back(pair: Pair, tmp_path: Path, name:
     assert back.state_dict().keys() == want.keys()
     assert all(torch.equal(t.reshape(want[k].shape), want[k]) for k, t in back.state_dict().items())
     assert verify(tmp_path / "unet", tmp_path / "back" / "unet") == []
-    for key in ("attention_head_dim", "cross_attention_dim", "block_out_channels", "transformer_layers_per_block"):
+    heads = ("addition_time_embed_dim", "attention_head_dim", "cross_attention_dim")
+    for key in (*heads, "block_out_channels", "transformer_layers_per_block"):
         assert list_of(back.config[key]) == list_of(both.peer.config[key])
 
 
@@ -745,6 +739,12 @@ MISTAKES: dict[str, list[str]] = {
     "diffusers of an adapter": ["convert", "--diffusers", "adapter.safetensors", "out"],
     "nan": ["convert", "nan.safetensors", "out.safetensors"],
     "too large": ["convert", "--dtype", "float16", "large.safetensors", "out.safetensors"],
+    "in a file": ["convert", "adapter.safetensors", "text.txt/out.safetensors"],
+    "over a folder": ["convert", "adapter.safetensors", "folder"],
+    "a base over a file": ["convert", "vae", "text.txt"],
+    "diffusers over a file": ["convert", "--diffusers", "unet", "text.txt"],
+    "a name too long": ["convert", "adapter.safetensors", "x" * 300 + ".safetensors"],
+    "nowhere": ["convert", "adapter.safetensors", "/proc/none/out.safetensors"],
     "unlike": ["verify", "adapter.safetensors", "no-such.bin"],
 }
 
@@ -763,6 +763,7 @@ def test_errors_are_one_sentence(
     Path("empty.bin").touch()
     Path("folder").mkdir()
     shutil.copytree(folder / "vae", "vae")
+    shutil.copytree(folder / "unet", "unet")
     before = names(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(arguments)

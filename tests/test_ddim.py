@@ -72,7 +72,7 @@ def test_trajectories_are_those_of_diffusers(spacing: Spacing, prediction: Predi
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_trajectories_that_end_at_one(offset: int, eta: float) -> None:
-    schedule, x = Schedule(offset=offset, final_one=True), randn(SHAPE, generators(1, 2)).double()
+    schedule, x = Schedule(spacing="leading", offset=offset, final_one=True), randn(SHAPE, generators(1, 2)).double()
     ours = [state.x for state in ddim(denoiser, x, schedule, 20, eta, generators(5, 6))]
     assert error(ours, peer_trajectory(x, schedule, 20, eta, exact=True)) < 1e-10
 

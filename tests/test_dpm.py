@@ -13,11 +13,15 @@ from diffusers.schedulers import scheduling_dpmsolver_multistep
 from torch import Tensor
 
 from sampling.ddim import ddim, randn
-from sampling.dpm import dpm, visits
+from sampling.dpm import dpm, levels
 from sampling.schedule import Prediction, Schedule, Spacing
 
 SHAPE = (4, 5, 3)
 SPACINGS = ["leading", "trailing", "linspace"]
+
+
+def visits(schedule: Schedule, steps: int) -> list[int]:
+    return [t for t, _ in levels(schedule, steps)]
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -115,7 +119,7 @@ def test_steps_that_do_not_fit_are_refused(spacing: Spacing, steps: int) -> None
 def test_a_timestep_is_never_visited_twice() -> None:
     """999 leading steps begin at 1000, which is cut to 999."""
     with pytest.raises(ValueError, match="999 steps are too many"):
-        visits(Schedule(), 999)
+        visits(Schedule(spacing="leading"), 999)
     assert len(visits(Schedule(spacing="trailing"), 1000)) == 1000
 
 
@@ -139,14 +143,15 @@ def test_what_enters_a_step_is_what_it_sees(sampler: Any) -> None:
         seen.append(x)
         return denoiser(x, t)
 
-    entered: list[tuple[int, int]] = []
+    entered: list[tuple[int, float]] = []
 
-    def enter(index: int, t: int, x: Tensor) -> Tensor:
-        entered.append((index, t))
+    def enter(index: int, a: float, x: Tensor) -> Tensor:
+        entered.append((index, a))
         return x + index
 
     states = list(sampler(watching, x := randn(SHAPE, generators(1)), Schedule(), 6, start=3, enter=enter))
-    assert entered == [(state.index, state.t) for state in states] and [i for i, _ in entered] == [3, 4, 5]
+    a = Schedule().alphas.double().tolist()
+    assert entered == [(state.index, a[state.t]) for state in states] and [i for i, _ in entered] == [3, 4, 5]
     starts = [x, *(state.x for state in states)]
     assert all(torch.equal(a, b + i) for a, b, i in zip(seen, starts, (3, 4, 5), strict=False))
 

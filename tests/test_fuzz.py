@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.cards import save
+from checkpoints.clip import load_image_encoder
 from checkpoints.names import Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
 from checkpoints.single_file import LDM, load_single
-from checkpoints.stable_diffusion import load_image_encoder, load_unet, load_vae, save_diffusers
+from checkpoints.stable_diffusion import load_unet, load_vae, save_diffusers
 from model.adapter import IPAdapter
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler

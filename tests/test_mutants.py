@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from checkpoints import adapters, fill, stable_diffusion
+from checkpoints import adapters, clip, fill
 from model import attention, context, image_encoder, unet
 from model.adapter import IPAdapter
 from model.attention import Attention, CrossAttention
@@ -130,7 +130,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
         "fine": seen.hidden_states[-2],
         "encode": vae.encode(pixels).latent_dist.mean * VAE.scale,
         "decode": vae.decode(latents / VAE.scale).sample,
-        "trajectory": peer_trajectory(latents, Schedule(), 30, eta=0.0, exact=True)[-1],
+        "trajectory": peer_trajectory(latents, Schedule(spacing="leading"), 30, eta=0.0, exact=True)[-1],
         "preprocess": CLIPImageProcessorPil(**SQUARE)(PHOTO, return_tensors="pt").pixel_values[0],
         "mask": torch.cat([averages(MASK, h, w) for h, w in GRIDS], dim=2),
     }
@@ -152,7 +152,7 @@ def step(s: Stack, weight: float = GUIDANCE) -> Tensor:
 
 def text_files(s: Stack) -> Tensor:
     """What the tower says, read from each of the files."""
-    towers = [stable_diffusion.load_text_encoder(path, dtype=None) for path in s.texts]
+    towers = [clip.load_text_encoder(path, dtype=None) for path in s.texts]
     return torch.stack([text(s.tokens) for text in towers])
 
 
@@ -328,8 +328,8 @@ def no_guidance_up_to_one(m: pytest.MonkeyPatch, _: Stack) -> None:
 
 def text_prefix(prefix: str) -> Mutant:
     def mutate(m: pytest.MonkeyPatch, _: Stack) -> None:
-        real = stable_diffusion.text_names
-        m.setattr(stable_diffusion, "text_names", lambda ours, config, _: real(ours, config, prefix))
+        real = clip.text_names
+        m.setattr(clip, "text_names", lambda ours, config, _: real(ours, config, prefix))
 
     return mutate
 

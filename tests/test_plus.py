@@ -21,9 +21,10 @@ from torch import Tensor
 
 from checkpoints import cards
 from checkpoints.adapters import load_adapter, save_adapter
+from checkpoints.clip import load_image_encoder
 from checkpoints.describe import inspect
 from checkpoints.names import adapter_names, projection_names
-from checkpoints.stable_diffusion import load_image_encoder, load_unet
+from checkpoints.stable_diffusion import load_unet
 from model.adapter import IPAdapter
 from model.image_encoder import ImageEncoder, normalise
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from checkpoints.cards import read_card
+from checkpoints.clip import load_image_encoder
 from checkpoints.files import sha256
-from checkpoints.stable_diffusion import load_image_encoder, load_unet
+from checkpoints.stable_diffusion import load_unet
 from eval import docs, world
 from eval.ablation import report
 from eval.ablation.endpoint import grey_error

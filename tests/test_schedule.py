@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from sampling.schedule import Prediction, Schedule, Spacing, schedule_of
+from sampling.ddim import ddim
+from sampling.dpm import dpm
+from sampling.schedule import Prediction, Schedule, Spacing
 
 STEPS = (1, 7, 20, 30, 50, 1000)
 SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
@@ -108,6 +112,21 @@ def test_impossible_steps_are_refused(spacing: Spacing, steps: int) -> None:
         Schedule(spacing=spacing).pairs(steps)
 
 
+@pytest.mark.parametrize("sampler", [ddim, dpm], ids=["ddim", "dpm++"])
+@pytest.mark.parametrize(("steps", "fewer"), [(280, 250), (400, 333), (600, 500), (850, 500)])
+def test_a_late_start_is_warned_of(sampler: Any, steps: int, fewer: int) -> None:
+    """Leading timesteps of diffusers begin at t = steps where there are more than 500."""
+    schedule = Schedule(spacing="leading")
+    scheduler = peer(steps) if sampler is ddim else DPMSolverMultistepScheduler.from_config(peer(steps).config)
+    scheduler.set_timesteps(steps)
+    with pytest.warns(UserWarning, match=rf"{steps} steps .* at timestep {max(scheduler.timesteps)} .*: take {fewer}"):
+        next(sampler(lambda x, t: x, torch.zeros(1), schedule, steps))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(sampler(lambda x, t: x, torch.zeros(1), schedule, fewer if sampler is ddim else 50))
+        next(sampler(lambda x, t: x, torch.zeros(1), replace(schedule, spacing="trailing"), steps))
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_split_is_the_inverse_of_target(prediction: Prediction) -> None:
     schedule = Schedule(prediction=prediction)
@@ -129,48 +148,3 @@ def test_noise_and_target_are_those_of_diffusers(prediction: Prediction) -> None
     torch.testing.assert_close(
         schedule.target(x0, eps, t), eps if prediction == "epsilon" else velocity, atol=1e-13, rtol=0
     )
-
-
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-SD15 = BETAS | {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
-FILES: dict[str, dict[str, Any]] = {
-    "SD 1.5": {"_class_name": "PNDMScheduler", **SD15},
-    "SD 2.1": {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", **SD15},
-    "no word of the last step": {"_class_name": "DPMSolverMultistepScheduler", "steps_offset": 1, **BETAS},
-    "trailing": {"timestep_spacing": "trailing", **SD15},
-    "other betas": {**SD15, "beta_start": 0.001, "beta_end": 0.02, "num_train_timesteps": 800},
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_schedule_of_a_file_is_the_one_that_diffusers_makes_of_it(name: str) -> None:
-    scheduler, ours = DDIMScheduler.from_config(FILES[name]), schedule_of(FILES[name])
-    scheduler.set_timesteps(30)
-    alphas, stride = scheduler.alphas_cumprod.double(), len(scheduler.alphas_cumprod) // 30
-    final, visits = float(scheduler.final_alpha_cumprod), scheduler.timesteps.tolist()
-    previous = [float(alphas[t - stride]) if t >= stride else final for t in visits]
-    assert ours.pairs(30) == [(t, float(alphas[t]), p) for t, p in zip(visits, previous, strict=True)]
-    assert ours.prediction == scheduler.config.prediction_type.removesuffix("_prediction")
-
-
-def test_no_file_is_sd15() -> None:
-    assert schedule_of({}) == Schedule() == schedule_of(FILES["SD 1.5"])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"beta_schedule": "linear"},
-        {"trained_betas": [0.1]},
-        {"rescale_betas_zero_snr": True},
-        {"thresholding": True},
-        {"prediction_type": "sample"},
-        {"timestep_spacing": "karras"},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_other_schedules_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(change))}.*read"):
-        schedule_of(SD15 | change)
-    with pytest.raises(ValueError, match="beta_schedule is linear"):
-        schedule_of({"_class_name": "DDIMScheduler"})

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import cards
+from checkpoints.clip import load_text_encoder
 from checkpoints.files import check_output
-from checkpoints.stable_diffusion import load_text_encoder, load_vae
+from checkpoints.stable_diffusion import load_vae
 from model.context import Context
 from model.layers import ResBlock, SpatialTransformer
 from model.unet import MINI, UNet

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints.adapters import load_adapter
+from checkpoints.clip import load_image_encoder
 from checkpoints.files import check_output, write_json
 from checkpoints.single_file import load_single
-from checkpoints.stable_diffusion import load_image_encoder
 from eval.peers import official
 from eval.tables import markdown
 from model.context import Context

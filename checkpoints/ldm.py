@@ -1,0 +1,126 @@
+"""The configs of a single file in LDM's layout: from the shapes of its tensors, and from a `.yaml` beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from checkpoints.configs import mlp_ratio, vocab_size
+from checkpoints.files import check_is_itself, naming
+from model.text_encoder import TextConfig
+from model.unet import UNetConfig
+from model.vae import VAEConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the shapes in a single file don't show; the defaults are those of Stable Diffusion 1.x.
+
+    `scheduler` is the schedule as diffusers would write it, {} where there is no `.yaml`.
+    """
+
+    prediction: Literal["epsilon", "v"] = "epsilon"
+    heads: int = 8
+    head_width: int = 0  # of all heads alike, in place of their number
+    scale: float = 0.18215
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+
+
+def yaml_beside(path: Path) -> Path | None:
+    """The `.yaml` or `.yml` of the same name as a single file."""
+    return next((file for end in (".yaml", ".yml") if (file := path.with_suffix(end)).is_file()), None)
+
+
+def settings_beside(path: Path) -> Settings:
+    """The settings in the LDM `.yaml` beside a single file; the defaults without one.
+
+    Raises ValueError that names it when it is none, or asks for what is not read.
+    """
+    file = yaml_beside(path)
+    if file is None:
+        return Settings()
+    check_is_itself(file)
+    with naming(file, "is not an LDM config that is read"):
+        import yaml  # only such files need it
+
+        params = yaml.safe_load(file.read_text())["model"]["params"]
+        unet, kind = params["unet_config"]["params"], params.get("parameterization", "eps")
+        if kind not in ("eps", "v"):
+            raise ValueError(f"its parameterization is {kind!r}; only eps and v are read")
+        width, heads = max(unet.get("num_head_channels", -1), 0), unet.get("num_heads", 8)
+        betas = params.get("beta_schedule", "linear")
+        scheduler = {
+            "num_train_timesteps": params.get("timesteps", 1000),
+            "beta_start": params.get("linear_start", 1e-4),
+            "beta_end": params.get("linear_end", 2e-2),
+            "beta_schedule": "scaled_linear" if betas == "linear" else betas,  # LDM's "linear" is linear in sqrt(beta)
+            "prediction_type": "v_prediction" if kind == "v" else "epsilon",
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        }
+        return Settings("v" if kind == "v" else "epsilon", heads, width, params.get("scale_factor", 0.18215), scheduler)
+
+
+def count(shapes: Shapes, pattern: str) -> int:
+    """Count the distinct indices that the group of `pattern` matches at the start of a name."""
+    return len({m[1] for name in shapes if (m := re.match(pattern, name))})
+
+
+def ldm_unet(shapes: Shapes, settings: Settings) -> UNetConfig:
+    """Of a single file's UNet. LDM counts stages: a level's residual blocks, then its `op`, which halves the picture.
+
+    Heads are not in the weights: Stable Diffusion 1.x has 8 at every level, unless the `.yaml` says otherwise.
+    """
+    channels, blocks, depth, i = [], [], [], 1
+    while (res := f"input_blocks.{i}.0.out_layers.3.weight") in shapes:
+        channels.append(shapes[res][0])
+        depth.append(count(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\."))
+        first = i
+        while f"input_blocks.{i}.0.out_layers.3.weight" in shapes:
+            i += 1
+        blocks.append(i - first)
+        i += 1
+    if len(set(blocks)) != 1:
+        raise KeyError(f"input_blocks.{i}.0.out_layers.3.weight")
+    return UNetConfig(
+        in_channels=shapes["input_blocks.0.0.weight"][1],
+        out_channels=shapes["out.2.weight"][0],
+        channels=tuple(channels),
+        depth=tuple(depth),
+        mid_depth=count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
+        heads=tuple(c // settings.head_width for c in channels)
+        if settings.head_width
+        else (settings.heads,) * len(channels),
+        res_blocks=blocks[0],
+        context_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        prediction=settings.prediction,
+    )
+
+
+def ldm_vae(shapes: Shapes, settings: Settings) -> VAEConfig:
+    """Of a single file's autoencoder."""
+    levels = count(shapes, r"encoder\.down\.(\d+)\.block")
+    return VAEConfig(
+        channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
+        res_blocks=count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        latent_channels=shapes["post_quant_conv.weight"][0],
+        scale=settings.scale,
+    )
+
+
+def ldm_text(shapes: Shapes) -> TextConfig:
+    """Of a single file's text tower, CLIP's, under its names without `text_model.`; its heads are 64 wide."""
+    rows, width = shapes["embeddings.token_embedding.weight"]
+    inner, _ = shapes["encoder.layers.0.mlp.fc1.weight"]
+    return TextConfig(
+        width=width,
+        layers=count(shapes, r"encoder\.layers\.(\d+)\."),
+        heads=max(width // 64, 1),
+        mlp_ratio=mlp_ratio(width, inner),
+        vocab_size=vocab_size(rows),
+    )

@@ -1,0 +1,95 @@
+"""The schedule that a diffusers `scheduler_config.json` describes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sampling.schedule import Schedule
+
+# Settings that would change the schedule for every sampler, with the only values that are read.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "beta_schedule": ("scaled_linear",),
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False, None),
+    "thresholding": (False, None),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+}
+# Settings of diffusers' `DPMSolverMultistepScheduler`, with the values that mean what `sampling.dpm` does. It takes the
+# names of other schedulers' solvers ("logrho", "bh1", "bh2") for "midpoint". `lower_order_final` and `euler_at_final` change
+# nothing where the last step ends at sigma = 0.
+_DPM: dict[str, tuple[Any, ...]] = {
+    "solver_order": (2,),
+    "algorithm_type": ("dpmsolver++",),
+    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
+    "final_sigmas_type": ("zero",),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+}
+
+
+def _is_beta(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1
+
+
+_POSSIBLE: dict[str, Callable[[Any], bool]] = {
+    "beta_start": _is_beta,
+    "beta_end": _is_beta,
+    "num_train_timesteps": lambda value: type(value) is int and 1 < value <= 100_000,
+    "set_alpha_to_one": lambda value: type(value) is bool,
+    "use_karras_sigmas": lambda value: type(value) is bool,
+    "lambda_min_clipped": lambda value: type(value) in (int, float) and not math.isnan(value),
+}
+
+
+def schedule_of(config: Mapping[str, Any]) -> Schedule:
+    """The schedule of a diffusers `scheduler_config.json`, whichever scheduler it names; {} gives SD 1.5's.
+
+    As in diffusers' pipeline, `steps_offset` is 1 and samples are never clipped, whatever the file says; a missing entry
+    takes the default of the sampler that draws. Raises ValueError for impossible values, and for schedules that are not
+    Stable Diffusion's.
+    """
+    if config:
+        config = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "set_alpha_to_one": True, **config}
+    for key, is_possible in _POSSIBLE.items():
+        if key in config and not is_possible(config[key]):
+            raise ValueError(f"its {key} is {config[key]!r}")
+    for key, values in _FIXED.items():
+        if key in config and not _is_one_of(config[key], values):
+            raise ValueError(f"its {key} is {config[key]!r}; only {' and '.join(map(str, values))} can be read")
+    default = Schedule()
+    schedule = Schedule(
+        timesteps=config.get("num_train_timesteps", default.timesteps),
+        beta_start=config.get("beta_start", default.beta_start),
+        beta_end=config.get("beta_end", default.beta_end),
+        prediction="v" if config.get("prediction_type") == "v_prediction" else "epsilon",
+        spacing=config.get("timestep_spacing"),
+        final_one=config.get("set_alpha_to_one", default.final_one),
+        karras=bool(config.get("use_karras_sigmas")),
+    )
+    return replace(schedule, not_dpm=_not_dpm(config, schedule))
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    return any(value is each or (value == each and type(value) is type(each)) for each in values)
+
+
+def _not_dpm(config: Mapping[str, Any], schedule: Schedule) -> tuple[str, ...]:
+    """The settings that our DPM-Solver++ would have to follow and does not."""
+    others = [key for key, values in _DPM.items() if key in config and not _is_one_of(config[key], values)]
+    if config.get("variance_type") in ("learned", "learned_range"):
+        others.append("variance_type")
+    a = schedule.alphas[-1].double()
+    if config.get("lambda_min_clipped", -math.inf) > 0.5 * float(
+        torch.log(a / (1 - a))
+    ):  # it would cut off the first timesteps
+        others.append("lambda_min_clipped")
+    return tuple(f"{key} = {config[key]}" for key in others)

@@ -1,0 +1,186 @@
+"""Scheduler files of every kind: our samplers against the scheduler that diffusers makes of the same file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from test_dpm import denoiser, error, generators
+
+from sampling.ddim import ddim, randn
+from sampling.dpm import dpm, levels
+from sampling.schedule import Schedule
+from sampling.scheduler_file import schedule_of
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+SD15 = BETAS | {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+FILES: dict[str, dict[str, Any]] = {
+    "SD 1.5": {"_class_name": "PNDMScheduler", **SD15},
+    "SD 2.1": {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", **SD15},
+    "no word of the last step": {"_class_name": "DPMSolverMultistepScheduler", "steps_offset": 1, **BETAS},
+    "trailing": {"timestep_spacing": "trailing", **SD15},
+    "other betas": {**SD15, "beta_start": 0.001, "beta_end": 0.02, "num_train_timesteps": 800},
+    "Karras": {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, **SD15},
+    "DPM++ 2M Karras": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "use_karras_sigmas": True,
+        "timestep_spacing": "leading",
+        **SD15,
+    },
+}
+SAVED = [
+    "PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", 
+    "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LCMScheduler",
+]  # fmt: skip
+SAMPLERS = {"ddim": (ddim, DDIMScheduler), "dpm++": (dpm, DPMSolverMultistepScheduler)}
+
+
+def saved(name: str, folder: Path) -> dict[str, Any]:
+    """The file that a scheduler of diffusers writes, which names every setting."""
+    getattr(diffusers, name)(**BETAS).save_pretrained(folder)
+    return json.loads((folder / "scheduler_config.json").read_text())  # type: ignore[no-any-return]
+
+
+def trajectories_differ(config: dict[str, Any], sampler: str, steps: int = 12) -> float:
+    """The largest difference between our latents and those of diffusers, after any step."""
+    draw, kind = SAMPLERS[sampler]
+    scheduler = kind.from_config(
+        config | {"clip_sample": False, "steps_offset": 1}
+    )  # as Stable Diffusion's pipeline does
+    scheduler.set_timesteps(steps)
+    first = x = randn((4, 5, 3), generators(1, 2)).double()
+    theirs = []
+    for t in scheduler.timesteps.tolist():
+        x = scheduler.step(denoiser(x, t), t, x).prev_sample
+        theirs.append(x)
+    return error([state.x for state in draw(denoiser, first, schedule_of(config), steps)], theirs)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", FILES)
+def test_every_sampler_on_every_kind_of_file(name: str, sampler: str) -> None:
+    assert trajectories_differ(FILES[name], sampler) < 2e-4  # diffusers' alphas and sigmas are float32
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", SAVED)
+def test_every_sampler_on_every_saved_file(tmp_path: Path, name: str, sampler: str) -> None:
+    assert trajectories_differ(saved(name, tmp_path), sampler) < 2e-4
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_schedule_of_a_file_is_the_one_that_diffusers_makes_of_it(name: str) -> None:
+    scheduler, ours = DDIMScheduler.from_config(FILES[name]), schedule_of(FILES[name])
+    scheduler.set_timesteps(30)
+    alphas, stride = scheduler.alphas_cumprod.double(), len(scheduler.alphas_cumprod) // 30
+    final, visits = float(scheduler.final_alpha_cumprod), scheduler.timesteps.tolist()
+    previous = [float(alphas[t - stride]) if t >= stride else final for t in visits]
+    assert ours.pairs(30) == [(t, float(alphas[t]), p) for t, p in zip(visits, previous, strict=True)]
+    assert ours.prediction == scheduler.config.prediction_type.removesuffix("_prediction")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 14, 15, 20, 30, 60])
+def test_karras_sigmas_are_those_of_diffusers(steps: int) -> None:
+    config = FILES["Karras"]
+    scheduler, ours = DPMSolverMultistepScheduler.from_config(config), levels(schedule_of(config), steps)
+    scheduler.set_timesteps(steps)
+    assert [t for t, _ in ours] == scheduler.timesteps.tolist()
+    for (_, a), sigma in zip(ours, scheduler.sigmas.tolist(), strict=False):
+        assert ((1 - a) / a) ** 0.5 == pytest.approx(sigma, rel=1e-5)
+    assert trajectories_differ(config, "dpm++", steps) < 2e-4
+
+
+def test_no_file_is_sd15() -> None:
+    assert schedule_of({}) == Schedule() == schedule_of(FILES["SD 1.5"])
+
+
+EQUIVALENT: list[dict[str, Any]] = [
+    *({"lower_order_final": a, "euler_at_final": b} for a, b in itertools.product((True, False), repeat=2)),
+    {"solver_type": "bh2"},
+    {"solver_type": "logrho"},
+    {"lambda_min_clipped": -5.1},
+    {"lambda_min_clipped": -math.inf},
+    {"variance_type": "fixed_small"},
+    {"flow_shift": 3.0, "time_shift_type": "exponential"},
+    {"rescale_betas_zero_snr": None},
+]
+
+
+@pytest.mark.parametrize("settings", EQUIVALENT, ids=str)
+@pytest.mark.parametrize("steps", [10, 20])
+def test_settings_that_mean_the_same_are_read(settings: dict[str, Any], steps: int) -> None:
+    assert trajectories_differ(SD15 | settings, "dpm++", steps) < 2e-4
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"solver_order": 3},
+    {"solver_order": 1},
+    {"algorithm_type": "sde-dpmsolver++"},
+    {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    {"algorithm_type": "deis"},
+    {"solver_type": "heun"},
+    {"final_sigmas_type": "sigma_min"},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+    {"use_lu_lambdas": True},
+    {"use_flow_sigmas": True, "prediction_type": "v_prediction"},
+    {"use_dynamic_shifting": True},
+    {"lambda_min_clipped": -1.0},
+    {"variance_type": "learned_range"},
+]
+
+
+@pytest.mark.parametrize("settings", OTHERS, ids=lambda settings: next(iter(settings)))
+def test_settings_that_change_the_picture_are_refused_by_name(settings: dict[str, Any]) -> None:
+    """DDIM does not know them, in diffusers either."""
+    key, value = next(iter(settings.items()))
+    with pytest.raises(ValueError, match=rf"sets .*{key} = {value}.*draw with --sampler ddim"):
+        next(dpm(denoiser, randn((4, 5, 3), generators(1)), schedule_of(SD15 | settings), 10))
+    assert trajectories_differ(SD15 | settings, "ddim") < 2e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"beta_schedule": "linear"},
+        {"trained_betas": [0.1]},
+        {"rescale_betas_zero_snr": True},
+        {"thresholding": True},
+        {"prediction_type": "sample"},
+        {"prediction_type": None},
+        {"timestep_spacing": "karras"},
+        {"timestep_spacing": 3},
+        {"beta_start": "0.00085"},
+        {"beta_end": None},
+        {"beta_end": math.nan},
+        {"beta_end": 5.0},
+        {"beta_start": 0},
+        {"beta_start": True},
+        {"num_train_timesteps": 1000.5},
+        {"num_train_timesteps": 10**12},
+        {"num_train_timesteps": -1},
+        {"set_alpha_to_one": "no"},
+        {"use_karras_sigmas": "yes"},
+        {"use_karras_sigmas": None},
+        {"lambda_min_clipped": math.nan},
+        {"lambda_min_clipped": "low"},
+    ],
+    ids=str,
+)
+def test_other_schedules_and_impossible_values_are_refused(change: dict[str, Any]) -> None:
+    key, value = next(iter(change.items()))
+    with pytest.raises(ValueError, match=rf"its {key} is {re.escape(repr(value))}"):
+        schedule_of(SD15 | change)
+
+
+def test_a_file_without_betas_is_refused() -> None:
+    with pytest.raises(ValueError, match="beta_schedule is 'linear'"):
+        schedule_of({"_class_name": "DDIMScheduler"})
