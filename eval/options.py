@@ -120,7 +120,7 @@ def add_attention(commands: Commands) -> None:
     p.add_argument("--scale", type=float, default=1.0, help="lambda, the weight of the image prompt (default: 1)")
     p.add_argument("--guidance", type=float, default=4.0, help="guidance weight (default: 4, for the mini weights)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    p.add_argument("--steps", type=count, default=20, help="sampling steps (default: 20)")
+    p.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
     out = Path("out/attention.png")
     p.add_argument("--out", type=Path, default=out, help=f"PNG file to write (default: {out})")
     p.add_argument("--checkpoint", type=Path, help="base model, a file or a folder (default: the mini weights)")
