@@ -22,6 +22,7 @@ from sampling.request import ImagePrompt, Model, Request, from_json, map_paths, 
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = "ip-adapter:"
+BESIDE = (".json", ".yaml", ".yml")  # settings that a file of weights has beside it
 FOLDERS = ("weights", "sampling/examples", "results")  # of shipped files
 
 
@@ -137,26 +138,29 @@ def _find(path: Path, picture: Path, hashes: Mapping[str, str]) -> Path:
         raise ValueError(f"{picture} does not say which {name} it was drawn with, so it can't be drawn again")
     place = ROOT / name.removeprefix(SHIPPED) if name.startswith(SHIPPED) else Path(os.path.expanduser(name))
     folders = [picture.parent, Path.cwd(), ROOT, ROOT / "sampling" / "examples"]
-    named = [place, *(folder / each for folder in folders for each in (name, path.name))]
+    places = [place, *(folder / each for folder in folders for each in (name, path.name))]
     alike = (other for folder in folders for other in sorted(folder.iterdir()) if other.suffix == path.suffix)
-    for candidate in chain(named, alike):
+    for candidate in chain(places, alike):
         if _changed(candidate, parts) is None:
             return candidate
-    rest = _changed(place, parts) or ""
-    if _part(place, rest).exists():
-        raise ValueError(f"{picture} was drawn with another {name}{rest}: the file has changed since")
-    raise ValueError(f"{picture} was drawn with {name}{rest}, which is not there: put it beside the picture")
+    nearest = next((candidate for candidate in places if candidate.exists()), place)
+    rest = _changed(nearest, parts) or ""
+    named = _part(path, rest).as_posix()
+    if _part(nearest, rest).exists():
+        raise ValueError(f"{picture} was drawn with another {named}: the file has changed since")
+    raise ValueError(f"{picture} was drawn with {named}, which is not there: put it beside the picture")
 
 
 def _parts(name: str, hashes: Mapping[str, str]) -> dict[str, str]:
-    """What was recorded of a file (itself and its card) or a folder (the files in it): the rest of each name, and its hash."""
+    """What was recorded of a file (itself and its settings beside it) or a folder (the files in it): the rest of each name, and
+    its hash."""
     parts = {key.removeprefix(name): h for key, h in hashes.items() if key == name or key.startswith(f"{name}/")}
-    card = os.path.splitext(name)[0] + ".json"
-    return parts | ({".json": hashes[card]} if name in hashes and card in hashes else {})
+    stem = os.path.splitext(name)[0]
+    return parts | {end: hashes[stem + end] for end in BESIDE if name in hashes and stem + end in hashes}
 
 
 def _part(path: Path, rest: str) -> Path:
-    return path.with_suffix(rest) if rest == ".json" else path / rest[1:] if rest else path
+    return path.with_suffix(rest) if rest in BESIDE else path / rest[1:] if rest else path
 
 
 def _changed(path: Path, parts: Mapping[str, str]) -> str | None:

@@ -154,8 +154,28 @@ def test_files_under_another_name_are_found_by_their_hash(moved: tuple[Path, np.
     assert difference(again(moved[0] / "out.png", tmp_path / "b.png"), moved[1]) == 0
 
 
+@pytest.mark.parametrize("end", [".json", ".yaml"])
+def test_a_file_is_found_with_its_settings_or_not_at_all(
+    weights: Path, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """A base model's .yaml says what its UNet predicts, so the weights alone are another model."""
+    (tmp_path / "drawn").mkdir()
+    shutil.copy(weights / "ip_adapter.safetensors", tmp_path / "drawn" / "a.safetensors")
+    (tmp_path / "drawn" / f"a{end}").write_text("{}")
+    monkeypatch.chdir(tmp_path / "drawn")
+    draw(weights, Path("out.png"), "--image", image, "--ip-adapter", "a.safetensors")
+    monkeypatch.chdir(tmp_path)
+    Path("drawn", f"a{end}").rename(f"b{end}")
+    refuses(tmp_path / "drawn" / "out.png", rf"was drawn with a\{end}, which is not there")
+    Path(f"b{end}").rename(f"a{end}")
+    Path("drawn", "a.safetensors").rename("a.safetensors")
+    again(tmp_path / "drawn" / "out.png", tmp_path / "b.png")
+
+
 def test_another_file_of_the_same_name_is_not_taken(moved: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     Image.new("RGB", (48, 16)).save(moved[0] / "image.png")
+    refuses(moved[0] / "out.png", r"another image\.png: the file has changed since")
+    (moved[0] / "image.png").unlink()
     refuses(moved[0] / "out.png", r"image\.png, which is not there: put it beside the picture")
     Image.new("RGB", (48, 16)).save("image.png")
     refuses(moved[0] / "out.png", r"another image\.png: the file has changed since")
