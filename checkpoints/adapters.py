@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from checkpoints.adapter_layouts import official
 from checkpoints.files import is_finite, replacing_in, short_list, write_json, write_tensors
 from checkpoints.fill import FLOATS, assemble
 from checkpoints.names import adapter_names, projection_names
@@ -32,55 +33,13 @@ def display_name(names: dict[int, str], width: int) -> str:
 
 
 def adapter_file(path: Path) -> File:
-    """An adapter's file under the official names, also where it is a checkpoint of the official trainer.
-
-    That trainer saves the whole model: the projection is `image_proj_model.`, the layers are `adapter_modules.<n>.` or, where
-    accelerate dropped those as shared, stand in the UNet as `...attn2.processor.`; the UNet itself is left out.
-    """
+    """An adapter's file under the official names, whichever layout it has (`official`). Raises ValueError for what is no adapter."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; `make weights` trains the mini adapter")
-    file = File(path)
-    if any(name.startswith("image_proj_model.") for name in file):
-        parts = (("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter."))
-        names = {new + name.removeprefix(old): name for old, new in parts for name in file if name.startswith(old)}
-        if not any(name.startswith("ip_adapter.") for name in names):
-            found = {m[1] for name in file if (m := _PROCESSOR.match(name))}
-            for position, layer in enumerate(sorted(found, key=_processor_order)):
-                for to in ("to_k_ip.weight", "to_v_ip.weight"):
-                    if f"{layer}.{to}" in file:
-                        names[f"ip_adapter.{2 * position + 1}.{to}"] = f"{layer}.{to}"
-        file = file.renamed(names)
-    file = file.renamed(_official(file))
+    file = official(File(path))
     if (kind := adapter_kind(file)) not in PROJECTIONS:
         raise ValueError(f"{path} is {kind}; only the base IP-Adapter, Plus and Full are read")
     return file
-
-
-_PROCESSOR = re.compile(r"(unet\.(?:down|up|mid)_block.*\.processor)\.to_[kv]_ip\.weight$")
-
-
-def _processor_order(layer: str) -> tuple[bool, bool, list[int]]:
-    """diffusers' order: down, up, mid."""
-    return "mid_block" in layer, "up_blocks" in layer, [int(n) for n in re.findall(r"\d+", layer)]
-
-
-_DIFFUSERS = {
-    "ln0": "0.norm1", "ln1": "0.norm2", "attn.norm1": "0.norm1", "attn.norm2": "0.norm2", "attn.to_q": "0.to_q", "attn.to_kv": "0.to_kv",
-    "attn.to_out": "0.to_out", "attn.to_out.0": "0.to_out", "ff.0": "1.0", "ff.1.net.0.proj": "1.1", "ff.1.net.2": "1.3",
-}  # fmt: skip
-_PLUS_LAYER = re.compile(r"(image_proj\.layers\.\d+)\.(.+)\.(weight|bias)$")
-
-
-def _official(file: File) -> dict[str, str | tuple[str, ...]]:
-    """The official names of Plus where they are spelled as in diffusers, `layers.N.attn.*`, with K and V together or apart."""
-    names: dict[str, str | tuple[str, ...]] = {}
-    for name in file:
-        layer = _PLUS_LAYER.match(name)
-        if layer and layer[2] == "attn.to_k" and (v := name.replace("to_k", "to_v")) in file:
-            names[f"{layer[1]}.0.to_kv.weight"] = (name, v)
-        elif not (layer and layer[2] == "attn.to_v"):
-            names[f"{layer[1]}.{_DIFFUSERS.get(layer[2], layer[2])}.{layer[3]}" if layer else name] = name
-    return names
 
 
 _LORA = re.compile(r"ip_adapter\.\d+\.to_\w+_lora\.(down|up)\.weight$")

@@ -17,12 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints.signatures import check_is_itself
+
 _JSON_LIMIT = 1 << 27  # bytes; a tokenizer takes 4 MB
-_STAND_INS = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the file: run git lfs pull, or download the file itself",
-    b"<!doctype": "is a web page, not the file: download the file itself",
-    b"<html": "is a web page, not the file: download the file itself",
-}
 
 
 def check_output(path: Path) -> None:
@@ -150,15 +147,6 @@ def naming(path: Path, says: str) -> Iterator[None]:
     except Exception as error:  # JSON can hold anything
         reason = printable(str(error).partition("\n")[0])
         raise ValueError(f"{path} {says}: {reason or type(error).__name__}") from None
-
-
-def check_is_itself(path: Path) -> None:
-    """Raises ValueError for what often lies under the name of another file: a Git LFS pointer, a web page."""
-    with open(path, "rb") as file:
-        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for first, says in _STAND_INS.items():
-        if start.startswith(first):
-            raise ValueError(f"{path} {says}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints.configs import mlp_ratio, vocab_size
-from checkpoints.files import check_is_itself, naming
+from checkpoints.files import naming
+from checkpoints.signatures import check_is_itself
 from model.text_encoder import TextConfig
 from model.unet import UNetConfig
 from model.vae import VAEConfig

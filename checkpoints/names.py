@@ -77,6 +77,18 @@ def named(ours: Iterable[str], rows: Iterable[Row], column: int, prefix: str = "
     return {t: (f"{prefix}{theirs[module]}.{leaf}",) for t, (module, _, leaf) in split.items() if module in theirs}
 
 
+def _res_rows(ours: str, block: str, i: int, ldm: str) -> list[Row]:
+    return _inside((f"{ours}.res", f"{block}.resnets.{i}", ldm), _RES)
+
+
+def _attn_rows(ours: str, block: str, i: int, ldm: str, depth: int) -> list[Row]:
+    outer = (f"{ours}.attn", f"{block}.attentions.{i}", ldm)
+    rows = _inside(outer, [(n, n, n) for n in ("norm", "proj_in", "proj_out")]) if depth else []
+    for k in range(depth):
+        rows += _inside(outer, _inside((f"blocks.{k}", inner := f"transformer_blocks.{k}", inner), _TRANSFORMER))
+    return rows
+
+
 def unet_rows(config: UNetConfig) -> list[Row]:
     """Every module of a UNet with weights. LDM counts stages, from conv_in on; diffusers counts blocks and layers."""
     rows: list[Row] = [
@@ -88,38 +100,25 @@ def unet_rows(config: UNetConfig) -> list[Row]:
         ("norm_out", "conv_norm_out", "out.0"),
         ("conv_out", "conv_out", "out.2"),
     ]
-
-    def res(ours: str, block: str, i: int, ldm: str) -> None:
-        rows.extend(_inside((f"{ours}.res", f"{block}.resnets.{i}", ldm), _RES))
-
-    def attn(ours: str, block: str, i: int, ldm: str, depth: int) -> None:
-        outer = (f"{ours}.attn", f"{block}.attentions.{i}", ldm)
-        if depth:
-            rows.extend(_inside(outer, [(n, n, n) for n in ("norm", "proj_in", "proj_out")]))
-        for k in range(depth):
-            rows.extend(
-                _inside(outer, _inside((f"blocks.{k}", inner := f"transformer_blocks.{k}", inner), _TRANSFORMER))
-            )
-
     levels, per_level = len(config.channels), config.res_blocks + 1
     for level in range(levels):
         for i in range(config.res_blocks):
             n = level * per_level + i
-            res(f"down.{n}", f"down_blocks.{level}", i, f"input_blocks.{n + 1}.0")
-            attn(f"down.{n}", f"down_blocks.{level}", i, f"input_blocks.{n + 1}.1", config.depth[level])
+            rows += _res_rows(f"down.{n}", f"down_blocks.{level}", i, f"input_blocks.{n + 1}.0")
+            rows += _attn_rows(f"down.{n}", f"down_blocks.{level}", i, f"input_blocks.{n + 1}.1", config.depth[level])
         n = level * per_level + config.res_blocks
         ldm = f"input_blocks.{n + 1}.0.op"
         if level < levels - 1:
             rows.append((f"down.{n}.resample.conv", f"down_blocks.{level}.downsamplers.0.conv", ldm))
-    res("mid.0", "mid_block", 0, "middle_block.0")
-    attn("mid.0", "mid_block", 0, "middle_block.1", config.mid_depth)
-    res("mid.1", "mid_block", 1, "middle_block.2")
+    rows += _res_rows("mid.0", "mid_block", 0, "middle_block.0")
+    rows += _attn_rows("mid.0", "mid_block", 0, "middle_block.1", config.mid_depth)
+    rows += _res_rows("mid.1", "mid_block", 1, "middle_block.2")
     for block in range(levels):
         depth = config.depth[levels - 1 - block]
         for i in range(per_level):
             n = block * per_level + i
-            res(f"up.{n}", f"up_blocks.{block}", i, f"output_blocks.{n}.0")
-            attn(f"up.{n}", f"up_blocks.{block}", i, f"output_blocks.{n}.1", depth)
+            rows += _res_rows(f"up.{n}", f"up_blocks.{block}", i, f"output_blocks.{n}.0")
+            rows += _attn_rows(f"up.{n}", f"up_blocks.{block}", i, f"output_blocks.{n}.1", depth)
         ldm = f"output_blocks.{n}.{2 if depth else 1}.conv"
         if block < levels - 1:
             rows.append((f"up.{n}.resample.conv", f"up_blocks.{block}.upsamplers.0.conv", ldm))

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints.files import check_is_itself, printable, read_json
+from checkpoints.files import printable, read_json
+from checkpoints.signatures import check_is_weights, is_index
 
 _GROWTH, _SLACK = 4, 1 << 26  # a pickle may take 4 times its size in memory, and 64 MB
 
@@ -42,8 +43,8 @@ class File(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _check(path)
-        if _is_index(path):
+        check_is_weights(path)
+        if is_index(path):
             names, self._get, self._shape = _sharded(path)
         else:
             with _explaining(path):
@@ -111,42 +112,6 @@ def _explaining(path: Path) -> Iterator[None]:
         if kind == "UnpicklingError":
             why = "is damaged, or holds more than tensors, and nothing else is ever unpickled: ask for a .safetensors file"
         raise ValueError(f"{path} {why}") from error
-
-
-_OTHERS = {
-    b"\x89PNG": "a PNG picture",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"GIF8": "a GIF picture",
-    b"RIFF": "a WebP picture or another RIFF file",
-    b"GGUF": "a GGUF file",
-    b"%PDF": "a PDF file",
-    b"\x1f\x8b": "a gzip archive: unpack it first",
-    b"7z\xbc\xaf": "a 7z archive: unpack it first",
-}
-
-
-def _check(path: Path) -> None:
-    """Raises ValueError, saying what the file is, when it is no file of weights."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the file of weights in it")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a regular file")
-    with open(path, "rb") as file:
-        start = file.read(256)
-    if not start:
-        raise ValueError(f"{path} is empty: download it again")
-    check_is_itself(path)
-    for first, what in _OTHERS.items():
-        if start.startswith(first):
-            raise ValueError(f"{path} is not a file of weights but {what}")
-    is_text = all(byte >= 32 or byte in b"\t\r\n" for byte in start)
-    if is_text and not _is_index(path):
-        what = "JSON" if start.lstrip()[:1] in (b"{", b"[") else "text"
-        raise ValueError(f"{path} is not a file of weights but {what}")
-
-
-def _is_index(path: Path) -> bool:
-    return ".index." in path.name and path.suffix == ".json"
 
 
 def _sharded(index: Path) -> Opened:

@@ -132,8 +132,7 @@ class ImageEncoder(nn.Module):
             return grid.flatten(2).transpose(1, 2) + self.clip.attnpool.positional_embedding[1:]
         layer = self.config.layers[0] - 2
         if layer < 0:  # one layer: what enters it
-            entering: Tensor = self.clip._embeds(pixels)
-            return entering
+            return self.clip._embeds(pixels)
         parts = self.clip.forward_intermediates(
             pixels,
             indices=[layer],
