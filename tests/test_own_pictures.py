@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from own_pictures import IMAGE, UNET, picture, write_base, write_pictures
+from own_pictures import ENVIRONMENT, IMAGE, UNET, command, picture, write_base, write_pictures
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,21 +22,16 @@ from checkpoints.files import sha256
 from model.adapter import IPAdapter
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
 from model.unet import UNet
-from sampling.pipeline import WEIGHTS, load
-from train import adapter, encode, gains, loop, plus, preview, setting
+from sampling.pipeline import load
+from train import adapter, encode, loop, preview, setting
 from train import unet as unet_stage
-from train.__main__ import folders, main, plans_of, source_of, status
+from train.__main__ import main, status
 from train.card import card, code_version
 from train.data import Cached, Data, OnTheFly, Pairs
-from train.errors import Diverged, GateError, Interrupted, OtherRun
-from train.gains import verdict
-from train.options import STAGES, parser
-from train.plus import PLAN as PLUS
+from train.errors import OtherRun
 from train.setting import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:these words are not")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-STEPS = "--steps", "2", "--batch", "4", "--side", "16"
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +46,6 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pictures(folder / "data")
     main(command(folder, base))
     return folder
-
-
-def command(folder: Path, base: Path, *options: Any, stage: str = "adapter") -> list[str]:
-    named = {"data": "data", "state": "state", "weights": "out"}
-    parts = [part for name, place in named.items() for part in (f"--{name}", folder / place)]
-    return [str(part) for part in (stage, *parts, "--base", base, *STEPS, *options)]
 
 
 def nothing_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +265,7 @@ def test_a_run_killed_at_twenty_points_ends_in_the_same_file(base: Path, tmp_pat
     """While it encodes, writes caches, states and the result, and between any two steps: SIGKILL, then the same command."""
     data = write_pictures(tmp_path / "data", 8)
     arguments = [sys.executable, "tests/kill.py", base, data, tmp_path / "work"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, env={**ENVIRONMENT, "PYTHONPATH": "."})
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["points"]) == 20 and all(found["same"]), found
@@ -317,37 +303,6 @@ def test_six_pictures_are_enough(
     assert isinstance(load_adapter(file, load(base, ()).unet).image_projection, kind)
 
 
-# where things are read and written
-
-
-def arguments(*line: str) -> Any:
-    return parser("").parse_args(line)
-
-
-def test_a_users_run_has_places_of_its_own() -> None:
-    own, world = arguments("adapter", "--data", "a/cats"), arguments("adapter")
-    assert folders(own) == (Path("runs/cats"), Path("out/adapter")) and folders(world) == (Path("runs"), Path("weights"))
-    assert source_of(own, "adapter", folders(own)[1]).base == WEIGHTS
-    named = arguments("plus", "--data", "cats.json", "--weights", "o", "--state", "s", "--base", "b")
-    assert folders(named) == (Path("s"), Path("o")) and source_of(named, "plus", Path("o")).base == Path("b")
-    assert source_of(named, "plus", Path("o")).fine and not source_of(own, "adapter", Path("o")).fine
-    for stage in ("adapter", "all"):
-        elsewhere = arguments(stage, "--weights", "w")
-        assert source_of(elsewhere, "plus", folders(elsewhere)[1]).base == Path("w")
-
-
-@pytest.mark.parametrize("stage", [adapter, plus])
-def test_the_default_rate(stage: Any, base: Path) -> None:
-    """The paper's where a base is named, constant; the mini world's for the mini weights; and what is given wins."""
-    (paper,) = stage.phases_for(Source(base, data=Path("data"), fine=stage is plus))
-    assert paper.lr == 1e-4 and all(paper.rate(step) == 1 for step in (0, 1, paper.steps - 1))
-    (mini,) = stage.phases_for(Source(data=Path("data"), fine=stage is plus))
-    assert (mini.lr, mini.decay) == ((PLUS.lr, PLUS.decay) if stage is plus else (adapter.PLAN.lr, adapter.PLAN.decay))
-    given = plans_of(arguments("adapter", "--lr", "1e-5", "--steps", "7"), (paper,))
-    assert (given[0].lr, given[0].steps) == (1e-5, 7)
-    assert stage.phases_for(Source(fine=stage is plus)) == stage.PHASES
-
-
 # cards
 
 
@@ -382,148 +337,6 @@ def test_the_code_is_named_by_its_commit_or_version(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(cards, "ROOT", inner)
     monkeypatch.setattr(cards.metadata, "version", lambda _: "1.2.3")
     assert code_version() == "1.2.3"
-
-
-# what is said
-
-
-def test_the_end_says_where_the_adapter_is(trained: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(command(trained, base))
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"{trained / 'data'}: 16 pictures to train on, 4 held out")
-    assert said[-1].startswith(f"{trained / 'out' / 'ip_adapter.safetensors'}: it has not learned to read pictures (yet): on 4")
-
-
-def test_the_verdict_is_whether_the_right_picture_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a made-up loss: the distance of what the adapter reads from what the latents are, and a lot of noise."""
-    g = torch.Generator().manual_seed(0)
-    mean, zeros = torch.randn(8, 3, 2, 2, generator=g), torch.zeros(8, dtype=torch.long)
-    pairs = Pairs(mean, torch.zeros_like(mean), zeros, torch.zeros(1, 77, 8), mean.flatten(1), torch.zeros(12))
-
-    def loss(_: Any, __: Any, x0: Tensor, read: Tensor, t: Tensor, ___: Tensor) -> Tensor:
-        return 0.1 * (x0.flatten(1) - read).square().mean(dim=1) + t / 100
-
-    monkeypatch.setattr(gains, "diffusion_loss", loss)
-    readers: dict[str, Callable[[Tensor], Tensor]] = {
-        "it learned to read pictures: on 8 held-out pictures the loss is lower by": lambda image: image,
-        "it has not learned to read pictures (yet): on 8": lambda image: -image,
-        "it has not learned": lambda image: torch.randn(image.shape, generator=g),
-    }
-    for said, read in readers.items():
-        found = verdict(None, lambda _, image, read=read: read(image), None, pairs, "cpu")  # type: ignore[arg-type]
-        assert found.startswith(said), found
-
-
-WHOLE = "steps", "side", "accumulate", "batch"
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        *(((f"--{name}", value), f"argument --{name}") for name in WHOLE for value in ("0", "-1", "1.5", "many")),
-        *((("--lr", value), "argument --lr") for value in ("0", "-1", "nan", "inf", "fast")),
-        *((("--seed", value), "argument --seed") for value in ("-1", "99999999999", "x")),
-    ],
-)  # fmt: skip
-def test_impossible_settings_are_refused_at_once(
-    options: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["adapter", "--data", "data", *options])
-    assert sentence in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("device", ["cuda", "cuda:9", "gpu", "meta", ""])
-def test_a_device_that_is_not_there_gets_a_sentence(device: str, tmp_path: Path, base: Path) -> None:
-    if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
-    write_pictures(tmp_path / "data", 2)
-    said = status(command(tmp_path, base, "--device", device))
-    assert isinstance(said, str) and said.startswith(f"error: --device {device} can't be used here (")
-    assert not (tmp_path / "state").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (("--side", "17"), "--side 17 must be a multiple of 4"),
-        (("--base", "nowhere"), "nowhere"),
-        (("--from", "nowhere.safetensors"), r"nowhere\.safetensors"),
-        (("--data", "nowhere"), "nowhere: No such file"),
-    ],
-)
-def test_what_does_not_fit_gets_a_sentence(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], sentence: str
-) -> None:
-    nothing_encoded(monkeypatch)
-    write_pictures(tmp_path / "data", 2)
-    said = status(command(tmp_path, base, *options))
-    assert isinstance(said, str) and said.startswith("error: ") and sentence.replace("\\", "") in said
-    assert not (tmp_path / "state").exists()
-
-
-def test_broken_pictures_stop_the_command_before_the_base_is_loaded(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(setting, "load", lambda *_, **__: pytest.fail("the base was loaded"))
-    write_pictures(tmp_path / "data", 3)
-    (tmp_path / "data" / "01.png").write_bytes(b"")
-    (tmp_path / "data" / "02.txt").write_bytes(b"\xff")
-    said = status(command(tmp_path, base))
-    assert isinstance(said, str) and "01.png: the file is empty" in said and "02.txt: the caption is not UTF-8" in said
-
-
-def test_ctrl_c_while_encoding_is_a_sentence_and_a_status(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    write_pictures(tmp_path / "data", 3)
-    monkeypatch.setattr(encode, "latents", interrupted)
-    assert status(command(tmp_path, base)) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [(torch.OutOfMemoryError("CUDA out of memory"), "lower --batch"), (ModuleNotFoundError("", name="resvg_py"), r"[world]")],
-)
-def test_known_failures_are_sentences(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
-) -> None:
-    def fails(*_: Any) -> Any:
-        raise error
-
-    write_pictures(tmp_path / "data", 3)
-    monkeypatch.setattr(encode, "latents", fails)
-    assert sentence in str(status(command(tmp_path, base)))
-
-
-@pytest.mark.parametrize(
-    ("error", "found"),
-    [
-        (Interrupted("ip_adapter: stopped after step 3", 2), 130),
-        (Interrupted("ip_adapter: stopped after step 3", 15), 143),
-        (Diverged("ip_adapter: loss or gradient is not finite"), "error: ip_adapter: loss or gradient is not finite"),
-        (GateError("gradients reach the frozen base"), "error: gradients reach the frozen base"),
-    ],
-)
-def test_every_early_end_has_a_status(
-    base: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    error: Exception,
-    found: int | str,
-) -> None:
-    def fails(*_: Any) -> Any:
-        raise error
-
-    write_pictures(tmp_path / "data", 3)
-    monkeypatch.setattr(adapter, "run", fails)
-    assert status(command(tmp_path, base)) == found
-    assert isinstance(found, str) or "stopped after step 3" in capsys.readouterr().err
 
 
 # going on from a released adapter
@@ -573,42 +386,3 @@ def test_every_tensor_of_a_continued_adapter_trains(base: Path, tmp_path: Path) 
     first = adapter.first(own, source, 0)
     assert all(p.requires_grad for p in first.parameters()) and first.training
     assert not any(p.requires_grad for p in UNet.parameters(own.pipeline.unet))
-
-
-# the command line
-
-
-def test_help_imports_no_torch() -> None:
-    """For the command and for every stage; it takes a fraction of a second."""
-    script = "import sys; from train.options import STAGES, parser; import train.__main__\n"
-    script += "parser('x').format_help(); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True, env={**ENVIRONMENT, "PYTHONPATH": "."})
-    for stage in ("", "adapter"):
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "train", *([stage] if stage else []), "--help"],
-            capture_output=True,
-            text=True,
-            env={**ENVIRONMENT, "PYTHONPATH": "."},
-        )
-        assert done.returncode == 0 and "usage: python -m train" in done.stdout
-        assert not {line.split("|")[-1].strip() for line in done.stderr.splitlines()} & {"torch", "numpy", "open_clip"}
-
-
-def test_stages_have_one_shape_and_states_of_their_own() -> None:
-    stages = [importlib.import_module(f"train.{name}") for name in STAGES]
-    assert all([*inspect.signature(stage.train).parameters][:3] == ["folder", "weights", "phases"] for stage in stages)
-    assert all("command" in inspect.signature(stage.train).parameters for stage in stages)
-    names = [plan.name for stage in stages for plan in stage.PHASES]
-    assert len(set(names)) == len(names)
-
-
-def test_every_option_has_a_sentence() -> None:
-    for stage in parser("")._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr,attr-defined]
-        assert all(action.help for action in stage._actions)
-
-
-@pytest.mark.parametrize("stage", ["vae", "clip", "unet", "judge", "scorer", "all"])
-def test_data_is_for_adapters_alone(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([stage, "--data", "data"])
-    assert "unrecognized arguments: --data" in capsys.readouterr().err
