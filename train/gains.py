@@ -52,10 +52,10 @@ def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, de
     losses = [losses_of(unet, adapter, schedule, pairs, decoupled, device, seed) for seed in rounds]
     gains = torch.stack([torch.cat(each["another"]) - torch.cat(each["own"]) for each in losses]).mean(dim=0)
     gain, error = float(gains.mean()), float(gains.std() / len(gains) ** 0.5)
-    learned = "it learned to read pictures" if gain > 2 * error else "it has not learned to read pictures (yet)"
+    learned = "it learned to read pictures" if gain > 2 * error else "it has not learned to read pictures yet"
     return (
-        f"{learned}: on {len(pairs)} held-out pictures the loss is lower by {gain:.2g} ± {2 * error:.2g} "
-        "with the right picture than with another"
+        f"{learned}: on {len(pairs)} held-out pictures, the loss with another picture minus that with the right one "
+        f"is {gain:.2g} ± {2 * error:.2g}"
     )
 
 
