@@ -32,6 +32,7 @@ from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.base import Base
 from checkpoints.cards import save
 from checkpoints.clip import load_image_encoder, load_text_encoder
+from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
 from checkpoints.files import write_json, write_tensors
 from checkpoints.names import adapter_names, named, unet_rows, vae_rows
@@ -44,7 +45,7 @@ from model.image_projection import ImageProjection
 from model.text_encoder import END, START, TextConfig, vocabulary
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
-from weights_convert import convert, main, verify
+from weights_convert import main
 
 ROOT = Path(__file__).parent.parent
 Tensors = dict[str, Tensor]

@@ -94,6 +94,8 @@ HEAVY = ("torch", "open_clip", "numpy", "PIL")
         ("sampling --image-layers", HEAVY),  # a mistake is told as soon
         ("sampling.sheets --help", HEAVY),
         ("sampling.sheets gallery --help", HEAVY),
+        ("weights_convert --help", HEAVY),
+        ("weights_convert convert --help", HEAVY),
         ("sampling.pipeline", ("open_clip",)),
         ("weights_convert inspect weights/ip_adapter.safetensors weights/unet.safetensors", ("open_clip",)),
     ],

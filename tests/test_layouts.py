@@ -40,6 +40,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.clip import load_image_encoder, load_text_encoder
 from checkpoints.configs import pad_token, plausible, unet_config, vae_config
+from checkpoints.convert import verify
 from checkpoints.describe import inspect
 from checkpoints.fill import empty_module
 from checkpoints.single_file import load_single
@@ -52,7 +53,6 @@ from model.text_encoder import END, SD15_TEXT, SD21_TEXT, TextConfig, TextEncode
 from model.unet import UNet
 from sampling.pipeline import load
 from train.clip import MINI_TEXT
-from weights_convert import verify
 
 ROOT = Path(__file__).parent.parent
 __all__ = ["base", "folder", "own_folder", "single"]  # fixtures

@@ -22,6 +22,7 @@ from torch import Tensor
 from checkpoints import cards
 from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.clip import load_image_encoder
+from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
 from checkpoints.names import adapter_names, projection_names
 from checkpoints.stable_diffusion import load_unet
@@ -31,7 +32,6 @@ from model.image_projection import ImageProjection, MLPProjection, Projection, R
 from model.unet import SD15, SDXL, UNet, UNetConfig
 from sampling.images import to_images
 from sampling.pipeline import Pipeline, load
-from weights_convert import convert, verify
 
 Tensors = dict[str, Tensor]
 TOLERANCE = 1e-12  # measured: 4e-15

@@ -1,0 +1,94 @@
+"""Convert checkpoints to other layouts, and compare them tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.adapters import adapter_file, problems
+from checkpoints.cards import save
+from checkpoints.clip import load_image_encoder, load_text_encoder
+from checkpoints.describe import kind_of
+from checkpoints.files import replacing_in, short_list, write_json, write_tensors
+from checkpoints.single_file import load_single
+from checkpoints.stable_diffusion import load_base, load_unet, load_vae, save_diffusers, scheduler_config
+
+_LOADERS: dict[str, Callable[..., nn.Module]] = {
+    "unet": load_unet,
+    "vae": load_vae,
+    "text_encoder": load_text_encoder,
+    "image_encoder": load_image_encoder,
+}
+
+
+def convert(
+    source: Path, target: Path, dtype: torch.dtype | None = None, ema: bool = False, diffusers: bool = False
+) -> None:
+    """Writes an adapter as the official .safetensors, a base model as a folder of our own, a network of one as a file of our own,
+    or with `diffusers` a UNet as a diffusers folder. `dtype=None` keeps every tensor bit for bit.
+
+    Raises ValueError for bad input and OSError where nothing can be written, and then leaves the old files as they were.
+    """
+    kind, card = kind_of(source), {"converted_from": source.name}
+    one = kind != "base" and not diffusers
+    if one and target.suffix != ".safetensors":
+        raise ValueError(f"the {kind} is written as one file: name TARGET.safetensors, not {target}")
+    if ema and (kind != "base" or source.is_dir()):
+        raise ValueError(f"{source} is not a base model in a single file, so it has no EMA copy: leave out --ema")
+    if diffusers and kind != "unet":
+        raise ValueError(f"{source} is not a UNet but {kind}; --diffusers writes UNets")
+    if target.exists() and one == target.is_dir():
+        raise ValueError(f"{target} is a {'folder' if one else 'file'}: name another {'file' if one else 'folder'}")
+    if diffusers:
+        save_diffusers(load_unet(source, dtype=None), target, dtype)
+    elif kind == "adapter":
+        file = adapter_file(source)
+        if wrong := problems(file):
+            raise ValueError(f"{source} is not a complete adapter: {'; '.join(wrong)}")
+        write_tensors(target, {name: file[name] for name in file}, dtype)
+    elif kind == "base":
+        base = load_single(source, None, ema) if source.is_file() else load_base(source, None)
+        with replacing_in(target) as part:
+            for name, module in base.parts.items():
+                save(module, part / f"{name}.safetensors", card, dtype)
+            if scheduler := scheduler_config(source):
+                write_json(part / "scheduler" / "scheduler_config.json", scheduler)
+    else:
+        save(_LOADERS[kind](source, dtype=None), target, card, dtype)
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of anything that is read, under this project's names (an adapter's under the official ones)."""
+    kind = kind_of(path)
+    if kind == "adapter":
+        return dict(adapter_file(path))
+    if kind == "base":
+        parts = load_base(path, dtype=None).parts
+        return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
+    return dict(_LOADERS[kind](path, dtype=None).state_dict())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def verify(a: Path, b: Path) -> list[str]:
+    """How two checkpoints differ, tensor by tensor, whatever their layouts; nothing when they are equal bit for bit."""
+    one, two = tensors_of(a), tensors_of(b)
+    lines = [
+        f"only in {path}: {short_list(names)}"
+        for path, names in ((a, one.keys() - two.keys()), (b, two.keys() - one.keys()))
+        if names
+    ]
+    for name in sorted(one.keys() & two.keys()):
+        x, y = one[name], two[name]
+        if x.shape != y.shape:
+            lines.append(f"{name}: {list(x.shape)} against {list(y.shape)}")
+        elif x.dtype != y.dtype or not torch.equal(_bits(x), _bits(y)):
+            lines.append(
+                f"{name}: {x.dtype} against {y.dtype}, largest difference {float((x.double() - y.double()).abs().max()):.3g}"
+            )
+    return lines
