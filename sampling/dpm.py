@@ -8,16 +8,14 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from sampling.ddim import Denoiser, Enter, State, as_is
+from sampling.sampler import Denoiser, Enter, Sampler, State, Step, as_is
 from sampling.schedule import Schedule
 
 
-def levels(schedule: Schedule, steps: int) -> list[tuple[int, float]]:
-    """(t, a) of each step, as diffusers' `DPMSolverMultistepScheduler` places them. The last step ends at a = 1, not at a
-    timestep, so leading and linspace are those of one step more without the last.
+def dpm_times(schedule: Schedule, steps: int) -> list[Step]:
+    """The steps as diffusers' `DPMSolverMultistepScheduler` places them. The last ends at a = 1, where no timestep is.
 
     Raises ValueError unless they are `steps` different ones, or where the scheduler's file asks for another solver.
     """
@@ -26,18 +24,23 @@ def levels(schedule: Schedule, steps: int) -> list[tuple[int, float]]:
             f"the scheduler's file sets {', '.join(schedule.not_dpm)}, which DPM-Solver++ here does not follow: "
             "draw with --sampler ddim, or take these settings out of the file"
         )
+    found = _karras(schedule, steps) if schedule.karras else _visits(schedule, steps)
+    after = [a for _, a in found[1:]] + [1.0]
+    return [Step(t, a, end) for (t, a), end in zip(found, after, strict=True)]
+
+
+def _visits(schedule: Schedule, steps: int) -> list[tuple[int, float]]:
+    """(t, a_t) of each step. Leading and linspace take the timesteps of one step more, without the last."""
     if schedule.spacing is None:
         schedule = replace(schedule, spacing="linspace")
-    found = schedule.visits(steps)
-    if schedule.karras:
-        return _karras(schedule, steps)
+    visits = schedule.visits(steps)
     if schedule.spacing in ("leading", "linspace"):
-        found = schedule.visits(min(steps + 1, schedule.timesteps))[:-1]
-    if len(set(found)) < max(steps, len(found)):
+        visits = schedule.visits(min(steps + 1, schedule.timesteps))[:-1]
+    if len(set(visits)) < max(steps, len(visits)):
         raise ValueError(f"{steps} steps are too many for DPM-Solver++: it would visit a timestep twice; take fewer")
-    schedule.warn_of_late_start(steps, found[0])
+    schedule.warn_of_late_start(steps, visits[0])
     alphas = schedule.alphas.double()
-    return [(t, float(alphas[t])) for t in found]
+    return [(t, float(alphas[t])) for t in visits]
 
 
 def _karras(schedule: Schedule, steps: int, rho: float = 7.0) -> list[tuple[int, float]]:
@@ -53,14 +56,7 @@ def _karras(schedule: Schedule, steps: int, rho: float = 7.0) -> list[tuple[int,
 
 
 def dpm(
-    model: Denoiser,
-    x: Tensor,
-    schedule: Schedule,
-    steps: int,
-    eta: float = 0.0,
-    generators: Sequence[torch.Generator] = (),
-    start: int = 0,
-    enter: Enter = as_is,
+    model: Denoiser, x: Tensor, schedule: Schedule, times: Sequence[Step], start: int = 0, enter: Enter = as_is
 ) -> Iterator[State]:
     """Algorithm 2, from timestep s to t, with alpha = sqrt(a), sigma = sqrt(1 - a) and lambda = log(alpha / sigma):
 
@@ -68,22 +64,21 @@ def dpm(
     D = x_0 + (x_0 - x_0') / 2r,    r = h' / h,
 
     where x_0' and h' are those of the step before. The first step has none, and the last ends at sigma = 0: there D = x_0.
-    The arguments are those of `ddim`; it is deterministic, so a nonzero eta raises ValueError. Matches diffusers'
-    `DPMSolverMultistepScheduler` of order 2 with "midpoint" and final sigmas "zero", with Karras sigmas or without.
+    The arguments are those of `ddim`, without its noise. Matches diffusers' `DPMSolverMultistepScheduler` of order 2 with
+    "midpoint" and final sigmas "zero", with Karras sigmas or without.
     """
-    if eta != 0:
-        raise ValueError(f"eta is DDIM's: DPM-Solver++ adds no noise, so leave it at 0, not {eta}")
-    found, a = zip(*levels(schedule, steps), strict=True)
-    a = (*a, 1.0)
-    lam = [0.5 * math.log(each / (1 - each)) for each in a[:-1]]
+    lam = [0.5 * math.log(step.a / (1 - step.a)) for step in times]
     before = x
-    for i, t in islice(enumerate(found), start, None):
-        x = enter(i, a[i], x)
-        _, x0 = schedule.split(x, model(x, t), a[i])
+    for i, (t, a, after) in islice(enumerate(times), start, None):
+        x = enter(i, a, x)
+        _, x0 = schedule.split(x, model(x, t), a)
         d = x0
-        if start < i < len(found) - 1:
+        if start < i < len(times) - 1:
             d = x0 + (x0 - before) * (lam[i + 1] - lam[i]) / (2 * (lam[i] - lam[i - 1]))
-        ratio = ((1 - a[i + 1]) / (1 - a[i])) ** 0.5  # alpha_t e^-h is alpha_s times this, 0 in the last step
-        x = ratio * x + (a[i + 1] ** 0.5 - ratio * a[i] ** 0.5) * d
+        ratio = ((1 - after) / (1 - a)) ** 0.5  # alpha_t e^-h is alpha_s times this, 0 in the last step
+        x = ratio * x + (after**0.5 - ratio * a**0.5) * d
         before = x0
         yield State(i, t, x, x0)
+
+
+DPM = Sampler("dpm++", dpm_times, dpm)

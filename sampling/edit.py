@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.vae import VAE
-from sampling.ddim import Denoiser, randn
 from sampling.request import check_size
+from sampling.sampler import Denoiser, randn
 from sampling.schedule import noised
 
 

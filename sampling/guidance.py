@@ -12,8 +12,8 @@ from torch import Tensor
 
 from model.context import Context, stack
 from model.unet import Residuals, UNet, join
-from sampling.ddim import Denoiser
 from sampling.lambdas import Move, unmoved
+from sampling.sampler import Denoiser
 
 Side = Literal["uncond", "image", "cond"]  # a pass of the UNet: neither prompt, the picture alone, both
 Control = Callable[

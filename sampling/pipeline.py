@@ -23,8 +23,8 @@ from model.text_encoder import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
 from sampling.batch import check_finite, groups, rows_of
-from sampling.ddim import Sampler, State, ddim
-from sampling.dpm import dpm
+from sampling.ddim import DDIM
+from sampling.dpm import DPM
 from sampling.edit import Edit, begin
 from sampling.embeddings import PictureWeights, Strength, load_embedding, of_prompts, parts, weigh_tokens
 from sampling.guidance import guided
@@ -32,10 +32,11 @@ from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
 from sampling.lambdas import moving, set_lambda
 from sampling.request import WEIGHTS, Request, check_seed
+from sampling.sampler import Sampler, State
 from sampling.schedule import Prediction, Schedule
 from sampling.scheduler_file import schedule_of
 
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "dpm++": dpm}
+SAMPLERS = {sampler.name: sampler for sampler in (DDIM, DPM)}
 Given = Picture | str  # where an image prompt is meant
 
 
@@ -181,7 +182,7 @@ class Pipeline:
         size: tuple[int, int] | None = None,
         fuse: Fuse = decoupled,
         watch: Callable[[State], None] | None = None,
-        sampler: Sampler = ddim,
+        sampler: Sampler = DDIM,
         edit: Edit | None = None,
         image_guidance: float | None = None,
         against: Sequence[Tensor | None] | None = None,
@@ -191,22 +192,21 @@ class Pipeline:
 
         `guidance` is w (Eq. 7), of the text alone where the picture has its `image_guidance`. `size` is (height, width) in
         pixels, multiples of the VAE's factor. The noise of picture i comes from a CPU generator of its own, seeded with
-        `seeds[i]`. `watch` is called after every step. `sampler` is `ddim` or `dpm`. `edit` is a picture to change, which sets
+        `seeds[i]`. `watch` is called after every step. `sampler` is `DDIM` or `DPM`. `edit` is a picture to change, which sets
         the size. The rest is as in `contexts`. Raises ValueError where arguments do not fit, or the result is not finite.
         """
         prompts, seeds, negatives = rows_of(prompts, seeds, negatives)
         size = size or (edit.size if edit else self.native_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise, times = sampler.noise(eta, generators), sampler.times(self.schedule, steps)
         canvas = begin(edit, self.unet.config.in_channels, self.vae, steps, generators, size)
         x, dtype = canvas.noise, next(self.unet.parameters()).dtype
         grid = x.shape[-2], x.shape[-1]
         uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights)
-        # run the sampler on one number to learn which timesteps it visits
-        times = [state.t for state in sampler(lambda x, t: x, torch.zeros(1), self.schedule, steps, start=canvas.start)]
         lambdas = scale if isinstance(scale, Sequence) else [scale] * len(self.adapters)
-        move = moving(of_prompts(lambdas, weights) if cond.image else [], times)
+        move = moving(of_prompts(lambdas, weights) if cond.image else [], [step.t for step in times[canvas.start :]])
         denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move))
-        for state in sampler(denoise, x, self.schedule, steps, eta, generators, canvas.start, canvas.enter):
+        for state in sampler.draw(denoise, x, self.schedule, times, start=canvas.start, enter=canvas.enter, **noise):
             x = check_finite(state.x, dtype)
             if watch is not None:
                 watch(state)

@@ -92,6 +92,10 @@ class Request:
         _settle(self)
         check_seed(self.seed)
         check_size(self.width or 1, self.height or 1)
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {self.eta}")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta is DDIM's: {self.sampler} adds no noise, so leave it at 0, not {self.eta}")
         if self.image_guidance is not None and not self.image_prompts:
             raise ValueError("--image-guidance is for an image prompt: name it with --image")
         if self.init_image is None:

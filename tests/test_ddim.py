@@ -9,7 +9,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from sampling.ddim import Denoiser, ddim, randn
+from sampling.ddim import DDIM, ddim, ddim_times
+from sampling.sampler import Denoiser, randn
 from sampling.schedule import Prediction, Schedule, Spacing
 
 SHAPE = (4, 5, 3)
@@ -64,7 +65,7 @@ def error(ours: list[Tensor], theirs: list[Tensor]) -> float:
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_trajectories_are_those_of_diffusers(spacing: Spacing, prediction: Prediction, eta: float, steps: int) -> None:
     schedule, x = Schedule(spacing=spacing, prediction=prediction), randn(SHAPE, generators(1, 2)).double()
-    ours = [state.x for state in ddim(denoiser, x, schedule, steps, eta, generators(5, 6))]
+    ours = [state.x for state in ddim(denoiser, x, schedule, ddim_times(schedule, steps), eta, generators(5, 6))]
     assert error(ours, peer_trajectory(x, schedule, steps, eta, exact=True)) < 1e-10
     assert error(ours, peer_trajectory(x, schedule, steps, eta, exact=False)) < 1e-4  # its alphas are float32 even here
 
@@ -73,13 +74,13 @@ def test_trajectories_are_those_of_diffusers(spacing: Spacing, prediction: Predi
 @pytest.mark.parametrize("offset", [0, 1])
 def test_trajectories_that_end_at_one(offset: int, eta: float) -> None:
     schedule, x = Schedule(spacing="leading", offset=offset, final_one=True), randn(SHAPE, generators(1, 2)).double()
-    ours = [state.x for state in ddim(denoiser, x, schedule, 20, eta, generators(5, 6))]
+    ours = [state.x for state in ddim(denoiser, x, schedule, ddim_times(schedule, 20), eta, generators(5, 6))]
     assert error(ours, peer_trajectory(x, schedule, 20, eta, exact=True)) < 1e-10
 
 
 def test_states_tell_where_they_are() -> None:
     schedule = Schedule(final_one=True)
-    states = list(ddim(denoiser, randn(SHAPE, generators(1)), schedule, 7))
+    states = list(ddim(denoiser, randn(SHAPE, generators(1)), schedule, ddim_times(schedule, 7)))
     assert [state.index for state in states] == list(range(7))
     assert [state.t for state in states] == schedule.visits(7)
     assert torch.equal(states[-1].x, states[-1].x0)  # the last step, to a = 1, is x_0 itself
@@ -92,7 +93,7 @@ def test_every_step_asks_once_and_only_when_it_is_needed() -> None:
         asked.append(t)
         return denoiser(x, t)
 
-    states = ddim(counting, randn(SHAPE, generators(1)), Schedule(), 5)
+    states = ddim(counting, randn(SHAPE, generators(1)), Schedule(), ddim_times(Schedule(), 5))
     assert asked == []
     next(states)
     assert asked == Schedule().visits(5)[:1]
@@ -102,7 +103,7 @@ def test_every_step_asks_once_and_only_when_it_is_needed() -> None:
 def test_eta_outside_its_range_is_refused(eta: float) -> None:
     """Above 1 the direction's coefficient is the root of a negative number."""
     with pytest.raises(ValueError, match="eta"):
-        list(ddim(denoiser, randn(SHAPE, generators(1)), Schedule(), 5, eta, generators(1)))
+        DDIM.noise(eta, generators(1))
 
 
 def gaussian_eps(mean: float, std: float, alphas: Tensor) -> Denoiser:
@@ -116,7 +117,7 @@ def gaussian_error(steps: int, mean: float = 2.0, std: float = 0.5) -> float:
     schedule = Schedule(spacing="trailing", final_one=True)
     x, a = torch.linspace(-3, 3, 61, dtype=torch.float64), float(schedule.alphas[999])
     exact = mean + std * (x - a**0.5 * mean) / (a * std**2 + 1 - a) ** 0.5
-    *_, last = ddim(gaussian_eps(mean, std, schedule.alphas), x, schedule, steps)
+    *_, last = ddim(gaussian_eps(mean, std, schedule.alphas), x, schedule, ddim_times(schedule, steps))
     return float((last.x - exact).abs().max())
 
 
@@ -140,7 +141,7 @@ def test_v_gives_the_same_map_as_epsilon() -> None:
 
     x = torch.linspace(-3, 3, 61, dtype=torch.float64)
     ours = [
-        [state.x for state in ddim(model, x, schedule, 30)]
+        [state.x for state in ddim(model, x, schedule, ddim_times(schedule, 30))]
         for model, schedule in ((eps, eps_schedule), (v, v_schedule))
     ]
     assert error(*ours) < 1e-10
@@ -167,7 +168,9 @@ def test_a_mixture_of_gaussians_is_sampled(eta: float) -> None:
     )
     schedule = Schedule(spacing="trailing", final_one=True)
     x = randn((8000,), generators(3)).double()
-    *_, last = ddim(mixture_eps(weights, means, std, schedule.alphas), x, schedule, 250, eta, generators(4))
+    *_, last = ddim(
+        mixture_eps(weights, means, std, schedule.alphas), x, schedule, ddim_times(schedule, 250), eta, generators(4)
+    )
     left, right = last.x[last.x < 0], last.x[last.x >= 0]
     assert len(left) / 8000 == pytest.approx(0.3, abs=0.03)
     assert float(left.mean()) == pytest.approx(-1.5, abs=0.03) and float(right.mean()) == pytest.approx(1.0, abs=0.03)
@@ -188,6 +191,6 @@ def test_noise_takes_type_from_its_like() -> None:
 
 def test_stochastic_pictures_do_not_depend_on_their_batch() -> None:
     x = randn(SHAPE, generators(1, 2, 3))
-    together = list(ddim(denoiser, x, Schedule(), 10, 1.0, generators(4, 5, 6)))[-1].x
-    alone = list(ddim(denoiser, x[1:2], Schedule(), 10, 1.0, generators(5)))[-1].x
+    together = list(ddim(denoiser, x, Schedule(), ddim_times(Schedule(), 10), 1.0, generators(4, 5, 6)))[-1].x
+    alone = list(ddim(denoiser, x[1:2], Schedule(), ddim_times(Schedule(), 10), 1.0, generators(5)))[-1].x
     assert torch.equal(together[1:2], alone)

@@ -12,8 +12,9 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_dpmsolver_multistep
 from torch import Tensor
 
-from sampling.ddim import ddim, randn
-from sampling.dpm import dpm, levels
+from sampling.ddim import DDIM
+from sampling.dpm import DPM, dpm, dpm_times
+from sampling.sampler import Sampler, randn
 from sampling.schedule import Prediction, Schedule, Spacing
 
 SHAPE = (4, 5, 3)
@@ -21,7 +22,7 @@ SPACINGS = ["leading", "trailing", "linspace"]
 
 
 def visits(schedule: Schedule, steps: int) -> list[int]:
-    return [t for t, _ in levels(schedule, steps)]
+    return [step.t for step in dpm_times(schedule, steps)]
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -85,7 +86,7 @@ def error(ours: list[Tensor], theirs: list[Tensor]) -> float:
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_trajectories_are_those_of_diffusers(spacing: Spacing, prediction: Prediction, steps: int) -> None:
     schedule, x = Schedule(spacing=spacing, prediction=prediction), randn(SHAPE, generators(1, 2)).double()
-    ours = [state.x for state in dpm(denoiser, x, schedule, steps)]
+    ours = [state.x for state in dpm(denoiser, x, schedule, dpm_times(schedule, steps))]
     assert error(ours, peer_trajectory(x, schedule, steps, exact=True)) < 1e-10
     assert error(ours, peer_trajectory(x, schedule, steps)) < 2e-4  # in float32
 
@@ -95,7 +96,7 @@ def test_trajectories_are_those_of_diffusers(spacing: Spacing, prediction: Predi
 def test_a_part_of_the_schedule_is_that_of_diffusers(spacing: Spacing, start: int) -> None:
     """Its first step is of first order, wherever it starts."""
     schedule, x = Schedule(spacing=spacing, offset=0), randn(SHAPE, generators(1, 2, 3)).double()
-    ours = [state.x for state in dpm(denoiser, x, schedule, 20, start=start)]
+    ours = [state.x for state in dpm(denoiser, x, schedule, dpm_times(schedule, 20), start)]
     assert error(ours, peer_trajectory(x, schedule, 20, start, exact=True)) < 1e-10
 
 
@@ -113,7 +114,7 @@ def test_timesteps_are_those_of_diffusers(spacing: Spacing) -> None:
 @pytest.mark.parametrize("steps", [0, 1000, 1001])
 def test_steps_that_do_not_fit_are_refused(spacing: Spacing, steps: int) -> None:
     with pytest.raises(ValueError, match="steps"):
-        next(dpm(denoiser, randn(SHAPE, generators(1)), Schedule(spacing=spacing), steps))
+        dpm_times(Schedule(spacing=spacing), steps)
 
 
 def test_a_timestep_is_never_visited_twice() -> None:
@@ -125,18 +126,19 @@ def test_a_timestep_is_never_visited_twice() -> None:
 
 def test_eta_is_refused() -> None:
     with pytest.raises(ValueError, match="eta is DDIM's"):
-        next(dpm(denoiser, randn(SHAPE, generators(1)), Schedule(), 5, 0.5, generators(1)))
+        DPM.noise(0.5, generators(1))
+    assert DPM.noise(0.0, generators(1)) == {}
 
 
 def test_states_tell_where_they_are() -> None:
-    states = list(dpm(denoiser, randn(SHAPE, generators(1)), Schedule(), 7, start=2))
+    states = list(dpm(denoiser, randn(SHAPE, generators(1)), Schedule(), dpm_times(Schedule(), 7), start=2))
     assert [state.index for state in states] == list(range(2, 7))
     assert [state.t for state in states] == visits(Schedule(), 7)[2:]
     assert torch.equal(states[-1].x, states[-1].x0)  # the last step, to a = 1, is x_0 itself
 
 
-@pytest.mark.parametrize("sampler", [ddim, dpm])
-def test_what_enters_a_step_is_what_it_sees(sampler: Any) -> None:
+@pytest.mark.parametrize("sampler", [DDIM, DPM], ids=["ddim", "dpm++"])
+def test_what_enters_a_step_is_what_it_sees(sampler: Sampler) -> None:
     seen: list[Tensor] = []
 
     def watching(x: Tensor, t: int) -> Tensor:
@@ -149,7 +151,8 @@ def test_what_enters_a_step_is_what_it_sees(sampler: Any) -> None:
         entered.append((index, a))
         return x + index
 
-    states = list(sampler(watching, x := randn(SHAPE, generators(1)), Schedule(), 6, start=3, enter=enter))
+    x, times = randn(SHAPE, generators(1)), sampler.times(Schedule(), 6)
+    states = list(sampler.draw(watching, x, Schedule(), times, start=3, enter=enter))
     a = Schedule().alphas.double().tolist()
     assert entered == [(state.index, a[state.t]) for state in states] and [i for i, _ in entered] == [3, 4, 5]
     starts = [x, *(state.x for state in states)]
@@ -169,7 +172,8 @@ def gaussian_error(steps: int, end: int = 199, mean: float = 2.0, std: float = 0
 
     x = torch.linspace(-3, 3, 61, dtype=torch.float64)
     exact = a[end] ** 0.5 * mean + deviation(end) * (x - a[999] ** 0.5 * mean) / deviation(999)
-    found = next(state.x for state in dpm(model, x, schedule, steps) if visits(schedule, steps)[state.index + 1] == end)
+    times = dpm_times(schedule, steps)
+    found = next(state.x for state in dpm(model, x, schedule, times) if times[state.index + 1].t == end)
     return float((found - exact).abs().max())
 
 

@@ -13,14 +13,12 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipelin
 from PIL import Image
 from test_pipeline import BASES, Model, build, difference
 
-from sampling.ddim import ddim
-from sampling.dpm import dpm
+from sampling.dpm import DPM
 from sampling.edit import Edit
 from sampling.images import to_images, to_tensor
-from sampling.pipeline import Pipeline, load
+from sampling.pipeline import SAMPLERS, Pipeline, load
 
 FOX, OWL = "A photo of a fox, 4k", "blurry; an owl"
-SAMPLERS = {"ddim": ddim, "dpm++": dpm}
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +222,7 @@ def edit(height: int, width: int, b: int = 1, masks: int = 0) -> Edit:
         ("sd15", edit(16, 24, masks=3), {}, "3 pictures or masks to change do not fit 2 prompts"),
         ("nine", None, {}, "for inpainting: it needs both a picture and a mask"),
         ("nine", edit(16, 24), {}, "for inpainting: it needs both a picture and a mask"),
-        ("sd15", edit(16, 24), {"sampler": dpm, "eta": 1.0}, "eta is DDIM's"),
+        ("sd15", edit(16, 24), {"sampler": DPM, "eta": 1.0}, "eta is DDIM's"),
     ],
 )
 def test_what_does_not_fit_is_refused(

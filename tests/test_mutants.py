@@ -34,7 +34,7 @@ from model.text_encoder import TextConfig, TextEncoder
 from model.unet import UNetConfig
 from model.vae import VAEConfig
 from sampling import guidance
-from sampling.ddim import ddim
+from sampling.ddim import ddim, ddim_times
 from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
 
@@ -165,7 +165,9 @@ CHECKS: dict[str, Callable[[Stack], Tensor]] = {
     "fine": lambda s: s.pipeline.image.fine(s.pixels),  # type: ignore[union-attr]
     "encode": lambda s: s.pipeline.vae.encode(s.pixels),
     "decode": lambda s: s.pipeline.vae.decode(s.latents),
-    "trajectory": lambda s: list(ddim(denoiser, s.latents, s.pipeline.schedule, 30))[-1].x,
+    "trajectory": lambda s: (
+        list(ddim(denoiser, s.latents, s.pipeline.schedule, ddim_times(s.pipeline.schedule, 30)))[-1].x
+    ),
     "preprocess": lambda s: s.pipeline.image.preprocess(PHOTO),  # type: ignore[union-attr]
     "mask": lambda s: torch.cat(context.pyramid(MASK, *GRIDS[0], levels=len(GRIDS)), dim=2),
 }

@@ -11,8 +11,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from sampling.ddim import ddim
-from sampling.dpm import dpm
+from sampling.ddim import DDIM
+from sampling.dpm import DPM
+from sampling.sampler import Sampler
 from sampling.schedule import Prediction, Schedule, Spacing
 
 STEPS = (1, 7, 20, 30, 50, 1000)
@@ -112,19 +113,19 @@ def test_impossible_steps_are_refused(spacing: Spacing, steps: int) -> None:
         Schedule(spacing=spacing).pairs(steps)
 
 
-@pytest.mark.parametrize("sampler", [ddim, dpm], ids=["ddim", "dpm++"])
+@pytest.mark.parametrize("sampler", [DDIM, DPM], ids=["ddim", "dpm++"])
 @pytest.mark.parametrize(("steps", "fewer"), [(280, 250), (400, 333), (600, 500), (850, 500)])
-def test_a_late_start_is_warned_of(sampler: Any, steps: int, fewer: int) -> None:
+def test_a_late_start_is_warned_of(sampler: Sampler, steps: int, fewer: int) -> None:
     """Leading timesteps of diffusers begin at t = steps where there are more than 500."""
     schedule = Schedule(spacing="leading")
-    scheduler = peer(steps) if sampler is ddim else DPMSolverMultistepScheduler.from_config(peer(steps).config)
+    scheduler = peer(steps) if sampler is DDIM else DPMSolverMultistepScheduler.from_config(peer(steps).config)
     scheduler.set_timesteps(steps)
     with pytest.warns(UserWarning, match=rf"{steps} steps .* at timestep {max(scheduler.timesteps)} .*: take {fewer}"):
-        next(sampler(lambda x, t: x, torch.zeros(1), schedule, steps))
+        sampler.times(schedule, steps)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        next(sampler(lambda x, t: x, torch.zeros(1), schedule, fewer if sampler is ddim else 50))
-        next(sampler(lambda x, t: x, torch.zeros(1), replace(schedule, spacing="trailing"), steps))
+        sampler.times(schedule, fewer if sampler is DDIM else 50)
+        sampler.times(replace(schedule, spacing="trailing"), steps)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

@@ -14,8 +14,9 @@ import pytest
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from test_dpm import denoiser, error, generators
 
-from sampling.ddim import ddim, randn
-from sampling.dpm import dpm, levels
+from sampling.ddim import DDIM
+from sampling.dpm import DPM, dpm_times
+from sampling.sampler import randn
 from sampling.schedule import Schedule
 from sampling.scheduler_file import schedule_of
 
@@ -40,7 +41,7 @@ SAVED = [
     "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", 
     "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LCMScheduler",
 ]  # fmt: skip
-SAMPLERS = {"ddim": (ddim, DDIMScheduler), "dpm++": (dpm, DPMSolverMultistepScheduler)}
+SAMPLERS = {"ddim": (DDIM, DDIMScheduler), "dpm++": (DPM, DPMSolverMultistepScheduler)}
 
 
 def saved(name: str, folder: Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def saved(name: str, folder: Path) -> dict[str, Any]:
 
 def trajectories_differ(config: dict[str, Any], sampler: str, steps: int = 12) -> float:
     """The largest difference between our latents and those of diffusers, after any step."""
-    draw, kind = SAMPLERS[sampler]
+    ours, kind = SAMPLERS[sampler]
     scheduler = kind.from_config(
         config | {"clip_sample": False, "steps_offset": 1}
     )  # as Stable Diffusion's pipeline does
@@ -61,7 +62,9 @@ def trajectories_differ(config: dict[str, Any], sampler: str, steps: int = 12) -
     for t in scheduler.timesteps.tolist():
         x = scheduler.step(denoiser(x, t), t, x).prev_sample
         theirs.append(x)
-    return error([state.x for state in draw(denoiser, first, schedule_of(config), steps)], theirs)
+    schedule = schedule_of(config)
+    states = ours.draw(denoiser, first, schedule, ours.times(schedule, steps))
+    return error([state.x for state in states], theirs)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -90,10 +93,10 @@ def test_schedule_of_a_file_is_the_one_that_diffusers_makes_of_it(name: str) -> 
 @pytest.mark.parametrize("steps", [1, 2, 10, 14, 15, 20, 30, 60])
 def test_karras_sigmas_are_those_of_diffusers(steps: int) -> None:
     config = FILES["Karras"]
-    scheduler, ours = DPMSolverMultistepScheduler.from_config(config), levels(schedule_of(config), steps)
+    scheduler, ours = DPMSolverMultistepScheduler.from_config(config), dpm_times(schedule_of(config), steps)
     scheduler.set_timesteps(steps)
-    assert [t for t, _ in ours] == scheduler.timesteps.tolist()
-    for (_, a), sigma in zip(ours, scheduler.sigmas.tolist(), strict=False):
+    assert [step.t for step in ours] == scheduler.timesteps.tolist()
+    for (_, a, _), sigma in zip(ours, scheduler.sigmas.tolist(), strict=False):
         assert ((1 - a) / a) ** 0.5 == pytest.approx(sigma, rel=1e-5)
     assert trajectories_differ(config, "dpm++", steps) < 2e-4
 
@@ -143,7 +146,7 @@ def test_settings_that_change_the_picture_are_refused_by_name(settings: dict[str
     """DDIM does not know them, in diffusers either."""
     key, value = next(iter(settings.items()))
     with pytest.raises(ValueError, match=rf"sets .*{key} = {value}.*draw with --sampler ddim"):
-        next(dpm(denoiser, randn((4, 5, 3), generators(1)), schedule_of(SD15 | settings), 10))
+        dpm_times(schedule_of(SD15 | settings), 10)
     assert trajectories_differ(SD15 | settings, "ddim") < 2e-4
 
 
