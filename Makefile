@@ -3,13 +3,14 @@
 # make test   runs ruff, mypy and all tests
 # make ablation   writes RESULTS.md: does what is missing of its files, and adds seeds until the difference is known well enough
 # make docs   inserts what the results say into README.md and docs/
+# make notebooks   runs the notebooks and stores what they show
 # make constraints   upgrades every package and writes the versions to constraints.txt
 # make weights   trains the mini world from nothing (hours; a stopped run goes on)
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo gallery test weights ablation world docs constraints clean
+.PHONY: demo gallery test weights ablation world docs notebooks constraints clean
 
 demo: .venv/ready
 	$(BIN)/python -m sampling.sheets demo --seed $(SEED)
@@ -33,6 +34,9 @@ world: .venv/tests
 
 docs: .venv/tests
 	$(BIN)/python -m eval docs
+
+notebooks: .venv/tests
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 .venv/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
