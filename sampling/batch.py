@@ -1,4 +1,4 @@
-"""Batches: which pictures are drawn together, one prompt and one seed for each, and whether what comes out can be shown."""
+"""Batches of pictures: which are drawn together, one prompt and one seed for each, and a check that the result is finite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def groups(seed: int, num: int, latents: int) -> list[range]:
 def rows_of(
     prompts: str | Sequence[str], seeds: int | Sequence[int], negatives: str | Sequence[str]
 ) -> tuple[list[str], list[int], list[str]]:
-    """Prompts, seeds and negative prompts, one for each picture. Raises ValueError when they are not as many."""
+    """Prompts, seeds and negative prompts, one for each picture. Raises ValueError when their numbers differ."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     negatives = [negatives] * len(prompts) if isinstance(negatives, str) else list(negatives)
@@ -35,7 +35,7 @@ def rows_of(
 
 
 def check_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gives `x` back. Raises ValueError for values that would be drawn black; `dtype` is that of the networks."""
+    """Return `x`. Raises ValueError if it is not finite, since such values would be drawn black. `dtype` is that of the networks."""
     if x.isfinite().all():
         return x
     cure = "use --dtype bfloat16 or float32" if dtype == torch.float16 else "lower --guidance or --scale"

@@ -1,4 +1,4 @@
-"""Does what a Command says: reads, checks, loads, draws and writes."""
+"""Run a Command: read its files, check them, load the model, draw, write."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sampling.request import Model, check_seed, map_paths
 
 
 def run(command: Command) -> None:
-    """Draws and writes `num` pictures. Raises ValueError or OSError with one sentence for whatever does not fit."""
+    """Draw and write `num` pictures. Raises ValueError or OSError, with one sentence, for bad input."""
     request, model = recall(command.again) if command.again else (command.request, command.model)
     model = map_paths(
         model, lambda path: Path.cwd() if path == Path(".") else path
@@ -51,7 +51,7 @@ def run(command: Command) -> None:
 
 
 def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callable[[int], dict[str, Any]]) -> None:
-    """Writes each picture, with the settings of picture i, as soon as it is drawn. Ctrl-C stops it with a sentence."""
+    """Write each picture, with its settings, as soon as it is drawn. Ctrl-C ends with a sentence."""
     written, request = 0, inputs.request
     steps = request.steps - (inputs.edit.start(request.steps) if inputs.edit else 0)
     total = steps * len(pipeline.batches(inputs, command.num))
@@ -75,7 +75,7 @@ def load_model(model: Model, device: str) -> Pipeline:
 
 
 def check_model(inputs: Inputs, model: Model) -> None:
-    """Rejects image prompts that the model can't read, as the headers of its files tell, before the weights are loaded."""
+    """Reject image prompts that the model can't read, from the headers of its files, before loading the weights."""
     prompts = inputs.image_prompts
     adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
     pictures = [one for prompt in prompts for one in (*prompt.pictures, *prompt.negatives)]
@@ -94,7 +94,7 @@ def check_model(inputs: Inputs, model: Model) -> None:
 
 
 def check_device(command: Command) -> None:
-    """Raises ValueError for a device that is not there, and for --compile without the compiler that it needs."""
+    """Raises ValueError for a missing device, and for --compile without a compiler."""
     try:
         device = torch.empty(0, device=command.device).device.type
     except (RuntimeError, AssertionError) as error:

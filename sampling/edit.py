@@ -46,7 +46,7 @@ class Edit:
         return height, width
 
     def cropped(self, size: tuple[int, int]) -> Edit:
-        """The middle of the picture and of its mask, of `size` (height, width). Raises ValueError when they are smaller."""
+        """Crop the picture and its mask to their centre, `size` (height, width). Raises ValueError when they are smaller."""
         (height, width), (old_height, old_width) = size, self.size
         if height > old_height or width > old_width or min(size) < 1:
             raise ValueError(f"a picture of {old_width} x {old_height} can't be cropped to {width} x {height}")
@@ -65,7 +65,7 @@ class Edit:
         return steps - run
 
     def finish(self, drawn: Tensor) -> Tensor:
-        """Puts a drawn picture, `b 3 H W`, where the mask is; with mask 0 a pixel is the old one exactly."""
+        """Paste the drawn picture, `b 3 H W`, where the mask is. A pixel with mask 0 keeps its old value exactly."""
         if self.mask is None or not self.paste:
             return drawn
         old, mask = self.picture.to(drawn.device), self.mask.to(drawn.device)
@@ -74,7 +74,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Canvas:
-    """What a sampler draws on: N(0, 1) noise `b c h w`, and what it is told of a picture; without any, the noise is all.
+    """What a sampler starts from: N(0, 1) noise `b c h w` and, when a picture is edited, its latents and mask.
 
     `latents` are the picture's, and SDEdit begins with them, unless `pure`. `mask`, `1 1 h w`, is 1 where an ordinary UNet
     repaints. `extra`, `b c+1 h w`, is what an inpainting UNet also reads: the mask, and latents of the picture without what it covers.
@@ -88,7 +88,7 @@ class Canvas:
     extra: Tensor | None = None
 
     def denoiser(self, denoise: Denoiser) -> Denoiser:
-        """The one that the sampler asks: an inpainting UNet reads `extra` after the latents."""
+        """The denoiser for the sampler: an inpainting UNet also reads `extra`, after the latents."""
         extra = self.extra
         return denoise if extra is None else lambda x, t: denoise(torch.cat([x, extra], dim=1), t)
 
@@ -114,7 +114,7 @@ def begin(
     generators: Sequence[torch.Generator],
     size: tuple[int, int],
 ) -> Canvas:
-    """The canvas of pictures of `size` (height, width), for a UNet that reads `channels`: 4, or 9 for inpainting.
+    """The canvas for pictures of `size` (height, width) and a UNet with `channels` input channels: 4, or 9 for inpainting.
 
     From each picture's own generator come, in diffusers' order: a sample of the VAE's posterior, the noise, and with a mask
     a sample of the masked picture's posterior. As in `StableDiffusionInpaintPipeline`, strength 1 with a mask is noise alone.

@@ -1,4 +1,4 @@
-"""Image prompts as embeddings: a weight for each picture, pictures that speak against, and files.
+"""Image prompts as embeddings: weights of pictures, negative pictures, and files of embeddings.
 
 "The weight of a picture" is three different things in public code. Here each has a name, and `parts` applies it:
 
@@ -31,19 +31,19 @@ Strength = Level | Sequence[Level] | Lambda  # lambda of one adapter: for all it
 
 @dataclass(frozen=True)
 class PictureWeights:
-    """A weight for each picture of one prompt, and the rule that says what it multiplies; without values all are alike."""
+    """A weight for each picture of one prompt, and the rule that says what it multiplies. Without values, all weights are 1."""
 
     values: tuple[float, ...] = ()
     rule: Rule = "output"
 
     @property
     def prompts(self) -> int:
-        """Number of image prompts of a Context: by the rule "output" each picture is one of its own."""
+        """Number of image prompts in the Context: with the rule "output" each picture is one of its own."""
         return len(self.values) if self.values and self.rule == "output" else 1
 
 
 def of_prompts(lambdas: Sequence[Strength], weights: Sequence[PictureWeights] | None) -> list[Strength]:
-    """The lambda of each image prompt of a Context, from that of each adapter."""
+    """The lambda of each image prompt of a Context, given the lambda of each adapter."""
     counts = [each.prompts for each in weights or [PictureWeights()] * len(lambdas)]
     return [lam for lam, count in zip(lambdas, counts, strict=True) for _ in range(count)]
 
@@ -124,13 +124,13 @@ def weigh_tokens(context: Context, weights: Sequence[float]) -> Context:
 
 
 def save_embedding(embedding: Tensor, path: Path | str) -> None:
-    """Writes what `Pipeline.embed` gave as safetensors, whole or not at all."""
+    """Write the result of `Pipeline.embed` as safetensors, atomically."""
     with replacing(Path(path)) as part:
         save_file({"embedding": embedding.cpu().contiguous()}, part)
 
 
 def load_embedding(path: Path | str, reads: Projection) -> Tensor:
-    """What `save_embedding` wrote, for an adapter's projection: `1 k e`, or `1 k m e` of fine features.
+    """Read a file of `save_embedding` for an adapter's projection: `1 k e`, or `1 k m e` for fine features.
 
     Raises ValueError when it is something else, was made for another adapter, or is not finite.
     """

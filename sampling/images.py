@@ -1,4 +1,4 @@
-"""Pictures from and to files, as people have them."""
+"""Read and write picture files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST = 1 << 16  # pixels of a picture's longer side; JPEG's own limit
 
 
 def open_image(path: Path | str, behind: Literal["white", "black"] = "white") -> Image.Image:
-    """A picture file as upright RGB: EXIF rotation applied, transparency laid over `behind`, CMYK, grey and deep levels converted.
+    """Open a picture file as upright RGB: apply the EXIF rotation, lay transparency over `behind`, convert CMYK, grey and deep levels.
 
     Raises ValueError with one sentence for a file that is missing, not a picture, damaged, or too large.
     """
@@ -44,7 +44,7 @@ def open_image(path: Path | str, behind: Literal["white", "black"] = "white") ->
 
 
 def to_rgb(image: Image.Image, behind: Literal["white", "black"] = "white") -> Image.Image:
-    """Any mode of Pillow to RGB, 8 bits, over a background of white or black where it is transparent."""
+    """Convert any Pillow mode to 8-bit RGB, over a white or black background where the picture is transparent."""
     if image.mode == "F" or image.mode.startswith("I"):
         clear = image.info.get("transparency")  # of a 16-bit PNG: one level
         grey = Image.fromarray(_grey(image))
@@ -58,7 +58,7 @@ def to_rgb(image: Image.Image, behind: Literal["white", "black"] = "white") -> I
 
 
 def _grey(image: Image.Image) -> np.ndarray:
-    """Grey in 8 bits, `h w`, of a picture with 16-bit, 32-bit or float levels; NaN is black.
+    """Convert 16-bit, 32-bit or float levels to 8-bit grey, `h w`; NaN becomes black.
 
     The file of 32-bit or float levels does not say which level is white: it is the first of 1 (floats), 255, 65535 and
     2^31 - 1 that the largest value does not exceed. A float picture may exceed 1 by a factor of 16, as highlights do.
@@ -80,7 +80,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def read_mask(path: Path | str) -> Tensor:
-    """A mask file as `1 1 h w` in [0, 1]: 1 is white. Black and transparent are 0, since nothing was painted there."""
+    """Read a mask file as `1 1 h w` in [0, 1]. White is 1; black and transparent are 0, since nothing was painted there."""
     return to_tensor(open_image(path, behind="black").convert("L")) / 2 + 0.5
 
 
@@ -91,14 +91,14 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
 
 
 def check_png(path: Path) -> None:
-    """Raises ValueError or OSError where `save_image` could not write to `path`."""
+    """Raises ValueError or OSError if `save_image` cannot write to `path`."""
     check_output(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: pictures are written as PNG, which keeps their settings: name it {path.stem}.png")
 
 
 def save_image(image: Image.Image, path: Path | str, settings: dict[str, Any]) -> None:
-    """Writes a PNG, whole or not at all, whose text chunk holds `settings` as JSON."""
+    """Write a PNG atomically, with `settings` as JSON in a text chunk."""
     check_png(Path(path))
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, json.dumps(settings))
@@ -107,7 +107,7 @@ def save_image(image: Image.Image, path: Path | str, settings: dict[str, Any]) -
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
-    """The settings in a PNG that `save_image` wrote. Raises ValueError when there are none; a stranger may have written them."""
+    """Read the settings that `save_image` wrote into a PNG. Raises ValueError when there are none. Do not trust them: anyone may have written them."""
     path = Path(path)
     try:
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""A Request with its files read: pictures opened, masks as tensors, lambda as a Lambda."""
+"""A Request after its files are read: opened pictures, masks as tensors, lambda as a Lambda."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Picture = Image.Image | Path  # opened, or the file of a saved embedding, which 
 
 @dataclass(frozen=True)
 class PromptInputs:
-    """An image prompt: its pictures and their weights, those against it, and its lambda."""
+    """An image prompt: its pictures and their weights, its negative pictures, and its lambda."""
 
     pictures: tuple[Picture, ...]
     weights: PictureWeights
@@ -28,7 +28,7 @@ class PromptInputs:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a request reads from files."""
+    """A request, and what its files hold."""
 
     request: Request
     image_prompts: tuple[PromptInputs, ...]
@@ -36,12 +36,12 @@ class Inputs:
 
 
 def read_inputs(request: Request) -> Inputs:
-    """Opens every file of a request. Raises ValueError for one that is missing, damaged or does not fit, before any weights are read."""
+    """Open every file of a request. Raises ValueError for a file that is missing, damaged or does not fit, before any weights are read."""
     return Inputs(request, tuple(_image_prompt(prompt) for prompt in request.image_prompts), _edit(request))
 
 
 def open_picture(path: Path) -> Picture:
-    """An opened picture; a saved embedding (.safetensors) stays a path."""
+    """Open a picture; a saved embedding (.safetensors) stays a path."""
     return path if path.suffix == ".safetensors" else open_image(path)
 
 
@@ -61,7 +61,7 @@ def _edit(request: Request) -> Edit | None:
 
 
 def size_of(inputs: Inputs, native: tuple[int, int], factor: int) -> tuple[Edit | None, tuple[int, int]]:
-    """The picture to change, cut where the request says so, and the size (height, width) to draw.
+    """The picture to change, cropped if the request says so, and the size (height, width) to draw.
 
     `native` is the size that the base model was trained at; drawn sizes are multiples of `factor`.
     """

@@ -56,7 +56,7 @@ class Lambda:
         return isinstance(self.scale, int | float) and (self.start, self.end) == (0, 1)
 
     def at(self, step: int, steps: int) -> float:
-        """What step `step` of `steps` multiplies `by_layer` with."""
+        """The factor of `by_layer` in step `step` of `steps`."""
         if not isinstance(self.scale, int | float) and len(self.scale) != steps:
             raise ValueError(f"{len(self.scale)} values of lambda for {steps} steps: give one for each step that runs")
         if step / steps < self.start or (step + 1) / steps > self.end:
@@ -138,7 +138,7 @@ def layer_weights(layers: str | Blocks | Sequence[float] | None, config: UNetCon
 
 
 def _check(blocks: Blocks, found: Sequence[tuple[str, str, int]]) -> None:
-    """Refuses a name that this UNet does not have; diffusers ignores some."""
+    """Raises ValueError for names of blocks that this UNet does not have. (diffusers ignores some.)"""
     for part, value in blocks.items():
         known = {block for p, block, _ in found if p == part}
         strange = set(value) - known if isinstance(value, Mapping) else set()
@@ -169,7 +169,7 @@ def moving(lambdas: Sequence[object], times: Sequence[int]) -> Move:
 
 
 def set_lambda(context: Context, levels: Sequence[Level]) -> Context:
-    """The last image prompt of a Context with lambda of each layer. Raises ValueError when they are not as many as the layers."""
+    """Set the lambda of each layer for the last image prompt of a Context. Raises ValueError unless there is one for each layer."""
     *others, last = context.image
     if len(levels) != len(last):
         raise ValueError(f"{len(levels)} scales for {len(last)} cross-attention layers")

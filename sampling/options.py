@@ -48,7 +48,7 @@ def flag(name: str) -> str:
 
 
 def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Command:
-    """The Command of the arguments. Raises ValueError where they do not go together."""
+    """Parse arguments into a Command. Raises ValueError when they contradict each other."""
     given = vars(parser(about).parse_args(argv))
     own = {"again", "out", "save_embedding", "device", "compile"}
     if "again" in given and (other := sorted(given.keys() - own)):
@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Comman
 
 
 def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[ImagePrompt, ...]:
-    """Takes the options of image prompts out of `given`, where each value has the number of --ip-adapter before it.
+    """Take the options of image prompts out of `given`, where each value comes with the number of --ip-adapter flags before it.
 
     One adapter takes them wherever they stand; of several, each takes those that follow it. Raises ValueError for what could
     be misread.
@@ -96,7 +96,7 @@ def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[Imag
 
 
 class Following(argparse.Action):
-    """Keeps a value with the number of --ip-adapter flags before it."""
+    """Store a value together with the number of --ip-adapter flags before it."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, args: argparse.Namespace, value: Any, option: str | None = None
@@ -106,7 +106,7 @@ class Following(argparse.Action):
 
 
 def layers(text: str) -> Any:
-    """The value of --image-layers: a preset's name, or JSON."""
+    """Parse the value of --image-layers: a preset's name, or JSON."""
     try:
         return json.loads(text) if text[:1] in ("{", "[") else text
     except (ValueError, RecursionError) as error:
@@ -114,7 +114,7 @@ def layers(text: str) -> Any:
 
 
 def parser(about: str | None = None) -> argparse.ArgumentParser:
-    """Options without defaults of their own: what is not given keeps the default of Request, Model or Command."""
+    """The parser. Options have no defaults of their own: what is not given keeps the default of Request, Model or Command."""
     p = argparse.ArgumentParser(
         prog="python -m sampling",
         description=about,

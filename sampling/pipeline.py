@@ -42,7 +42,7 @@ Given = Picture | str  # where an image prompt is meant
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A base model and, to read image prompts, an image encoder with its adapters. Immutable; its modules are never changed."""
+    """A base model and, for image prompts, an image encoder and adapters. Immutable: its modules are never changed."""
 
     unet: UNet
     vae: VAE
@@ -53,7 +53,7 @@ class Pipeline:
 
     @torch.no_grad()
     def embed(self, pictures: Given | Sequence[Given], fit: Fit = "crop", adapter: int = 0) -> Tensor:
-        """What an adapter reads of pictures that make up one prompt: embeddings `1 k e`, or fine features `1 k m e`.
+        """Encode the pictures of one prompt for an adapter: embeddings `1 k e`, or fine features `1 k m e`.
 
         A picture is an RGB Pillow image, a picture file, or a file of `save_embedding`.
         """
@@ -75,7 +75,7 @@ class Pipeline:
         )
 
     def null(self, adapter: IPAdapter, like: Tensor) -> Tensor:
-        """No picture (section 3.2.3), for pictures such as `like`: zeros, `1 1 e`, or the fine features of zero pixels, `1 1 m e`."""
+        """The null image (section 3.2.3) in the form of `like`: zeros, `1 1 e`, or the fine features of zero pixels, `1 1 m e`."""
         if not adapter.image_projection.fine:
             return torch.zeros_like(like[:1, :1])
         if self.image is None:
@@ -126,13 +126,13 @@ class Pipeline:
         return uncond, cond
 
     def draw(self, request: Request) -> Image.Image:
-        """The picture that a request asks for. Raises ValueError where the request, its files and this model do not fit."""
+        """Draw one request. Raises ValueError when the request, its files and this model do not fit together."""
         return next(self.series(read_inputs(request)))
 
     def series(
         self, inputs: Inputs, num: int = 1, watch: Callable[[State], None] | None = None
     ) -> Iterator[Image.Image]:
-        """`num` pictures of one request, from its seed, seed + 1, ...; those of a batch come as soon as it is drawn."""
+        """Draw `num` pictures of one request, with its seed, seed + 1, ...; yields each batch as soon as it is drawn."""
         request, prompts = inputs.request, inputs.image_prompts
         check_seed(request.seed + num - 1)
         if prompts and len(prompts) != max(1, len(self.adapters)):
@@ -221,7 +221,7 @@ class Pipeline:
 
 
 def compiled(unet: UNet) -> UNet:
-    """The same network through `torch.compile`, its weights frozen into the code: minutes to start, then faster. For drawing only."""
+    """Compile a UNet with `torch.compile`, its weights frozen into the code. Starting takes minutes, then drawing is faster."""
     fast: UNet = torch.compile(unet, options={"freezing": True})  # type: ignore[assignment]
     return fast
 
@@ -262,7 +262,7 @@ def load(
 def prompt_files(
     checkpoint: Path, adapter: Path | str | Sequence[Path | str] | None, image_encoder: Path | str | None
 ) -> tuple[list[Path], Path | None]:
-    """The adapters and the image encoder to use: those named (perhaps none), or else the folder's own, if it has them."""
+    """The adapters and the image encoder to use: those that are named, or else those in the checkpoint's folder."""
     own = checkpoint / "ip_adapter.safetensors", checkpoint / "image_encoder.safetensors", checkpoint / "image_encoder"
     encoders = [Path(image_encoder)] if image_encoder else [path for path in own[1:] if path.exists()]
     if adapter is None:

@@ -1,4 +1,4 @@
-"""What a PNG remembers of how it was drawn, and `--again`, which finds the same files and draws it again.
+"""The record of a drawing in its PNG, and `--again`, which finds the same files to draw it again.
 
 A record is {"request": ..., "model": ..., "sha256": {file: hash}}. It names a file as the user did, except that a shipped
 file is "ip-adapter:weights/..." and the home folder is "~". A record is read as a stranger's: nothing in it is trusted, and
@@ -27,7 +27,7 @@ FOLDERS = ("weights", "sampling/examples", "results")  # of shipped files
 
 
 def stored(path: Path) -> str:
-    """The name of a file or folder in a record."""
+    """The name under which a record stores a file or folder."""
     full = Path(os.path.abspath(path))
     if any(full.is_relative_to(ROOT / folder) for folder in FOLDERS):
         return SHIPPED + full.relative_to(ROOT).as_posix()
@@ -38,7 +38,7 @@ def stored(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a regular file; a device or a pipe might never end. Raises ValueError for anything else."""
+    """The hash of a regular file. Raises ValueError for anything else: reading a device might never end."""
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     status = path.stat()
@@ -51,7 +51,7 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 
 
 def used_files(request: Request, model: Model) -> list[Path]:
-    """Every file that decides the picture: weights with their configs, and the pictures, embeddings and masks of the request."""
+    """Every file that affects the picture: weights with their configs, and the pictures, embeddings and masks of the request."""
     base = [model.checkpoint]
     if (model.checkpoint / "unet.safetensors").exists():
         parts = ("unet", "text_encoder") if model.vae else ("unet", "vae", "text_encoder")
@@ -75,7 +75,7 @@ def record(request: Request, model: Model, hashes: Mapping[str, str]) -> dict[st
 
 
 def recall(picture: Path) -> tuple[Request, Model]:
-    """The request and the model of a picture that this program drew, with every file found and its hash compared.
+    """Read the request and the model from a picture that this program drew; find every file and compare its hash.
 
     Raises ValueError with one sentence where the picture holds neither, or a file is missing or has changed.
     """
@@ -105,7 +105,7 @@ def _read(settings: Mapping[str, Any]) -> tuple[Request, Model]:
 
 
 def _from_arguments(arguments: object) -> tuple[Request, Model]:
-    """A record of the first format: the arguments of the command line."""
+    """Read a record of the first format, which holds the arguments of the command line."""
     if not isinstance(arguments, dict):
         raise ValueError("its arguments are not a JSON object")
     values = {key: value for key, value in arguments.items() if key not in ("num", "device", "compile", "no_paste")}
@@ -128,7 +128,7 @@ def _from_arguments(arguments: object) -> tuple[Request, Model]:
 
 
 def _find(path: Path, picture: Path, hashes: Mapping[str, str]) -> Path:
-    """The file or folder that a record means by `path`: there, or else beside the picture, here, or among the shipped files.
+    """Find the file or folder that a record calls `path`: at that place, beside the picture, in this folder, or among the shipped files.
 
     Raises ValueError unless everything that was recorded of it has its hash.
     """
@@ -164,7 +164,7 @@ def _part(path: Path, rest: str) -> Path:
 
 
 def _changed(path: Path, parts: Mapping[str, str]) -> str | None:
-    """The first part that is missing or has another hash, if any."""
+    """The first part that is missing or has changed, or None."""
     for rest, digest in parts.items():
         part = _part(path, rest)
         if not part.is_file() or sha256(part) != digest:

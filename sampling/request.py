@@ -1,4 +1,4 @@
-"""What to draw, as data. The command line, `--again` and the gallery all speak it.
+"""What to draw, as data. The command line, `--again` and the gallery all use it.
 
 A Request says which picture to draw, a Model which files draw it. Both are frozen, check themselves, and turn into JSON and
 back. Nothing here imports torch, so that a command can read its arguments at once.
@@ -31,7 +31,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as a command lin
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """What one adapter is given: pictures that make up one prompt, and how strongly, where and when they act.
+    """One adapter's image prompt: its pictures, and how strongly, where and when they act.
 
     `images` are picture files, or files of --save-embedding; `negatives` are the same for the unconditional side. `weights`
     has one number for each of `images`; `rule` says what they multiply. The other fields are those of
@@ -108,7 +108,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Model:
-    """The files that draw, as `sampling.pipeline.load` takes them. Where none is named, the checkpoint's own are used."""
+    """The files of a model, as `sampling.pipeline.load` takes them. Without names, those in the checkpoint's folder are used."""
 
     checkpoint: Path = WEIGHTS
     adapters: tuple[Path, ...] = ()
@@ -122,20 +122,20 @@ class Model:
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError for a seed that torch's generators do not take."""
+    """Raises ValueError for a seed outside the range of torch's generators."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"the seed must be a whole number from -2^63 to 2^64 - 1, not {reprlib.repr(seed)}")
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises ValueError for a picture of more pixels than MOST_PIXELS, before any memory is taken."""
+    """Raises ValueError for more than MOST_PIXELS pixels, before memory is allocated."""
     if abs(width * height) > MOST_PIXELS:
         asked = f"{reprlib.repr(width)} x {reprlib.repr(height)}"
         raise ValueError(f"{asked} is too large: a picture has at most {MOST_PIXELS:,} pixels (4096 x 4096)")
 
 
 def to_json(item: object) -> Any:
-    """Plain values for `json.dumps`: a Request as an object with its version, a Path as a string, a tuple as a list."""
+    """Convert to plain values for `json.dumps`: a Request becomes an object with a version, a Path a string, a tuple a list."""
     if is_dataclass(item):
         version = {"version": VERSION} if isinstance(item, Request) else {}
         return version | {field.name: to_json(getattr(item, field.name)) for field in fields(item)}
@@ -147,7 +147,7 @@ def to_json(item: object) -> Any:
 
 
 def from_json(kind: type[T], data: object) -> T:
-    """The Request, ImagePrompt or Model that `to_json` turned into `data`; what is absent takes its default.
+    """Build a Request, ImagePrompt or Model from the result of `to_json`; missing fields take their defaults.
 
     Raises ValueError where `data` is anything else. It may come from a stranger.
     """
@@ -165,7 +165,7 @@ def from_json(kind: type[T], data: object) -> T:
 
 
 def map_paths(item: T, change: Callable[[Path], Path]) -> T:
-    """The same Request or Model with every path in it changed."""
+    """Apply `change` to every path in a Request or Model."""
 
     def changed(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -193,14 +193,14 @@ def paths(item: object) -> list[Path]:
 
 
 def _settle(item: Any) -> None:
-    """Checks the type of every field of a frozen dataclass, and gives each its own form."""
+    """Check the type of every field of a frozen dataclass, and convert it."""
     hints = get_type_hints(type(item))
     for field in fields(item):
         object.__setattr__(item, field.name, _read(hints[field.name], getattr(item, field.name), field.name))
 
 
 def _read(kind: Any, value: object, name: str) -> Any:
-    """`value` as `kind`, the type of the field `name`. Raises ValueError that names the field."""
+    """Convert `value` to `kind`, the type of the field `name`. Raises ValueError that names the field."""
     if kind == Layers | None:
         return None if value is None else _layers(value, name)
     if get_origin(kind) in (Union, UnionType):

@@ -1,4 +1,4 @@
-"""What the samplers share: the denoiser that they ask, the steps that they are given, and the state after each step."""
+"""What the samplers share: the denoiser, the steps that they take, the state after each step, and noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Enter = Callable[[int, float, Tensor], Tensor]  # (index, a_t, x): the latents w
 
 
 class Step(NamedTuple):
-    """One step: the timestep t that the network is told, a_t there, and `after`, the a at which the step ends."""
+    """One step: the timestep t that the network reads, a_t, and `after`, the value of a at which the step ends."""
 
     t: int
     a: float

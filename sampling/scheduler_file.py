@@ -83,7 +83,7 @@ def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
 
 
 def _not_dpm(config: Mapping[str, Any], schedule: Schedule) -> tuple[str, ...]:
-    """The settings that our DPM-Solver++ would have to follow and does not."""
+    """The settings that our DPM-Solver++ does not follow."""
     others = [key for key, values in _DPM.items() if key in config and not _is_one_of(config[key], values)]
     if config.get("variance_type") in ("learned", "learned_range"):
         others.append("variance_type")

@@ -1,4 +1,4 @@
-"""Draws the contact sheet of `make demo`: what an image prompt does alone, in scenes that a text names, and as lambda grows."""
+"""Draw the contact sheet of `make demo`: an image prompt alone, in scenes that a text names, and as lambda grows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def draw_row(pipeline: Pipeline, prompt: Image.Image, seed: int, bar: tqdm[None]
 
 
 def write(seed: int, out: Path) -> str:
-    """Draws the sheet to a file, and says what it wrote. The seed decides the image prompts and the noise."""
+    """Draw the sheet; returns a sentence that says what was written. The seed determines the image prompts and the noise."""
     check_png(out)
     pictures, pipeline = random.Random(seed).sample(sorted(EXAMPLES.glob("*.png")), ROWS), load()
     with tqdm(total=STEPS * ROWS, desc="drawing", unit="step", disable=None) as bar:

@@ -1,4 +1,4 @@
-"""Draws a labelled sheet for each way to steer the mini weights, and names the options of `python -m sampling` that do it."""
+"""Draw a labelled sheet for each way to steer a drawing, titled with the options of `python -m sampling` that do it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPTS = {  # pictures, and texts that ask for something else
 
 @dataclass(frozen=True)
 class Artist:
-    """Draws requests for image prompts from the example pictures. Masks are files, which it writes to `folder`."""
+    """Draws requests with the example pictures as image prompts. Writes masks to files in `folder`."""
 
     pipeline: Pipeline
     folder: Path
@@ -177,7 +177,7 @@ SHEETS: dict[str, tuple[str, Callable[[Artist], Cells]]] = {  # by its file's na
 
 
 def write(seed: int, out: Path) -> str:
-    """Draws every sheet into a folder, and says what it wrote."""
+    """Draw every sheet into a folder; returns a sentence that says what was written."""
     check_png(out / "sheet.png")
     pipeline, settings = load(), {"command": f"python -m sampling.sheets gallery --seed {seed}"}
     with TemporaryDirectory() as folder:
