@@ -107,7 +107,10 @@ def save_image(image: Image.Image, path: Path | str, settings: dict[str, Any]) -
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
-    """Read the settings that `save_image` wrote into a PNG. Raises ValueError when there are none. Do not trust them: anyone may have written them."""
+    """Read the settings that `save_image` wrote into a PNG. Raises ValueError when there are none.
+
+    Do not trust them: anyone may have written them.
+    """
     path = Path(path)
     try:
         if not path.is_file():
