@@ -12,6 +12,7 @@ from peers import max_error, number_of, text_pair
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from eval.peers.official import text_settings
 from model.text_encoder import END, SD15_TEXT, SD21_TEXT, START, TextConfig, TextEncoder, words_of
 
 TOLERANCE = 1e-12  # measured: 2e-14 and less
@@ -138,13 +139,7 @@ def test_official_sizes(config: TextConfig, parameters: int, keys: int) -> None:
 
     SD 2 leaves its last layer unread, but it is there.
     """
-    sizes = {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": 4 * config.width,
-    }
     with torch.device("meta"):
-        ours, peer = TextEncoder(config), CLIPTextModel(CLIPTextConfig(**sizes))
+        ours, peer = TextEncoder(config), CLIPTextModel(CLIPTextConfig(**text_settings(config)))
     assert number_of(ours) == (parameters, keys)
     assert number_of(peer) == (parameters, keys + 4 * config.layers)
