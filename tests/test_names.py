@@ -62,6 +62,7 @@ def check_bijection(ours: nn.Module, names: Names, theirs: nn.Module, count: int
         assert shape in (wanted, (*wanted, 1, 1)), name
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel", 0)
 @pytest.mark.parametrize("name", UNETS)
 def test_the_unet_in_diffusers(name: str) -> None:
     config, count = UNETS[name]
@@ -69,6 +70,7 @@ def test_the_unet_in_diffusers(name: str) -> None:
     check_bijection(unet, named(unet.state_dict(), unet_rows(config), DIFFUSERS), peer_unet(config), count)
 
 
+@pytest.mark.parity("diffusers AutoencoderKL", 0)
 def test_the_vae_in_diffusers() -> None:
     vae = on_meta(VAE)
     check_bijection(vae, named(vae.state_dict(), vae_rows(SD_VAE), DIFFUSERS), peer_vae(SD_VAE), 248)
@@ -91,6 +93,7 @@ def check_ldm(
     assert {name: int(i) for name, i in converted.items()} == {name: i for i, (name,) in enumerate(diffusers.values())}
 
 
+@pytest.mark.parity("diffusers convert_ldm_unet_checkpoint", 0)
 @pytest.mark.parametrize("name", UNETS)
 def test_the_unet_in_a_single_file(name: str) -> None:
     config, _ = UNETS[name]
@@ -103,6 +106,7 @@ def test_the_unet_in_a_single_file(name: str) -> None:
     )
 
 
+@pytest.mark.parity("diffusers convert_ldm_vae_checkpoint", 0)
 def test_the_vae_in_a_single_file() -> None:
     blocks = {"down_block_types": [""] * 4, "up_block_types": [""] * 4}
     check_ldm(
@@ -141,6 +145,7 @@ def test_every_row_of_the_vae_is_used(config: VAEConfig) -> None:
     assert all(row.endswith(".skip") for row in rows if row not in used)
 
 
+@pytest.mark.parity("transformers CLIPTextModel, CLIPTextModelWithProjection", 0)
 @pytest.mark.parametrize("output_dim", [0, 768], ids=["states", "projection"])
 def test_the_text_tower_in_transformers(output_dim: int) -> None:
     """Its own state dict has the prefix or not, by its version; files are written with it, or without."""
@@ -159,6 +164,7 @@ def test_the_text_towers_prefix_is_the_only_difference() -> None:
     assert len({part for joined in with_it.values() for part in joined}) == 196
 
 
+@pytest.mark.parity("transformers CLIPVisionModelWithProjection", 0)
 def test_the_image_tower_in_transformers() -> None:
     ours, sizes = on_meta(ImageEncoder, VIT_H), CLIPVisionConfig(**vision_settings(VIT_H))
     check_bijection(ours, image_names(ours.state_dict(), VIT_H), on_meta(CLIPVisionModelWithProjection, sizes), 520)
@@ -203,6 +209,7 @@ def test_the_adapters_keys() -> None:
     assert names == layers | projection
 
 
+@pytest.mark.parity("diffusers attn_processors", 0)
 @pytest.mark.parametrize("name", UNETS)
 def test_the_adapters_keys_count_diffusers_processors(name: str) -> None:
     """Key n is the n-th of `attn_processors`; the table of the UNet says which of our layers that is."""
