@@ -22,8 +22,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from checkpoints.configs import diffusers_config
 from checkpoints.names import TRANSPOSED, Names, image_names, named, text_names, unet_rows, vae_rows
-from eval.peers.official import peer_autoencoder
+from eval.peers.official import peer_autoencoder, text_settings, vision_settings
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.text_encoder import END, START, TextConfig, TextEncoder
 from model.unet import UNet, UNetConfig
@@ -82,30 +83,8 @@ class UNetPair:
 
 def unet_pair(config: UNetConfig, linear: bool, seed: int = 0) -> UNetPair:
     """`linear`: the peer's 1x1 convolutions are matrices (SD 2, SDXL)."""
-    kinds = [bool(depth) for depth in config.depth]
-    added = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": config.added_time_dim,
-        "projection_class_embeddings_input_dim": config.added_dim,
-    }
-    peer = UNet2DConditionModel(
-        in_channels=config.in_channels,
-        block_out_channels=config.channels,
-        down_block_types=["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in kinds],
-        up_block_types=["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(kinds)],
-        layers_per_block=config.res_blocks,
-        norm_num_groups=config.groups,
-        cross_attention_dim=config.context_dim,
-        attention_head_dim=config.heads,
-        transformer_layers_per_block=[
-            *(depth or 1 for depth in config.depth[:-1]),
-            config.mid_depth,
-        ],  # the last one is the mid block's too
-        use_linear_projection=linear,
-        **(added if config.added_dim else {}),
-    )
-    randomise(peer, seed)
-    ours = UNet(config)
+    settings = diffusers_config(config) | {"use_linear_projection": linear}
+    peer, ours = randomise(UNet2DConditionModel.from_config(settings), seed), UNet(config)
     return UNetPair(peer, from_peer(ours, named(ours.state_dict(), unet_rows(config), 1), peer.state_dict()))
 
 
@@ -154,12 +133,7 @@ def text_pair(config: TextConfig) -> tuple[Any, TextEncoder]:
     size = len(config.vocabulary) or config.vocab_size
     sizes = CLIPTextConfig(
         vocab_size=size,
-        hidden_size=config.width,
-        intermediate_size=4 * config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        projection_dim=config.output_dim or 512,
-        hidden_act=config.activation,
+        **text_settings(config),
         bos_token_id=size - 2,
         eos_token_id=size - 1,
         pad_token_id=size - 1,
@@ -171,17 +145,7 @@ def text_pair(config: TextConfig) -> tuple[Any, TextEncoder]:
 
 
 def vision_pair(config: ImageConfig) -> tuple[Any, ImageEncoder]:
-    sizes = CLIPVisionConfig(
-        hidden_size=config.width,
-        intermediate_size=round(config.mlp_ratio * config.width),
-        num_hidden_layers=config.layers[0],
-        num_attention_heads=config.heads,
-        image_size=config.image_size,
-        patch_size=config.patch,
-        projection_dim=config.output_dim,
-        hidden_act=config.activation,
-    )
-    peer = randomise(CLIPVisionModelWithProjection(sizes))
+    peer = randomise(CLIPVisionModelWithProjection(CLIPVisionConfig(**vision_settings(config))))
     ours = ImageEncoder(config)
     return peer, from_peer(ours, image_names(ours.state_dict(), config), peer.state_dict())
 

@@ -44,6 +44,7 @@ def official(adapter: IPAdapter, unet: UNet) -> dict[str, dict[str, Tensor]]:
     }
 
 
+@pytest.mark.parity("diffusers ImageProjection", TOLERANCE)
 def test_image_projection_equals_diffusers() -> None:
     ours = randomise(ImageProjection(IMAGE, 12, tokens=4))
     peer = PeerProjection(IMAGE, 12, num_image_text_embeds=4).double()
@@ -52,6 +53,7 @@ def test_image_projection_equals_diffusers() -> None:
     assert max_error(ours(embedding), peer(embedding)) < TOLERANCE
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel with two IP-Adapters", TOLERANCE)
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
 def test_a_whole_unet_with_adapters_equals_diffusers(name: str, pictures: int) -> None:

@@ -23,6 +23,8 @@ ALLOWED = {
     "train": {"model", "checkpoints", "sampling"},
     "eval": {"model", "checkpoints", "sampling", "train"},
 }
+LONG = {"sampling/pipeline.py::sample"}  # 18 of its 43 lines are its arguments, one a line
+LINES = {"weights_convert.py": 250, "model/attention.py": 150}  # the second is to be 130: move Source out of it
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".npy", ".joblib"}
 
 
@@ -104,16 +106,21 @@ def test_no_imports_go_in_circles() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("package", ["train", "eval"])
+@pytest.mark.parametrize("package", ALLOWED)
 def test_functions_are_short(package: str) -> None:
-    long = [
+    long = {
         f"{path}::{node.name}"
         for path, tree in sources().items()
         if package_of(path) == package
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= 40
-    ]
-    assert not long, "longer than 40 lines"
+    }
+    assert long == {name for name in LONG if package_of(name) == package}, "longer than 40 lines, or no longer long"
+
+
+@pytest.mark.parametrize("path", LINES)
+def test_pages_that_a_reader_opens_first_are_short(path: str) -> None:
+    assert len((ROOT / path).read_text().splitlines()) <= LINES[path]
 
 
 def test_no_package_is_imported_by_its_bare_name() -> None:

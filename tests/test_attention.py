@@ -83,6 +83,7 @@ def test_what_is_trained_through_equals_a_naive_softmax(
     assert all(max_error(a, b) < TOLERANCE for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parity("diffusers Attention", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
 def test_self_attention_equals_diffusers(bias: bool) -> None:
     peer = randomise(PeerAttention(query_dim=DIM, heads=HEADS, dim_head=DIM // HEADS, bias=bias), peaky=4.0)
@@ -97,6 +98,7 @@ def test_heads_that_do_not_divide_raise() -> None:
         SelfAttention(24, heads=5)
 
 
+@pytest.mark.parity("diffusers IPAdapterAttnProcessor2_0", TOLERANCE)
 @pytest.mark.parametrize("scales", [[1.0], [0.7], [0.6, 1.3], [0.5, 0.0]])
 @pytest.mark.parametrize("n", [1, 45, 17 * 13])
 def test_decoupled_equals_diffusers(scales: list[float], n: int) -> None:
@@ -108,6 +110,7 @@ def test_decoupled_equals_diffusers(scales: list[float], n: int) -> None:
     assert max_error(got, ours(x, Context(text))) > 0.1
 
 
+@pytest.mark.parity("diffusers IPAdapterAttnProcessor2_0 with masks", TOLERANCE)
 @pytest.mark.parametrize("size", [(8, 8), (12, 8), (9, 5), (1, 4)])
 def test_masks_equal_diffusers(size: tuple[int, int]) -> None:
     """Two adapters, each with a 0/1 mask on the layer's own grid, at sizes where diffusers' guess of that grid is right."""

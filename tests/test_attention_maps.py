@@ -107,6 +107,7 @@ def keep(found: list[Tensor], scores: Callable[..., Tensor], heads: int, *args: 
     return probs
 
 
+@pytest.mark.parity("diffusers IPAdapterAttnProcessor, get_attention_scores", STORED)
 @pytest.mark.parametrize("size", [(65, 33), (9, 7)])
 def test_a_whole_unet_against_diffusers_scores(size: tuple[int, int]) -> None:
     """Every map, text and two image prompts, is what diffusers' `get_attention_scores` gives; the grids are the true ones."""
@@ -292,6 +293,7 @@ def test_finest_is_the_last_row_of_the_finest_layers(unet: UNet) -> None:
     assert max(max_error(part.sum(0), torch.ones(9, 7)) for part in (got[:5], got[5:])) < SEVERAL
 
 
+@pytest.mark.parity("transformers CLIPTokenizer", 0)
 @pytest.mark.parametrize(
     "prompt", ["a fox on a pink background", "antidisestablishmentarianism, 42 foxes", "", "fox " * 90]
 )

@@ -56,6 +56,8 @@ VAE_CONFIG = VAEConfig(channels=(32, 32, 64))
 TEXT = TextConfig(width=16, layers=2, heads=1)
 IMAGE = ImageConfig(image_size=32, patch=16, width=16, layers=(2,), heads=2, output_dim=24)
 IMAGE_DIM = 10
+DOUBLE = 1e-11  # measured: 1e-13
+SINGLE = 1e-5  # in float32
 LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
 
 
@@ -233,6 +235,7 @@ def check_base(loaded: Base, wanted: Base, dtype: torch.dtype = torch.float32) -
         equal(getattr(loaded, part), getattr(wanted, part), dtype)
 
 
+@pytest.mark.parity("diffusers convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint", 0)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_single_file(base: Peers, tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
@@ -261,11 +264,12 @@ def test_a_single_file_in_another_dtype(base: Peers, single: Path) -> None:
     check_base(load_single(single, torch.float16), base.ours, torch.float16)
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel", DOUBLE)
 def test_a_single_file_gives_diffusers_predictions(base: Peers, single: Path) -> None:
     unet = load_single(single, torch.float64).unet
     x, t, text = randn(2, 4, 8, 16, seed=1), torch.tensor([7, 981]), randn(2, 5, UNET.context_dim, seed=2)
     want = copy.deepcopy(base.unet).double()(x, t, text).sample
-    assert max_error(unet(x, t, Context(text)), want) < 1e-11  # measured: 1e-13
+    assert max_error(unet(x, t, Context(text)), want) < DOUBLE
 
 
 def test_ema_takes_the_slow_copy(base: Peers, single: Path, tmp_path: Path) -> None:
@@ -279,6 +283,7 @@ def test_ema_takes_the_slow_copy(base: Peers, single: Path, tmp_path: Path) -> N
         load_single(plain, ema=True)
 
 
+@pytest.mark.parity("diffusers save_pretrained", 0)
 def test_a_diffusers_folder(base: Peers, folder: Path) -> None:
     found = load_base(folder)
     check_base(found, base.ours)
@@ -311,6 +316,7 @@ def test_older_names_of_the_vaes_attention(base: Peers, own_folder: Path) -> Non
     equal(load_vae(own_folder / "vae"), base.ours.vae)
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel.from_pretrained", 0)
 @pytest.mark.parametrize("name", SMALL_UNETS)
 def test_unets_of_several_sizes_there_and_back(pair: Pair, tmp_path: Path, name: str) -> None:
     """From a folder that diffusers wrote to one that it reads: heads and depths level by level, matrices or convolutions."""
@@ -341,6 +347,7 @@ def test_a_unet_that_diffusers_does_not_have() -> None:
         configs.diffusers_config(replace(UNET, depth=(1, 1, 1, 2)))
 
 
+@pytest.mark.parity("transformers CLIPTextModel.save_pretrained", 0)
 @pytest.mark.parametrize("form", ["as written", "prefix", "no prefix", "positions"])
 @pytest.mark.parametrize("output_dim", [0, 10], ids=["states", "projection"])
 def test_text_towers(tmp_path: Path, output_dim: int, form: str) -> None:
@@ -359,6 +366,7 @@ def test_text_towers(tmp_path: Path, output_dim: int, form: str) -> None:
     assert found.config == ours.config
 
 
+@pytest.mark.parity("transformers CLIPVisionModelWithProjection, float32", SINGLE)
 @pytest.mark.parametrize("positions", [False, True])
 def test_image_towers(tmp_path: Path, positions: bool) -> None:
     peer, ours = vision_pair(IMAGE)
@@ -371,7 +379,7 @@ def test_image_towers(tmp_path: Path, positions: bool) -> None:
     assert found.config == IMAGE
     with torch.no_grad():
         pixels = randn(2, 3, 32, 32, dtype=torch.float32)
-        assert max_error(found(pixels), peer(pixels).image_embeds) < 1e-5
+        assert max_error(found(pixels), peer(pixels).image_embeds) < SINGLE
 
 
 def test_the_width_of_an_mlp_survives_the_ratio() -> None:
@@ -464,6 +472,7 @@ def adapters() -> dict[str, tuple[UNetPair, Official]]:
 Adapters = dict[str, tuple[UNetPair, Official]]
 
 
+@pytest.mark.parity("IP-Adapter released files and trainer, the names in them", 0)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ADAPTER_UNETS)
 def test_adapters_there_and_back(adapters: Adapters, tmp_path: Path, name: str, form: str) -> None:
@@ -481,6 +490,7 @@ def test_adapters_there_and_back(adapters: Adapters, tmp_path: Path, name: str, 
         assert verify(path, tmp_path / f"{file}.safetensors") == []
 
 
+@pytest.mark.parity("diffusers _load_ip_adapter_weights", DOUBLE)
 @pytest.mark.parametrize("name", ["sd15", "deep"])
 def test_a_saved_adapter_is_diffusers(adapters: Adapters, tmp_path: Path, name: str) -> None:
     """diffusers takes the file that we write, and predicts what we predict."""
@@ -496,7 +506,7 @@ def test_a_saved_adapter_is_diffusers(adapters: Adapters, tmp_path: Path, name: 
     x, t, text, picture = randn(2, 4, 8, 8, seed=1), torch.tensor([7, 981]), randn(2, 5, width), randn(2, IMAGE_DIM)
     want = peer(x, t, text, added_cond_kwargs={"image_embeds": [picture[:, None]]}).sample
     got = both.ours(x, t, found(Context(text), picture))
-    assert max_error(got, want) < 1e-11
+    assert max_error(got, want) < DOUBLE
     assert max_error(got, both.ours(x, t, Context(text))) > 0.05
 
 

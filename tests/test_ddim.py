@@ -14,6 +14,7 @@ from sampling.sampler import Denoiser, randn
 from sampling.schedule import Prediction, Schedule, Spacing
 
 SHAPE = (4, 5, 3)
+EXACT = 1e-10  # where both compute in float64
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -59,6 +60,7 @@ def error(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parity("diffusers DDIMScheduler with float64 alphas", EXACT)
 @pytest.mark.parametrize("steps", [10, 30])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
@@ -66,16 +68,17 @@ def error(ours: list[Tensor], theirs: list[Tensor]) -> float:
 def test_trajectories_are_those_of_diffusers(spacing: Spacing, prediction: Prediction, eta: float, steps: int) -> None:
     schedule, x = Schedule(spacing=spacing, prediction=prediction), randn(SHAPE, generators(1, 2)).double()
     ours = [state.x for state in ddim(denoiser, x, schedule, ddim_times(schedule, steps), eta, generators(5, 6))]
-    assert error(ours, peer_trajectory(x, schedule, steps, eta, exact=True)) < 1e-10
+    assert error(ours, peer_trajectory(x, schedule, steps, eta, exact=True)) < EXACT
     assert error(ours, peer_trajectory(x, schedule, steps, eta, exact=False)) < 1e-4  # its alphas are float32 even here
 
 
+@pytest.mark.parity("diffusers DDIMScheduler with float64 alphas", EXACT)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_trajectories_that_end_at_one(offset: int, eta: float) -> None:
     schedule, x = Schedule(spacing="leading", offset=offset, final_one=True), randn(SHAPE, generators(1, 2)).double()
     ours = [state.x for state in ddim(denoiser, x, schedule, ddim_times(schedule, 20), eta, generators(5, 6))]
-    assert error(ours, peer_trajectory(x, schedule, 20, eta, exact=True)) < 1e-10
+    assert error(ours, peer_trajectory(x, schedule, 20, eta, exact=True)) < EXACT
 
 
 def test_states_tell_where_they_are() -> None:

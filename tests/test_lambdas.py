@@ -33,6 +33,7 @@ TOLERANCE = 1e-12
 # layers
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel", 0)
 def test_places_are_those_of_diffusers() -> None:
     """The layer at each place has the width of diffusers' attention of that name, and they are as many."""
     for name in SMALL_UNETS:
@@ -82,6 +83,7 @@ def with_adapter(name: str) -> tuple[UNetPair, Any]:
     return both, adapter
 
 
+@pytest.mark.parity("diffusers set_ip_adapter_scale", 0)
 @pytest.mark.parametrize(("name", "layers"), [(name, layers) for name, each in DICTS.items() for layers in each])
 def test_layer_weights_equal_diffusers(name: str, layers: Any) -> None:
     """The scale that diffusers' `set_ip_adapter_scale` puts on each processor."""
@@ -112,6 +114,7 @@ def test_layers_that_do_not_fit_are_refused(layers: Any, message: str) -> None:
         layer_weights(layers, SD15)
 
 
+@pytest.mark.parity("diffusers set_ip_adapter_scale", TOLERANCE)
 @pytest.mark.parametrize(("name", "layers"), [("sd15", "layout"), ("sdxl", "style")])
 def test_a_whole_unet_with_blocks_equals_diffusers(name: str, layers: Any) -> None:
     both, adapter = with_adapter(name)
@@ -152,6 +155,7 @@ def test_a_step_is_on_where_all_of_it_is_in_the_range(start: float, end: float, 
     assert on == [i for i in range(steps) if 1.0 - float(i / steps < start or (i + 1) / steps > end)]
 
 
+@pytest.mark.parity("diffusers IPAdapterScaleCutoffCallback", 0)
 @pytest.mark.parametrize("ratio", [0.1, 0.35, 0.5, 0.77])
 @pytest.mark.parametrize("steps", [4, 7, 30])
 def test_diffusers_cutoff_is_one_step_later(ratio: float, steps: int) -> None:
@@ -312,6 +316,7 @@ def test_a_mask_is_read_with_its_rows_as_rows() -> None:
         assert bool((grid == grid[:, :1]).all()) and bool((grid[1:] > grid[:-1]).all())
 
 
+@pytest.mark.parity("diffusers ip_adapter_masks", TOLERANCE)
 @pytest.mark.parametrize("layers", [None, "layout"])
 def test_masks_equal_diffusers(layers: Any) -> None:
     """Two pictures, each in its region: diffusers gives each its own softmax, here they are two image prompts.
@@ -391,6 +396,7 @@ def peer_guided(both: UNetPair, x: Tensor, embeds: Tensor, scale: Any, w: float,
     return uncond + w * (cond - uncond)
 
 
+@pytest.mark.parity("diffusers ip_adapter_image_embeds", TOLERANCE)
 @pytest.mark.parametrize("pictures", [1, 2])
 def test_a_negative_image_and_one_for_each_prompt_equal_diffusers(world: Any, pictures: int) -> None:
     """A different picture for each prompt of the batch, `b k e`; what is negative is the first half of the embeds."""
@@ -408,6 +414,7 @@ def test_a_negative_image_and_one_for_each_prompt_equal_diffusers(world: Any, pi
         assert max_error(guided(pipe.unet, *alone, 4.0)(x[i : i + 1], 500), got[i : i + 1]) < TOLERANCE
 
 
+@pytest.mark.parity("diffusers set_ip_adapter_scale with masks", TOLERANCE)
 @pytest.mark.parametrize("negative", [0, 1, 2])
 def test_weights_on_the_output_equal_diffusers(world: Any, negative: int) -> None:
     """diffusers weighs pictures where each has a mask: all ones are no mask, but a softmax for each picture."""

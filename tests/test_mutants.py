@@ -406,6 +406,8 @@ MUTANTS: dict[str, tuple[str, Mutant]] = {
 }
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel, AutoencoderKL, DDIMScheduler", TOLERANCE)
+@pytest.mark.parity("transformers CLIPTextModel, CLIPVisionModelWithProjection, CLIPImageProcessorPil", TOLERANCE)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_rejected(stack: Stack, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     check, mutate = MUTANTS[name]
@@ -424,6 +426,7 @@ REFUSED: dict[str, tuple[Mutant, str]] = {
 }
 
 
+@pytest.mark.parity("transformers CLIPTextModel", TOLERANCE)
 @pytest.mark.parametrize("name", REFUSED)
 def test_mutants_that_misread_files_are_refused(stack: Stack, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A strict load stops them before there is a number to compare."""
@@ -480,6 +483,7 @@ ISLANDS: dict[str, tuple[Callable[[], tuple[Tensor, Tensor, Tensor]], Callable[[
 }
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel, DDIMScheduler, float32", "2 times the peer's own")
 @pytest.mark.parametrize("name", ISLANDS)
 def test_half_precision_where_float32_is_needed_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     measure, mutate = ISLANDS[name]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from torch import nn
 from transformers import (
@@ -21,6 +21,7 @@ from transformers import (
 
 from checkpoints.configs import diffusers_config
 from checkpoints.names import TRANSPOSED, Names, Row, adapter_names, image_names, named, text_names, unet_rows, vae_rows
+from eval.peers.official import peer_autoencoder, text_settings, vision_settings
 from model.adapter import IPAdapter
 from model.attention import CrossAttention
 from model.image_encoder import VIT_H, ImageEncoder
@@ -44,15 +45,7 @@ def peer_unet(config: UNetConfig) -> Any:
 
 
 def peer_vae(config: VAEConfig) -> Any:
-    levels = len(config.channels)
-    return on_meta(
-        AutoencoderKL,
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=config.channels,
-        layers_per_block=config.res_blocks,
-        latent_channels=config.latent_channels,
-    )
+    return on_meta(peer_autoencoder, config)
 
 
 def check_bijection(ours: nn.Module, names: Names, theirs: nn.Module, count: int) -> None:
@@ -69,6 +62,7 @@ def check_bijection(ours: nn.Module, names: Names, theirs: nn.Module, count: int
         assert shape in (wanted, (*wanted, 1, 1)), name
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel", 0)
 @pytest.mark.parametrize("name", UNETS)
 def test_the_unet_in_diffusers(name: str) -> None:
     config, count = UNETS[name]
@@ -76,6 +70,7 @@ def test_the_unet_in_diffusers(name: str) -> None:
     check_bijection(unet, named(unet.state_dict(), unet_rows(config), DIFFUSERS), peer_unet(config), count)
 
 
+@pytest.mark.parity("diffusers AutoencoderKL", 0)
 def test_the_vae_in_diffusers() -> None:
     vae = on_meta(VAE)
     check_bijection(vae, named(vae.state_dict(), vae_rows(SD_VAE), DIFFUSERS), peer_vae(SD_VAE), 248)
@@ -98,6 +93,7 @@ def check_ldm(
     assert {name: int(i) for name, i in converted.items()} == {name: i for i, (name,) in enumerate(diffusers.values())}
 
 
+@pytest.mark.parity("diffusers convert_ldm_unet_checkpoint", 0)
 @pytest.mark.parametrize("name", UNETS)
 def test_the_unet_in_a_single_file(name: str) -> None:
     config, _ = UNETS[name]
@@ -110,6 +106,7 @@ def test_the_unet_in_a_single_file(name: str) -> None:
     )
 
 
+@pytest.mark.parity("diffusers convert_ldm_vae_checkpoint", 0)
 def test_the_vae_in_a_single_file() -> None:
     blocks = {"down_block_types": [""] * 4, "up_block_types": [""] * 4}
     check_ldm(
@@ -148,14 +145,13 @@ def test_every_row_of_the_vae_is_used(config: VAEConfig) -> None:
     assert all(row.endswith(".skip") for row in rows if row not in used)
 
 
+@pytest.mark.parity("transformers CLIPTextModel, CLIPTextModelWithProjection", 0)
 @pytest.mark.parametrize("output_dim", [0, 768], ids=["states", "projection"])
 def test_the_text_tower_in_transformers(output_dim: int) -> None:
     """Its own state dict has the prefix or not, by its version; files are written with it, or without."""
-    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-    peer = on_meta(
-        CLIPTextModelWithProjection if output_dim else CLIPTextModel, CLIPTextConfig(**sizes, projection_dim=768)
-    )
     config = TextConfig(output_dim=output_dim)
+    kind = CLIPTextModelWithProjection if output_dim else CLIPTextModel
+    peer = on_meta(kind, CLIPTextConfig(**text_settings(config)))
     ours = on_meta(TextEncoder, config)
     prefix = "text_model." if any(name.startswith("text_model.") for name in peer.state_dict()) else ""
     check_bijection(ours, text_names(ours.state_dict(), config, prefix), peer, 197 if output_dim else 196)
@@ -168,11 +164,9 @@ def test_the_text_towers_prefix_is_the_only_difference() -> None:
     assert len({part for joined in with_it.values() for part in joined}) == 196
 
 
+@pytest.mark.parity("transformers CLIPVisionModelWithProjection", 0)
 def test_the_image_tower_in_transformers() -> None:
-    sizes = CLIPVisionConfig(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, projection_dim=1024
-    )  # fmt: skip
-    ours = on_meta(ImageEncoder, VIT_H)
+    ours, sizes = on_meta(ImageEncoder, VIT_H), CLIPVisionConfig(**vision_settings(VIT_H))
     check_bijection(ours, image_names(ours.state_dict(), VIT_H), on_meta(CLIPVisionModelWithProjection, sizes), 520)
 
 
@@ -215,6 +209,7 @@ def test_the_adapters_keys() -> None:
     assert names == layers | projection
 
 
+@pytest.mark.parity("diffusers attn_processors", 0)
 @pytest.mark.parametrize("name", UNETS)
 def test_the_adapters_keys_count_diffusers_processors(name: str) -> None:
     """Key n is the n-th of `attn_processors`; the table of the UNet says which of our layers that is."""

@@ -252,6 +252,7 @@ def theirs(model: Model, ask: Ask, pictures: list[Path]) -> np.ndarray:
 
 
 FOX, OWL, LONG = "A photo of a fox, 4k", "blurry; an owl", "a very long story of foxes and owls " * 12
+LEVEL = 1  # of 255
 ONE, THREE = [[0]], [[0, 1, 2]]
 ASKS = {
     "text, 5 steps": ("sd15", Ask(FOX, OWL)),
@@ -281,12 +282,13 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
 Get = Callable[[str], Model]
 
 
+@pytest.mark.parity("diffusers StableDiffusionPipeline, in levels of 255", LEVEL)
 @pytest.mark.parametrize("name", ASKS)
 def test_the_picture_is_diffusers(model: Get, pictures: list[Path], tmp_path: Path, name: str) -> None:
     base, ask = ASKS[name]
     want, got = theirs(model(base), ask, pictures), ours(model(base), ask, pictures, tmp_path)
     assert want.shape == (ask.num, *(side or 32 for side in ask.size), 3)
-    assert difference(got, want) <= 1
+    assert difference(got, want) <= LEVEL
     assert want.std() > 20 and ((want == 0) | (want == 255)).mean() < 0.5  # neither grey nor cut off
 
 
@@ -313,10 +315,11 @@ def test_every_setting_shows(model: Get, pictures: list[Path], tmp_path: Path) -
         assert difference(first, ours(model("sd15"), replace(ask, **change), pictures, tmp_path)) > 10, name
 
 
+@pytest.mark.parity("diffusers StableDiffusionPipeline, in levels of 255", LEVEL)
 def test_guidance_below_one_is_equation_7_here(model: Get, pictures: list[Path], tmp_path: Path) -> None:
     """At w = 0 the unconditional pass alone decides; diffusers leaves guidance out below 1."""
     none = Ask(FOX, OWL, guidance=0)
-    assert difference(ours(model("sd15"), none, [], tmp_path), theirs(model("sd15"), Ask(OWL, guidance=1), [])) <= 1
+    assert difference(ours(model("sd15"), none, [], tmp_path), theirs(model("sd15"), Ask(OWL, guidance=1), [])) <= LEVEL
     assert difference(theirs(model("sd15"), none, []), theirs(model("sd15"), Ask(FOX, guidance=1), [])) == 0
 
 
@@ -405,6 +408,7 @@ def peer_tokens() -> Callable[..., list[int]]:
     return lambda prompt, pad="<|endoftext|>": made[pad](prompt).input_ids[1:-1]
 
 
+@pytest.mark.parity("open_clip SimpleTokenizer", 0)
 @pytest.mark.parametrize("name", READ_AS)
 def test_text_is_cleaned_before_it_is_cut(peer_tokens: Callable[..., list[int]], name: str) -> None:
     """ftfy and HTML first; transformers takes the letters as they are."""
@@ -413,6 +417,7 @@ def test_text_is_cleaned_before_it_is_cut(peer_tokens: Callable[..., list[int]],
     assert peer_tokens(prompt) != tokens(prompt)
 
 
+@pytest.mark.parity("open_clip SimpleTokenizer", 0)
 def test_special_tokens_in_a_prompt(peer_tokens: Callable[..., list[int]]) -> None:
     """`<|endoftext|>` is letters here; to transformers it is the end token. open_clip has another name for that token."""
     spelled = "fox <|endoftext|> owl"
@@ -421,6 +426,7 @@ def test_special_tokens_in_a_prompt(peer_tokens: Callable[..., list[int]]) -> No
     assert tokens("fox <end_of_text> owl") == [*tokens("fox"), END, *tokens("owl")]
 
 
+@pytest.mark.parity("transformers CLIPTokenizer", 0)
 def test_an_exclamation_mark_where_it_pads(peer_tokens: Callable[..., list[int]]) -> None:
     """SD 2 pads with token 0, "!" inside a word. transformers takes every "!" of a prompt for padding."""
     assert tokens("fox!") == peer_tokens("fox!") == [*tokens("fox"), 256]

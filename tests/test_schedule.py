@@ -16,6 +16,7 @@ from sampling.dpm import DPM
 from sampling.sampler import Sampler
 from sampling.schedule import Prediction, Schedule, Spacing
 
+ROUNDING = 1e-13
 STEPS = (1, 7, 20, 30, 50, 1000)
 SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
 
@@ -43,6 +44,7 @@ def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.parity("diffusers DDIMScheduler", 0)
 def test_alphas_are_diffusers_to_the_last_bit() -> None:
     alphas = Schedule().alphas
     assert alphas.dtype == torch.float32
@@ -56,6 +58,7 @@ def test_alphas_against_float64() -> None:
     assert float(exact[0]) == pytest.approx(0.99915) and float(exact[999]) == pytest.approx(0.0046601, abs=1e-7)
 
 
+@pytest.mark.parity("diffusers DDIMScheduler", 0)
 @pytest.mark.parametrize("final_one", [False, True])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("steps", STEPS)
@@ -83,6 +86,7 @@ def test_any_number_of_steps_visits_that_many_timesteps(spacing: Spacing) -> Non
         ), f"{steps} steps"
 
 
+@pytest.mark.parity("LDM make_ddim_timesteps", 0)
 @pytest.mark.parametrize("steps", [1, 7, 20, 30, 50, 100])
 def test_ldm_rule(steps: int) -> None:
     ours = Schedule(spacing="ldm")
@@ -113,6 +117,7 @@ def test_impossible_steps_are_refused(spacing: Spacing, steps: int) -> None:
         Schedule(spacing=spacing).pairs(steps)
 
 
+@pytest.mark.parity("diffusers DDIMScheduler, DPMSolverMultistepScheduler", 0)
 @pytest.mark.parametrize("sampler", [DDIM, DPM], ids=["ddim", "dpm++"])
 @pytest.mark.parametrize(("steps", "fewer"), [(280, 250), (400, 333), (600, 500), (850, 500)])
 def test_a_late_start_is_warned_of(sampler: Sampler, steps: int, fewer: int) -> None:
@@ -140,12 +145,13 @@ def test_split_is_the_inverse_of_target(prediction: Prediction) -> None:
         torch.testing.assert_close(found_x0, x0[i], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parity("diffusers DDIMScheduler", ROUNDING)
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_noise_and_target_are_those_of_diffusers(prediction: Prediction) -> None:
     schedule, scheduler = Schedule(prediction=prediction), peer(50)
     x0, eps, t = randn(5, 4, 3, 2, seed=3), randn(5, 4, 3, 2, seed=4), torch.tensor([0, 1, 500, 981, 999])
     velocity = scheduler.get_velocity(x0, eps, t)
-    torch.testing.assert_close(schedule.add_noise(x0, eps, t), scheduler.add_noise(x0, eps, t), atol=1e-13, rtol=0)
+    torch.testing.assert_close(schedule.add_noise(x0, eps, t), scheduler.add_noise(x0, eps, t), atol=ROUNDING, rtol=0)
     torch.testing.assert_close(
-        schedule.target(x0, eps, t), eps if prediction == "epsilon" else velocity, atol=1e-13, rtol=0
+        schedule.target(x0, eps, t), eps if prediction == "epsilon" else velocity, atol=ROUNDING, rtol=0
     )

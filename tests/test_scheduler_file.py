@@ -41,6 +41,7 @@ SAVED = [
     "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", 
     "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LCMScheduler",
 ]  # fmt: skip
+FLOAT32 = 2e-4  # diffusers' alphas and sigmas are float32
 SAMPLERS = {"ddim": (DDIM, DDIMScheduler), "dpm++": (DPM, DPMSolverMultistepScheduler)}
 
 
@@ -67,18 +68,21 @@ def trajectories_differ(config: dict[str, Any], sampler: str, steps: int = 12) -
     return error([state.x for state in states], theirs)
 
 
+@pytest.mark.parity("diffusers DDIMScheduler, DPMSolverMultistepScheduler, float32", FLOAT32)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", FILES)
 def test_every_sampler_on_every_kind_of_file(name: str, sampler: str) -> None:
-    assert trajectories_differ(FILES[name], sampler) < 2e-4  # diffusers' alphas and sigmas are float32
+    assert trajectories_differ(FILES[name], sampler) < FLOAT32
 
 
+@pytest.mark.parity("diffusers DDIMScheduler, DPMSolverMultistepScheduler, float32", FLOAT32)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", SAVED)
 def test_every_sampler_on_every_saved_file(tmp_path: Path, name: str, sampler: str) -> None:
-    assert trajectories_differ(saved(name, tmp_path), sampler) < 2e-4
+    assert trajectories_differ(saved(name, tmp_path), sampler) < FLOAT32
 
 
+@pytest.mark.parity("diffusers DDIMScheduler", 0)
 @pytest.mark.parametrize("name", FILES)
 def test_schedule_of_a_file_is_the_one_that_diffusers_makes_of_it(name: str) -> None:
     scheduler, ours = DDIMScheduler.from_config(FILES[name]), schedule_of(FILES[name])
@@ -90,6 +94,7 @@ def test_schedule_of_a_file_is_the_one_that_diffusers_makes_of_it(name: str) -> 
     assert ours.prediction == scheduler.config.prediction_type.removesuffix("_prediction")
 
 
+@pytest.mark.parity("diffusers DPMSolverMultistepScheduler, float32", FLOAT32)
 @pytest.mark.parametrize("steps", [1, 2, 10, 14, 15, 20, 30, 60])
 def test_karras_sigmas_are_those_of_diffusers(steps: int) -> None:
     config = FILES["Karras"]
@@ -98,7 +103,7 @@ def test_karras_sigmas_are_those_of_diffusers(steps: int) -> None:
     assert [step.t for step in ours] == scheduler.timesteps.tolist()
     for (_, a, _), sigma in zip(ours, scheduler.sigmas.tolist(), strict=False):
         assert ((1 - a) / a) ** 0.5 == pytest.approx(sigma, rel=1e-5)
-    assert trajectories_differ(config, "dpm++", steps) < 2e-4
+    assert trajectories_differ(config, "dpm++", steps) < FLOAT32
 
 
 def test_no_file_is_sd15() -> None:
@@ -117,10 +122,11 @@ EQUIVALENT: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parity("diffusers DPMSolverMultistepScheduler, float32", FLOAT32)
 @pytest.mark.parametrize("settings", EQUIVALENT, ids=str)
 @pytest.mark.parametrize("steps", [10, 20])
 def test_settings_that_mean_the_same_are_read(settings: dict[str, Any], steps: int) -> None:
-    assert trajectories_differ(SD15 | settings, "dpm++", steps) < 2e-4
+    assert trajectories_differ(SD15 | settings, "dpm++", steps) < FLOAT32
 
 
 OTHERS: list[dict[str, Any]] = [
@@ -141,13 +147,14 @@ OTHERS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parity("diffusers DDIMScheduler, float32", FLOAT32)
 @pytest.mark.parametrize("settings", OTHERS, ids=lambda settings: next(iter(settings)))
 def test_settings_that_change_the_picture_are_refused_by_name(settings: dict[str, Any]) -> None:
     """DDIM does not know them, in diffusers either."""
     key, value = next(iter(settings.items()))
     with pytest.raises(ValueError, match=rf"sets .*{key} = {value}.*draw with --sampler ddim"):
         dpm_times(schedule_of(SD15 | settings), 10)
-    assert trajectories_differ(SD15 | settings, "ddim") < 2e-4
+    assert trajectories_differ(SD15 | settings, "ddim") < FLOAT32
 
 
 @pytest.mark.parametrize(

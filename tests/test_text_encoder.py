@@ -12,6 +12,7 @@ from peers import max_error, number_of, text_pair
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from eval.peers.official import text_settings
 from model.text_encoder import END, SD15_TEXT, SD21_TEXT, START, TextConfig, TextEncoder, words_of
 
 TOLERANCE = 1e-12  # measured: 2e-14 and less
@@ -27,6 +28,7 @@ def tokens() -> Tensor:
     return torch.tensor([[START, *[7 * i for i in range(40)], END, *[END] * 35], [*CAT, *[END] * 70]])
 
 
+@pytest.mark.parity("transformers CLIPTextModel", TOLERANCE)
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_hidden_states_equal_transformers(activation: str) -> None:
     peer, ours = pair(activation)
@@ -53,6 +55,7 @@ def test_forward_reads_what_the_config_says() -> None:
         assert max_error(other(tokens()), ours.hidden(tokens(), skip, final_norm)) < TOLERANCE
 
 
+@pytest.mark.parity("transformers CLIPTextModelWithProjection", TOLERANCE)
 @pytest.mark.parametrize("vocabulary", [(), (*range(48), START, END)], ids=["whole", "small"])
 def test_pooled_equals_transformers(vocabulary: tuple[int, ...]) -> None:
     """Read at the first end token, by a projection that open_clip stores transposed."""
@@ -82,6 +85,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.parity("open_clip tokenize", 0)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_tokens_equal_open_clip(prompt: str) -> None:
     """open_clip pads with 0, as SD 2 and SDXL do; SD 1.5 repeats the end token."""
@@ -110,6 +114,7 @@ def test_words_are_whole() -> None:
     assert len(words_of("supercalifragilistic")[0][1]) > 1
 
 
+@pytest.mark.parity("open_clip tokenize", 0)
 def test_a_long_prompt_is_cut_with_a_warning_that_names_the_words() -> None:
     prompt = "cat " * 75 + "fox teapot"
     with pytest.warns(UserWarning, match="longer than 75 tokens; cut off: fox teapot$"):
@@ -130,6 +135,7 @@ def test_a_small_vocabulary_leaves_out_unknown_words_and_names_them() -> None:
     assert small.clip.token_embedding.weight.shape == (5, WIDTH)
 
 
+@pytest.mark.parity("transformers CLIPTextModel", 0)
 @pytest.mark.parametrize(
     ("config", "parameters", "keys"), [(SD15_TEXT, 123_060_480, 148), (SD21_TEXT, 352_984_064, 292)]
 )
@@ -138,13 +144,7 @@ def test_official_sizes(config: TextConfig, parameters: int, keys: int) -> None:
 
     SD 2 leaves its last layer unread, but it is there.
     """
-    sizes = {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": 4 * config.width,
-    }
     with torch.device("meta"):
-        ours, peer = TextEncoder(config), CLIPTextModel(CLIPTextConfig(**sizes))
+        ours, peer = TextEncoder(config), CLIPTextModel(CLIPTextConfig(**text_settings(config)))
     assert number_of(ours) == (parameters, keys)
     assert number_of(peer) == (parameters, keys + 4 * config.layers)

@@ -51,6 +51,7 @@ def skip_shapes(unet: UNet, h: int, w: int, batch: int = 2) -> list[tuple[int, .
     return shapes
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel", TOLERANCE)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", SMALL_UNETS)
 def test_equals_diffusers(pair: Pair, name: str, size: tuple[int, int]) -> None:
@@ -62,6 +63,7 @@ def test_equals_diffusers(pair: Pair, name: str, size: tuple[int, int]) -> None:
     assert max_error(ours(x, t, Context(text, added=added)), want) < TOLERANCE
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel, float32", "4 times the peer's own + 1e-06")
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_float32_is_as_close_to_the_truth_as_diffusers(name: str) -> None:
     """Peaky weights amplify rounding, so the judge is the float64 answer and the peer's own distance from it."""
@@ -78,6 +80,7 @@ def test_float32_is_as_close_to_the_truth_as_diffusers(name: str) -> None:
     assert max_error(ours.double(), truth) < 4 * max_error(peer.double(), truth) + 1e-6
 
 
+@pytest.mark.parity("diffusers get_timestep_embedding", 0)
 @pytest.mark.parametrize("dim", [8, 320])
 def test_timestep_embedding_is_diffusers(dim: int) -> None:
     t = torch.tensor([0, 1, 500, 999])
@@ -99,6 +102,7 @@ def test_pictures_of_a_batch_do_not_meet(pair: Pair) -> None:
     assert max_error(ours(x, t, Context(text)), alone) < TOLERANCE
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel with ControlNet's residuals", TOLERANCE)
 @pytest.mark.parametrize("size", [(16, 16), (17, 13)])
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_controlnet_residuals_equal_diffusers(pair: Pair, name: str, size: tuple[int, int]) -> None:
@@ -115,6 +119,7 @@ def test_controlnet_residuals_equal_diffusers(pair: Pair, name: str, size: tuple
     assert max_error(got, ours(x, t, Context(text, added=added))) > 0.1
 
 
+@pytest.mark.parity("diffusers UNet2DConditionModel with T2I-Adapter's residuals", TOLERANCE)
 @pytest.mark.parametrize("size", [(16, 16), (17, 13)])
 def test_t2i_residuals_equal_diffusers(pair: Pair, size: tuple[int, int]) -> None:
     """diffusers adds one feature a level after the level's last block, before it is kept as a skip: our stages 2, 5, 8, 11."""

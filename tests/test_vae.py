@@ -20,6 +20,7 @@ def both(request: pytest.FixtureRequest) -> tuple[Any, VAE]:
     return vae_pair(request.param)
 
 
+@pytest.mark.parity("diffusers AutoencoderKL", TOLERANCE)
 @pytest.mark.parametrize("size", [(32, 32), (40, 24), (33, 19)])
 def test_encode_equals_diffusers(both: tuple[Any, VAE], size: tuple[int, int]) -> None:
     peer, ours = both
@@ -31,6 +32,7 @@ def test_encode_equals_diffusers(both: tuple[Any, VAE], size: tuple[int, int]) -
     assert max_error(ours.encode(x), want.mean * peer.config.scaling_factor) < TOLERANCE
 
 
+@pytest.mark.parity("diffusers AutoencoderKL", TOLERANCE)
 @pytest.mark.parametrize("size", [(4, 4), (5, 3), (1, 7)])
 def test_decode_equals_diffusers(both: tuple[Any, VAE], size: tuple[int, int]) -> None:
     peer, ours = both
@@ -40,6 +42,7 @@ def test_decode_equals_diffusers(both: tuple[Any, VAE], size: tuple[int, int]) -
     assert max_error(picture, peer.decode(z / peer.config.scaling_factor).sample) < TOLERANCE
 
 
+@pytest.mark.parity("diffusers AutoencoderKL", TOLERANCE)
 def test_a_sample_equals_diffusers(both: tuple[Any, VAE]) -> None:
     peer, ours = both
     x = randn(2, 3, 16, 24)
@@ -49,6 +52,7 @@ def test_a_sample_equals_diffusers(both: tuple[Any, VAE]) -> None:
     assert max_error(ours.encode(x), want) > 1e-3
 
 
+@pytest.mark.parity("diffusers AutoencoderKL", 0)
 @pytest.mark.parametrize(("bias", "limit"), [(-1e3, -30.0), (1e3, 20.0)])
 def test_the_log_variance_is_clamped_as_in_diffusers(bias: float, limit: float) -> None:
     peer, ours = vae_pair(TWO)

@@ -21,9 +21,9 @@ from checkpoints.files import write_json, write_tensors
 from checkpoints.names import TRANSPOSED, Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
 from checkpoints.single_file import LDM
 from model.adapter import IPAdapter
-from model.image_encoder import VIT_H, ImageEncoder
+from model.image_encoder import VIT_H, ImageConfig, ImageEncoder
 from model.image_projection import ImageProjection
-from model.text_encoder import SD15_TEXT, TextEncoder
+from model.text_encoder import SD15_TEXT, TextConfig, TextEncoder
 from model.unet import SD15, UNet
 from model.vae import SD_VAE, VAE, VAEConfig
 
@@ -70,21 +70,34 @@ def write(folder: Path, seed: int = 0) -> None:
     write_tensors(folder / ADAPTER, dict(_tensors(adapter, adapter_names(adapter.state_dict(), unet), "", g)), None)
     encoder = dict(_tensors(image, image_names(image.state_dict(), VIT_H), "", g))
     write_tensors(folder / ENCODER / "model.safetensors", encoder, None)
-    write_json(
-        folder / ENCODER / "config.json",
-        {
-            "architectures": ["CLIPVisionModelWithProjection"],
-            "model_type": "clip_vision_model",
-            "hidden_size": VIT_H.width,
-            "intermediate_size": round(VIT_H.width * VIT_H.mlp_ratio),
-            "num_hidden_layers": VIT_H.layers[0],
-            "num_attention_heads": VIT_H.heads,
-            "patch_size": VIT_H.patch,
-            "image_size": VIT_H.image_size,
-            "projection_dim": VIT_H.output_dim,
-            "hidden_act": VIT_H.activation,
-        },
-    )
+    kind = {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model"}
+    write_json(folder / ENCODER / "config.json", kind | vision_settings(VIT_H))
+
+
+def vision_settings(config: ImageConfig) -> dict[str, Any]:
+    """The image tower's settings under the names of transformers' `CLIPVisionConfig`."""
+    return {
+        "hidden_size": config.width,
+        "intermediate_size": round(config.width * config.mlp_ratio),
+        "num_hidden_layers": config.layers[0],
+        "num_attention_heads": config.heads,
+        "patch_size": config.patch,
+        "image_size": config.image_size,
+        "projection_dim": config.output_dim,
+        "hidden_act": config.activation,
+    }
+
+
+def text_settings(config: TextConfig) -> dict[str, Any]:
+    """The text tower's settings under the names of transformers' `CLIPTextConfig`, without its vocabulary."""
+    return {
+        "hidden_size": config.width,
+        "intermediate_size": round(config.width * config.mlp_ratio),
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "projection_dim": config.output_dim or 512,
+        "hidden_act": config.activation,
+    }
 
 
 def _fill(module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
@@ -144,10 +157,7 @@ def peer_vae(folder: Path, dtype: torch.dtype) -> Any:
 def peer_text(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    c = SD15_TEXT
-    config = CLIPTextConfig(
-        hidden_size=c.width, intermediate_size=4 * c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads
-    )
+    config = CLIPTextConfig(**text_settings(SD15_TEXT))
     prefix = f"{LDM['text']}text_model."
     tensors = {k.removeprefix(prefix): v for k, v in _part(folder, prefix).items()}
     return _fill(CLIPTextModel(config), tensors, dtype)

@@ -1,0 +1,53 @@
+"""The tests that compare this code with public code, as a table: read from their `parity` marks, without running them.
+
+A mark is `@pytest.mark.parity(peer, error)`. The first word of `peer` is a package of constraints.txt, or of RESTATED. `error` is the
+largest error that the test allows: a number, the name of one in the same file, or a sentence. 0 means that both are equal.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from eval.tables import markdown
+
+RELEASED_AS = {"open_clip": "open_clip_torch"}
+RESTATED = {"LDM", "IP-Adapter"}  # not on PyPI: the test states what they do
+
+
+def versions(constraints: str) -> dict[str, str]:
+    """Version of each package in a constraints file."""
+    lines = (line.split("==") for line in constraints.splitlines() if "==" in line)
+    return {name.lower(): version for name, version in lines}
+
+
+def marks(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
+    """(test, peer, error) of every marked test of a file. Raises ValueError for a mark that cannot be read."""
+    assigned = (node for node in tree.body if isinstance(node, ast.Assign))
+    named = {ast.unparse(node.targets[0]): node.value for node in assigned}
+    for test in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        for mark in test.decorator_list:
+            if not isinstance(mark, ast.Call) or ast.unparse(mark.func) != "pytest.mark.parity":
+                continue
+            try:
+                peer, error = (ast.literal_eval(named.get(ast.unparse(value), value)) for value in mark.args)
+            except ValueError as e:
+                raise ValueError(f"{test.name}: write its mark as parity(peer, error), with plain values") from e
+            bound = f"{error:.0e}" if isinstance(error, float) else str(error)
+            yield test.name, peer, "equal" if error == 0 else bound
+
+
+def table(root: Path) -> str:
+    """What is compared, with which release of what, and how far apart the two may be."""
+    released, rows = versions((root / "constraints.txt").read_text()), []
+    for path in sorted((root / "tests").glob("test_*.py")):
+        for test, peer, error in marks(ast.parse(path.read_text())):
+            package = peer.split()[0]
+            if package not in RESTATED and RELEASED_AS.get(package, package) not in released:
+                raise ValueError(f"{path.name}::{test} compares with {package}, which constraints.txt does not list")
+            version = "restated" if package in RESTATED else released[RELEASED_AS.get(package, package)]
+            rows.append((f"[`tests/{path.name}::{test}`](../tests/{path.name})", peer, version, error))
+    return markdown(pd.DataFrame(rows, columns=["what", "peer", "version", "largest error allowed"]))
