@@ -118,8 +118,7 @@ class Attention(nn.Module):
 
     def merge(self, z: Tensor) -> Tensor:
         """Joins the heads, then W_out. The sum over sources comes before it."""
-        out: Tensor = self.to_out(rearrange(z, "b h n d -> b n (h d)"))
-        return out
+        return self.to_out(rearrange(z, "b h n d -> b n (h d)"))
 
 
 class SelfAttention(Attention):

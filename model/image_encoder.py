@@ -119,8 +119,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """The global embedding `b e`: class token after the last norm and projection, or attention pooling. **Not** normalised."""
-        out: Tensor = self.clip(pixels)
-        return out
+        return self.clip(pixels)
 
     def fine(self, pixels: Tensor) -> Tensor:
         """Fine-grained features `b n c`: all tokens of a ViT's penultimate layer, no norm after; or of a convolutional tower the

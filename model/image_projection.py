@@ -52,8 +52,7 @@ class ImageProjection(Projection):
     def forward(self, embedding: Tensor) -> Tensor:
         """`b e` -> `b n c`. Raises ValueError when the embedding comes from another encoder."""
         self.check(embedding)
-        out: Tensor = self.norm(rearrange(self.proj(embedding), "b (n c) -> b n c", n=self.tokens))
-        return out
+        return self.norm(rearrange(self.proj(embedding), "b (n c) -> b n c", n=self.tokens))
 
 
 class MLPProjection(Projection):
@@ -70,8 +69,7 @@ class MLPProjection(Projection):
     def forward(self, features: Tensor) -> Tensor:
         """`b n e` -> `b n c`. Raises ValueError when the features come from another encoder."""
         self.check(features)
-        out: Tensor = self.proj(features)
-        return out
+        return self.proj(features)
 
 
 class Perceiver(nn.Module):
@@ -101,8 +99,7 @@ class Perceiver(nn.Module):
         kv = self.to_kv(torch.cat([self.norm_x(x), own], dim=1))
         k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=self.heads)
         z = z + self.to_out(rearrange(attention(q, k, v), "b h m d -> b m (h d)"))
-        out: Tensor = z + self.ff(z)
-        return out
+        return z + self.ff(z)
 
 
 class Resampler(Projection):
@@ -133,5 +130,4 @@ class Resampler(Projection):
         x, z = self.proj_in(features), self.queries.expand(len(features), -1, -1)
         for layer in self.layers:
             z = layer(z, x)
-        out: Tensor = self.norm_out(self.proj_out(z))
-        return out
+        return self.norm_out(self.proj_out(z))

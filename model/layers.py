@@ -48,8 +48,7 @@ class ResBlock(nn.Module):
         if self.emb is not None and emb is not None:
             h = h + self.emb(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
-        out: Tensor = self.skip(x) + h
-        return out
+        return self.skip(x) + h
 
 
 class FeedForward(nn.Module):
@@ -62,8 +61,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.proj_in(x).chunk(2, dim=-1)
-        out: Tensor = self.proj_out(a * F.gelu(b))
-        return out
+        return self.proj_out(a * F.gelu(b))
 
 
 class TransformerBlock(nn.Module):
@@ -81,8 +79,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
-        out: Tensor = x + self.ff(self.norm3(x))
-        return out
+        return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -104,8 +101,7 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block in self.blocks:
             h = block(h, context)
-        out: Tensor = x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
-        return out
+        return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
 
 
 class Downsample(nn.Module):
@@ -117,8 +113,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
-        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
-        return out
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
 class Upsample(nn.Module):
@@ -130,5 +125,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         target = (2 * x.shape[-2], 2 * x.shape[-1]) if size is None else (size[0], size[1])
-        out: Tensor = self.conv(F.interpolate(x, size=target, mode="nearest"))
-        return out
+        return self.conv(F.interpolate(x, size=target, mode="nearest"))

@@ -136,5 +136,4 @@ class TextEncoder(nn.Module):
         x = self.hidden(tokens)
         end = len(self.config.vocabulary) - 1 if self.rows else END
         at = x[torch.arange(len(x)), (tokens == end).int().argmax(dim=-1)]
-        out: Tensor = at @ self.clip.text_projection
-        return out
+        return at @ self.clip.text_projection

@@ -153,20 +153,18 @@ class UNetEncoder(nn.Module):
 
     def embed(self, t: Tensor, added: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The embedding of timesteps `b`, plus that of the added vector `b a` where the config has one, `b e`."""
-        emb: Tensor = self.time_embed(timestep_embedding(t, self.config.channels[0]).to(dtype))
+        emb = self.time_embed(timestep_embedding(t, self.config.channels[0]).to(dtype))
         if self.added_embed is None:
             return emb
         if added is None:
             raise ValueError(
                 f"this UNet needs the added vector conditioning in its Context, b x {self.config.added_dim}"
             )
-        out: Tensor = emb + self.added_embed(added)
-        return out
+        return emb + self.added_embed(added)
 
     def run(self, stage: nn.Module, *args: Any) -> Tensor:
         """A stage's output, recomputed in the backward pass if `checkpointing` is on."""
-        out: Tensor = checkpoint(stage, *args, use_reentrant=False) if self.checkpointing else stage(*args)
-        return out
+        return checkpoint(stage, *args, use_reentrant=False) if self.checkpointing else stage(*args)
 
     def encode(
         self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]
@@ -215,8 +213,7 @@ class UNet(UNetEncoder):
         for stage in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
             x = self.run(stage, x, emb, context, skips[-1].shape[-2:] if skips else None)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return out
+        return self.conv_out(F.silu(self.norm_out(x)))
 
     def _check(self, residuals: Residuals) -> None:
         stages = len(self.down)

@@ -79,8 +79,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in [*self.down, *self.mid]:
             x = block(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return out
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -104,8 +103,7 @@ class Decoder(nn.Module):
         x = self.conv_in(z)
         for block in [*self.mid, *self.up]:
             x = block(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return out
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class VAE(nn.Module):
@@ -134,5 +132,4 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pictures `b 3 H W`, about [-1, 1]."""
-        out: Tensor = self.decoder(self.post_quant_conv(latents.contiguous() / self.config.scale))
-        return out
+        return self.decoder(self.post_quant_conv(latents.contiguous() / self.config.scale))
