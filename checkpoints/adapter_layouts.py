@@ -18,10 +18,12 @@ _PROCESSOR = re.compile(r"(unet\.(?:down|up|mid)_block.*\.processor)\.to_[kv]_ip
 
 
 def _trainer_names(file: File) -> dict[str, str]:
-    """{official name: name} for a checkpoint of the official trainer, which holds the whole model. Leaves out the UNet's own weights.
+    """{official name: name} for a checkpoint of the official trainer, which holds the whole model.
 
-    The projection is under `image_proj_model.`, and the layers are under `adapter_modules.<n>.`. When accelerate has dropped the
-    latter as duplicates, the layers are in the UNet, as `...attn2.processor.`.
+    Leaves out the UNet's own weights.
+
+    The projection is under `image_proj_model.`, and the layers are under `adapter_modules.<n>.`. When accelerate has
+    dropped the latter as duplicates, the layers are in the UNet, as `...attn2.processor.`.
     """
     parts = (("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter."))
     names = {new + name.removeprefix(old): name for old, new in parts for name in file if name.startswith(old)}
@@ -47,7 +49,7 @@ _PLUS_LAYER = re.compile(r"(image_proj\.layers\.\d+)\.(.+)\.(weight|bias)$")
 
 
 def _diffusers_names(file: File) -> dict[str, str | tuple[str, ...]]:
-    """{official name: name} for diffusers' Plus, whose layers are `layers.N.attn.*`, with K and V in one matrix or in two."""
+    """{official name: name} for diffusers' Plus: layers are `layers.N.attn.*`, with K and V in one matrix or two."""
     names: dict[str, str | tuple[str, ...]] = {}
     for name in file:
         layer = _PLUS_LAYER.match(name)

@@ -124,9 +124,10 @@ def load_adapter(
 ) -> IPAdapter:
     """Load an adapter for this UNet.
 
-    The kind of adapter and its sizes are inferred from the weights. If the file has no W'_k and W'_v, the adapter shares those of
-    the UNet. `image_dim` and `fine_dim` are the widths of the image encoder's embedding and fine features; None skips this check.
-    Raises ValueError when the file is not a supported adapter, or is for another base model or image encoder.
+    The kind of adapter and its sizes are inferred from the weights. If the file has no W'_k and W'_v, the adapter
+    shares those of the UNet. `image_dim` and `fine_dim` are the widths of the image encoder's embedding and fine
+    features; None skips this check. Raises ValueError when the file is not a supported adapter, or is for another base
+    model or image encoder.
     """
     file = adapter_file(path)
     projection = projection_of(file)
@@ -151,7 +152,9 @@ def load_adapter(
 def save_adapter(
     adapter: IPAdapter, unet: UNet, path: Path, card: dict[str, Any], dtype: torch.dtype | None = torch.float16
 ) -> None:
-    """Save an adapter in the official layout, which diffusers can load, and its card. `dtype=None` keeps each tensor's dtype.
+    """Save an adapter in the official layout, which diffusers can load, and its card.
+
+    `dtype=None` keeps each tensor's dtype.
 
     Raises OSError when a file can't be written, and ValueError when a value is too large for `dtype`.
     """

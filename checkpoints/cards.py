@@ -16,10 +16,10 @@ from checkpoints.reader import File
 
 
 def save(module: nn.Module, path: Path, card: dict[str, Any], dtype: torch.dtype | None = torch.float16) -> None:
-    """Save a module to `path` (safetensors), and its card beside it (`.json`), which includes the module's config if it has one.
+    """Save a module to `path` (safetensors) and its card, which includes the module's config, beside it (`.json`).
 
-    Writes both files or neither. `dtype=None` keeps each tensor's dtype. Raises OSError when they can't be written, and ValueError
-    when a value is too large for `dtype`.
+    Writes both files or neither. `dtype=None` keeps each tensor's dtype. Raises OSError when they can't be written, and
+    ValueError when a value is too large for `dtype`.
     """
     config = getattr(module, "config", None)
     with replacing_in(path.parent) as part:
@@ -36,7 +36,10 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def module_from_card(path: Path, module: Callable[..., M], config: type[Any] | None) -> M:
-    """Build the module that the card beside `path` describes, on the meta device. Raises ValueError when the card is wrong."""
+    """Build the module that the card beside `path` describes, on the meta device.
+
+    Raises ValueError when the card is wrong.
+    """
     card = read_card(path)
     with torch.device("meta"), naming(path.with_suffix(".json"), "does not describe a network"):
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()} if config else {}

@@ -64,7 +64,8 @@ def load_image_encoder(
 ) -> ImageEncoder:
     """Load an image encoder from a file in this project's own format, or from a folder in transformers' layout.
 
-    The folder may hold a full CLIP model, and `path` may name the file of weights in it. `build` makes the module from its config.
+    The folder may hold a full CLIP model, and `path` may name the file of weights in it. `build` makes the module from
+    its config.
     """
     if not has_config(path):
         return load(path, build, ImageConfig, dtype)

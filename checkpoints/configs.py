@@ -1,7 +1,7 @@
 """Convert a `config.json` of diffusers or transformers, given as a dict, to this project's configs.
 
-The functions raise ValueError when a config needs something that these modules do not support, and KeyError when an entry is
-missing. Nothing here reads a file.
+The functions raise ValueError when a config needs something that these modules do not support, and KeyError when an
+entry is missing. Nothing here reads a file.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _MAXIMA = dict.fromkeys(("layers", "depth", "mid_depth", "res_blocks"), 200)  # 
 
 
 def check_values(config: Any) -> None:
-    """Raise ValueError unless each entry of a config has the right type and a plausible value, since JSON can hold anything."""
+    """Raise ValueError unless each entry of a config has the right type and a plausible value."""
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if get_origin(kind) is Literal:
@@ -116,8 +116,8 @@ def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig
 def diffusers_config(c: UNetConfig) -> dict[str, Any]:
     """The `config.json` of a UNet, as diffusers' `UNet2DConditionModel` writes it: the inverse of `unet_config`.
 
-    As in SD 1.x, the projections around the transformers are 1x1 convolutions when all levels have the same number of heads;
-    otherwise they are linear layers. Raises ValueError for depths that diffusers can't describe.
+    As in SD 1.x, the projections around the transformers are 1x1 convolutions when all levels have the same number of
+    heads; otherwise they are linear layers. Raises ValueError for depths that diffusers can't describe.
     """
     if c.depth[-1] not in (0, c.mid_depth):
         raise ValueError(f"diffusers has no UNet of depth {c.depth} with depth {c.mid_depth} in the middle")
@@ -158,7 +158,10 @@ def vae_config(c: Mapping[str, Any]) -> VAEConfig:
 
 
 def vocab_size(rows: int) -> int:
-    """Check and return the number of rows of a token embedding. Raises ValueError when it is smaller than CLIP's vocabulary."""
+    """Check and return the number of rows of a token embedding.
+
+    Raises ValueError when it is smaller than CLIP's vocabulary.
+    """
     if rows <= END:
         raise ValueError(f"it has rows for {rows} tokens, but CLIP's vocabulary has {END + 1}")
     return rows
@@ -171,7 +174,10 @@ def mlp_ratio(width: int, inner: int) -> float:
 
 
 def text_config(c: Mapping[str, Any], pad: int = END) -> TextConfig:
-    """The config of transformers' `CLIPTextModel`, with or without projection. `pad` is the tokenizer's padding token."""
+    """The config of transformers' `CLIPTextModel`, with or without projection.
+
+    `pad` is the tokenizer's padding token.
+    """
     _check(c, _CLIP_SUPPORTED | {"hidden_act": _activation(c)})
     return TextConfig(
         width=c["hidden_size"],
@@ -219,9 +225,9 @@ def _fingerprint(words: Mapping[str, int]) -> str:
 def pad_token(words: Mapping[str, int] | None, settings: Mapping[str, Any], special: Mapping[str, Any]) -> int:
     """The padding token of a tokenizer, from its vocabulary (None for CLIP's) and the contents of two files.
 
-    `settings`: `tokenizer_config.json`. `special`: `special_tokens_map.json`, which takes precedence unless `settings` has an
-    `added_tokens_decoder`, as in transformers. Raises ValueError when the vocabulary is not CLIP's, and KeyError when it lacks
-    the padding token.
+    `settings`: `tokenizer_config.json`. `special`: `special_tokens_map.json`, which takes precedence unless `settings`
+    has an `added_tokens_decoder`, as in transformers. Raises ValueError when the vocabulary is not CLIP's, and KeyError
+    when it lacks the padding token.
     """
     if words is not None and _fingerprint(words) != _CLIP_VOCABULARY:
         raise ValueError("its vocabulary is not CLIP's, and no other is supported")

@@ -27,11 +27,11 @@ _LOADERS: dict[str, Callable[..., nn.Module]] = {
 def convert(
     source: Path, target: Path, dtype: torch.dtype | None = None, ema: bool = False, diffusers: bool = False
 ) -> None:
-    """Convert an adapter to an official .safetensors file, and a base model or one of its networks to this project's own format.
+    """Convert an adapter to the official layout, and a base model or one of its networks to this project's format.
 
-    `ema` takes the EMA copy of the UNet from a single file. `diffusers` writes a UNet as a diffusers folder. `dtype=None` keeps
-    every tensor bit for bit. Raises ValueError for bad input, and OSError when the target can't be written; both leave existing
-    files unchanged.
+    `ema` takes the EMA copy of the UNet from a single file. `diffusers` writes a UNet as a diffusers folder.
+    `dtype=None` keeps every tensor bit for bit. Raises ValueError for bad input, and OSError when the target can't be
+    written; both leave existing files unchanged.
     """
     kind, card = kind_of(source), {"converted_from": source.name}
     one_file = kind != "base" and not diffusers
@@ -78,7 +78,10 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def verify(a: Path, b: Path) -> list[str]:
-    """Compare two checkpoints of any layout tensor by tensor. Returns the differences, or [] when they are equal bit for bit."""
+    """Compare two checkpoints of any layout tensor by tensor.
+
+    Returns the differences, or [] when they are equal bit for bit.
+    """
     one, two = tensors_of(a), tensors_of(b)
     lines = [
         f"only in {path}: {short_list(names)}"

@@ -132,7 +132,7 @@ def _describe_single(path: Path) -> list[str]:
 
 
 def inspect(path: Path) -> list[str]:
-    """Describe a file or folder of weights, one fact per line: what it is, its sizes and dtypes, and what is missing or odd.
+    """Describe a file or folder of weights: what it is, its sizes and dtypes, and what is missing or odd.
 
     Raises FileNotFoundError, and ValueError when it is not supported.
     """

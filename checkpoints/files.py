@@ -1,4 +1,7 @@
-"""Read and write JSON and tensors, and hash files. Writes are atomic, and every failure to write is an OSError of one sentence."""
+"""Read and write JSON and tensors, and hash files.
+
+Writes are atomic, and every failure to write is an OSError of one sentence.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class NotWritten(OSError):
 
 @contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
-    """Turn write errors into NotWritten; safetensors, torch and Pillow raise their own types for a full disk, for example."""
+    """Turn write errors into NotWritten. safetensors, torch and Pillow each raise their own types of error."""
     try:
         yield
     except NotWritten as error:
@@ -56,8 +59,8 @@ def _write_errors(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to, then rename it to `path`.
 
-    If the body fails, the old file is unchanged and the temporary file is removed. Do nothing but write in the body, because any
-    RuntimeError in it becomes a NotWritten.
+    If the body fails, the old file is unchanged and the temporary file is removed. Do nothing but write in the body,
+    because any RuntimeError in it becomes a NotWritten.
     """
     check_output(path)
     part = path.with_name(path.name + ".part")
@@ -120,7 +123,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex. Raises ValueError when it is not a regular file, since reading a device may never end."""
+    """The SHA-256 of a file, in hex.
+
+    Raises ValueError when it is not a regular file, since reading a device may never end.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     with open(path, "rb") as file:
@@ -128,7 +134,7 @@ def sha256(path: Path) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that loading `path` reads: a file and its card or `.yaml`, or all weights and JSON files in a folder."""
+    """The files that loading `path` reads: a file and its card or `.yaml`, or the weights and JSON files in a folder."""
     if path.is_dir():
         return sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin", ".json") and f.is_file())
     beside = (path.with_suffix(end) for end in (".json", ".yaml", ".yml"))
@@ -137,7 +143,7 @@ def files_of(path: Path) -> list[Path]:
 
 @contextmanager
 def naming(path: Path, problem: str) -> Iterator[None]:
-    """Turn any error about the content of a file into a ValueError that names the file: "`path` `problem`: the reason"."""
+    """Turn any error about the content of a file into the ValueError "`path` `problem`: the reason"."""
     try:
         yield
     except OSError:

@@ -32,7 +32,10 @@ def _fits(shape: tuple[int, ...], ours: torch.Size) -> bool:
 
 
 def _read(file: File, theirs: tuple[str, ...], like: Tensor, transposed: bool, dtype: torch.dtype | None) -> Tensor:
-    """Read one tensor of the module into its own memory, with the strides of `like`. `theirs` are its parts in the file."""
+    """Read one tensor of the module into its own memory, with the strides of `like`.
+
+    `theirs` are its parts in the file.
+    """
     parts = [file[name] for name in theirs]
     for name, part in zip(theirs, parts, strict=True):
         if part.dtype not in (FLOATS if like.is_floating_point() else (like.dtype,)):
@@ -73,10 +76,12 @@ def check(module: nn.Module, names: Names, file: File, what: str) -> None:
 
 
 def assemble(module: M, names: Names, file: File, what: str, dtype: torch.dtype | None) -> M:
-    """Check a file and fill a module from it. The module must be on the meta device. `dtype=None` keeps the file's dtypes.
+    """Check a file and fill a module from it.
 
-    Returns the module, frozen and in eval mode. Raises ValueError when tensors are missing, unknown, not finite or of the wrong
-    shape or dtype.
+    The module must be on the meta device. `dtype=None` keeps the file's dtypes.
+
+    Returns the module, frozen and in eval mode. Raises ValueError when tensors are missing, unknown, not finite or of
+    the wrong shape or dtype.
     """
     check(module, names, file, what)
     tensors = {
@@ -95,7 +100,10 @@ def fill(module: M, tensors: dict[str, Tensor]) -> M:
 
 
 def empty_module(module: Callable[[Any], M], config: Any) -> M:
-    """Check a config and build its module on the meta device. Raises ValueError when a value is of the wrong type or implausible."""
+    """Check a config and build its module on the meta device.
+
+    Raises ValueError when a value is of the wrong type or implausible.
+    """
     check_values(config)
     with torch.device("meta"):
         return module(config)

@@ -16,13 +16,18 @@ _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 def module_from_config(
     folder: Path, module: Callable[[Any], M], config: Callable[[dict[str, Any]], Any], what: str
 ) -> M:
-    """Build the module that a folder's `config.json` describes, on the meta device. Raises ValueError when it is not supported."""
+    """Build the module that a folder's `config.json` describes, on the meta device.
+
+    Raises ValueError when it is not supported.
+    """
     with naming(folder / "config.json", f"is not a supported config of {what}"):
         return empty_module(module, config(read_json(folder / "config.json")))
 
 
 def has_config(path: Path) -> bool:
-    """Whether `path` is a folder of diffusers or transformers, or a file of weights in one, rather than a file with its own card."""
+    """Whether `path` is a folder of diffusers or transformers, or a file of weights in one, rather than a file with its
+    own card.
+    """
     has_card = path.is_file() and path.with_suffix(".json").is_file() and path.suffix != ".json"
     return path.is_dir() or (not has_card and (path.parent / "config.json").is_file())
 
@@ -35,8 +40,8 @@ def folder_of(path: Path) -> Path:
 def weights_in(path: Path) -> File:
     """Open the weights in a folder, or the file of weights that `path` names.
 
-    Prefers safetensors to pickles, and full weights to variants (`.fp16`, `.non_ema`). The weights may be sharded, with an index.
-    Raises FileNotFoundError when there are none.
+    Prefers safetensors to pickles, and full weights to variants (`.fp16`, `.non_ema`). The weights may be sharded, with
+    an index. Raises FileNotFoundError when there are none.
     """
     if path.is_file():
         return File(path)

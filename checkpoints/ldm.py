@@ -75,8 +75,8 @@ def count(shapes: Shapes, pattern: str) -> int:
 def ldm_unet(shapes: Shapes, settings: Settings) -> UNetConfig:
     """The config of the UNet in a single file. Raises KeyError when the shapes are not those of a UNet.
 
-    LDM numbers the stages: the residual blocks of a level, then its `op`, which halves the size. The number of heads can't be
-    inferred from the weights, so it comes from `settings`.
+    LDM numbers the stages: the residual blocks of a level, then its `op`, which halves the size. The number of heads
+    can't be inferred from the weights, so it comes from `settings`.
     """
     channels, blocks, depth, i = [], [], [], 1
     while (res := f"input_blocks.{i}.0.out_layers.3.weight") in shapes:
@@ -116,7 +116,10 @@ def ldm_vae(shapes: Shapes, settings: Settings) -> VAEConfig:
 
 
 def ldm_text(shapes: Shapes) -> TextConfig:
-    """The config of the CLIP text encoder in a single file, given names without `text_model.`. Its heads are 64 wide."""
+    """The config of the CLIP text encoder in a single file, given names without `text_model.`.
+
+    Its heads are 64 wide.
+    """
     rows, width = shapes["embeddings.token_embedding.weight"]
     inner, _ = shapes["encoder.layers.0.mlp.fc1.weight"]
     return TextConfig(

@@ -93,7 +93,10 @@ def _attn_rows(ours: str, block: str, i: int, ldm: str, depth: int) -> list[Row]
 
 
 def unet_rows(config: UNetConfig) -> list[Row]:
-    """Rows for the UNet. LDM numbers all stages, starting with conv_in; diffusers numbers levels, and the layers in each."""
+    """Rows for the UNet.
+
+    LDM numbers all stages, starting with conv_in; diffusers numbers levels, and the layers in each.
+    """
     rows: list[Row] = [
         ("time_embed.0", "time_embedding.linear_1", "time_embed.0"),
         ("time_embed.2", "time_embedding.linear_2", "time_embed.2"),
@@ -157,7 +160,10 @@ def vae_rows(config: VAEConfig) -> list[Row]:
 def clip_names(
     ours: Iterable[str], layers: int, prefix: str, modules: dict[str, str], tensors: dict[str, str]
 ) -> Names:
-    """Map a CLIP encoder to transformers' layout, which has separate q, k and v. `modules` and `tensors` are those outside the layers."""
+    """Map a CLIP encoder to transformers' layout, which has separate q, k and v.
+
+    `modules` and `tensors` are those outside the layers.
+    """
     rows: list[Row] = [(f"clip.{a}", f"{prefix}{b}", "") for a, b in modules.items()]
     names: Names = {
         f"clip.{a}": (b if b.endswith("projection.weight") else f"{prefix}{b}",) for a, b in tensors.items()
@@ -191,7 +197,10 @@ def image_names(ours: Iterable[str], config: ImageConfig) -> Names:
 
 
 def projection_names(ours: Iterable[str]) -> Names:
-    """Map an image projection of any kind to the official names. Names that don't begin with `image_projection.` are left out."""
+    """Map an image projection of any kind to the official names.
+
+    Names that don't begin with `image_projection.` are left out.
+    """
     ours, queries, rows = list(ours), "image_projection.queries", list(_PROJECTION)
     for i in range(sum(name.endswith(".to_kv.weight") for name in ours)):
         rows += _inside((f"image_projection.layers.{i}", f"image_proj.layers.{i}", ""), _PERCEIVER)
@@ -199,7 +208,10 @@ def projection_names(ours: Iterable[str]) -> Names:
 
 
 def adapter_names(ours: Iterable[str], unet: UNet) -> Names:
-    """Map an adapter to the official names. The keys 1, 3, 5, ... follow diffusers' order of processors: down, up, **mid last**."""
+    """Map an adapter to the official names.
+
+    The keys 1, 3, 5, ... follow diffusers' order of processors: down, up, **mid last**.
+    """
     mid = {module.layer for module in unet.mid.modules() if isinstance(module, CrossAttention)}
     order = sorted((layer.layer for layer in unet.cross_attentions()), key=lambda layer: (layer in mid, layer))
     key, ours = {layer: 2 * position + 1 for position, layer in enumerate(order)}, list(ours)

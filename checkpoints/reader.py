@@ -35,10 +35,10 @@ _LIGHTNING: list[Any] = [
 class File(Mapping[str, Tensor]):
     """The tensors of a checkpoint by name, memory-mapped. Copy a tensor if it must outlive the file.
 
-    `path` is a file of tensors, or the index of a sharded one. The prefix `module.` is removed if all names have it, and names are
-    escaped, so that they can be printed. Raises ValueError when the file is not a complete checkpoint, holds objects other than
-    tensors, or would need far more memory than its size. Pickles that are compressed, or older than PyTorch 1.6, can't be mapped
-    and are read into memory.
+    `path` is a file of tensors, or the index of a sharded one. The prefix `module.` is removed if all names have it,
+    and names are escaped, so that they can be printed. Raises ValueError when the file is not a complete checkpoint,
+    holds objects other than tensors, or would need far more memory than its size. Pickles that are compressed, or older
+    than PyTorch 1.6, can't be mapped and are read into memory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -169,7 +169,10 @@ def _is_uncompressed(path: Path, limit: int) -> bool:
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of nested dicts, by their keys joined with dots. A dict that occurs in several places is read once."""
+    """The tensors of nested dicts, by their keys joined with dots.
+
+    A dict that occurs in several places is read once.
+    """
     tensors: dict[str, Tensor] = {}
     seen, stack = {id(tree)}, [("", tree)]
     while stack:

@@ -31,7 +31,9 @@ def check_not_placeholder(path: Path) -> None:
 
 
 def check_is_weights(path: Path) -> None:
-    """Raise ValueError, which says what the file is, when it is neither a file of weights nor the index of a sharded one."""
+    """Raise ValueError, which says what the file is, when it is neither a file of weights nor the index of a sharded
+    one.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file of weights in it")
     if path.exists() and not path.is_file():

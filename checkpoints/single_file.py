@@ -37,7 +37,10 @@ def single_kind(file: File) -> str:
 
 
 def _with_ema(file: File) -> File:
-    """Replace the UNet's weights with their EMA copy. LDM names it `model_ema.` plus the name without `model.` and without dots."""
+    """Replace the UNet's weights with their EMA copy.
+
+    LDM names it `model_ema.` plus the name without `model.` and without dots.
+    """
     unet = [name for name in file if name.startswith(LDM["unet"])]
     ema = {name: f"model_ema.{name.removeprefix('model.').replace('.', '')}" for name in unet}
     if missing := ema.values() - file.keys():
@@ -62,10 +65,11 @@ def load_single(
     vae: VAE | None = None,
     build: Callable[[TextConfig], TextEncoder] = TextEncoder,
 ) -> Base:
-    """Load Stable Diffusion 1.x from a single `.safetensors` or `.ckpt` file, with the settings of the `.yaml` beside it, if any.
+    """Load Stable Diffusion 1.x from a single `.safetensors` or `.ckpt` file, with the settings of the `.yaml` beside
+    it, if any.
 
-    `ema` loads the EMA copy of the UNet. `vae` replaces the file's VAE, which may then be missing. `build` makes the text encoder
-    from its config. Raises ValueError when a part is incomplete.
+    `ema` loads the EMA copy of the UNet. `vae` replaces the file's VAE, which may then be missing. `build` makes the
+    text encoder from its config. Raises ValueError when a part is incomplete.
     """
     file, settings = open_single(path), ldm.settings_beside(path)
     file = _with_ema(file) if ema else file

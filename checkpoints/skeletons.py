@@ -1,4 +1,7 @@
-"""CLIP's encoders as bare names and shapes. With them, files can be inspected without importing open_clip, which takes seconds."""
+"""CLIP's encoders as bare names and shapes.
+
+With them, files can be inspected without importing open_clip, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,8 @@ def _convolution(conv: str, norm: str, out_channels: int, in_channels: int, size
 
 
 def _resnet(config: ImageConfig) -> Shapes:
-    """CLIP's ModifiedResNet: a stem of three convolutions, bottleneck blocks with expansion 4, and attention pooling."""
+    """CLIP's ModifiedResNet: a stem of three convolutions, bottleneck blocks with expansion 4, and attention pooling.
+    """
     width, dim = config.width, 32 * config.width
     shapes = _convolution("conv1", "bn1", width // 2, 3, 3) | _convolution("conv2", "bn2", width // 2, width // 2, 3)
     shapes |= _convolution("conv3", "bn3", width, width // 2, 3)

@@ -41,7 +41,8 @@ def _unet_from_config(folder: Path) -> UNet:
 def unet_config(path: Path) -> UNetConfig:
     """The config of a base model's UNet, without loading its weights.
 
-    It comes from a card, a `config.json` or the shapes in a single file. Raises ValueError or OSError, as `load_base` does.
+    It comes from a card, a `config.json` or the shapes in a single file. Raises ValueError or OSError, as `load_base`
+    does.
     """
     if path.is_file():
         return single_unet_config(path)
@@ -69,8 +70,9 @@ _OLD_NAME = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_NAMES)})(?=\.)")
 def load_vae(path: Path, dtype: torch.dtype | None = torch.float32) -> VAE:
     """Load a VAE.
 
-    `path`: a file in this project's own format, a diffusers folder or the file of weights in it, or a file in LDM's layout that
-    holds a VAE or a whole base model. Accepts the names that older versions of diffusers gave the attention.
+    `path`: a file in this project's own format, a diffusers folder or the file of weights in it, or a file in LDM's
+    layout that holds a VAE or a whole base model. Accepts the names that older versions of diffusers gave the
+    attention.
     """
     if path.is_file() and not path.with_suffix(".json").is_file() and (file := as_ldm_vae(File(path))):
         return load_ldm_vae(file, ldm.settings_beside(path), "a VAE in LDM's layout", dtype)
@@ -94,10 +96,11 @@ def load_base(
     prediction: Literal["epsilon", "v"] | None = None,
     vae: Path | None = None,
 ) -> Base:
-    """Load a base model from a diffusers folder, a folder in this project's own format, or Stable Diffusion 1.x in a single file.
+    """Load a base model from a diffusers folder, a folder in this project's own format, or Stable Diffusion 1.x in a
+    single file.
 
-    `prediction` overrides what the files say the UNet predicts. `vae` replaces the model's own VAE. Raises FileNotFoundError, and
-    ValueError when a file is not supported or the parts do not fit together.
+    `prediction` overrides what the files say the UNet predicts. `vae` replaces the model's own VAE. Raises
+    FileNotFoundError, and ValueError when a file is not supported or the parts do not fit together.
     """
     end = "" if (path / "unet").is_dir() else ".safetensors"
     own_vae = load_vae(vae, dtype) if vae else None
@@ -133,8 +136,9 @@ _PROJ = re.compile(r"attn\.proj_(in|out)\.weight$")
 def save_diffusers(unet: UNet, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Save a UNet's config and weights to a folder that diffusers' `UNet2DConditionModel.from_pretrained` can load.
 
-    Such a folder does not say whether the UNet predicts epsilon or v; in diffusers, the pipeline's scheduler does. Raises OSError
-    when a file can't be written, and ValueError when a value is too large for `dtype` or diffusers has no such UNet.
+    Such a folder does not say whether the UNet predicts epsilon or v; in diffusers, the pipeline's scheduler does.
+    Raises OSError when a file can't be written, and ValueError when a value is too large for `dtype` or diffusers has
+    no such UNet.
     """
     config, state = configs.diffusers_config(unet.config), unet.state_dict()
     names = named(state, unet_rows(unet.config), 1)

@@ -1,7 +1,7 @@
 """IP-Adapter: a function that maps an image embedding to one (K', V') for each cross-attention layer.
 
-K' = c_i W'_k and V' = c_i W'_v depend only on the image, not on the latents or the timestep. They are computed once per image
-and passed to the UNet in its Context, so the UNet needs no new modules.
+K' = c_i W'_k and V' = c_i W'_v depend only on the image, not on the latents or the timestep. They are computed once per
+image and passed to the UNet in its Context, so the UNet needs no new modules.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _copy(linear: nn.Linear) -> nn.Linear:
 class IPAdapter(nn.Module):
     """The trainable part of Figure 2: the image projection, and W'_k and W'_v for each cross-attention layer.
 
-    W'_k and W'_v are initialised from the text's W_k and W_v (section 3.2.2). With `own_projections=False` the adapter uses the
-    UNet's frozen W_k and W_v instead; the ablation compares the two. Raises ValueError when the projection's tokens do not have
-    the width that the UNet's cross-attention reads.
+    W'_k and W'_v are initialised from the text's W_k and W_v (section 3.2.2). With `own_projections=False` the adapter
+    uses the UNet's frozen W_k and W_v instead; the ablation compares the two. Raises ValueError when the projection's
+    tokens do not have the width that the UNet's cross-attention reads.
     """
 
     def __init__(self, unet: UNet, image_projection: Projection, own_projections: bool = True) -> None:
@@ -67,10 +67,12 @@ class IPAdapter(nn.Module):
         return rearrange(tokens, "(b k) n c -> b (k n) c", b=len(pictures))
 
     def forward(self, context: Context, embedding: Tensor, scale: float | Tensor = 1.0) -> Context:
-        """Return `context` with one more image prompt. `embedding`: as in `tokens`. `scale`: lambda for all layers, as in Source.
+        """Return `context` with one more image prompt.
 
-        The null image has a zero embedding (section 3.2.3), so its tokens are LayerNorm(bias), not zeros. For fine features, the
-        null image is an image of zero pixels, run through the encoder.
+        `embedding`: as in `tokens`. `scale`: lambda for all layers, as in Source.
+
+        The null image has a zero embedding (section 3.2.3), so its tokens are LayerNorm(bias), not zeros. For fine
+        features, the null image is an image of zero pixels, run through the encoder.
         """
         tokens = self.tokens(embedding)
 

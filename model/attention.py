@@ -1,8 +1,8 @@
 """Attention (Eq. 3), decoupled cross-attention (Eq. 5 and 8), and the ablation's concatenated keys and values.
 
-Cross-attention reads from *sources*: pairs of keys and values. The text is one source, and each image prompt is another.
-`decoupled` applies a separate softmax to each source and adds the results. `concatenated` applies one softmax to the keys of
-all sources. They have the same signature, so an experiment can swap one for the other.
+Cross-attention reads from *sources*: pairs of keys and values. The text is one source, and each image prompt is
+another. `decoupled` applies a separate softmax to each source and adds the results. `concatenated` applies one softmax
+to the keys of all sources. They have the same signature, so an experiment can swap one for the other.
 
 Axes: `b n c` for tokens and `b h n d` for heads, with `n` queries and `m` keys.
 """
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt d + bias) V  (Eq. 3). `q`: `b h n d`. `k`, `v`: `b h m d`. `bias`: broadcasts to `b h n m`."""
+    """softmax(Q K^T / sqrt d + bias) V  (Eq. 3).
+
+    `q`: `b h n d`. `k`, `v`: `b h m d`. `bias`: broadcasts to `b h n m`.
+    """
     if fused_is_faster(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     logits = q @ k.mT / math.sqrt(q.shape[-1])
@@ -37,8 +40,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 class Source:
     """Keys and values for cross-attention to read, and their weight lambda.
 
-    `k`, `v`: `b h m d`. `scale` is lambda of Eq. 8: a number, or a tensor that broadcasts to `b h n d`, such as one value per
-    sample, `b 1 1 1`, or a mask at this layer's resolution, `b 1 n 1`.
+    `k`, `v`: `b h m d`. `scale` is lambda of Eq. 8: a number, or a tensor that broadcasts to `b h n d`, such as one
+    value per sample, `b 1 1 1`, or a mask at this layer's resolution, `b 1 n 1`.
     """
 
     k: Tensor
@@ -51,7 +54,10 @@ class Source:
         return isinstance(self.scale, int | float) and self.scale == 0
 
     def weight(self, q: Tensor) -> float | Tensor:
-        """lambda in the dtype and on the device of the queries `q`. Raises ValueError when it does not broadcast to them."""
+        """lambda in the dtype and on the device of the queries `q`.
+
+        Raises ValueError when it does not broadcast to them.
+        """
         if not isinstance(self.scale, Tensor):
             return self.scale
         if self.scale.ndim not in (0, 4) or (self.scale.ndim == 4 and self.scale.shape[2] not in (1, q.shape[2])):
@@ -77,9 +83,11 @@ def decoupled(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
 def concatenated(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     """Z = softmax(Q [K; K']^T / sqrt d) [V; V']: one softmax over all keys, for the ablation (section 4.4.1).
 
-    lambda multiplies exp(logit) of K': log lambda is added to the logits. lambda = 0 leaves the source out. Raises ValueError
-    when lambda is negative. For one query and one image prompt, Z = g A_text + (1 - g) A_image, with
-    g = sigmoid(logsumexp(Q K^T / sqrt d) - logsumexp(Q K'^T / sqrt d) - log lambda), so text and image compete.
+    lambda multiplies exp(logit) of K': log lambda is added to the logits. lambda = 0 leaves the source out. Raises
+    ValueError when lambda is negative.
+
+    For one query and one image prompt, text and image compete: Z = g A_text + (1 - g) A_image, with
+    g = sigmoid(logsumexp(Q K^T / sqrt d) - logsumexp(Q K'^T / sqrt d) - log lambda).
     """
     image = [source for source in image if not source.off]
     k = torch.cat([text.k, *(source.k for source in image)], dim=-2)

@@ -1,4 +1,5 @@
-"""Context: the text, the image prompts and SDXL's added vector that a UNet is conditioned on, in one immutable value."""
+"""Context: the text, the image prompts and SDXL's added vector that a UNet is conditioned on, in one immutable value.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ from model.attention import Fuse, Source, decoupled
 class Context:
     """Everything that a UNet is conditioned on besides the timestep.
 
-    `text`: text tokens c_t, `b m c`. `image`: for each image prompt, one Source per cross-attention layer, in execution order.
-    `fuse`: how cross-attention combines text and image prompts. `added`: the vector that SDXL embeds and adds to the timestep
-    embedding, made of the pooled text and the image sizes, `b a`.
+    `text`: text tokens c_t, `b m c`. `image`: for each image prompt, one Source per cross-attention layer, in execution
+    order. `fuse`: how cross-attention combines text and image prompts. `added`: the vector that SDXL embeds and adds to
+    the timestep embedding, made of the pooled text and the image sizes, `b a`.
 
     An adapter maps a Context to a new Context, so adapters can be chained and no state is stored on a module.
     """
@@ -46,7 +47,8 @@ def _cat_scale(a: Source, b: Source) -> float | Tensor:
 def stack(uncond: Context, cond: Context) -> Context:
     """One Context for a classifier-free guidance batch: the rows of `uncond`, then those of `cond`.
 
-    Raises ValueError unless both have the same number of image prompts and the same `fuse`, and either both or neither have `added`.
+    Raises ValueError unless both have the same number of image prompts and the same `fuse`, and either both or neither
+    have `added`.
     """
     if len(uncond.image) != len(cond.image):
         raise ValueError(
@@ -68,9 +70,9 @@ def stack(uncond: Context, cond: Context) -> Context:
 def pyramid(mask: Tensor, h: int, w: int, levels: int = 4) -> list[Tensor]:
     """Resample a mask to lambda, `b 1 n 1`, for each level of a UNet with latents of size `h x w`, finest level first.
 
-    `mask`: `H W` or `b H W`. Its values are lambda: 0 turns the image prompt off, and fractions are allowed. Each query gets the
-    mean of the mask over its area. Each level is half the size of the one before, rounded up as in the UNet's strided
-    convolutions, so the grids match at any size.
+    `mask`: `H W` or `b H W`. Its values are lambda: 0 turns the image prompt off, and fractions are allowed. Each query
+    gets the mean of the mask over its area. Each level is half the size of the one before, rounded up as in the UNet's
+    strided convolutions, so the grids match at any size.
     """
     mask, maps = (mask if mask.ndim == 3 else mask[None])[:, None], []
     for _ in range(levels):

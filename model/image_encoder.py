@@ -28,7 +28,8 @@ def normalise(rgb: Tensor) -> Tensor:
 def centre_square(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
     """Resize the short side to `size`, then crop the centre square, with left and top margins rounded down.
 
-    If the aspect ratio is above LONG, only the middle of the image is resized, so a strip of 60000 x 1 needs little memory.
+    If the aspect ratio is above LONG, only the middle of the image is resized, so a strip of 60000 x 1 needs little
+    memory.
     """
     short, long = min(image.size), max(image.size)
     if long > LONG * short:
@@ -39,10 +40,11 @@ def centre_square(image: Image.Image, size: int, resample: Image.Resampling) -> 
 
 
 def padded_square(image: Image.Image, size: int) -> Image.Image:
-    """Pad an RGB image to a square with bars of CLIP's mean colour, then resize it to `size` with bicubic interpolation.
+    """Pad an RGB image to a square with bars of CLIP's mean colour, then resize it to `size` with bicubic
+    interpolation.
 
-    The result is bit for bit that of padding the whole image first, but memory is size x side pixels, not side x side. Pillow
-    resizes the rows before the columns, so rows can be padded and resized a few at a time.
+    The result is bit for bit that of padding the whole image first, but memory is size x side pixels, not side x side.
+    Pillow resizes the rows before the columns, so rows can be padded and resized a few at a time.
     """
     side, colour = max(image.size), tuple(round(255 * m) for m in MEAN)
     left, top = (side - image.width) // 2, (side - image.height) // 2
@@ -121,15 +123,16 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """The global image embedding, `b e`, **not** normalised.
 
-        For a ViT it is the class token after the final norm and projection; for a ResNet, the output of the attention pooling.
+        For a ViT it is the class token after the final norm and projection; for a ResNet, the output of the attention
+        pooling.
         """
         return self.clip(pixels)
 
     def fine(self, pixels: Tensor) -> Tensor:
         """Fine-grained features, `b n e`.
 
-        For a ViT they are all tokens of the penultimate layer, without the final norm. For a ResNet they are the cells of the last
-        feature map plus the position embeddings of the attention pooling.
+        For a ViT they are all tokens of the penultimate layer, without the final norm. For a ResNet they are the cells
+        of the last feature map plus the position embeddings of the attention pooling.
         """
         if self.config.kind == "resnet":
             grid: Tensor = self.clip.forward_intermediates(pixels, indices=1, intermediates_only=True)[
@@ -152,8 +155,8 @@ class ImageEncoder(nn.Module):
     def preprocess(self, image: Image.Image, fit: Fit = "crop") -> Tensor:
         """Convert an image to pixels `3 s s`, exactly as CLIP's image processor does.
 
-        `crop` (official) resizes the short side to s with bicubic interpolation, then crops the centre square. `squash` resizes to a
-        square. `pad` first pads to a square with bars of the mean colour, so that nothing is cropped.
+        `crop` (official) resizes the short side to s with bicubic interpolation, then crops the centre square. `squash`
+        resizes to a square. `pad` first pads to a square with bars of the mean colour, so that nothing is cropped.
         """
         image, size = image.convert("RGB"), self.config.image_size
         if fit == "squash":

@@ -1,4 +1,6 @@
-"""Projections from CLIP image features to image tokens c_i: IP-Adapter, and Plus and Full for fine-grained features (Figure 11)."""
+"""Projections from CLIP image features to image tokens c_i: IP-Adapter, and Plus and Full for fine-grained features
+(Figure 11).
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ HEAD = 64  # of the Resampler's heads; it can't be inferred from the weights
 class Projection(nn.Module):
     """Maps the features of an image, `image_dim` wide, to tokens `context_dim` wide.
 
-    `fine`: whether it reads the fine-grained features of `ImageEncoder.fine`, `b n e`, rather than the global embedding, `b e`.
-    The null image is a zero embedding or, for fine features, an image of zero pixels run through the encoder.
+    `fine`: whether it reads the fine-grained features of `ImageEncoder.fine`, `b n e`, rather than the global
+    embedding, `b e`. The null image is a zero embedding or, for fine features, an image of zero pixels run through the
+    encoder.
     """
 
     fine: ClassVar[bool]
@@ -39,7 +42,9 @@ class Projection(nn.Module):
 
 
 class ImageProjection(Projection):
-    """IP-Adapter: c_i = LayerNorm(W e + b), split into N tokens (section 3.2.1), the trainable linear layer and norm of Figure 2."""
+    """IP-Adapter: c_i = LayerNorm(W e + b), split into N tokens (section 3.2.1), the trainable linear layer and norm of
+    Figure 2.
+    """
 
     fine = False
 
@@ -75,8 +80,8 @@ class MLPProjection(Projection):
 class Perceiver(nn.Module):
     """One layer of the Resampler: the queries z attend to the image features x and to one another.
 
-    z <- z + W_o attention(W_q z', W_k [x'; z'], W_v [x'; z']), then z <- z + ff(z), where x' = LayerNorm(x) and z' = LayerNorm(z).
-    The linear layers have no biases.
+    z <- z + W_o attention(W_q z', W_k [x'; z'], W_v [x'; z']), with x' = LayerNorm(x) and z' = LayerNorm(z);
+    then z <- z + ff(z). The linear layers have no biases.
     """
 
     def __init__(self, width: int, heads: int) -> None:

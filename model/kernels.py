@@ -1,4 +1,6 @@
-"""Choose the faster of two equivalent attention kernels. tests/test_attention.py checks that their outputs and gradients agree."""
+"""Choose the faster of two equivalent attention kernels. tests/test_attention.py checks that their outputs and
+gradients agree.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,10 @@ def keep_channels_last(module: nn.Module) -> None:
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """[cos(t w_i), sin(t w_i)] with w_i = max_period^(-i / (dim / 2)), cosines first as in LDM. `b` -> `b dim`, float32."""
+    """[cos(t w_i), sin(t w_i)] with w_i = max_period^(-i / (dim / 2)), cosines first as in LDM.
+
+    `b` -> `b dim`, float32.
+    """
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     args = t.float()[:, None] * freqs
@@ -65,7 +68,9 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a feed-forward network, each with a LayerNorm before it and a residual around it."""
+    """Self-attention, cross-attention and a feed-forward network, each with a LayerNorm before it and a residual around
+    it.
+    """
 
     def __init__(self, dim: int, context_dim: int, heads: int, layer: int) -> None:
         super().__init__()
@@ -85,8 +90,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, with one residual around all of them.
 
-    `proj_in` and `proj_out` are linear layers, as in SD 2 and SDXL. SD 1.5 stores them as the equivalent 1x1 convolutions.
-    `layer` is the index of the first block's cross-attention.
+    `proj_in` and `proj_out` are linear layers, as in SD 2 and SDXL. SD 1.5 stores them as the equivalent 1x1
+    convolutions. `layer` is the index of the first block's cross-attention.
     """
 
     def __init__(self, dim: int, context_dim: int, heads: int, depth: int, groups: int, layer: int) -> None:
@@ -105,7 +110,10 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the size with a strided 3x3 convolution. The VAE's encoder pads only the right and bottom edges (`asymmetric`)."""
+    """Halve the size with a strided 3x3 convolution.
+
+    The VAE's encoder pads only the right and bottom edges (`asymmetric`).
+    """
 
     def __init__(self, channels: int, asymmetric: bool = False) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """CLIP's text encoder, built from open_clip's modules. It maps prompts to text tokens c_t.
 
-Stable Diffusion attends to all 77 positions, including the padding, so the choice of padding token is part of the model. A
-model with a reduced vocabulary keeps only some of CLIP's tokens: `vocabulary[i]` is the CLIP token of embedding row i.
+Stable Diffusion attends to all 77 positions, including the padding, so the choice of padding token is part of the
+model. A model with a reduced vocabulary keeps only some of CLIP's tokens: `vocabulary[i]` is the CLIP token of
+embedding row i.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def vocabulary() -> dict[str, int]:
 
 
 def words_of(text: str) -> list[tuple[str, list[int]]]:
-    """Split a prompt into words, each with its CLIP tokens, as CLIP's tokenizer does (lower case, byte-pair encoding)."""
+    """Split a prompt into words, each with its CLIP tokens, as CLIP's tokenizer does (lower case, byte-pair encoding).
+    """
     tokenizer, words, pieces = _tokenizer(), [], []
     for token in tokenizer.encode(text):
         pieces.append(token)
@@ -92,7 +94,8 @@ class TextEncoder(nn.Module):
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
         """Tokenize one or more prompts to `b 77`: start, words, end, padding.
 
-        Warns about words that are not in a reduced vocabulary, which are left out, and about words beyond 77 tokens, which are cut off.
+        Warns about words that are not in a reduced vocabulary, which are left out, and about words beyond 77 tokens,
+        which are cut off.
         """
         length = self.config.context_length
         rows = []

@@ -1,4 +1,5 @@
-"""The denoising UNet of Stable Diffusion: a list of stages, run by two loops, one down (`encode`) and one up (`forward`).
+"""The denoising UNet of Stable Diffusion: a list of stages, run by two loops, one down (`encode`) and one up
+(`forward`).
 
 The UNet passes its Context on to the cross-attention layers, and does not depend on what is in it.
 The architecture follows LDM's `openaimodel.py`. tests/test_unet.py compares it with diffusers' `UNet2DConditionModel`.
@@ -57,10 +58,12 @@ MINI = UNetConfig(
 
 @dataclass(frozen=True)
 class Residuals:
-    """What a structure control adds to the UNet's feature maps: ControlNet uses `skips` and `mid`, T2I-Adapter `hidden`.
+    """What a structure control adds to the UNet's feature maps: ControlNet uses `skips` and `mid`, T2I-Adapter
+    `hidden`.
 
-    `skips`: one tensor for `conv_in` and for each down stage, added to the skips. `mid`: added to the output of the middle.
-    `hidden`: {stage: tensor}, added to the output of a down stage; stage 0 is `conv_in`, and stage i is `down[i - 1]`.
+    `skips`: one tensor for `conv_in` and for each down stage, added to the skips. `mid`: added to the output of the
+    middle. `hidden`: {stage: tensor}, added to the output of a down stage. Stage 0 is `conv_in`, and stage i is
+    `down[i - 1]`.
     """
 
     skips: Sequence[Tensor] = ()
@@ -69,7 +72,10 @@ class Residuals:
 
 
 def join(sides: Sequence[Residuals]) -> Residuals:
-    """Concatenate the residuals of the sides of a guidance batch, all of the same size. A side without residuals gets zeros."""
+    """Concatenate the residuals of the sides of a guidance batch, all of the same size.
+
+    A side without residuals gets zeros.
+    """
 
     def rows(tensors: list[Tensor | None]) -> Tensor:
         like = next(tensor for tensor in tensors if tensor is not None)
@@ -109,7 +115,9 @@ class Stage(nn.Module):
 def _stage(
     config: UNetConfig, in_channels: int, level: int, depth: int, layer: int, resample: Upsample | None = None
 ) -> Stage:
-    """A stage at one level: a residual block and, if `depth` > 0, a transformer whose first cross-attention has index `layer`."""
+    """A stage at one level: a residual block and, if `depth` > 0, a transformer whose first cross-attention has index
+    `layer`.
+    """
     width, groups = config.channels[level], config.groups
     res = ResBlock(in_channels, width, 4 * config.channels[0], groups, eps=1e-5)
     attn = SpatialTransformer(width, config.context_dim, config.heads[level], depth, groups, layer) if depth else None
@@ -117,14 +125,19 @@ def _stage(
 
 
 class TimeMLP(nn.Sequential):
-    """Linear, SiLU, linear: maps a timestep embedding, or SDXL's added vector, to the width that the residual blocks read."""
+    """Linear, SiLU, linear: maps a timestep embedding, or SDXL's added vector, to the width that the residual blocks
+    read.
+    """
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
 class UNetEncoder(nn.Module):
-    """The first half of the UNet: timestep embedding, `conv_in`, the down stages and the middle. A ControlNet is a copy of it."""
+    """The first half of the UNet: timestep embedding, `conv_in`, the down stages and the middle.
+
+    A ControlNet is a copy of it.
+    """
 
     def __init__(self, config: UNetConfig = SD15) -> None:
         super().__init__()
@@ -175,7 +188,9 @@ class UNetEncoder(nn.Module):
     def encode(
         self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run `conv_in`, the down stages and the middle on latents `b c h w`. Returns the output of the middle, and the skips.
+        """Run `conv_in`, the down stages and the middle on latents `b c h w`.
+
+        Returns the output of the middle, and the skips.
 
         `emb`: from `embed`. `hidden`: as in Residuals.
         """
@@ -209,8 +224,8 @@ class UNet(UNetEncoder):
     def forward(self, x: Tensor, t: Tensor | int, context: Context, residuals: Residuals | None = None) -> Tensor:
         """Predict the noise (or v), `b c h w`. `x`: latents `b c h w` of any size. `t`: timesteps `b`, or one number.
 
-        Raises ValueError when the residuals do not match the stages, and when the config needs an added vector that the Context
-        lacks.
+        Raises ValueError when the residuals do not match the stages, and when the config needs an added vector that the
+        Context lacks.
         """
         residuals = residuals or Residuals()
         self._check(residuals)

@@ -1,6 +1,7 @@
 """The autoencoder of latent diffusion: it maps images in [-1, 1] to scaled latents, and back.
 
-The architecture follows LDM's `diffusionmodules/model.py`. tests/test_vae.py compares it with diffusers' `AutoencoderKL`.
+The architecture follows LDM's `diffusionmodules/model.py`. tests/test_vae.py compares it with diffusers'
+`AutoencoderKL`.
 """
 
 from __future__ import annotations
@@ -107,9 +108,12 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The encoder q(z|x) = N(mean, std) and the decoder p(x|z). `encode` and `decode` apply the scale factor, so nothing else has to.
+    """The encoder q(z|x) = N(mean, std) and the decoder p(x|z).
 
-    It uses the default memory format, because channels-last is no faster here and has rounding errors several times larger.
+    `encode` and `decode` apply the scale factor, so nothing else has to.
+
+    It uses the default memory format, because channels-last is no faster here and has rounding errors several times
+    larger.
     """
 
     def __init__(self, config: VAEConfig = SD_VAE) -> None:
@@ -125,7 +129,9 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images in [-1, 1] -> latents `b c h w` of about unit variance: the mean of q(z|x), or a sample if `noise` is given."""
+        """Images in [-1, 1] -> latents `b c h w` of about unit variance: the mean of q(z|x), or a sample if `noise` is
+        given.
+        """
         mean, logvar = self.moments(x)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         return z * self.config.scale
