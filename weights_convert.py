@@ -1,22 +1,23 @@
-"""Files of weights: what each layout calls the parts of these networks; and a command that inspects, converts and compares.
+"""Inspect, convert and compare files of weights.
 
-  python weights_convert.py inspect FILE              says what a file is
-  python weights_convert.py convert SOURCE TARGET     an adapter to the official .safetensors, a base model to a folder of our own
-  python weights_convert.py convert --diffusers UNET TARGET     a UNet to the folder of a diffusers UNet2DConditionModel
-  python weights_convert.py verify A B                compares two checkpoints tensor by tensor, whatever their layouts
+  python weights_convert.py inspect FILE              describe a file
+  python weights_convert.py convert SOURCE TARGET     convert an adapter to the official .safetensors file, or a base model to a
+                                                      folder in this project's own format
+  python weights_convert.py convert --diffusers UNET TARGET     convert a UNet to the folder of a diffusers UNet2DConditionModel
+  python weights_convert.py verify A B                compare two checkpoints of any layout, tensor by tensor
 
-What maps onto what (the tables are in checkpoints/names.py; tests/test_names.py proves that each is a bijection):
+How the layouts correspond (the full tables are in checkpoints/names.py; tests/test_names.py checks that each is a bijection):
 
   here          diffusers, transformers            a single file (LDM)               sizes from
   UNet          unet/                              model.diffusion_model.*           unet/config.json, or the shapes
-    down.n.res    down_blocks.i.resnets.j            input_blocks.n+1.0              n counts all stages, i levels
+    down.n.res    down_blocks.i.resnets.j            input_blocks.n+1.0              n numbers all stages, i the levels
     down.n.attn   down_blocks.i.attentions.j         input_blocks.n+1.1
     mid.0, mid.1  mid_block.resnets.0, .1            middle_block.0, .2
     up.n          up_blocks.i.resnets.j              output_blocks.n.0
   VAE           vae/                               first_stage_model.*               vae/config.json, or the shapes
     decoder.up    up_blocks.i, from the smallest     decoder.up.i, from the largest
   TextEncoder   text_encoder/, tokenizer/          cond_stage_model.transformer.*    config.json, or the shapes
-    attn.in_proj  q_proj, k_proj, v_proj             the same                        three matrices are joined into one
+    attn.in_proj  q_proj, k_proj, v_proj             the same                        three matrices become one
   ImageEncoder  image_encoder/                     -                                 config.json
 
   here                        the official adapter, and diffusers'             the official trainer
@@ -24,8 +25,8 @@ What maps onto what (the tables are in checkpoints/names.py; tests/test_names.py
   to_k.i, to_v.i (layer i)    ip_adapter.n.to_k_ip, to_v_ip: n = 1, 3, 5, ...  adapter_modules.n.*, or unet.*.processor.*
                               in the order down, up, mid
 
-The project's own files are safetensors with the names in the first column, and a JSON card beside each. Loads are strict: a
-tensor that is missing, unknown, misshapen or not finite is an error. Only tensors are ever unpickled.
+The project's own format is a safetensors file with the names in the first column, and a JSON card beside it. Loading is strict: a
+tensor that is missing, unknown, not finite or of the wrong shape is an error. Only tensors are ever unpickled.
 """
 
 from __future__ import annotations
@@ -40,31 +41,31 @@ def _parser() -> argparse.ArgumentParser:
         prog="weights_convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = p.add_subparsers(dest="command", required=True)
-    does = "Say what each file or folder of weights is, and what is missing or odd."
-    i = commands.add_parser("inspect", help="say what files are", description=does)
+    description = "Describe each file or folder of weights, and list what is missing or odd."
+    i = commands.add_parser("inspect", help="describe files", description=description)
     i.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a file or folder of weights")
-    does = "Write an adapter in the official layout, or a base model or one of its networks in this project's own."
-    c = commands.add_parser("convert", help="write weights in another layout", description=does)
+    description = "Convert an adapter to the official layout, or a base model or one of its networks to this project's own format."
+    c = commands.add_parser("convert", help="convert weights to another layout", description=description)
     c.add_argument("source", type=Path, help="a file or folder of weights")
     c.add_argument("target", type=Path, help="TARGET.safetensors, or a folder for a base model")
-    c.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: keep every tensor's own")
-    c.add_argument("--ema", action="store_true", help="take the EMA copy of the UNet from a single file")
+    c.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: keep the dtype of each tensor")
+    c.add_argument("--ema", action="store_true", help="use the EMA copy of the UNet in a single file")
     c.add_argument(
         "--diffusers",
         action="store_true",
-        help="write a UNet as diffusers does, config.json and diffusion_pytorch_model.safetensors, into the folder TARGET "
-        "(whether it predicts v is stored in a pipeline's scheduler, not here)",
+        help="write a UNet in diffusers' layout, config.json and diffusion_pytorch_model.safetensors, to the folder TARGET "
+        "(diffusers stores whether it predicts v in the pipeline's scheduler, not here)",
     )
-    does = "Compare two checkpoints tensor by tensor, whatever their layouts. Exits with 1 if they differ."
-    v = commands.add_parser("verify", help="compare two checkpoints", description=does)
+    description = "Compare two checkpoints of any layout, tensor by tensor. Exits with 1 if they differ."
+    v = commands.add_parser("verify", help="compare two checkpoints", description=description)
     v.add_argument("a", type=Path, help="a file or folder of weights")
-    v.add_argument("b", type=Path, help="another one")
+    v.add_argument("b", type=Path, help="another file or folder of weights")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    import torch  # takes seconds: only once the arguments are read
+    import torch  # imported after the arguments are parsed, because it takes seconds
 
     from checkpoints.convert import convert, verify
     from checkpoints.describe import inspect

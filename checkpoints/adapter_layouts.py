@@ -1,4 +1,4 @@
-"""Other layouts of adapters under the official names: the official trainer's, and diffusers' spelling of Plus."""
+"""Map other adapter layouts to the official names: that of the official trainer, and that of Plus in diffusers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import re
 from checkpoints.reader import File
 
 
-def official(file: File) -> File:
-    """A file of an adapter under the official names; another file as it is."""
+def with_official_names(file: File) -> File:
+    """Rename an adapter's tensors to the official names. Other files keep their names."""
     if any(name.startswith("image_proj_model.") for name in file):
-        file = file.renamed(_of_trainer(file))
-    return file.renamed(_of_diffusers(file))
+        file = file.renamed(_trainer_names(file))
+    return file.renamed(_diffusers_names(file))
 
 
 _PROCESSOR = re.compile(r"(unet\.(?:down|up|mid)_block.*\.processor)\.to_[kv]_ip\.weight$")
 
 
-def _of_trainer(file: File) -> dict[str, str]:
-    """The official trainer saves the whole model: the projection is `image_proj_model.`, the layers are `adapter_modules.<n>.` or,
-    where accelerate dropped those as shared, stand in the UNet as `...attn2.processor.`. The UNet itself is left out."""
+def _trainer_names(file: File) -> dict[str, str]:
+    """{official name: name} for a checkpoint of the official trainer, which holds the whole model.
+
+    Leaves out the UNet's own weights.
+
+    The projection is under `image_proj_model.`, and the layers are under `adapter_modules.<n>.`. When accelerate has
+    dropped the latter as duplicates, the layers are in the UNet, as `...attn2.processor.`.
+    """
     parts = (("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter."))
     names = {new + name.removeprefix(old): name for old, new in parts for name in file if name.startswith(old)}
     if not any(name.startswith("ip_adapter.") for name in names):
@@ -32,7 +37,7 @@ def _of_trainer(file: File) -> dict[str, str]:
 
 
 def _processor_order(layer: str) -> tuple[bool, bool, list[int]]:
-    """diffusers' order: down, up, mid."""
+    """Sort key for the order of processors in diffusers: down, up, mid."""
     return "mid_block" in layer, "up_blocks" in layer, [int(n) for n in re.findall(r"\d+", layer)]
 
 
@@ -43,8 +48,8 @@ _DIFFUSERS = {
 _PLUS_LAYER = re.compile(r"(image_proj\.layers\.\d+)\.(.+)\.(weight|bias)$")
 
 
-def _of_diffusers(file: File) -> dict[str, str | tuple[str, ...]]:
-    """diffusers spells the layers of Plus `layers.N.attn.*`, with K and V together or apart."""
+def _diffusers_names(file: File) -> dict[str, str | tuple[str, ...]]:
+    """{official name: name} for diffusers' Plus: layers are `layers.N.attn.*`, with K and V in one matrix or two."""
     names: dict[str, str | tuple[str, ...]] = {}
     for name in file:
         layer = _PLUS_LAYER.match(name)

@@ -1,4 +1,4 @@
-"""IP-Adapters: the official layout, what the official trainer leaves, and this project's own."""
+"""Load, save and check IP-Adapters in the official layout, and load the checkpoints of the official trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.adapter_layouts import official
+from checkpoints.adapter_layouts import with_official_names
 from checkpoints.files import is_finite, replacing_in, short_list, write_json, write_tensors
 from checkpoints.fill import FLOATS, assemble
 from checkpoints.names import adapter_names, projection_names
@@ -18,9 +18,10 @@ from model.adapter import IPAdapter
 from model.image_projection import HEAD, ImageProjection, MLPProjection, Projection, Resampler
 from model.unet import UNet
 
+# Names by width: of the text tokens, of the global image embedding, and of the fine-grained features.
 BASES = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2.1", 2048: "Stable Diffusion XL"}
 ENCODERS = {1024: "ViT-H", 1280: "ViT-bigG", 768: "ViT-L"}
-FINE = {1280: "ViT-H", 1664: "ViT-bigG", 1024: "ViT-L"}  # by the width of their fine features
+FINE = {1280: "ViT-H", 1664: "ViT-bigG", 1024: "ViT-L"}
 PROJECTIONS: dict[str, type[Projection]] = {
     "IP-Adapter": ImageProjection,
     "IP-Adapter Plus": Resampler,
@@ -29,16 +30,20 @@ PROJECTIONS: dict[str, type[Projection]] = {
 
 
 def display_name(names: dict[int, str], width: int) -> str:
+    """The name of a model of this width, such as "ViT-H (1024-d)", or "12-d" if it is unknown."""
     return f"{names[width]} ({width}-d)" if width in names else f"{width}-d"
 
 
 def adapter_file(path: Path) -> File:
-    """An adapter's file under the official names, whichever layout it has (`official`). Raises ValueError for what is no adapter."""
+    """Open an adapter file of any layout under the official names.
+
+    Raises FileNotFoundError, and ValueError when the file is not a supported adapter.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; `make weights` trains the mini adapter")
-    file = official(File(path))
+    file = with_official_names(File(path))
     if (kind := adapter_kind(file)) not in PROJECTIONS:
-        raise ValueError(f"{path} is {kind}; only the base IP-Adapter, Plus and Full are read")
+        raise ValueError(f"{path} is {kind}; only the base IP-Adapter, Plus and Full are supported")
     return file
 
 
@@ -46,7 +51,7 @@ _LORA = re.compile(r"ip_adapter\.\d+\.to_\w+_lora\.(down|up)\.weight$")
 
 
 def adapter_kind(file: File) -> str:
-    """What kind of adapter a file is, by its names, as diffusers tells them apart."""
+    """The kind of adapter, by the names of its tensors, as in diffusers; for other files, what they are."""
     if not any(name.startswith("image_proj.") for name in file):
         return kind if (kind := single_kind(file)) != "not a base model" else "not an adapter"
     if any(_LORA.match(name) for name in file) or any(
@@ -63,9 +68,9 @@ def adapter_kind(file: File) -> str:
 
 
 def adapter_sizes(file: File) -> dict[str, int]:
-    """The sizes of an adapter's projection, as its class in PROJECTIONS takes them, from the shapes.
+    """Infer the arguments of the adapter's class in PROJECTIONS from the shapes of its tensors.
 
-    Raises ValueError when a tensor that shows one is missing or misshapen.
+    Raises ValueError when one of these tensors is missing or has the wrong shape.
     """
 
     def shape(name: str, axes: int = 2) -> tuple[int, ...]:
@@ -74,10 +79,11 @@ def adapter_sizes(file: File) -> dict[str, int]:
             raise ValueError(f"{file.path} is not a complete adapter: {name} is missing or misshapen")
         return file.shape(name)
 
-    def whole(rows: int, size: int, what: str) -> int:
+    def divide(rows: int, size: int, what: str) -> int:
         if rows % size:
             raise ValueError(
-                f"{file.path}: a projection to {rows} numbers is no whole number of {what} of width {size}"
+                f"{file.path} is not a complete adapter: the {rows} outputs of its projection do not divide into {what} "
+                f"of width {size}"
             )
         return rows // size
 
@@ -90,22 +96,22 @@ def adapter_sizes(file: File) -> dict[str, int]:
             "tokens": tokens,
             "width": width,
             "depth": sum(name.endswith(".to_kv.weight") for name in file),
-            "heads": whole(shape("layers.0.0.to_q.weight")[0], HEAD, "heads"),
+            "heads": divide(shape("layers.0.0.to_q.weight")[0], HEAD, "heads"),
         }
     if kind == "IP-Adapter Full":
         return {"image_dim": shape("proj.0.weight")[1], "context_dim": shape("proj.3.weight", 1)[0]}
     (rows, image_dim), (context_dim,) = shape("proj.weight"), shape("norm.weight", 1)
-    return {"image_dim": image_dim, "context_dim": context_dim, "tokens": whole(rows, context_dim, "tokens")}
+    return {"image_dim": image_dim, "context_dim": context_dim, "tokens": divide(rows, context_dim, "tokens")}
 
 
 def projection_of(file: File) -> Projection:
-    """The empty projection of an adapter's file, from its header."""
+    """The adapter's image projection on the meta device: its class and sizes, without the weights."""
     with torch.device("meta"):
         return PROJECTIONS[adapter_kind(file)](**adapter_sizes(file))
 
 
 def encoder_name(projection: Projection, width: int) -> str:
-    """The image encoder whose embeddings, or fine features, are that wide."""
+    """The name of the image encoder whose output, as this projection reads it, has this width."""
     return f"the fine features of {display_name(FINE, width)}" if projection.fine else display_name(ENCODERS, width)
 
 
@@ -116,23 +122,25 @@ def load_adapter(
     dtype: torch.dtype | None = torch.float32,
     fine_dim: int | None = None,
 ) -> IPAdapter:
-    """An adapter for this UNet, and for an encoder whose embeddings are `image_dim` wide, its fine features `fine_dim`.
+    """Load an adapter for this UNet.
 
-    The form, tokens and widths come from the weights; a file without W'_k and W'_v shares the UNet's. Raises ValueError when
-    the adapter is for another base or encoder, or of another kind.
+    The kind of adapter and its sizes are inferred from the weights. If the file has no W'_k and W'_v, the adapter
+    shares those of the UNet. `image_dim` and `fine_dim` are the widths of the image encoder's embedding and fine
+    features; None skips this check. Raises ValueError when the file is not a supported adapter, or is for another base
+    model or image encoder.
     """
     file = adapter_file(path)
     projection = projection_of(file)
     context_dim, encoder_dim = projection.context_dim, fine_dim if projection.fine else image_dim
     if context_dim != unet.config.context_dim:
-        wants, given = display_name(BASES, context_dim), display_name(BASES, unet.config.context_dim)
+        needed, given = display_name(BASES, context_dim), display_name(BASES, unet.config.context_dim)
         raise ValueError(
-            f"{path} is an adapter for {wants}, you gave a base of {given}: use the adapter made for this base"
+            f"{path} is an adapter for {needed}, but you gave a base model of {given}: use an adapter made for this base model"
         )
     if encoder_dim is not None and projection.image_dim != encoder_dim:
-        wants, given = encoder_name(projection, projection.image_dim), encoder_name(projection, encoder_dim)
+        needed, given = encoder_name(projection, projection.image_dim), encoder_name(projection, encoder_dim)
         raise ValueError(
-            f"{path} wants {wants}, you gave {given}: pass that encoder as --image-encoder, or another adapter"
+            f"{path} needs {needed}, but you gave {given}: pass that encoder as --image-encoder, or use another adapter"
         )
     own = any(name.startswith("ip_adapter.") for name in file)
     with torch.device("meta"):
@@ -144,7 +152,12 @@ def load_adapter(
 def save_adapter(
     adapter: IPAdapter, unet: UNet, path: Path, card: dict[str, Any], dtype: torch.dtype | None = torch.float16
 ) -> None:
-    """Writes an adapter in the official layout, which diffusers loads, and its card."""
+    """Save an adapter in the official layout, which diffusers can load, and its card.
+
+    `dtype=None` keeps each tensor's dtype.
+
+    Raises OSError when a file can't be written, and ValueError when a value is too large for `dtype`.
+    """
     state = adapter.state_dict()
     with replacing_in(path.parent) as part:
         names = adapter_names(state, unet).items()
@@ -156,21 +169,21 @@ _LAYER = re.compile(r"(ip_adapter\.\d+)\.to_[kv]_ip\.weight$")
 
 
 def problems(file: File) -> list[str]:
-    """What is wrong with an adapter, whatever its base."""
+    """List what is missing, unknown or invalid in an adapter file, without reference to a base model."""
     projection = projection_names(f"image_projection.{name}" for name in projection_of(file).state_dict())
     layers = {m[1] for name in file if (m := _LAYER.match(name))}
-    wanted = {name for (name,) in projection.values()} | {f"{layer}.to_{x}_ip.weight" for layer in layers for x in "kv"}
+    expected = {name for (name,) in projection.values()} | {f"{layer}.to_{x}_ip.weight" for layer in layers for x in "kv"}
     dtypes = {name: file[name].dtype for name in file}
     lines = (
-        ("it lacks", wanted - file.keys()),
-        ("it also holds", file.keys() - wanted),
+        ("it lacks", expected - file.keys()),
+        ("it also holds", file.keys() - expected),
         (
-            "weights that are not float32, float16 or bfloat16:",
+            "it has weights that are not float32, float16 or bfloat16:",
             [n for n, dtype in dtypes.items() if dtype not in FLOATS],
         ),
         (
-            "values that are not finite in",
+            "it has values that are not finite in",
             [n for n, dtype in dtypes.items() if dtype in FLOATS and file[n].numel() and not is_finite(file[n])],
         ),
     )
-    return [f"{says} {short_list(names)}" for says, names in lines if names]
+    return [f"{problem} {short_list(names)}" for problem, names in lines if names]

@@ -1,4 +1,4 @@
-"""A base model."""
+"""Base: the networks of a base model, such as Stable Diffusion 1.5."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.vae import VAE
 
 @dataclass(frozen=True)
 class Base:
-    """A base model."""
+    """The UNet, VAE and text encoder of a base model."""
 
     unet: UNet
     vae: VAE
@@ -21,5 +21,5 @@ class Base:
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """By the names of their files and folders."""
+        """The networks by the names of their files and folders."""
         return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text}

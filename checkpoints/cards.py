@@ -1,4 +1,4 @@
-"""The project's own files of weights: safetensors under our names, with a JSON card beside them."""
+"""This project's own format: a safetensors file with this project's tensor names, and a JSON card beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from checkpoints.reader import File
 
 
 def save(module: nn.Module, path: Path, card: dict[str, Any], dtype: torch.dtype | None = torch.float16) -> None:
-    """Writes `path` (safetensors) and the card beside it (`.json`), with the module's config if it has one; both or none."""
+    """Save a module to `path` (safetensors) and its card, which includes the module's config, beside it (`.json`).
+
+    Writes both files or neither. `dtype=None` keeps each tensor's dtype. Raises OSError when they can't be written, and
+    ValueError when a value is too large for `dtype`.
+    """
     config = getattr(module, "config", None)
     with replacing_in(path.parent) as part:
         write_tensors(part / path.name, module.state_dict(), dtype)
@@ -24,7 +28,7 @@ def save(module: nn.Module, path: Path, card: dict[str, Any], dtype: torch.dtype
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """The card of a file of weights. Raises FileNotFoundError that names the command which makes it."""
+    """Read the card beside a file of weights. Raises FileNotFoundError when either is missing."""
     card = path.with_suffix(".json")
     if not path.exists() or not card.exists():
         raise FileNotFoundError(f"{path} and its card {card.name} are not there; `make weights` trains them")
@@ -32,7 +36,10 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def module_from_card(path: Path, module: Callable[..., M], config: type[Any] | None) -> M:
-    """The empty module that the card of a file of our own describes."""
+    """Build the module that the card beside `path` describes, on the meta device.
+
+    Raises ValueError when the card is wrong.
+    """
     card = read_card(path)
     with torch.device("meta"), naming(path.with_suffix(".json"), "does not describe a network"):
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()} if config else {}
@@ -42,6 +49,6 @@ def module_from_card(path: Path, module: Callable[..., M], config: type[Any] | N
 def load(
     path: Path, module: Callable[..., M], config: type[Any] | None, dtype: torch.dtype | None = torch.float32
 ) -> M:
-    """A module of our own from its file and card."""
+    """Load a module from a file in this project's own format. `dtype=None` keeps each tensor's dtype."""
     empty, file = module_from_card(path, module, config), File(path)
-    return assemble(empty, {name: (name,) for name in empty.state_dict()}, file, "what its card says", dtype)
+    return assemble(empty, {name: (name,) for name in empty.state_dict()}, file, "the network that its card describes", dtype)

@@ -1,4 +1,4 @@
-"""CLIP's towers in transformers' layout, and the tokenizer beside a text tower."""
+"""Load CLIP's text and image encoders from transformers' layout, and the padding token from a tokenizer's folder."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ from model.text_encoder import TextConfig, TextEncoder
 def load_text_encoder(
     path: Path, dtype: torch.dtype | None = torch.float32, build: Callable[[TextConfig], TextEncoder] = TextEncoder
 ) -> TextEncoder:
-    """A text tower: a file of our own, or a folder in transformers' layout with the tokenizer's folder beside it. `build` makes
-    the empty tower of a config."""
+    """Load a text encoder from a file in this project's own format, or from a folder in transformers' layout.
+
+    In transformers' layout, the tokenizer's folder is expected beside it. `build` makes the module from its config.
+    """
     if not has_config(path):
         return load(path, build, TextConfig, dtype)
     folder = folder_of(path)
-    pad = pad_of(folder.parent / "tokenizer")
+    pad = padding_token(folder.parent / "tokenizer")
     text = module_from_config(folder, build, lambda config: configs.text_config(config, pad), "a text encoder")
     return assemble_text(text, weights_in(path), "the text encoder of its config.json", dtype)
 
 
 def assemble_text(text: TextEncoder, file: File, what: str, dtype: torch.dtype | None) -> TextEncoder:
-    """Fills a text tower from transformers' names, with or without their prefix. Leaves out a whole CLIP's other parts, and a
-    projection that the tower does not have."""
+    """Fill a text encoder with tensors under transformers' names, with or without the prefix `text_model.`.
+
+    Ignores the image encoder of a full CLIP model, and the text projection if `text` has none.
+    """
     file = file.without(r"vision_model\.|visual_projection\.|logit_scale$")
     if not text.config.output_dim:
         file = file.without(r"text_projection\.")
@@ -41,9 +45,9 @@ def assemble_text(text: TextEncoder, file: File, what: str, dtype: torch.dtype |
     return assemble(text, text_names(text.state_dict(), text.config, prefix), file, what, dtype)
 
 
-def pad_of(tokenizer: Path) -> int:
-    """The token that fills up a prompt, of a tokenizer's folder; CLIP's end token without one."""
-    with naming(tokenizer, "is not a tokenizer that is read"):
+def padding_token(tokenizer: Path) -> int:
+    """The padding token from a tokenizer's folder; CLIP's end token if there is no such folder."""
+    with naming(tokenizer, "is not a supported tokenizer"):
         words = None
         if (tokenizer / "vocab.json").exists():
             words = read_json(tokenizer / "vocab.json")
@@ -58,8 +62,11 @@ def pad_of(tokenizer: Path) -> int:
 def load_image_encoder(
     path: Path, dtype: torch.dtype | None = torch.float32, build: Callable[[ImageConfig], ImageEncoder] = ImageEncoder
 ) -> ImageEncoder:
-    """An image tower: a file of our own, a folder in transformers' layout or its file of weights, or such a folder of a whole CLIP.
-    `build` makes the empty tower of a config."""
+    """Load an image encoder from a file in this project's own format, or from a folder in transformers' layout.
+
+    The folder may hold a full CLIP model, and `path` may name the file of weights in it. `build` makes the module from
+    its config.
+    """
     if not has_config(path):
         return load(path, build, ImageConfig, dtype)
     image = module_from_config(folder_of(path), build, configs.image_config, "an image encoder")

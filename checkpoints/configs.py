@@ -1,7 +1,7 @@
-"""The configs of published networks, from a `config.json` of diffusers or transformers.
+"""Convert a `config.json` of diffusers or transformers, given as a dict, to this project's configs.
 
-Nothing here reads a file. A config that asks for what these modules do not do raises ValueError, and one that lacks an entry
-KeyError.
+The functions raise ValueError when a config needs something that these modules do not support, and KeyError when an
+entry is missing. Nothing here reads a file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from model.text_encoder import END, TextConfig, vocabulary
 from model.unet import UNetConfig
 from model.vae import VAEConfig
 
-# What these modules do; a config that says otherwise is another network's.
-_UNET_DOES: dict[str, Any] = {
+# The only supported values of settings that these modules do not implement as options.
+_UNET_SUPPORTED: dict[str, Any] = {
     "act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
     "downsample_padding": 1, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "time_embedding_type": "positional",
     "resnet_time_scale_shift": "default", "only_cross_attention": False, "dual_cross_attention": False, "attention_type": "default",
@@ -27,43 +27,43 @@ _UNET_DOES: dict[str, Any] = {
     "resnet_out_scale_factor": 1.0, "reverse_transformer_layers_per_block": None,
     "mid_block_only_cross_attention": None,
 }  # fmt: skip
-_VAE_DOES: dict[str, Any] = {
+_VAE_SUPPORTED: dict[str, Any] = {
     "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True, "in_channels": 3,
     "out_channels": 3, "latents_mean": None, "latents_std": None, "shift_factor": None,
 }  # fmt: skip
-_CLIP_DOES: dict[str, Any] = {"layer_norm_eps": 1e-5}
-_VISION: dict[str, Any] = {
+_CLIP_SUPPORTED: dict[str, Any] = {"layer_norm_eps": 1e-5}
+_VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 32,
 }  # fmt: skip
 
 
-_SAME = {"swish": "silu"}  # two names of one activation
+_ALIASES = {"swish": "silu"}  # activations with two names
 
 
-def _one(value: Any) -> Any:
-    """A setting that is the same at every level, where it is written once for each."""
+def _single_value(value: Any) -> Any:
+    """Reduce a list of equal values, one per level, to one value."""
     if isinstance(value, (list, tuple)) and value and all(each == value[0] for each in value):
         return value[0]
     return value
 
 
-def _check(config: Mapping[str, Any], does: dict[str, Any]) -> None:
-    for key, value in does.items():
-        asked = config.get(key, value) if value is None else _one(config.get(key, value))
-        if ((_SAME.get(asked, asked) if isinstance(asked, str) else asked) or None) != (value or None):
-            raise ValueError(f"it asks for {key} = {config[key]!r}; this project's networks have {value}")
+def _check(config: Mapping[str, Any], supported: dict[str, Any]) -> None:
+    for key, value in supported.items():
+        given = config.get(key, value) if value is None else _single_value(config.get(key, value))
+        if ((_ALIASES.get(given, given) if isinstance(given, str) else given) or None) != (value or None):
+            raise ValueError(f"it sets {key} = {config[key]!r}, but only {value} is supported")
 
 
-def _each(value: Any, levels: int) -> tuple[int, ...]:
-    """A setting that is one number, or one for each level."""
+def _per_level(value: Any, levels: int) -> tuple[int, ...]:
+    """Expand a setting that is given as one number, or as one number per level."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
 
 
-_MOST = dict.fromkeys(("layers", "depth", "mid_depth", "res_blocks"), 200)  # of what costs time to build
+_MAXIMA = dict.fromkeys(("layers", "depth", "mid_depth", "res_blocks"), 200)  # more would take too long to build
 
 
-def plausible(config: Any) -> None:
-    """Raises ValueError unless each entry of a config is of its kind, because JSON can hold anything."""
+def check_values(config: Any) -> None:
+    """Raise ValueError unless each entry of a config has the right type and a plausible value."""
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if get_origin(kind) is Literal:
@@ -75,33 +75,36 @@ def plausible(config: Any) -> None:
         else:
             numbers = value if isinstance(value, tuple) else (value,)
             good = isinstance(value, tuple) == (kind is not int) and all(
-                type(n) is int and 0 <= n <= _MOST.get(name, n) for n in numbers
+                type(n) is int and 0 <= n <= _MAXIMA.get(name, n) for n in numbers
             )
         if not good:
             raise ValueError(f"its {name} is {value!r}")
 
 
 def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig:
-    """Of diffusers' `UNet2DConditionModel`; `prediction` stands in the scheduler's config. Its `attention_head_dim` counts heads."""
-    _check(c, _UNET_DOES)
+    """The config of diffusers' `UNet2DConditionModel`. `prediction` is the `prediction_type` of the scheduler's config.
+
+    `attention_head_dim` is the number of heads, despite its name.
+    """
+    _check(c, _UNET_SUPPORTED)
     kinds = [{"CrossAttnDownBlock2D": True, "DownBlock2D": False}.get(k) for k in c["down_block_types"]]
     ups = [{"CrossAttnUpBlock2D": True, "UpBlock2D": False}.get(k) for k in c["up_block_types"]]
     if None in kinds or ups != kinds[::-1]:
-        raise ValueError(f"it has blocks that are not read: {c['down_block_types']!r}, {c['up_block_types']!r}")
+        raise ValueError(f"it has blocks that are not supported: {c['down_block_types']!r}, {c['up_block_types']!r}")
     if c.get("addition_embed_type") not in (None, "text_time"):
-        raise ValueError(f"it asks for addition_embed_type = {c['addition_embed_type']!r}; only text_time is read")
+        raise ValueError(f"it sets addition_embed_type = {c['addition_embed_type']!r}, but only text_time is supported")
     if prediction not in ("epsilon", "v_prediction"):
-        raise ValueError(f"its prediction_type {prediction} is not read, only epsilon and v_prediction")
-    depth = _each(c.get("transformer_layers_per_block", 1), len(kinds))
+        raise ValueError(f"its prediction_type is {prediction!r}, but only epsilon and v_prediction are supported")
+    depth = _per_level(c.get("transformer_layers_per_block", 1), len(kinds))
     return UNetConfig(
         in_channels=c["in_channels"],
         out_channels=c["out_channels"],
         channels=tuple(c["block_out_channels"]),
         depth=tuple(d if cross else 0 for d, cross in zip(depth, kinds, strict=True)),
         mid_depth=depth[-1],
-        heads=_each(c.get("num_attention_heads") or c.get("attention_head_dim", 8), len(kinds)),
-        res_blocks=_one(c.get("layers_per_block", 2)),
-        context_dim=_one(c["cross_attention_dim"]),
+        heads=_per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8), len(kinds)),
+        res_blocks=_single_value(c.get("layers_per_block", 2)),
+        context_dim=_single_value(c["cross_attention_dim"]),
         groups=c.get("norm_num_groups", 32),
         added_dim=c.get("projection_class_embeddings_input_dim") or 0,
         added_time_dim=c.get("addition_time_embed_dim") or 256,
@@ -111,9 +114,13 @@ def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig
 
 
 def diffusers_config(c: UNetConfig) -> dict[str, Any]:
-    """The other way round: the `config.json` of a UNet. SD 1.x has 1 x 1 convolutions around its transformers, later models matrices."""
+    """The `config.json` of a UNet, as diffusers' `UNet2DConditionModel` writes it: the inverse of `unet_config`.
+
+    As in SD 1.x, the projections around the transformers are 1x1 convolutions when all levels have the same number of
+    heads; otherwise they are linear layers. Raises ValueError for depths that diffusers can't describe.
+    """
     if c.depth[-1] not in (0, c.mid_depth):
-        raise ValueError(f"diffusers has no UNet of depth {c.depth} with {c.mid_depth} in the middle")
+        raise ValueError(f"diffusers has no UNet of depth {c.depth} with depth {c.mid_depth} in the middle")
     cross = [bool(depth) for depth in c.depth]
     added = {
         "addition_embed_type": "text_time",
@@ -139,11 +146,11 @@ def diffusers_config(c: UNetConfig) -> dict[str, Any]:
 
 
 def vae_config(c: Mapping[str, Any]) -> VAEConfig:
-    """Of diffusers' `AutoencoderKL`."""
-    _check(c, _VAE_DOES)
+    """The config of diffusers' `AutoencoderKL`."""
+    _check(c, _VAE_SUPPORTED)
     return VAEConfig(
         channels=tuple(c["block_out_channels"]),
-        res_blocks=_one(c.get("layers_per_block", 1)),
+        res_blocks=_single_value(c.get("layers_per_block", 1)),
         latent_channels=c["latent_channels"],
         groups=c.get("norm_num_groups", 32),
         scale=c.get("scaling_factor", 0.18215),
@@ -151,20 +158,27 @@ def vae_config(c: Mapping[str, Any]) -> VAEConfig:
 
 
 def vocab_size(rows: int) -> int:
+    """Check and return the number of rows of a token embedding.
+
+    Raises ValueError when it is smaller than CLIP's vocabulary.
+    """
     if rows <= END:
         raise ValueError(f"it has rows for {rows} tokens, but CLIP's vocabulary has {END + 1}")
     return rows
 
 
 def mlp_ratio(width: int, inner: int) -> float:
-    """What open_clip multiplies the width of a tower by, and cuts off, for the width of its MLPs."""
+    """The ratio for which open_clip's int(width * ratio), the hidden width of the MLPs, is exactly `inner`."""
     ratio = inner / width
     return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 def text_config(c: Mapping[str, Any], pad: int = END) -> TextConfig:
-    """Of transformers' `CLIPTextModel`, with or without its projection; `pad` is the tokenizer's."""
-    _check(c, _CLIP_DOES | {"hidden_act": _activation(c)})
+    """The config of transformers' `CLIPTextModel`, with or without projection.
+
+    `pad` is the tokenizer's padding token.
+    """
+    _check(c, _CLIP_SUPPORTED | {"hidden_act": _activation(c)})
     return TextConfig(
         width=c["hidden_size"],
         layers=c["num_hidden_layers"],
@@ -179,10 +193,10 @@ def text_config(c: Mapping[str, Any], pad: int = END) -> TextConfig:
 
 
 def image_config(c: Mapping[str, Any]) -> ImageConfig:
-    """Of transformers' `CLIPVisionModelWithProjection`, or of a whole `CLIPModel`."""
-    if "vision_config" in c:  # a whole CLIP, which names only what differs from transformers' defaults
-        c = _VISION | c["vision_config"] | {"projection_dim": c.get("projection_dim", 512)}
-    _check(c, _CLIP_DOES | {"hidden_act": _activation(c)})
+    """The config of transformers' `CLIPVisionModelWithProjection`, or of a full `CLIPModel`."""
+    if "vision_config" in c:  # a full CLIP model, whose config leaves out transformers' defaults
+        c = _VISION_DEFAULTS | c["vision_config"] | {"projection_dim": c.get("projection_dim", 512)}
+    _check(c, _CLIP_SUPPORTED | {"hidden_act": _activation(c)})
     return ImageConfig(
         image_size=c["image_size"],
         patch=c["patch_size"],
@@ -199,8 +213,8 @@ def _activation(c: Mapping[str, Any]) -> Any:
     return "gelu" if c.get("hidden_act") == "gelu" else "quick_gelu"
 
 
-_VOCABULARY = (
-    "fb857eb256f62e0a626663481fa2225ef03220ac81f66f2302c29de8e3deaa47"  # of CLIP's vocabulary, as `_fingerprint` has it
+_CLIP_VOCABULARY = (
+    "fb857eb256f62e0a626663481fa2225ef03220ac81f66f2302c29de8e3deaa47"  # the fingerprint of CLIP's vocabulary
 )
 
 
@@ -209,10 +223,14 @@ def _fingerprint(words: Mapping[str, int]) -> str:
 
 
 def pad_token(words: Mapping[str, int] | None, settings: Mapping[str, Any], special: Mapping[str, Any]) -> int:
-    """The token that fills up a prompt: from a tokenizer's vocabulary (None: CLIP's), its `tokenizer_config.json` and its
-    `special_tokens_map.json`, which counts unless the first has an `added_tokens_decoder` (transformers' rule)."""
-    if words is not None and _fingerprint(words) != _VOCABULARY:
-        raise ValueError("its vocabulary is not CLIP's, which is the only one that is read")
+    """The padding token of a tokenizer, from its vocabulary (None for CLIP's) and the contents of two files.
+
+    `settings`: `tokenizer_config.json`. `special`: `special_tokens_map.json`, which takes precedence unless `settings`
+    has an `added_tokens_decoder`, as in transformers. Raises ValueError when the vocabulary is not CLIP's, and KeyError
+    when it lacks the padding token.
+    """
+    if words is not None and _fingerprint(words) != _CLIP_VOCABULARY:
+        raise ValueError("its vocabulary is not CLIP's, and no other is supported")
     pad = settings.get("pad_token")
     if "added_tokens_decoder" not in settings:
         pad = special.get("pad_token") or pad

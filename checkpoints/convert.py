@@ -27,27 +27,29 @@ _LOADERS: dict[str, Callable[..., nn.Module]] = {
 def convert(
     source: Path, target: Path, dtype: torch.dtype | None = None, ema: bool = False, diffusers: bool = False
 ) -> None:
-    """Writes an adapter as the official .safetensors, a base model as a folder of our own, a network of one as a file of our own,
-    or with `diffusers` a UNet as a diffusers folder. `dtype=None` keeps every tensor bit for bit.
+    """Convert an adapter to the official layout, and a base model or one of its networks to this project's format.
 
-    Raises ValueError for bad input and OSError where nothing can be written, and then leaves the old files as they were.
+    `ema` takes the EMA copy of the UNet from a single file. `diffusers` writes a UNet as a diffusers folder.
+    `dtype=None` keeps every tensor bit for bit. Raises ValueError for bad input, and OSError when the target can't be
+    written; both leave existing files unchanged.
     """
     kind, card = kind_of(source), {"converted_from": source.name}
-    one = kind != "base" and not diffusers
-    if one and target.suffix != ".safetensors":
-        raise ValueError(f"the {kind} is written as one file: name TARGET.safetensors, not {target}")
+    one_file = kind != "base" and not diffusers
+    if one_file and target.suffix != ".safetensors":
+        raise ValueError(f"{source} converts to one file: name TARGET.safetensors, not {target}")
     if ema and (kind != "base" or source.is_dir()):
         raise ValueError(f"{source} is not a base model in a single file, so it has no EMA copy: leave out --ema")
     if diffusers and kind != "unet":
-        raise ValueError(f"{source} is not a UNet but {kind}; --diffusers writes UNets")
-    if target.exists() and one == target.is_dir():
-        raise ValueError(f"{target} is a {'folder' if one else 'file'}: name another {'file' if one else 'folder'}")
+        raise ValueError(f"{source} is not a UNet but {kind}: leave out --diffusers, which only writes UNets")
+    if target.exists() and one_file == target.is_dir():
+        there, needed = ("folder", "file") if one_file else ("file", "folder")
+        raise ValueError(f"{target} is a {there}: name a {needed} to write")
     if diffusers:
         save_diffusers(load_unet(source, dtype=None), target, dtype)
     elif kind == "adapter":
         file = adapter_file(source)
-        if wrong := problems(file):
-            raise ValueError(f"{source} is not a complete adapter: {'; '.join(wrong)}")
+        if found := problems(file):
+            raise ValueError(f"{source} is not a complete adapter: {'; '.join(found)}")
         write_tensors(target, {name: file[name] for name in file}, dtype)
     elif kind == "base":
         base = load_single(source, None, ema) if source.is_file() else load_base(source, None)
@@ -61,7 +63,7 @@ def convert(
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """The tensors of anything that is read, under this project's names (an adapter's under the official ones)."""
+    """The tensors of a checkpoint under this project's names, or for an adapter under the official names."""
     kind = kind_of(path)
     if kind == "adapter":
         return dict(adapter_file(path))
@@ -71,12 +73,15 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return dict(_LOADERS[kind](path, dtype=None).state_dict())
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def verify(a: Path, b: Path) -> list[str]:
-    """How two checkpoints differ, tensor by tensor, whatever their layouts; nothing when they are equal bit for bit."""
+    """Compare two checkpoints of any layout tensor by tensor.
+
+    Returns the differences, or [] when they are equal bit for bit.
+    """
     one, two = tensors_of(a), tensors_of(b)
     lines = [
         f"only in {path}: {short_list(names)}"
@@ -87,7 +92,7 @@ def verify(a: Path, b: Path) -> list[str]:
         x, y = one[name], two[name]
         if x.shape != y.shape:
             lines.append(f"{name}: {list(x.shape)} against {list(y.shape)}")
-        elif x.dtype != y.dtype or not torch.equal(_bits(x), _bits(y)):
+        elif x.dtype != y.dtype or not torch.equal(_bytes(x), _bytes(y)):
             lines.append(
                 f"{name}: {x.dtype} against {y.dtype}, largest difference {float((x.double() - y.double()).abs().max()):.3g}"
             )

@@ -1,4 +1,4 @@
-"""Saying in words what a file or a folder of weights is."""
+"""Detect what a file or folder of weights is, and describe it in words."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from checkpoints.single_file import load_single, single_kind
 from checkpoints.skeletons import image_skeleton, text_skeleton
 from checkpoints.stable_diffusion import as_ldm_vae, load_unet, load_vae
 
-_SKELETONS: dict[str, Callable[..., nn.Module]] = {  # networks, or their names and shapes alone
+_SKELETONS: dict[str, Callable[..., nn.Module]] = {  # loaders of the networks; the CLIP encoders as skeletons, without open_clip
     "unet": load_unet,
     "vae": load_vae,
     "text_encoder": partial(load_text_encoder, build=text_skeleton),
@@ -43,12 +43,15 @@ _CLASSES = {
     "CLIPVisionModelWithProjection": "image_encoder",
     "CLIPModel": "image_encoder",
 }
-# What only its config holds.
-_CARDS = {"prediction": "unet", "scale": "vae", "vocabulary": "text_encoder", "patch": "image_encoder"}
+# An entry that occurs only in the config of this network.
+_CONFIG_ENTRIES = {"prediction": "unet", "scale": "vae", "vocabulary": "text_encoder", "patch": "image_encoder"}
 
 
 def kind_of(path: Path) -> str:
-    """base, adapter, unet, vae, text_encoder or image_encoder. Raises ValueError, or FileNotFoundError, when it is none."""
+    """Detect what `path` holds: "base", "adapter", "unet", "vae", "text_encoder" or "image_encoder".
+
+    Raises FileNotFoundError, and ValueError when it is none of these.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there")
     if path.is_dir():
@@ -57,11 +60,11 @@ def kind_of(path: Path) -> str:
         if kind := _kind_of_folder(path):
             return kind
         raise ValueError(
-            f"{path} holds no weights that are read: no base model, and no config.json that names its network"
+            f"{path} holds no supported weights: neither a base model, nor a config.json that names a network"
         )
     file, card = File(path), read_json_if_there(path.with_suffix(".json"))
     entries = card.get("config")
-    for key, kind in _CARDS.items():
+    for key, kind in _CONFIG_ENTRIES.items():
         if isinstance(entries, dict) and key in entries:
             return kind
     if any(name.startswith(("image_proj.", "image_proj_model.")) for name in file):
@@ -70,20 +73,21 @@ def kind_of(path: Path) -> str:
         return "base"
     if kind := _kind_of_folder(path.parent) or ("vae" if as_ldm_vae(file) else ""):
         return kind
-    made = f" (made by `{printable(str(card['command']))}`)" if "command" in card else ""
+    origin = f" (made by `{printable(str(card['command']))}`)" if "command" in card else ""
     raise ValueError(
-        f"{path} is neither a base model, an adapter nor one of their networks{made}; it holds {short_list(file)}"
+        f"{path} is neither a base model, an adapter nor one of their networks{origin}; it holds {short_list(file)}"
     )
 
 
 def _kind_of_folder(folder: Path) -> str:
-    """What the `config.json` of a folder names; "" for nothing that is read."""
+    """The network that the `config.json` of a folder names; "" if there is none, or it is not supported."""
     config = read_json_if_there(folder / "config.json")
     classes = config.get("_class_name") or config.get("architectures")
     return _CLASSES.get(str(classes[0] if isinstance(classes, list) and classes else classes), "")
 
 
 def _size(tensors: Iterable[Tensor]) -> str:
+    """The number of parameters and tensors, and their dtypes, in words."""
     sizes = [(str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in tensors]
     count = {dtype: sum(n for kind, n in sizes if kind == dtype) for dtype, _ in sizes}
     kinds = ", ".join(count) if len(count) == 1 else ", ".join(f"{n:,} {dtype}" for dtype, n in count.items())
@@ -92,16 +96,17 @@ def _size(tensors: Iterable[Tensor]) -> str:
 
 def _describe_adapter(path: Path) -> list[str]:
     file = adapter_file(path)
-    projection, tokens = projection_of(file), adapter_sizes(file).get("tokens")
+    projection, count = projection_of(file), adapter_sizes(file).get("tokens")
+    tokens = f"{count} tokens" if count else "one token per feature"
     context_dim, reads = projection.context_dim, encoder_name(projection, projection.image_dim)
     layers = [int(m[1]) for name in file if (m := re.match(r"ip_adapter\.(\d+)\.to_k_ip\.weight$", name))]
     lines = [
-        f"{adapter_kind(file)} for {display_name(BASES, context_dim)}, reads {reads}, {tokens or 'as many'} tokens",
+        f"{adapter_kind(file)} for {display_name(BASES, context_dim)}, reads {reads}, {tokens}",
         f"{len(layers)} cross-attention layers, {_size(file[name] for name in file)}",
     ]
-    wanted = {768: 16, 1024: 16, 2048: 70}.get(context_dim, len(layers))
-    if len(layers) != wanted:
-        lines.append(f"odd: {display_name(BASES, context_dim)} has {wanted} cross-attention layers")
+    expected = {768: 16, 1024: 16, 2048: 70}.get(context_dim, len(layers))
+    if len(layers) != expected:
+        lines.append(f"odd: {display_name(BASES, context_dim)} has {expected} cross-attention layers")
     if sorted(layers) != list(range(1, 2 * len(layers), 2)):
         lines.append("odd: its layers are not numbered 1, 3, 5, ...")
     return lines + [f"odd: {line}" for line in problems(file)]
@@ -116,20 +121,20 @@ def _describe_single(path: Path) -> list[str]:
         lines += [f"{name}: {_size(part.state_dict().values())}" for name, part in parts.items()]
         channels, latent = base.unet.config.in_channels, base.vae.config.latent_channels
         if channels == 2 * latent + 1:
-            lines.append(f"for inpainting: the UNet reads {channels} channels, a mask and the masked picture too")
+            lines.append(f"for inpainting: the UNet reads {channels} channels, which include a mask and the masked image")
         elif channels != latent:
-            lines.append(f"odd: the UNet reads {channels} channels, where its VAE gives {latent}")
+            lines.append(f"odd: the UNet reads {channels} channels, but its VAE gives {latent}")
     except ValueError as error:
         lines.append(f"odd: {error}")
-    if slow := [name for name in file if name.startswith("model_ema.")]:
-        lines.append(f"an EMA copy of the UNet: {len(slow)} tensors (convert --ema takes it)")
+    if ema := [name for name in file if name.startswith("model_ema.")]:
+        lines.append(f"an EMA copy of the UNet: {len(ema)} tensors (to use it, convert with --ema)")
     return lines
 
 
 def inspect(path: Path) -> list[str]:
-    """What a file or folder is, in words: model, base, encoder, tokens, parameters, dtype; and what is missing or odd.
+    """Describe a file or folder of weights: what it is, its sizes and dtypes, and what is missing or odd.
 
-    Raises ValueError or FileNotFoundError when it is nothing that is read.
+    Raises FileNotFoundError, and ValueError when it is not supported.
     """
     kind = kind_of(path)
     if kind == "adapter":
@@ -140,7 +145,7 @@ def inspect(path: Path) -> list[str]:
         lines = [
             "a base model in a diffusers folder"
             if (path / "unet").is_dir()
-            else "a base model in this project's own files"
+            else "a base model in this project's own format"
         ]
         for name in _SKELETONS:
             part = path / name if (path / name).is_dir() else path / f"{name}.safetensors"

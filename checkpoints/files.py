@@ -1,4 +1,7 @@
-"""Files: JSON, tensors and hashes. A file is written whole or not at all, and every failure is an OSError with one sentence."""
+"""Read and write JSON and tensors, and hash files.
+
+Writes are atomic, and every failure to write is an OSError of one sentence.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints.signatures import check_is_itself
+from checkpoints.signatures import check_not_placeholder
 
-_JSON_LIMIT = 1 << 27  # bytes; a tokenizer takes 4 MB
+_JSON_LIMIT = 1 << 27  # bytes; the largest file needed, a tokenizer, has 4 MB
 
 
 def check_output(path: Path) -> None:
-    """Raises OSError, in a sentence, when `path` cannot be written. Call it before hours of work."""
-    with _failures(path):
+    """Raise OSError when `path` can't be written. Call it before long work, so that the work is not lost."""
+    with _write_errors(path):
         if "\0" in str(path):
-            raise NotWritten(f"{printable(str(path))} can't be written: its name holds a null character")
+            raise NotWritten(f"{printable(str(path))} can't be written: its name contains a null character")
         if path.is_dir():
             raise NotWritten(f"{path} is a folder: name the file to write")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +42,8 @@ class NotWritten(OSError):
 
 
 @contextmanager
-def _failures(path: Path) -> Iterator[None]:
-    """safetensors, torch and Pillow report a full disk or a missing permission with errors of their own. Make each an OSError."""
+def _write_errors(path: Path) -> Iterator[None]:
+    """Turn write errors into NotWritten. safetensors, torch and Pillow each raise their own types of error."""
     try:
         yield
     except NotWritten as error:
@@ -48,21 +51,21 @@ def _failures(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
         if isinstance(error, FileExistsError | NotADirectoryError):
-            reason = "what should be its folder is a file"
+            reason = "a file has the name of its folder"
         raise NotWritten(f"{path} can't be written: {printable(reason)}") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path` to write to, then renames it to `path`.
+    """Yield a temporary path to write to, then rename it to `path`.
 
-    If the body fails, the old file stays as it was and no temporary file is left. Keep the body to the writing alone, since
-    a RuntimeError in it is read as a failure to write.
+    If the body fails, the old file is unchanged and the temporary file is removed. Do nothing but write in the body,
+    because any RuntimeError in it becomes a NotWritten.
     """
     check_output(path)
     part = path.with_name(path.name + ".part")
     try:
-        with _failures(path):
+        with _write_errors(path):
             yield part
             os.replace(part, path)
     finally:
@@ -72,14 +75,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_in(folder: Path) -> Iterator[Path]:
-    """As `replacing`, for files that belong together: yields a temporary folder, whose files then move into `folder`.
+    """Like `replacing`, for files that belong together: yield a temporary folder, then move its files into `folder`.
 
-    Other files in `folder` stay. If the body fails, so do the old ones.
+    Other files in `folder` are kept. If the body fails, the old files are unchanged.
     """
     part = folder / ".part"
     check_output(folder / "file")
     try:
-        with _failures(folder):
+        with _write_errors(folder):
             part.mkdir(exist_ok=True)
             yield part
             written = [file.relative_to(part) for file in part.rglob("*") if file.is_file()]
@@ -95,32 +98,35 @@ _LINES = re.compile(r"\n *")
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON, with lists of plain values on one line. Raises OSError when it can't be written."""
+    """Write JSON, with each list of plain values on one line. Raises OSError when it can't be written."""
     text = re.sub(r"\[\n([^][{}]*)\n *\]", lambda m: f"[{_LINES.sub(' ', m[1]).strip()}]", json.dumps(data, indent=1))
     with replacing(path) as part:
         part.write_text(text + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Writes safetensors in `dtype`; None keeps each tensor's own.
+    """Write a safetensors file. `dtype=None` keeps each tensor's dtype, and integers are always kept.
 
-    Raises ValueError when a value is too large for `dtype`, OSError when the file can't be written.
+    Raises ValueError when a value is too large for `dtype`, and OSError when the file can't be written.
     """
-    out: dict[str, Tensor] = {}
-    places = set()
+    written: dict[str, Tensor] = {}
+    pointers = set()
     for name, tensor in tensors.items():
-        plain = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-        if plain.dtype != tensor.dtype and plain.numel() and not is_finite(plain):
-            raise ValueError(f"nothing is written: {name} holds values that are not finite in {dtype}")
-        shared = plain.data_ptr() in places  # safetensors refuses tensors that share memory
-        out[name] = plain.clone() if shared else plain
-        places.add(plain.data_ptr())
+        cast = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        if cast.dtype != tensor.dtype and cast.numel() and not is_finite(cast):
+            raise ValueError(f"nothing was written: {name} has values that are not finite in {dtype}, so use another dtype")
+        shared = cast.data_ptr() in pointers  # safetensors refuses tensors that share memory
+        written[name] = cast.clone() if shared else cast
+        pointers.add(cast.data_ptr())
     with replacing(path) as part:
-        save_file(out, part)
+        save_file(written, part)
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's bytes, in hex. Raises ValueError when it is not a regular file (a device may never end)."""
+    """The SHA-256 of a file, in hex.
+
+    Raises ValueError when it is not a regular file, since reading a device may never end.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     with open(path, "rb") as file:
@@ -128,7 +134,7 @@ def sha256(path: Path) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that `path` is read from: the file and its card, or the weights and JSON in a folder."""
+    """The files that loading `path` reads: a file and its card or `.yaml`, or the weights and JSON files in a folder."""
     if path.is_dir():
         return sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin", ".json") and f.is_file())
     beside = (path.with_suffix(end) for end in (".json", ".yaml", ".yml"))
@@ -136,24 +142,24 @@ def files_of(path: Path) -> list[Path]:
 
 
 @contextmanager
-def naming(path: Path, says: str) -> Iterator[None]:
-    """Make every error about the content of a file a ValueError that names it: "`path` `says`: the reason"."""
+def naming(path: Path, problem: str) -> Iterator[None]:
+    """Turn any error about the content of a file into the ValueError "`path` `problem`: the reason"."""
     try:
         yield
     except OSError:
         raise
     except KeyError as error:
-        raise ValueError(f"{path} {says}: it lacks {printable(str(error))}") from None
+        raise ValueError(f"{path} {problem}: it lacks {printable(str(error))}") from None
     except Exception as error:  # JSON can hold anything
         reason = printable(str(error).partition("\n")[0])
-        raise ValueError(f"{path} {says}: {reason or type(error).__name__}") from None
+        raise ValueError(f"{path} {problem}: {reason or type(error).__name__}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError, or ValueError that names the file when it is none."""
+    """Read a JSON object. Raises FileNotFoundError, and ValueError when the file is not a JSON object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there")
-    check_is_itself(path)
+    check_not_placeholder(path)
     with naming(path, "is not a JSON object"):
         if path.stat().st_size > _JSON_LIMIT:
             raise ValueError(f"it is larger than {_JSON_LIMIT >> 20} MB")
@@ -161,21 +167,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is no file."""
+    """Read a JSON object, or return {} if the file does not exist."""
     return read_json(path) if path.exists() else {}
 
 
-def printable(text: str, most: int = 300) -> str:
-    """Text from a file as it may reach a terminal: control characters escaped, and cut after `most` characters."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
-    return escaped + ("..." if len(text) > most else "")
+def printable(text: str, limit: int = 300) -> str:
+    """Make text from a file safe to print: escape control characters, and cut it off after `limit` characters."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return escaped + ("..." if len(text) > limit else "")
 
 
-def short_list(names: Iterable[str], most: int = 3) -> str:
-    """The first names in order, and how many more there are."""
+def short_list(names: Iterable[str], limit: int = 3) -> str:
+    """The first `limit` names in alphabetical order, and the number of the others."""
     names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def is_finite(tensor: Tensor) -> bool:
+    """Whether a non-empty tensor has no NaN or infinity, without allocating a mask of its size."""
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())

@@ -1,4 +1,4 @@
-"""Filling modules: strict loads of a file's tensors into a module built on the meta device."""
+"""Load the tensors of a file into a module built on the meta device, strictly."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from checkpoints.configs import plausible
+from checkpoints.configs import check_values
 from checkpoints.files import is_finite, short_list
 from checkpoints.names import TRANSPOSED, Names
 from checkpoints.reader import File
 
 M = TypeVar("M", bound=nn.Module)
-# What older files hold beside weights.
-_EXTRA = re.compile(r"position_ids$")
+_EXTRA = re.compile(r"position_ids$")  # buffers in older files, which are not needed
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _shape_of(shapes: list[tuple[int, ...]], transposed: bool) -> tuple[int, ...]:
-    """The shape that the file's tensors, of equal shapes, have once they are joined and turned."""
+    """The shape of a file's tensors, all of the first one's shape, after concatenation and transposition."""
     first = shapes[0]
     joined = (len(shapes) * first[0], *first[1:]) if first else ()
     return joined[::-1] if transposed else joined
 
 
 def _fits(shape: tuple[int, ...], ours: torch.Size) -> bool:
-    """Equal, but for a 1 x 1 convolution, which is a matrix here."""
+    """Whether the shapes are equal, or the file has a 1x1 convolution where the module has a linear layer."""
     return 0 not in shape and (shape == ours or (len(ours) == 2 and shape == (*ours, 1, 1)))
 
 
 def _read(file: File, theirs: tuple[str, ...], like: Tensor, transposed: bool, dtype: torch.dtype | None) -> Tensor:
-    """One tensor of ours, in memory of its own, in the memory format that the module wants."""
+    """Read one tensor of the module into its own memory, with the strides of `like`.
+
+    `theirs` are its parts in the file.
+    """
     parts = [file[name] for name in theirs]
     for name, part in zip(theirs, parts, strict=True):
         if part.dtype not in (FLOATS if like.is_floating_point() else (like.dtype,)):
             raise ValueError(
-                f"{file.path} holds {name} as {part.dtype}; weights are read in float32, float16 or bfloat16"
+                f"{file.path} holds {name} as {part.dtype}; only float32, float16 and bfloat16 weights are supported"
             )
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     tensor = (tensor.T if transposed else tensor).reshape(like.shape)
@@ -50,30 +52,36 @@ def _read(file: File, theirs: tuple[str, ...], like: Tensor, transposed: bool, d
 
 
 def check(module: nn.Module, names: Names, file: File, what: str) -> None:
-    """Raises ValueError unless the file's tensors are exactly those of `names`, in the right shapes."""
+    """Raise ValueError unless the file has exactly the tensors in `names`, in the shapes that the module needs.
+
+    `what` completes the message "the file is not ...".
+    """
     state = module.state_dict()
     if unfilled := state.keys() ^ names.keys():
-        raise RuntimeError(f"the table and the module differ in {short_list(unfilled)}")
-    wanted = {name for theirs in names.values() for name in theirs}
-    unknown = {name for name in file if name not in wanted and not _EXTRA.search(name)}
-    if missing := wanted - file.keys():
-        also = f"; it holds instead {short_list(unknown)}" if unknown else ""
+        raise RuntimeError(f"the table of names and the module differ in {short_list(unfilled)}")
+    expected = {name for theirs in names.values() for name in theirs}
+    unknown = {name for name in file if name not in expected and not _EXTRA.search(name)}
+    if missing := expected - file.keys():
+        also = f", but holds {short_list(unknown)}" if unknown else ""
         raise ValueError(f"{file.path} is not {what}: it lacks {short_list(missing)}{also}")
     if unknown:
         raise ValueError(f"{file.path} is not {what}: it also holds {short_list(unknown)}")
     for name, tensor in state.items():
         shapes = [file.shape(n) for n in names[name]]
         if len(set(shapes)) > 1 or not _fits(_shape_of(shapes, names[name][0] in TRANSPOSED), tensor.shape):
-            found = " and ".join(str(list(shape)) for shape in shapes)
+            given = " and ".join(str(list(shape)) for shape in shapes)
             raise ValueError(
-                f"{file.path} is not {what}: {short_list(names[name])} is {found}, for {list(tensor.shape)} here"
+                f"{file.path} is not {what}: the shape of {short_list(names[name])} is {given}, not {list(tensor.shape)}"
             )
 
 
 def assemble(module: M, names: Names, file: File, what: str, dtype: torch.dtype | None) -> M:
-    """Fills a module that was built on the meta device from a file, after `check`; `dtype=None` keeps the file's own.
+    """Check a file and fill a module from it.
 
-    Returns it frozen and in eval mode. Raises ValueError that names what is missing, unknown, misshapen or not finite.
+    The module must be on the meta device. `dtype=None` keeps the file's dtypes.
+
+    Returns the module, frozen and in eval mode. Raises ValueError when tensors are missing, unknown, not finite or of
+    the wrong shape or dtype.
     """
     check(module, names, file, what)
     tensors = {
@@ -84,14 +92,18 @@ def assemble(module: M, names: Names, file: File, what: str, dtype: torch.dtype 
 
 
 def fill(module: M, tensors: dict[str, Tensor]) -> M:
-    """Puts the tensors into a module built on the meta device, strictly; returns it frozen and in eval mode."""
+    """Load tensors into a module on the meta device, strictly. Returns it, frozen and in eval mode."""
     module.load_state_dict(tensors, strict=True, assign=True)
-    if left := [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]:
-        raise RuntimeError(f"these tensors were not filled: {', '.join(left)}")
+    if unfilled := [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]:
+        raise RuntimeError(f"these tensors were not filled: {', '.join(unfilled)}")
     return module.eval().requires_grad_(False)
 
 
 def empty_module(module: Callable[[Any], M], config: Any) -> M:
-    plausible(config)
+    """Check a config and build its module on the meta device.
+
+    Raises ValueError when a value is of the wrong type or implausible.
+    """
+    check_values(config)
     with torch.device("meta"):
         return module(config)

@@ -1,4 +1,4 @@
-"""Folders of diffusers and transformers: a `config.json` and the weights beside it."""
+"""Read folders of diffusers and transformers, which hold a `config.json` and weights."""
 
 from __future__ import annotations
 
@@ -16,26 +16,32 @@ _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 def module_from_config(
     folder: Path, module: Callable[[Any], M], config: Callable[[dict[str, Any]], Any], what: str
 ) -> M:
-    """The empty module that a folder's `config.json` describes."""
-    with naming(folder / "config.json", f"is not the config of {what} that is read"):
+    """Build the module that a folder's `config.json` describes, on the meta device.
+
+    Raises ValueError when it is not supported.
+    """
+    with naming(folder / "config.json", f"is not a supported config of {what}"):
         return empty_module(module, config(read_json(folder / "config.json")))
 
 
 def has_config(path: Path) -> bool:
-    """Whether `path` is a folder of diffusers or transformers, or a file of weights in one."""
-    own = path.is_file() and path.with_suffix(".json").is_file() and path.suffix != ".json"
-    return path.is_dir() or (not own and (path.parent / "config.json").is_file())
+    """Whether `path` is a folder of diffusers or transformers, or a file of weights in one, rather than a file with its
+    own card.
+    """
+    has_card = path.is_file() and path.with_suffix(".json").is_file() and path.suffix != ".json"
+    return path.is_dir() or (not has_card and (path.parent / "config.json").is_file())
 
 
 def folder_of(path: Path) -> Path:
+    """`path` itself if it is a folder, otherwise the folder that it is in."""
     return path if path.is_dir() else path.parent
 
 
 def weights_in(path: Path) -> File:
-    """The weights in a folder, or the file of them that `path` names.
+    """Open the weights in a folder, or the file of weights that `path` names.
 
-    Safetensors come before pickles, and the full weights before a variant (`.fp16`, `.non_ema`). Files may be in shards,
-    with their index. Raises FileNotFoundError when there are none.
+    Prefers safetensors to pickles, and full weights to variants (`.fp16`, `.non_ema`). The weights may be sharded, with
+    an index. Raises FileNotFoundError when there are none.
     """
     if path.is_file():
         return File(path)
@@ -45,6 +51,7 @@ def weights_in(path: Path) -> File:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
+    """The files of weights in a folder, in order of preference."""
     for end in (".safetensors", ".bin"):
         for stem in _STEMS:
             yield from (

@@ -1,4 +1,4 @@
-"""The configs of a single file in LDM's layout: from the shapes of its tensors, and from a `.yaml` beside it."""
+"""Infer the configs of a single file in LDM's layout from the shapes of its tensors and the `.yaml` beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from checkpoints.configs import mlp_ratio, vocab_size
 from checkpoints.files import naming
-from checkpoints.signatures import check_is_itself
+from checkpoints.signatures import check_not_placeholder
 from model.text_encoder import TextConfig
 from model.unet import UNetConfig
 from model.vae import VAEConfig
@@ -20,39 +20,39 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the shapes in a single file don't show; the defaults are those of Stable Diffusion 1.x.
+    """Settings that can't be inferred from the shapes in a single file. The defaults are those of Stable Diffusion 1.x.
 
-    `scheduler` is the schedule as diffusers would write it, {} where there is no `.yaml`.
+    `scheduler`: the noise schedule in the format of diffusers' `scheduler_config.json`; {} if there is no `.yaml`.
     """
 
     prediction: Literal["epsilon", "v"] = "epsilon"
     heads: int = 8
-    head_width: int = 0  # of all heads alike, in place of their number
+    head_width: int = 0  # width of each head; if it is not 0, it replaces the number of heads
     scale: float = 0.18215
     scheduler: Mapping[str, Any] = field(default_factory=dict)
 
 
 def yaml_beside(path: Path) -> Path | None:
-    """The `.yaml` or `.yml` of the same name as a single file."""
+    """The `.yaml` or `.yml` with the same name as a single file, if there is one."""
     return next((file for end in (".yaml", ".yml") if (file := path.with_suffix(end)).is_file()), None)
 
 
 def settings_beside(path: Path) -> Settings:
-    """The settings in the LDM `.yaml` beside a single file; the defaults without one.
+    """Read the settings from the LDM `.yaml` beside a single file, or return the defaults if there is none.
 
-    Raises ValueError that names it when it is none, or asks for what is not read.
+    Raises ValueError when the `.yaml` is not an LDM config, or sets something that is not supported.
     """
     file = yaml_beside(path)
     if file is None:
         return Settings()
-    check_is_itself(file)
-    with naming(file, "is not an LDM config that is read"):
-        import yaml  # only such files need it
+    check_not_placeholder(file)
+    with naming(file, "is not a supported LDM config"):
+        import yaml  # only needed here
 
         params = yaml.safe_load(file.read_text())["model"]["params"]
         unet, kind = params["unet_config"]["params"], params.get("parameterization", "eps")
         if kind not in ("eps", "v"):
-            raise ValueError(f"its parameterization is {kind!r}; only eps and v are read")
+            raise ValueError(f"its parameterization is {kind!r}, but only eps and v are supported")
         width, heads = max(unet.get("num_head_channels", -1), 0), unet.get("num_heads", 8)
         betas = params.get("beta_schedule", "linear")
         scheduler = {
@@ -68,14 +68,15 @@ def settings_beside(path: Path) -> Settings:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """Count the distinct indices that the group of `pattern` matches at the start of a name."""
+    """Count the distinct indices matched by the pattern's group, at the start of a name."""
     return len({m[1] for name in shapes if (m := re.match(pattern, name))})
 
 
 def ldm_unet(shapes: Shapes, settings: Settings) -> UNetConfig:
-    """Of a single file's UNet. LDM counts stages: a level's residual blocks, then its `op`, which halves the picture.
+    """The config of the UNet in a single file. Raises KeyError when the shapes are not those of a UNet.
 
-    Heads are not in the weights: Stable Diffusion 1.x has 8 at every level, unless the `.yaml` says otherwise.
+    LDM numbers the stages: the residual blocks of a level, then its `op`, which halves the size. The number of heads
+    can't be inferred from the weights, so it comes from `settings`.
     """
     channels, blocks, depth, i = [], [], [], 1
     while (res := f"input_blocks.{i}.0.out_layers.3.weight") in shapes:
@@ -104,7 +105,7 @@ def ldm_unet(shapes: Shapes, settings: Settings) -> UNetConfig:
 
 
 def ldm_vae(shapes: Shapes, settings: Settings) -> VAEConfig:
-    """Of a single file's autoencoder."""
+    """The config of the VAE in a single file. Raises KeyError when the shapes are not those of a VAE."""
     levels = count(shapes, r"encoder\.down\.(\d+)\.block")
     return VAEConfig(
         channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
@@ -115,7 +116,10 @@ def ldm_vae(shapes: Shapes, settings: Settings) -> VAEConfig:
 
 
 def ldm_text(shapes: Shapes) -> TextConfig:
-    """Of a single file's text tower, CLIP's, under its names without `text_model.`; its heads are 64 wide."""
+    """The config of the CLIP text encoder in a single file, given names without `text_model.`.
+
+    Its heads are 64 wide.
+    """
     rows, width = shapes["embeddings.token_embedding.weight"]
     inner, _ = shapes["encoder.layers.0.mlp.fc1.weight"]
     return TextConfig(

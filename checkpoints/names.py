@@ -1,7 +1,7 @@
-"""The names of weights: tables that map this project's modules to diffusers', transformers', LDM's and the adapters' own.
+"""Tables of names that map this project's modules to those of diffusers, transformers, LDM and official adapters.
 
-A table is a list of rows, one for each module with weights; `named` makes it a map of tensors. Each is a bijection
-(tests/test_names.py). Nothing here reads a file.
+A table is a list of rows, one for each module with weights; `named` turns it into a map of tensors. tests/test_names.py
+checks that each map is a bijection. Nothing here reads a file.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from model.text_encoder import TextConfig
 from model.unet import UNet, UNetConfig
 from model.vae import VAEConfig
 
-Row = tuple[str, str, str]  # one module three ways: here, in diffusers or transformers, in LDM's single file
-Names = dict[str, tuple[str, ...]]  # our tensor -> the file's; several are joined along their first axis
+Row = tuple[str, str, str]  # the names of a module: here, in diffusers or transformers, in LDM
+Names = dict[str, tuple[str, ...]]  # {our tensor: the file's tensors, concatenated along their first axis}
 
 _RES: tuple[Row, ...] = (
     ("norm1", "norm1", "in_layers.0"),
@@ -62,16 +62,19 @@ _PERCEIVER: tuple[Row, ...] = (
     *((f"ff.{i}", f"1.{i}", "") for i in (0, 1, 3)),
 )
 _LAYER = re.compile(r"(to_[kv])\.(\d+)\.weight$")
-TRANSPOSED = ("text_projection.weight", "visual_projection.weight")  # open_clip multiplies from the other side
+TRANSPOSED = ("text_projection.weight", "visual_projection.weight")  # in open_clip, relative to transformers
 
 
 def _inside(outer: Row, rows: Iterable[Row]) -> list[Row]:
-    """The rows of a module's children."""
+    """Prefix the rows of a module's children with the module's own names."""
     return [(f"{outer[0]}.{a}", f"{outer[1]}.{b}", f"{outer[2]}.{c}") for a, b, c in rows]
 
 
 def named(ours: Iterable[str], rows: Iterable[Row], column: int, prefix: str = "") -> Names:
-    """A map of tensors from a map of modules; a module's weight and bias keep their names."""
+    """Map our tensors to another layout, the given column of a table: 1 = diffusers or transformers, 2 = LDM.
+
+    Tensors of modules that are not in the table are left out.
+    """
     theirs = {row[0]: row[column] for row in rows}
     split = {tensor: tensor.rpartition(".") for tensor in ours}
     return {t: (f"{prefix}{theirs[module]}.{leaf}",) for t, (module, _, leaf) in split.items() if module in theirs}
@@ -90,7 +93,10 @@ def _attn_rows(ours: str, block: str, i: int, ldm: str, depth: int) -> list[Row]
 
 
 def unet_rows(config: UNetConfig) -> list[Row]:
-    """Every module of a UNet with weights. LDM counts stages, from conv_in on; diffusers counts blocks and layers."""
+    """Rows for the UNet.
+
+    LDM numbers all stages, starting with conv_in; diffusers numbers levels, and the layers in each.
+    """
     rows: list[Row] = [
         ("time_embed.0", "time_embedding.linear_1", "time_embed.0"),
         ("time_embed.2", "time_embedding.linear_2", "time_embed.2"),
@@ -126,7 +132,7 @@ def unet_rows(config: UNetConfig) -> list[Row]:
 
 
 def vae_rows(config: VAEConfig) -> list[Row]:
-    """Every module of the autoencoder with weights. LDM's decoder counts its levels backwards."""
+    """Rows for the VAE. LDM numbers the decoder's levels from the largest resolution to the smallest."""
     rows: list[Row] = [(name, name, name) for name in ("quant_conv", "post_quant_conv")]
     levels, n = len(config.channels), config.res_blocks
     for part in ("encoder", "decoder"):
@@ -154,7 +160,10 @@ def vae_rows(config: VAEConfig) -> list[Row]:
 def clip_names(
     ours: Iterable[str], layers: int, prefix: str, modules: dict[str, str], tensors: dict[str, str]
 ) -> Names:
-    """A CLIP tower in transformers' layout: q, k and v apart, layers renamed; `modules` and `tensors` are what is not a layer."""
+    """Map a CLIP encoder to transformers' layout, which has separate q, k and v.
+
+    `modules` and `tensors` are those outside the layers.
+    """
     rows: list[Row] = [(f"clip.{a}", f"{prefix}{b}", "") for a, b in modules.items()]
     names: Names = {
         f"clip.{a}": (b if b.endswith("projection.weight") else f"{prefix}{b}",) for a, b in tensors.items()
@@ -169,7 +178,7 @@ def clip_names(
 
 
 def text_names(ours: Iterable[str], config: TextConfig, prefix: str = "text_model.") -> Names:
-    """CLIP's text tower; transformers 5 writes it without the prefix."""
+    """Map CLIP's text encoder to transformers' layout. transformers 5 writes it without the prefix."""
     modules = {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
     tensors = {"positional_embedding": "embeddings.position_embedding.weight"}
     projection = {"text_projection": "text_projection.weight"} if config.output_dim else {}
@@ -177,7 +186,7 @@ def text_names(ours: Iterable[str], config: TextConfig, prefix: str = "text_mode
 
 
 def image_names(ours: Iterable[str], config: ImageConfig) -> Names:
-    """CLIP's image tower (a ViT), transformers' historic spelling `pre_layrnorm` included."""
+    """Map CLIP's image encoder (a ViT) to transformers' layout, where `pre_layrnorm` is really spelled like this."""
     modules = {"conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
     tensors = {
         "class_embedding": "embeddings.class_embedding",
@@ -188,7 +197,10 @@ def image_names(ours: Iterable[str], config: ImageConfig) -> Names:
 
 
 def projection_names(ours: Iterable[str]) -> Names:
-    """The official names of an image projection, whatever its form; what does not begin with `image_projection.` is left out."""
+    """Map an image projection of any kind to the official names.
+
+    Names that don't begin with `image_projection.` are left out.
+    """
     ours, queries, rows = list(ours), "image_projection.queries", list(_PROJECTION)
     for i in range(sum(name.endswith(".to_kv.weight") for name in ours)):
         rows += _inside((f"image_projection.layers.{i}", f"image_proj.layers.{i}", ""), _PERCEIVER)
@@ -196,7 +208,10 @@ def projection_names(ours: Iterable[str]) -> Names:
 
 
 def adapter_names(ours: Iterable[str], unet: UNet) -> Names:
-    """The official adapter layout: keys 1, 3, 5, ... count diffusers' processors, whose order is down, up, **mid last**."""
+    """Map an adapter to the official names.
+
+    The keys 1, 3, 5, ... follow diffusers' order of processors: down, up, **mid last**.
+    """
     mid = {module.layer for module in unet.mid.modules() if isinstance(module, CrossAttention)}
     order = sorted((layer.layer for layer in unet.cross_attentions()), key=lambda layer: (layer in mid, layer))
     key, ours = {layer: 2 * position + 1 for position, layer in enumerate(order)}, list(ours)

@@ -1,15 +1,15 @@
-"""What a file is, by its first bytes, whatever its name: Git LFS pointers, web pages and pictures are often taken for weights."""
+"""Recognise files that are not weights by their first bytes, such as Git LFS pointers, web pages and images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_STAND_INS = {
+_PLACEHOLDERS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file: run git lfs pull, or download the file itself",
     b"<!doctype": "is a web page, not the file: download the file itself",
     b"<html": "is a web page, not the file: download the file itself",
 }
-_OTHERS = {
+_OTHER_FORMATS = {
     b"\x89PNG": "a PNG picture",
     b"\xff\xd8\xff": "a JPEG picture",
     b"GIF8": "a GIF picture",
@@ -21,17 +21,19 @@ _OTHERS = {
 }
 
 
-def check_is_itself(path: Path) -> None:
-    """Raises ValueError for what often lies under the name of another file: a Git LFS pointer, a web page."""
+def check_not_placeholder(path: Path) -> None:
+    """Raise ValueError when a Git LFS pointer or a web page was downloaded in place of the file."""
     with open(path, "rb") as file:
         start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for first, says in _STAND_INS.items():
+    for first, problem in _PLACEHOLDERS.items():
         if start.startswith(first):
-            raise ValueError(f"{path} {says}")
+            raise ValueError(f"{path} {problem}")
 
 
 def check_is_weights(path: Path) -> None:
-    """Raises ValueError, saying what the file is, when it is neither a file of weights nor the index of one in shards."""
+    """Raise ValueError, which says what the file is, when it is neither a file of weights nor the index of a sharded
+    one.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file of weights in it")
     if path.exists() and not path.is_file():
@@ -40,8 +42,8 @@ def check_is_weights(path: Path) -> None:
         start = file.read(256)
     if not start:
         raise ValueError(f"{path} is empty: download it again")
-    check_is_itself(path)
-    for first, what in _OTHERS.items():
+    check_not_placeholder(path)
+    for first, what in _OTHER_FORMATS.items():
         if start.startswith(first):
             raise ValueError(f"{path} is not a file of weights but {what}")
     is_text = all(byte >= 32 or byte in b"\t\r\n" for byte in start)
@@ -51,5 +53,5 @@ def check_is_weights(path: Path) -> None:
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file is named as the index of a file in shards."""
+    """Whether a file has the name of an index of shards, such as `model.safetensors.index.json`."""
     return ".index." in path.name and path.suffix == ".json"

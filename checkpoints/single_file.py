@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x in one file, in the layout of LDM (CompVis's latent diffusion)."""
+"""Load Stable Diffusion 1.x from a single file in the layout of LDM (CompVis's latent diffusion)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from model.unet import UNet, UNetConfig
 from model.vae import VAE
 
 LDM = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
-_WHOLE = "a complete Stable Diffusion 1.x checkpoint"
+_COMPLETE = "a complete Stable Diffusion 1.x checkpoint"
 
 
 def single_kind(file: File) -> str:
-    """What a single file is, by the names in it."""
+    """The kind of model in a single file, by the names of its tensors."""
     if any(name.startswith("conditioner.embedders.") for name in file):
         return "Stable Diffusion XL"
     if any(name.startswith("cond_stage_model.model.") for name in file):
@@ -36,21 +36,24 @@ def single_kind(file: File) -> str:
     return "Stable Diffusion 1.x" if any(name.startswith(LDM["unet"]) for name in file) else "not a base model"
 
 
-def _ema(file: File) -> File:
-    """The slow copy in the place of the weights: LDM names it `model_ema.` and the name without its first part and dots."""
-    fast = [name for name in file if name.startswith(LDM["unet"])]
-    slow = {name: f"model_ema.{name.removeprefix('model.').replace('.', '')}" for name in fast}
-    if absent := slow.values() - file.keys():
-        raise ValueError(f"{file.path} has no EMA copy of the UNet (it lacks {short_list(absent)})")
-    return file.renamed({name: slow.get(name, name) for name in file})
+def _with_ema(file: File) -> File:
+    """Replace the UNet's weights with their EMA copy.
+
+    LDM names it `model_ema.` plus the name without `model.` and without dots.
+    """
+    unet = [name for name in file if name.startswith(LDM["unet"])]
+    ema = {name: f"model_ema.{name.removeprefix('model.').replace('.', '')}" for name in unet}
+    if missing := ema.values() - file.keys():
+        raise ValueError(f"{file.path} has no EMA copy of the UNet: it lacks {short_list(missing)}")
+    return file.renamed({name: ema.get(name, name) for name in file})
 
 
 def open_single(path: Path) -> File:
-    """A single file. Raises ValueError when it is not Stable Diffusion 1.x."""
+    """Open a single file. Raises ValueError when it is not Stable Diffusion 1.x."""
     file = File(path)
     if (kind := single_kind(file)) != "Stable Diffusion 1.x":
         raise ValueError(
-            f"{path} is {kind}; of single files only Stable Diffusion 1.x is read (others as diffusers folders)"
+            f"{path} is {kind}; as a single file only Stable Diffusion 1.x is supported: use a diffusers folder for other models"
         )
     return file
 
@@ -62,29 +65,30 @@ def load_single(
     vae: VAE | None = None,
     build: Callable[[TextConfig], TextEncoder] = TextEncoder,
 ) -> Base:
-    """Stable Diffusion 1.x from one file in LDM's layout, `.safetensors` or `.ckpt`, with the `.yaml` beside it, if any.
+    """Load Stable Diffusion 1.x from a single `.safetensors` or `.ckpt` file, with the settings of the `.yaml` beside
+    it, if any.
 
-    With `ema` the UNet's EMA copy; with `vae` that one, so the file needs none. `build` makes the empty
-    text tower. Raises ValueError when a part is not whole.
+    `ema` loads the EMA copy of the UNet. `vae` replaces the file's VAE, which may then be missing. `build` makes the
+    text encoder from its config. Raises ValueError when a part is incomplete.
     """
     file, settings = open_single(path), ldm.settings_beside(path)
-    file = _ema(file) if ema else file
+    file = _with_ema(file) if ema else file
     parts = file.part(LDM["unet"]), file.part(LDM["text"])
-    with naming(path, f"is not {_WHOLE}"):
+    with naming(path, f"is not {_COMPLETE}"):
         unet = empty_module(UNet, ldm.ldm_unet(parts[0].shapes, settings))
         text = empty_module(build, ldm.ldm_text(_without_prefix(parts[1]).shapes))
     names = named(unet.state_dict(), unet_rows(unet.config), 2)
-    check(unet, names, parts[0], _WHOLE)
+    check(unet, names, parts[0], _COMPLETE)
     return Base(
-        vae=vae or load_ldm_vae(file.part(LDM["vae"]), settings, _WHOLE, dtype),
-        text=assemble_text(text, parts[1], _WHOLE, dtype),
-        unet=assemble(unet, names, parts[0], _WHOLE, dtype),
+        vae=vae or load_ldm_vae(file.part(LDM["vae"]), settings, _COMPLETE, dtype),
+        text=assemble_text(text, parts[1], _COMPLETE, dtype),
+        unet=assemble(unet, names, parts[0], _COMPLETE, dtype),
     )
 
 
 def single_unet_config(path: Path) -> UNetConfig:
-    """The config of the UNet in a single file, from its header."""
-    with naming(path, f"is not {_WHOLE}"):
+    """The config of the UNet in a single file, without loading its weights."""
+    with naming(path, f"is not {_COMPLETE}"):
         return ldm.ldm_unet(open_single(path).part(LDM["unet"]).shapes, ldm.settings_beside(path))
 
 
@@ -92,17 +96,17 @@ def _without_prefix(text: File) -> File:
     return text.renamed({name.removeprefix("text_model."): name for name in text})
 
 
-_SPELLINGS = {
+_ATTENTION_NAMES = {
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
     "group_norm": "norm", "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
 }  # fmt: skip
-_SPELLED = re.compile(rf"(?<=mid\.attn_1\.)({'|'.join(map(re.escape, _SPELLINGS))})(?=\.(weight|bias)$)")
+_ATTENTION = re.compile(rf"(?<=mid\.attn_1\.)({'|'.join(map(re.escape, _ATTENTION_NAMES))})(?=\.(weight|bias)$)")
 
 
 def load_ldm_vae(file: File, settings: ldm.Settings, what: str, dtype: torch.dtype | None) -> VAE:
-    """The autoencoder under LDM's names, its attention spelled as diffusers does too; leaves out a loss and an EMA copy."""
+    """Load a VAE under LDM's names. Accepts diffusers' names in its attention, and ignores a loss and an EMA copy."""
     file = file.without(r"loss\.|model_ema\.")
-    file = file.renamed({_SPELLED.sub(lambda m: _SPELLINGS[m[1]], name): name for name in file})
+    file = file.renamed({_ATTENTION.sub(lambda m: _ATTENTION_NAMES[m[1]], name): name for name in file})
     with naming(file.path, f"is not {what}"):
         vae = empty_module(VAE, ldm.ldm_vae(file.shapes, settings))
     return assemble(vae, named(vae.state_dict(), vae_rows(vae.config), 2), file, what, dtype)

@@ -1,4 +1,7 @@
-"""CLIP's towers as names and shapes alone, so that files can be inspected without importing open_clip, which takes seconds."""
+"""CLIP's encoders as bare names and shapes.
+
+With them, files can be inspected without importing open_clip, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def text_skeleton(config: TextConfig) -> Any:
-    """A module without a forward, whose state is named and shaped as that of `TextEncoder(config)`."""
+    """A module without `forward` whose state dict has the names and shapes of `TextEncoder(config)`."""
     width, rows = config.width, len(config.vocabulary) or config.vocab_size
     shapes = _transformer(width, config.layers, int(width * config.mlp_ratio)) | _norm("ln_final", width)
     shapes |= {"token_embedding.weight": (rows, width), "positional_embedding": (config.context_length, width)}
@@ -23,7 +26,7 @@ def text_skeleton(config: TextConfig) -> Any:
 
 
 def image_skeleton(config: ImageConfig) -> Any:
-    """A module without a forward, whose state is named and shaped as that of `ImageEncoder(config)`."""
+    """A module without `forward` whose state dict has the names and shapes of `ImageEncoder(config)`."""
     return _module(_vit(config) if config.kind == "vit" else _resnet(config), config)
 
 
@@ -68,29 +71,30 @@ def _vit(config: ImageConfig) -> Shapes:
     return shapes | {"conv1.weight": (width, 3, config.patch, config.patch)}
 
 
-def _convolution(conv: str, norm: str, out: int, into: int, side: int) -> Shapes:
-    shapes: Shapes = {f"{conv}.weight": (out, into, side, side), f"{norm}.num_batches_tracked": ()}
-    return shapes | {f"{norm}.{leaf}": (out,) for leaf in ("weight", "bias", "running_mean", "running_var")}
+def _convolution(conv: str, norm: str, out_channels: int, in_channels: int, size: int) -> Shapes:
+    shapes: Shapes = {f"{conv}.weight": (out_channels, in_channels, size, size), f"{norm}.num_batches_tracked": ()}
+    return shapes | {f"{norm}.{leaf}": (out_channels,) for leaf in ("weight", "bias", "running_mean", "running_var")}
 
 
 def _resnet(config: ImageConfig) -> Shapes:
-    """CLIP's ModifiedResNet: a stem of three convolutions, bottlenecks that widen four times, attention pooling."""
+    """CLIP's ModifiedResNet: a stem of three convolutions, bottleneck blocks with expansion 4, and attention pooling.
+    """
     width, dim = config.width, 32 * config.width
     shapes = _convolution("conv1", "bn1", width // 2, 3, 3) | _convolution("conv2", "bn2", width // 2, width // 2, 3)
     shapes |= _convolution("conv3", "bn3", width, width // 2, 3)
-    into = width
+    channels = width
     for level, blocks in enumerate(config.layers):
         inner = width * 2**level
         for i in range(blocks):
             block = f"layer{level + 1}.{i}"
-            shapes |= _convolution(f"{block}.conv1", f"{block}.bn1", inner, into, 1)
+            shapes |= _convolution(f"{block}.conv1", f"{block}.bn1", inner, channels, 1)
             shapes |= _convolution(f"{block}.conv2", f"{block}.bn2", inner, inner, 3)
             shapes |= _convolution(f"{block}.conv3", f"{block}.bn3", 4 * inner, inner, 1)
             if i == 0:
-                shapes |= _convolution(f"{block}.downsample.0", f"{block}.downsample.1", 4 * inner, into, 1)
-            into = 4 * inner
-    seen = config.image_size * (1 if config.stem_pool else 2)
-    shapes |= {"attnpool.positional_embedding": ((seen // 32) ** 2 + 1, dim)}
+                shapes |= _convolution(f"{block}.downsample.0", f"{block}.downsample.1", 4 * inner, channels, 1)
+            channels = 4 * inner
+    size = config.image_size * (1 if config.stem_pool else 2)
+    shapes |= {"attnpool.positional_embedding": ((size // 32) ** 2 + 1, dim)}
     for name, rows in (("q", dim), ("k", dim), ("v", dim), ("c", config.output_dim)):
         shapes |= _linear(f"attnpool.{name}_proj", rows, dim)
     return shapes

@@ -1,4 +1,4 @@
-"""Stable Diffusion: a folder of diffusers or of our own, or a single file; its UNet and its VAE alone."""
+"""Load Stable Diffusion, or its UNet or VAE, from a diffusers folder, a single file, or this project's own format."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from model.vae import VAE, VAEConfig
 
 
 def scheduler_file(path: Path) -> Path:
-    """Where the schedule of a base model is: in the scheduler's folder, or for a single file in the `.yaml` beside it."""
+    """The file that describes a base model's noise schedule: for a single file the `.yaml` beside it."""
     return (ldm.yaml_beside(path) or path) if path.is_file() else path / "scheduler" / "scheduler_config.json"
 
 
 def scheduler_config(path: Path) -> dict[str, Any]:
-    """The schedule of a base model as diffusers writes it, {} where no file describes it."""
+    """The noise schedule of a base model in diffusers' format; {} if no file describes it."""
     return dict(ldm.settings_beside(path).scheduler) if path.is_file() else read_json_if_there(scheduler_file(path))
 
 
@@ -39,9 +39,10 @@ def _unet_from_config(folder: Path) -> UNet:
 
 
 def unet_config(path: Path) -> UNetConfig:
-    """The config of a base model's UNet, without its weights: from its card, its `config.json`, or a single file's header.
+    """The config of a base model's UNet, without loading its weights.
 
-    Raises what `load_base` does where that does not describe one.
+    It comes from a card, a `config.json` or the shapes in a single file. Raises ValueError or OSError, as `load_base`
+    does.
     """
     if path.is_file():
         return single_unet_config(path)
@@ -51,8 +52,10 @@ def unet_config(path: Path) -> UNetConfig:
 
 
 def load_unet(path: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
-    """A UNet: a file of our own, or a diffusers folder or its file of weights. Whether it predicts v stands in the scheduler's
-    folder beside it."""
+    """Load a UNet from a file in this project's own format, or from a diffusers folder or the file of weights in it.
+
+    In a diffusers folder, the scheduler's folder beside it says whether the UNet predicts epsilon or v.
+    """
     if not has_config(path):
         return load(path, UNet, UNetConfig, dtype)
     unet = _unet_from_config(folder_of(path))
@@ -60,25 +63,29 @@ def load_unet(path: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
     return assemble(unet, names, weights_in(path), "the UNet of its config.json", dtype)
 
 
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_OLD = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_ATTENTION)})(?=\.)")
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_NAME = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_NAMES)})(?=\.)")
 
 
 def load_vae(path: Path, dtype: torch.dtype | None = torch.float32) -> VAE:
-    """An autoencoder: a file of our own; a diffusers folder or its file of weights, older names of its attention included; or a
-    file in LDM's layout, of the autoencoder alone or of a whole base model."""
+    """Load a VAE.
+
+    `path`: a file in this project's own format, a diffusers folder or the file of weights in it, or a file in LDM's
+    layout that holds a VAE or a whole base model. Accepts the names that older versions of diffusers gave the
+    attention.
+    """
     if path.is_file() and not path.with_suffix(".json").is_file() and (file := as_ldm_vae(File(path))):
         return load_ldm_vae(file, ldm.settings_beside(path), "a VAE in LDM's layout", dtype)
     if not has_config(path):
         return load(path, VAE, VAEConfig, dtype)
     vae, file = module_from_config(folder_of(path), VAE, configs.vae_config, "a VAE"), weights_in(path)
-    file = file.renamed({_OLD.sub(lambda m: _OLD_ATTENTION[m[0]], name): name for name in file})
+    file = file.renamed({_OLD_NAME.sub(lambda m: _OLD_NAMES[m[0]], name): name for name in file})
     names = named(vae.state_dict(), vae_rows(vae.config), 1)
     return assemble(vae, names, file, "the VAE of its config.json", dtype)
 
 
 def as_ldm_vae(file: File) -> File | None:
-    """The autoencoder's tensors in a file of LDM's layout; None in another."""
+    """The tensors of the VAE in a file in LDM's layout; None for other files."""
     part = file.part(LDM["vae"]) or file
     return part if any(name.startswith("decoder.mid.block_1.") for name in part) else None
 
@@ -89,19 +96,20 @@ def load_base(
     prediction: Literal["epsilon", "v"] | None = None,
     vae: Path | None = None,
 ) -> Base:
-    """A base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
+    """Load a base model from a diffusers folder, a folder in this project's own format, or Stable Diffusion 1.x in a
+    single file.
 
-    `prediction` says what the UNet predicts, whatever its files say; `vae` is taken in place of the model's own. Raises
-    ValueError when its parts do not fit together.
+    `prediction` overrides what the files say the UNet predicts. `vae` replaces the model's own VAE. Raises
+    FileNotFoundError, and ValueError when a file is not supported or the parts do not fit together.
     """
     end = "" if (path / "unet").is_dir() else ".safetensors"
-    other = load_vae(vae, dtype) if vae else None
+    own_vae = load_vae(vae, dtype) if vae else None
     if path.is_file():
-        base = load_single(path, dtype, vae=other)
+        base = load_single(path, dtype, vae=own_vae)
     else:
         unet = load_unet(path / f"unet{end}", dtype)
         base = Base(
-            unet, other or load_vae(path / f"vae{end}", dtype), load_text_encoder(path / f"text_encoder{end}", dtype)
+            unet, own_vae or load_vae(path / f"vae{end}", dtype), load_text_encoder(path / f"text_encoder{end}", dtype)
         )
     if prediction:
         base.unet.config = replace(base.unet.config, prediction=prediction)
@@ -111,29 +119,31 @@ def load_base(
 
 def _check_fit(base: Base, path: Path) -> None:
     unet, vae, text = base.unet.config, base.vae.config, base.text.config
-    if unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):  # alone, or with a mask to inpaint
+    if unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):  # latents, or latents, a mask and the masked latents
         raise ValueError(
-            f"{path} has a UNet that reads {unet.in_channels} channels, where its VAE gives {vae.latent_channels}: "
-            "only ordinary models and those for inpainting are read"
+            f"{path} has a UNet that reads {unet.in_channels} channels, but its VAE gives {vae.latent_channels}: "
+            "only ordinary and inpainting models are supported"
         )
     if unet.context_dim != text.width:
         raise ValueError(
-            f"{path} has a UNet that reads a text of width {unet.context_dim}, where its text encoder gives {text.width}"
+            f"{path} has a UNet that reads text tokens of width {unet.context_dim}, but its text encoder gives {text.width}"
         )
 
 
-_AROUND = re.compile(r"attn\.proj_(in|out)\.weight$")
+_PROJ = re.compile(r"attn\.proj_(in|out)\.weight$")
 
 
 def save_diffusers(unet: UNet, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a UNet, its `config.json` and weights, as a folder that diffusers' `UNet2DConditionModel.from_pretrained` loads.
+    """Save a UNet's config and weights to a folder that diffusers' `UNet2DConditionModel.from_pretrained` can load.
 
-    Whether it predicts epsilon or v is no part of such a folder: diffusers has that in the pipeline's scheduler.
+    Such a folder does not say whether the UNet predicts epsilon or v; in diffusers, the pipeline's scheduler does.
+    Raises OSError when a file can't be written, and ValueError when a value is too large for `dtype` or diffusers has
+    no such UNet.
     """
     config, state = configs.diffusers_config(unet.config), unet.state_dict()
     names = named(state, unet_rows(unet.config), 1)
-    turn = not config["use_linear_projection"]
-    tensors = {names[k][0]: v[:, :, None, None] if turn and _AROUND.search(k) else v for k, v in state.items()}
+    conv = not config["use_linear_projection"]
+    tensors = {names[k][0]: v[:, :, None, None] if conv and _PROJ.search(k) else v for k, v in state.items()}
     with replacing_in(folder) as part:
         write_tensors(part / "diffusion_pytorch_model.safetensors", tensors, dtype)
         write_json(part / "config.json", config)

@@ -1,7 +1,7 @@
-"""IP-Adapter: a function from a picture to one (K', V') for each cross-attention layer.
+"""IP-Adapter: a function that maps an image embedding to one (K', V') for each cross-attention layer.
 
-K' = c_i W'_k and V' = c_i W'_v depend on the picture only, not on the latents or the timestep, so they are computed once
-and ride in the Context. The UNet gets no new modules.
+K' = c_i W'_k and V' = c_i W'_v depend only on the image, not on the latents or the timestep. They are computed once per
+image and passed to the UNet in its Context, so the UNet needs no new modules.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from model.image_projection import Projection
 from model.unet import UNet
 
 
-def _copy(text: nn.Linear) -> nn.Linear:
-    own = nn.Linear(text.in_features, text.out_features, bias=False, device=text.weight.device, dtype=text.weight.dtype)
+def _copy(linear: nn.Linear) -> nn.Linear:
+    weight = linear.weight
+    copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        own.weight.copy_(text.weight)
-    return own
+        copy.weight.copy_(weight)
+    return copy
 
 
 class IPAdapter(nn.Module):
-    """The trainable part of Figure 2: the projection and, for each layer, W'_k and W'_v, which start as the text's (3.2.2).
+    """The trainable part of Figure 2: the image projection, and W'_k and W'_v for each cross-attention layer.
 
-    With `own_projections=False` the frozen W_k, W_v of the UNet are used instead (the ablation's other axis).
+    W'_k and W'_v are initialised from the text's W_k and W_v (section 3.2.2). With `own_projections=False` the adapter
+    uses the UNet's frozen W_k and W_v instead; the ablation compares the two. Raises ValueError when the projection's
+    tokens do not have the width that the UNet's cross-attention reads.
     """
 
     def __init__(self, unet: UNet, image_projection: Projection, own_projections: bool = True) -> None:
@@ -36,7 +39,8 @@ class IPAdapter(nn.Module):
         layers = unet.cross_attentions()
         if image_projection.context_dim != unet.config.context_dim:
             raise ValueError(
-                f"the adapter's tokens are {image_projection.context_dim} wide, but this UNet reads a context of {unet.config.context_dim}"
+                f"the adapter's tokens are {image_projection.context_dim} wide, but this UNet reads a context of "
+                f"{unet.config.context_dim}: use an adapter made for this UNet"
             )
         self.image_projection = image_projection
         self.heads = [layer.heads for layer in layers]
@@ -47,26 +51,28 @@ class IPAdapter(nn.Module):
                 self.to_k.append(_copy(layer.to_k))
                 self.to_v.append(_copy(layer.to_v))
         else:
-            self.shared = tuple((layer.to_k, layer.to_v) for layer in layers)  # a tuple: not submodules of the adapter
+            self.shared = tuple((layer.to_k, layer.to_v) for layer in layers)  # in a tuple, so that they are not submodules
 
     def projections(self) -> list[tuple[nn.Module, nn.Module]]:
         """(W'_k, W'_v) of each cross-attention layer, in execution order."""
         return list(zip(self.to_k, self.to_v, strict=True)) if self.own_projections else list(self.shared)
 
     def tokens(self, embedding: Tensor) -> Tensor:
-        """Image tokens c_i, `b n c`. Of several pictures the tokens are joined, so they share one softmax.
+        """Image tokens c_i, `b n c`. The tokens of several images are concatenated and share one softmax.
 
-        `embedding`: `b e` or `b k e`; of fine features `b m e` or `b k m e`.
+        `embedding`: global embeddings `b e`, or `b k e` for k images; fine features `b m e`, or `b k m e`.
         """
         pictures = embedding if embedding.ndim == 3 + self.image_projection.fine else embedding[:, None]
         tokens = self.image_projection(pictures.flatten(0, 1))
         return rearrange(tokens, "(b k) n c -> b (k n) c", b=len(pictures))
 
     def forward(self, context: Context, embedding: Tensor, scale: float | Tensor = 1.0) -> Context:
-        """Adds a picture to a Context. `embedding`: as `tokens` takes it. `scale`: lambda of all layers, as Source has it.
+        """Return `context` with one more image prompt.
 
-        A dropped picture is a zero embedding (section 3.2.3): its tokens are LayerNorm(bias), not zeros. For fine features
-        it is zero pixels through the encoder.
+        `embedding`: as in `tokens`. `scale`: lambda for all layers, as in Source.
+
+        The null image has a zero embedding (section 3.2.3), so its tokens are LayerNorm(bias), not zeros. For fine
+        features, the null image is an image of zero pixels, run through the encoder.
         """
         tokens = self.tokens(embedding)
 

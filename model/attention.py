@@ -1,10 +1,10 @@
-"""Where a picture meets the text: attention (Eq. 3), decoupled cross-attention (Eq. 5, 8), and the ablation's one softmax.
+"""Attention (Eq. 3), decoupled cross-attention (Eq. 5 and 8), and the ablation's concatenated keys and values.
 
-Cross-attention reads from *sources*: pairs of keys and values. The text is one source, and each image prompt is another. `decoupled` gives
-each source its own softmax and adds the results; `concatenated` lets all keys compete in one softmax. Both have the same
-signature, so an experiment swaps one name.
+Cross-attention reads from *sources*: pairs of keys and values. The text is one source, and each image prompt is
+another. `decoupled` applies a separate softmax to each source and adds the results. `concatenated` applies one softmax
+to the keys of all sources. They have the same signature, so an experiment can swap one for the other.
 
-Axes: `b n c` tokens, `b h n d` heads; `n` queries, `m` keys.
+Axes: `b n c` for tokens and `b h n d` for heads, with `n` queries and `m` keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt d + bias) V  (Eq. 3), for `b h n d`, `b h m d`, `b h m d`, and a bias that broadcasts to `b h n m`."""
+    """softmax(Q K^T / sqrt d + bias) V  (Eq. 3).
+
+    `q`: `b h n d`. `k`, `v`: `b h m d`. `bias`: broadcasts to `b h n m`.
+    """
     if fused_is_faster(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     logits = q @ k.mT / math.sqrt(q.shape[-1])
@@ -35,10 +38,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 
 @dataclass(frozen=True)
 class Source:
-    """Keys and values that cross-attention can read, and lambda, how strongly it reads them.
+    """Keys and values for cross-attention to read, and their weight lambda.
 
-    `k`, `v`: `b h m d`. `scale` is lambda of Eq. 8: a number, or a tensor that broadcasts to `b h n d` (one value a picture is
-    `b 1 1 1`, a mask on this layer's own grid is `b 1 n 1`).
+    `k`, `v`: `b h m d`. `scale` is lambda of Eq. 8: a number, or a tensor that broadcasts to `b h n d`, such as one
+    value per sample, `b 1 1 1`, or a mask at this layer's resolution, `b 1 n 1`.
     """
 
     k: Tensor
@@ -47,16 +50,20 @@ class Source:
 
     @property
     def off(self) -> bool:
+        """Whether lambda is the number 0, so the source can be skipped."""
         return isinstance(self.scale, int | float) and self.scale == 0
 
     def weight(self, q: Tensor) -> float | Tensor:
-        """lambda for the queries `q`. Raises ValueError for a tensor that does not broadcast to them."""
+        """lambda in the dtype and on the device of the queries `q`.
+
+        Raises ValueError when it does not broadcast to them.
+        """
         if not isinstance(self.scale, Tensor):
             return self.scale
         if self.scale.ndim not in (0, 4) or (self.scale.ndim == 4 and self.scale.shape[2] not in (1, q.shape[2])):
             raise ValueError(
-                f"lambda of shape {tuple(self.scale.shape)} does not broadcast to {tuple(q.shape)}: a value for each picture is "
-                "`b 1 1 1`, and a mask is made for the latents' true (h, w)"
+                f"lambda of shape {tuple(self.scale.shape)} does not broadcast to {tuple(q.shape)}: pass one value per sample as "
+                "`b 1 1 1`, and make a mask for the latents' true (h, w)"
             )
         return self.scale.to(q)
 
@@ -64,7 +71,7 @@ class Source:
 def decoupled(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     """Z = softmax(Q K^T / sqrt d) V  +  lambda * softmax(Q K'^T / sqrt d) V'     (Eq. 5, with lambda of Eq. 8)
 
-    `q`: `b h n d`. Every source of `image` adds one such term. Returns `b h n d`.
+    `q`: `b h n d`. Each source in `image` adds one such lambda term. Returns `b h n d`.
     """
     z = attention(q, text.k, text.v)
     for source in image:
@@ -74,11 +81,13 @@ def decoupled(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
 
 
 def concatenated(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
-    """Z = softmax(Q [K; K']^T / sqrt d) [V; V']: the ablation (section 4.4.1), one softmax over all keys.
+    """Z = softmax(Q [K; K']^T / sqrt d) [V; V']: one softmax over all keys, for the ablation (section 4.4.1).
 
-    lambda multiplies exp(logit) of K', that is, adds log lambda to its logits, so lambda >= 0; 0 leaves the source out.
-    For one query this is `g A_text + (1 - g) A_image` with
-    `g = sigmoid(logsumexp(Q K^T / sqrt d) - logsumexp(Q K'^T / sqrt d) - log lambda)`: text and picture compete.
+    lambda multiplies exp(logit) of K': log lambda is added to the logits. lambda = 0 leaves the source out. Raises
+    ValueError when lambda is negative.
+
+    For one query and one image prompt, text and image compete: Z = g A_text + (1 - g) A_image, with
+    g = sigmoid(logsumexp(Q K^T / sqrt d) - logsumexp(Q K'^T / sqrt d) - log lambda).
     """
     image = [source for source in image if not source.off]
     k = torch.cat([text.k, *(source.k for source in image)], dim=-2)
@@ -101,7 +110,7 @@ Fuse = Callable[[Tensor, Source, Sequence[Source]], Tensor]
 
 
 class Attention(nn.Module):
-    """Projections of multi-head attention: Q = x W_q, K = c W_k, V = c W_v, and the output projection `to_out`."""
+    """The projections of multi-head attention: Q = x W_q, K = c W_k, V = c W_v, and the output projection `to_out`."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, bias: bool = False) -> None:
         super().__init__()
@@ -114,16 +123,16 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def split(self, x: Tensor) -> Tensor:
+        """Split the heads: `b n c` -> `b h n d`."""
         return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
     def merge(self, z: Tensor) -> Tensor:
-        """Joins the heads, then W_out. The sum over sources comes before it."""
-        out: Tensor = self.to_out(rearrange(z, "b h n d -> b n (h d)"))
-        return out
+        """Concatenate the heads and apply W_out: `b h n d` -> `b n c`. The sources have been summed already."""
+        return self.to_out(rearrange(z, "b h n d -> b n (h d)"))
 
 
 class SelfAttention(Attention):
-    """Attention of tokens `b n c` to themselves."""
+    """Attention from tokens `b n c` to themselves."""
 
     def __init__(self, dim: int, heads: int, bias: bool = False) -> None:
         super().__init__(dim, dim, heads, bias)
@@ -133,7 +142,7 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention of tokens `b n c` to a Context. `layer` is its index in execution order (down, mid, up)."""
+    """Attention from tokens `b n c` to a Context. `layer` is its index in execution order (down, mid, up)."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, layer: int) -> None:
         super().__init__(dim, context_dim, heads)

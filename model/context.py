@@ -1,4 +1,5 @@
-"""What a UNet is conditioned on: the text, the image prompts, and SDXL's added vector, in one immutable value."""
+"""Context: the text, the image prompts and SDXL's added vector that a UNet is conditioned on, in one immutable value.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from model.attention import Fuse, Source, decoupled
 class Context:
     """Everything that a UNet is conditioned on besides the timestep.
 
-    `text`: text tokens c_t, `b m c`. `image`: for each image prompt one Source per cross-attention layer, in execution order.
-    `added`: the vector that SDXL adds to the timestep's embedding (its pooled text and its sizes), `b a`. Immutable: an adapter maps
-    a Context to a new Context, so adapters chain and nothing is stored on a module.
+    `text`: text tokens c_t, `b m c`. `image`: for each image prompt, one Source per cross-attention layer, in execution
+    order. `fuse`: how cross-attention combines text and image prompts. `added`: the vector that SDXL embeds and adds to
+    the timestep embedding, made of the pooled text and the image sizes, `b a`.
+
+    An adapter maps a Context to a new Context, so adapters can be chained and no state is stored on a module.
     """
 
     text: Tensor
@@ -32,6 +35,7 @@ class Context:
 
 
 def _cat_scale(a: Source, b: Source) -> float | Tensor:
+    """lambda for the rows of `a` followed by those of `b`; a plain number when both have the same."""
     if isinstance(a.scale, int | float) and isinstance(b.scale, int | float) and a.scale == b.scale:
         return a.scale
     both = [torch.as_tensor(source.scale, dtype=source.k.dtype, device=source.k.device) for source in (a, b)]
@@ -41,18 +45,20 @@ def _cat_scale(a: Source, b: Source) -> float | Tensor:
 
 
 def stack(uncond: Context, cond: Context) -> Context:
-    """One Context for a guidance batch: the rows of `uncond`, then those of `cond`.
+    """One Context for a classifier-free guidance batch: the rows of `uncond`, then those of `cond`.
 
-    Raises ValueError unless both sides have equally many image prompts, the same `fuse`, and both or neither `added`.
+    Raises ValueError unless both have the same number of image prompts and the same `fuse`, and either both or neither
+    have `added`.
     """
     if len(uncond.image) != len(cond.image):
         raise ValueError(
-            f"one side has {len(uncond.image)} image prompts, the other {len(cond.image)}: give the missing one its null image, or scale 0"
+            f"one side has {len(uncond.image)} image prompts, the other {len(cond.image)}: add the null image, or an image prompt "
+            "with scale 0, to the side with fewer"
         )
     if uncond.fuse is not cond.fuse:
-        raise ValueError("the two sides fuse text and picture differently")
+        raise ValueError("the two sides combine text and image prompts differently: give both the same `fuse`")
     if (uncond.added is None) != (cond.added is None):
-        raise ValueError("only one side has the added vector conditioning: give it to both")
+        raise ValueError("only one side has the added conditioning vector: give it to both")
     image = tuple(
         tuple(Source(torch.cat([a.k, b.k]), torch.cat([a.v, b.v]), _cat_scale(a, b)) for a, b in zip(u, c, strict=True))
         for u, c in zip(uncond.image, cond.image, strict=True)
@@ -62,10 +68,11 @@ def stack(uncond: Context, cond: Context) -> Context:
 
 
 def pyramid(mask: Tensor, h: int, w: int, levels: int = 4) -> list[Tensor]:
-    """A mask as lambda over the picture, `b 1 n 1`, for each level of a UNet whose latents are `h x w`, the finest first.
+    """Resample a mask to lambda, `b 1 n 1`, for each level of a UNet with latents of size `h x w`, finest level first.
 
-    `mask`: `H W` or `b H W`, values are lambda (0 = the prompt has no say there, soft values allowed); averaged over the area
-    of each query. Levels halve with rounding up, as the UNet's strided convolutions do, so the grid is exact at any size.
+    `mask`: `H W` or `b H W`. Its values are lambda: 0 turns the image prompt off, and fractions are allowed. Each query
+    gets the mean of the mask over its area. Each level is half the size of the one before, rounded up as in the UNet's
+    strided convolutions, so the grids match at any size.
     """
     mask, maps = (mask if mask.ndim == 3 else mask[None])[:, None], []
     for _ in range(levels):

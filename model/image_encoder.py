@@ -1,4 +1,4 @@
-"""CLIP's image tower, on open_clip's modules: a picture to the image embedding that an adapter reads."""
+"""CLIP's image encoder, built from open_clip's modules. It maps images to the features that adapters read."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
 
 Fit = Literal["crop", "squash", "pad"]
-LONG = 256  # pictures whose sides are in this ratio or more are cut before they are resized
-ROWS = 64  # rows that `padded_square` takes at a time
+LONG = 256  # crop images with a larger aspect ratio than this before resizing them
+ROWS = 64  # rows that `padded_square` resizes at a time
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalise(rgb: Tensor) -> Tensor:
-    """RGB in [0, 1], `... 3 h w`, to CLIP's pixels: minus the mean of its training pictures, over their deviation."""
+    """Normalise RGB in [0, 1], `... 3 h w`, with the mean and standard deviation of CLIP's training images."""
     return (rgb - rgb.new_tensor(MEAN)[:, None, None]) / rgb.new_tensor(STD)[:, None, None]
 
 
 def centre_square(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    """Resizes the short side to `size`, then cuts the centre square, with the margin rounded down.
+    """Resize the short side to `size`, then crop the centre square, with left and top margins rounded down.
 
-    Of a picture longer than LONG times its short side only the middle is resized, so a strip of 60000 x 1 takes no memory.
+    If the aspect ratio is above LONG, only the middle of the image is resized, so a strip of 60000 x 1 needs little
+    memory.
     """
     short, long = min(image.size), max(image.size)
     if long > LONG * short:
-        kept = LONG * short + (long - LONG * short) % 2  # an even number of pixels goes, so the centre stays
+        kept = LONG * short + (long - LONG * short) % 2  # crop an even number of pixels, so that the centre stays the same
         image = _middle(image, min(image.width, kept), min(image.height, kept))
     image = image.resize((int(size * image.width / short), int(size * image.height / short)), resample)
     return _middle(image, size, size)
 
 
 def padded_square(image: Image.Image, size: int) -> Image.Image:
-    """Pads an RGB picture to a square with bars of CLIP's mean colour, then resizes it to `size`, bicubic.
+    """Pad an RGB image to a square with bars of CLIP's mean colour, then resize it to `size` with bicubic
+    interpolation.
 
-    Equal to padding first, bit for bit, but takes size x side pixels in place of side x side: Pillow resizes rows, then
-    columns, so the rows can be padded and resized a few at a time.
+    The result is bit for bit that of padding the whole image first, but memory is size x side pixels, not side x side.
+    Pillow resizes the rows before the columns, so rows can be padded and resized a few at a time.
     """
     side, colour = max(image.size), tuple(round(255 * m) for m in MEAN)
     left, top = (side - image.width) // 2, (side - image.height) // 2
@@ -62,21 +64,22 @@ def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """Sizes of the tower; the default is OpenCLIP ViT-H/14, which the released SD 1.5 adapters read."""
+    """Sizes of the image encoder. The default is OpenCLIP ViT-H/14, which the released SD 1.5 adapters use."""
 
     kind: Literal["vit", "resnet"] = "vit"
     image_size: int = 224
     patch: int = 14
     width: int = 1280
-    layers: tuple[int, ...] = (32,)  # a ResNet has four
+    layers: tuple[int, ...] = (32,)  # a ResNet has four numbers: blocks per level
     heads: int = 16
     mlp_ratio: float = 4.0
     activation: Literal["quick_gelu", "gelu"] = "gelu"
     output_dim: int = 1024
-    stem_pool: bool = True  # a ResNet's average pooling after the stem; without it the grid is twice as fine
+    stem_pool: bool = True  # average-pool after a ResNet's stem; without pooling, the grid has twice the resolution
 
     @property
     def fine_dim(self) -> int:
+        """Width of the fine-grained features."""
         return self.width * (32 if self.kind == "resnet" else 1)
 
 
@@ -89,10 +92,10 @@ MINI_IMAGE = ImageConfig(
 
 
 class ImageEncoder(nn.Module):
-    """Pixels, `b 3 s s` as `preprocess` makes them, to CLIP image features."""
+    """Maps pixels `b 3 s s`, as returned by `preprocess`, to CLIP image features."""
 
     def __init__(self, config: ImageConfig = VIT_H) -> None:
-        # open_clip takes seconds to import, so only what builds a tower imports it
+        # imported here, because open_clip takes seconds to import
         from open_clip.modified_resnet import ModifiedResNet
         from open_clip.transformer import QuickGELU, VisionTransformer
 
@@ -112,26 +115,32 @@ class ImageEncoder(nn.Module):
                 act_layer=act,
             )
         else:
-            seen = config.image_size * (1 if config.stem_pool else 2)  # the size at which a pooled stem has this grid
-            self.clip = ModifiedResNet(list(config.layers), config.output_dim, config.heads, seen, config.width)
+            size = config.image_size * (1 if config.stem_pool else 2)  # with pooling, this size would give the same grid
+            self.clip = ModifiedResNet(list(config.layers), config.output_dim, config.heads, size, config.width)
             if not config.stem_pool:
                 self.clip.avgpool = nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """The global embedding `b e`: class token after the last norm and projection, or attention pooling. **Not** normalised."""
-        out: Tensor = self.clip(pixels)
-        return out
+        """The global image embedding, `b e`, **not** normalised.
+
+        For a ViT it is the class token after the final norm and projection; for a ResNet, the output of the attention
+        pooling.
+        """
+        return self.clip(pixels)
 
     def fine(self, pixels: Tensor) -> Tensor:
-        """Fine-grained features `b n c`: all tokens of a ViT's penultimate layer, no norm after; or of a convolutional tower the
-        cells of its last grid and their places, as its attention pooling adds them (a ViT's tokens hold theirs)."""
+        """Fine-grained features, `b n e`.
+
+        For a ViT they are all tokens of the penultimate layer, without the final norm. For a ResNet they are the cells
+        of the last feature map plus the position embeddings of the attention pooling.
+        """
         if self.config.kind == "resnet":
             grid: Tensor = self.clip.forward_intermediates(pixels, indices=1, intermediates_only=True)[
                 "image_intermediates"
             ][0]
             return grid.flatten(2).transpose(1, 2) + self.clip.attnpool.positional_embedding[1:]
         layer = self.config.layers[0] - 2
-        if layer < 0:  # one layer: what enters it
+        if layer < 0:  # a ViT of one layer: return the input of that layer
             return self.clip._embeds(pixels)
         parts = self.clip.forward_intermediates(
             pixels,
@@ -144,10 +153,10 @@ class ImageEncoder(nn.Module):
         return torch.cat([parts["image_intermediates_prefix"][0], parts["image_intermediates"][0]], dim=1)
 
     def preprocess(self, image: Image.Image, fit: Fit = "crop") -> Tensor:
-        """A picture to pixels `3 s s`, by the arithmetic of CLIP's processor.
+        """Convert an image to pixels `3 s s`, exactly as CLIP's image processor does.
 
-        `crop` (official): short side to s, bicubic, then the centre square, the margin rounded down. `squash` resizes to a
-        square, `pad` first adds bars of the mean colour, so that nothing is lost.
+        `crop` (official) resizes the short side to s with bicubic interpolation, then crops the centre square. `squash`
+        resizes to a square. `pad` first pads to a square with bars of the mean colour, so that nothing is cropped.
         """
         image, size = image.convert("RGB"), self.config.image_size
         if fit == "squash":

@@ -1,4 +1,6 @@
-"""From what the image encoder sees to image tokens c_i: the base form, and the two for fine-grained features (Figure 11)."""
+"""Projections from CLIP image features to image tokens c_i: IP-Adapter, and Plus and Full for fine-grained features
+(Figure 11).
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,15 @@ from torch import Tensor, nn
 
 from model.attention import attention
 
-HEAD = 64  # the width of the Resampler's heads, which its weights do not show
+HEAD = 64  # of the Resampler's heads; it can't be inferred from the weights
 
 
 class Projection(nn.Module):
-    """A picture's features to tokens `context_dim` wide.
+    """Maps the features of an image, `image_dim` wide, to tokens `context_dim` wide.
 
-    `fine`: it reads `ImageEncoder.fine`, `b n c`, not the global embedding, `b e`. Then the null image is zero pixels through
-    the encoder; for the global embedding it is zeros.
+    `fine`: whether it reads the fine-grained features of `ImageEncoder.fine`, `b n e`, rather than the global
+    embedding, `b e`. The null image is a zero embedding or, for fine features, an image of zero pixels run through the
+    encoder.
     """
 
     fine: ClassVar[bool]
@@ -27,7 +30,7 @@ class Projection(nn.Module):
         self.image_dim, self.context_dim = image_dim, context_dim
 
     def check(self, features: Tensor) -> None:
-        """Raises ValueError when the features are of another kind, or come from another encoder."""
+        """Raise ValueError when the features are of the wrong kind or have the wrong width."""
         name = "fine features" if self.fine else "image embeddings"
         if features.ndim != 2 + self.fine:
             raise ValueError(f"this adapter reads {name}, a {'matrix' if self.fine else 'vector'} for each picture")
@@ -39,7 +42,9 @@ class Projection(nn.Module):
 
 
 class ImageProjection(Projection):
-    """c_i = LayerNorm(W e + b) as N tokens (section 3.2.1): the trainable linear layer and norm of Figure 2."""
+    """IP-Adapter: c_i = LayerNorm(W e + b), split into N tokens (section 3.2.1), the trainable linear layer and norm of
+    Figure 2.
+    """
 
     fine = False
 
@@ -50,14 +55,13 @@ class ImageProjection(Projection):
         self.norm = nn.LayerNorm(context_dim)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """`b e` -> `b n c`. Raises ValueError when the embedding comes from another encoder."""
+        """`b e` -> `b n c`. Raises ValueError when `check` does."""
         self.check(embedding)
-        out: Tensor = self.norm(rearrange(self.proj(embedding), "b (n c) -> b n c", n=self.tokens))
-        return out
+        return self.norm(rearrange(self.proj(embedding), "b (n c) -> b n c", n=self.tokens))
 
 
 class MLPProjection(Projection):
-    """IP-Adapter Full: c_i = LayerNorm(W_2 GELU(W_1 x + b_1) + b_2), a token for each of the encoder's own."""
+    """IP-Adapter Full: c_i = LayerNorm(W_2 GELU(W_1 x + b_1) + b_2), one token for each token of the image encoder."""
 
     fine = True
 
@@ -68,16 +72,16 @@ class MLPProjection(Projection):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """`b n e` -> `b n c`. Raises ValueError when the features come from another encoder."""
+        """`b n e` -> `b n c`. Raises ValueError when `check` does."""
         self.check(features)
-        out: Tensor = self.proj(features)
-        return out
+        return self.proj(features)
 
 
 class Perceiver(nn.Module):
-    """One layer of the Resampler: the queries z read the picture x and one another.
+    """One layer of the Resampler: the queries z attend to the image features x and to one another.
 
-    z <- z + W_o attention(W_q z', W_k [x'; z'], W_v [x'; z']), with x' and z' after a norm each; then z <- z + ff(z). No biases.
+    z <- z + W_o attention(W_q z', W_k [x'; z'], W_v [x'; z']), with x' = LayerNorm(x) and z' = LayerNorm(z);
+    then z <- z + ff(z). The linear layers have no biases.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -95,18 +99,17 @@ class Perceiver(nn.Module):
         )
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """`b m c` and `b n c` -> `b m c`."""
-        own = self.norm_z(z)
-        q = rearrange(self.to_q(own), "b m (h d) -> b h m d", h=self.heads)
-        kv = self.to_kv(torch.cat([self.norm_x(x), own], dim=1))
+        """z, `b m c`, and x, `b n c` -> the new z, `b m c`."""
+        normed = self.norm_z(z)
+        q = rearrange(self.to_q(normed), "b m (h d) -> b h m d", h=self.heads)
+        kv = self.to_kv(torch.cat([self.norm_x(x), normed], dim=1))
         k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=self.heads)
         z = z + self.to_out(rearrange(attention(q, k, v), "b h m d -> b m (h d)"))
-        out: Tensor = z + self.ff(z)
-        return out
+        return z + self.ff(z)
 
 
 class Resampler(Projection):
-    """IP-Adapter Plus: N learned queries read the fine features through `depth` layers, and become the tokens c_i."""
+    """IP-Adapter Plus: N learned queries attend to the fine features in `depth` layers, and become the tokens c_i."""
 
     fine = True
 
@@ -128,10 +131,9 @@ class Resampler(Projection):
         self.norm_out = nn.LayerNorm(context_dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`b n e` -> `b N c`. Raises ValueError when the features come from another encoder."""
+        """`b n e` -> `b N c`. Raises ValueError when `check` does."""
         self.check(features)
         x, z = self.proj_in(features), self.queries.expand(len(features), -1, -1)
         for layer in self.layers:
             z = layer(z, x)
-        out: Tensor = self.norm_out(self.proj_out(z))
-        return out
+        return self.norm_out(self.proj_out(z))

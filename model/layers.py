@@ -1,4 +1,4 @@
-"""The blocks that the UNet and the VAE are made of. Pictures are `b c h w`, the timestep embedding is `b c`."""
+"""The building blocks of the UNet and the VAE. Feature maps are `b c h w`, timestep embeddings `b c`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.context import Context
 
 
 def keep_channels_last(module: nn.Module) -> None:
-    """Puts convolution weights into channels-last memory, now and after every load: about a quarter faster on a CPU."""
+    """Store convolution weights in channels-last order, now and after every load. About 25 % faster on a CPU."""
 
     def convert(module: nn.Module, _: object = None) -> None:
         module.to(memory_format=torch.channels_last)
@@ -24,7 +24,10 @@ def keep_channels_last(module: nn.Module) -> None:
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """[cos(t w_i), sin(t w_i)] with w_i = max_period^(-i / (dim / 2)): cosines first, as in LDM. `b` -> `b dim`, float32."""
+    """[cos(t w_i), sin(t w_i)] with w_i = max_period^(-i / (dim / 2)), cosines first as in LDM.
+
+    `b` -> `b dim`, float32.
+    """
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     args = t.float()[:, None] * freqs
@@ -32,7 +35,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + W emb))). Without `emb_dim` (the VAE) there is no embedding term."""
+    """x + conv(silu(norm(conv(silu(norm(x))) + W silu(emb)))). The VAE has no `emb_dim`, and so no embedding term."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int | None, groups: int, eps: float) -> None:
         super().__init__()
@@ -48,12 +51,11 @@ class ResBlock(nn.Module):
         if self.emb is not None and emb is not None:
             h = h + self.emb(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
-        out: Tensor = self.skip(x) + h
-        return out
+        return self.skip(x) + h
 
 
 class FeedForward(nn.Module):
-    """GEGLU: W_out (a * gelu(b)), [a, b] = W_in x, hidden width 4 dim, exact gelu."""
+    """GEGLU: W_out (a * gelu(b)) with [a, b] = W_in x. The hidden width is 4 dim, and gelu is exact."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -62,12 +64,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.proj_in(x).chunk(2, dim=-1)
-        out: Tensor = self.proj_out(a * F.gelu(b))
-        return out
+        return self.proj_out(a * F.gelu(b))
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each on a LayerNorm and added to its input."""
+    """Self-attention, cross-attention and a feed-forward network, each with a LayerNorm before it and a residual around
+    it.
+    """
 
     def __init__(self, dim: int, context_dim: int, heads: int, layer: int) -> None:
         super().__init__()
@@ -81,15 +84,14 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
-        out: Tensor = x + self.ff(self.norm3(x))
-        return out
+        return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a picture, with a residual around all of them.
+    """Transformer blocks over the positions of a feature map, with one residual around all of them.
 
-    `proj_in`, `proj_out` are the 1x1 convolutions of SD 1.5, written as the matrices that they are (SD 2 and SDXL store
-    them so). `layer` is the index of the first block's cross-attention.
+    `proj_in` and `proj_out` are linear layers, as in SD 2 and SDXL. SD 1.5 stores them as the equivalent 1x1
+    convolutions. `layer` is the index of the first block's cross-attention.
     """
 
     def __init__(self, dim: int, context_dim: int, heads: int, depth: int, groups: int, layer: int) -> None:
@@ -104,12 +106,14 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block in self.blocks:
             h = block(h, context)
-        out: Tensor = x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
-        return out
+        return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided 3x3 convolution. The VAE's encoder pads right and below only (`asymmetric`)."""
+    """Halve the size with a strided 3x3 convolution.
+
+    The VAE's encoder pads only the right and bottom edges (`asymmetric`).
+    """
 
     def __init__(self, channels: int, asymmetric: bool = False) -> None:
         super().__init__()
@@ -117,12 +121,14 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
-        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
-        return out
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour to twice the size, or to `size` (the skip it will meet, at odd sizes), then a 3x3 convolution."""
+    """Nearest-neighbour upsampling, then a 3x3 convolution.
+
+    Doubles the size, or resizes to `size`: the size of the next skip, which is not exactly double when it is odd.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -130,5 +136,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         target = (2 * x.shape[-2], 2 * x.shape[-1]) if size is None else (size[0], size[1])
-        out: Tensor = self.conv(F.interpolate(x, size=target, mode="nearest"))
-        return out
+        return self.conv(F.interpolate(x, size=target, mode="nearest"))

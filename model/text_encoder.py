@@ -1,7 +1,8 @@
-"""CLIP's text tower, on open_clip's modules: prompts to the text tokens c_t.
+"""CLIP's text encoder, built from open_clip's modules. It maps prompts to text tokens c_t.
 
-Stable Diffusion attends to all 77 positions, padding included, so the padding token is part of the model. A small
-vocabulary keeps only some of CLIP's tokens: `vocabulary[i]` is the CLIP token of embedding row i.
+Stable Diffusion attends to all 77 positions, including the padding, so the choice of padding token is part of the
+model. A model with a reduced vocabulary keeps only some of CLIP's tokens: `vocabulary[i]` is the CLIP token of
+embedding row i.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ START, END = 49406, 49407  # <|startoftext|>, <|endoftext|> in CLIP's vocabulary
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the tower and which hidden state the UNet reads; the default is SD 1.5 (CLIP ViT-L/14)."""
+    """Sizes of the text encoder, and which hidden state the UNet reads. The default is SD 1.5 (CLIP ViT-L/14)."""
 
     width: int = 768
     layers: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
-    output_dim: int = 0  # width of the projected, pooled embedding; 0 = none stored
+    output_dim: int = 0  # width of the pooled, projected embedding; 0 = no projection
     vocab_size: int = 49408
     context_length: int = 77
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    pad: int = END  # SD 2 and SDXL's OpenCLIP pad with 0
-    skip: int = 0  # last layers left out: 1 = penultimate (SD 2, SDXL)
+    pad: int = END  # padding token; 0 in SD 2 and in SDXL's OpenCLIP
+    skip: int = 0  # number of final layers to skip: 1 = read the penultimate layer (SD 2, SDXL)
     final_norm: bool = True
-    vocabulary: tuple[int, ...] = ()
+    vocabulary: tuple[int, ...] = ()  # CLIP tokens of a reduced vocabulary; () = CLIP's whole vocabulary
 
 
 SD15_TEXT = TextConfig()
@@ -45,18 +46,19 @@ SD21_TEXT = TextConfig(width=1024, layers=24, heads=16, activation="gelu", pad=0
 
 @functools.cache
 def _tokenizer() -> SimpleTokenizer:
-    from open_clip.tokenizer import SimpleTokenizer  # takes seconds to import, so only where it is needed
+    from open_clip.tokenizer import SimpleTokenizer  # imported here, because it takes seconds
 
     return SimpleTokenizer()
 
 
 def vocabulary() -> dict[str, int]:
-    """CLIP's vocabulary: each piece of a word and its token."""
+    """CLIP's vocabulary: {piece of a word: token}."""
     return dict(_tokenizer().encoder)
 
 
 def words_of(text: str) -> list[tuple[str, list[int]]]:
-    """The words of a prompt and their CLIP tokens, by CLIP's own rule (lower case, byte-pair encoding)."""
+    """Split a prompt into words, each with its CLIP tokens, as CLIP's tokenizer does (lower case, byte-pair encoding).
+    """
     tokenizer, words, pieces = _tokenizer(), [], []
     for token in tokenizer.encode(text):
         pieces.append(token)
@@ -67,14 +69,14 @@ def words_of(text: str) -> list[tuple[str, list[int]]]:
 
 
 class TextEncoder(nn.Module):
-    """c_t = CLIP's hidden states of a prompt."""
+    """Maps a prompt to text tokens c_t, CLIP's hidden states."""
 
     def __init__(self, config: TextConfig = SD15_TEXT) -> None:
-        from open_clip.transformer import QuickGELU, TextTransformer  # as above
+        from open_clip.transformer import QuickGELU, TextTransformer  # imported here, because it takes seconds
 
         super().__init__()
         if config.vocabulary and config.vocabulary[-1] != END:
-            raise ValueError("the last token of a small vocabulary must be the end token, as it is in CLIP's")
+            raise ValueError("the last token of a reduced vocabulary must be the end token, as in CLIP's vocabulary")
         self.config = config
         self.clip = TextTransformer(
             context_length=config.context_length,
@@ -86,13 +88,14 @@ class TextEncoder(nn.Module):
             output_dim=config.output_dim or None,
             act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
         )
-        self.clip.attn_mask = None  # a non-persistent buffer would stay on the meta device; `hidden` builds its own
+        self.clip.attn_mask = None  # as a non-persistent buffer, it would stay on the meta device; `hidden` makes the mask
         self.rows = {token: row for row, token in enumerate(config.vocabulary)}
 
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
-        """One prompt or several to tokens, `b 77`: start, the words, end, padding.
+        """Tokenize one or more prompts to `b 77`: start, words, end, padding.
 
-        Warns, naming them, of words that the small vocabulary does not know (left out) and of words cut off at 77 tokens.
+        Warns about words that are not in a reduced vocabulary, which are left out, and about words beyond 77 tokens,
+        which are cut off.
         """
         length = self.config.context_length
         rows = []
@@ -119,7 +122,10 @@ class TextEncoder(nn.Module):
         return torch.tensor(rows)
 
     def hidden(self, tokens: Tensor, skip: int = 0, final_norm: bool = True) -> Tensor:
-        """Hidden states `b n c` for tokens `b n`, without the last `skip` layers. Causal: a shorter n gives the same states."""
+        """Hidden states `b n c` of tokens `b n`, after all but the last `skip` layers.
+
+        Attention is causal, so a state does not depend on the tokens after it.
+        """
         n = tokens.shape[1]
         x = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:n]
         mask = torch.full((n, n), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
@@ -128,13 +134,12 @@ class TextEncoder(nn.Module):
         return self.clip.ln_final(x) if final_norm else x
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Text tokens c_t, `b 77 c`: the layer and norm that this base model reads."""
+        """Text tokens c_t, `b 77 c`, for tokens `b 77`: the hidden state that the base model's UNet reads."""
         return self.hidden(tokens, self.config.skip, self.config.final_norm)
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """CLIP's projected text embedding `b e`, read at the end token; not normalised."""
+        """CLIP's text embedding, `b e`: the projected hidden state of the end token, not normalised."""
         x = self.hidden(tokens)
         end = len(self.config.vocabulary) - 1 if self.rows else END
         at = x[torch.arange(len(x)), (tokens == end).int().argmax(dim=-1)]
-        out: Tensor = at @ self.clip.text_projection
-        return out
+        return at @ self.clip.text_projection

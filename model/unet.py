@@ -1,7 +1,8 @@
-"""The denoising UNet of Stable Diffusion: a list of stages, and a forward of two loops (`encode` holds the first).
+"""The denoising UNet of Stable Diffusion: a list of stages, run by two loops, one down (`encode`) and one up
+(`forward`).
 
-It reads an opaque Context in its cross-attention layers and knows nothing of what is in it.
-Sizes follow LDM's `openaimodel.py`; parity with diffusers' `UNet2DConditionModel` is in tests/test_unet.py.
+The UNet passes its Context on to the cross-attention layers, and does not depend on what is in it.
+The architecture follows LDM's `openaimodel.py`. tests/test_unet.py compares it with diffusers' `UNet2DConditionModel`.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from model.layers import Downsample, ResBlock, SpatialTransformer, Upsample, kee
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Widths and depths, level by level; the default is SD 1.5."""
+    """Sizes of the UNet, with widths, depths and heads per level. The default is SD 1.5."""
 
     in_channels: int = 4
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks a level
+    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks per residual block, at each level
     mid_depth: int = 1
     heads: tuple[int, ...] = (8, 8, 8, 8)
     res_blocks: int = 2
     context_dim: int = 768
     groups: int = 32
-    added_dim: int = 0  # width of the added vector conditioning (SDXL: 2816)
-    added_time_dim: int = 256  # of which each of six sizes takes this many, as a timestep embedding
+    added_dim: int = 0  # width of the added conditioning vector (SDXL: 2816); 0 = none
+    added_time_dim: int = 256  # width of the embedding of each of SDXL's six size values, in that vector
     prediction: Literal["epsilon", "v"] = "epsilon"
-    sample_size: int = 64  # side of the latents that it was trained on
+    sample_size: int = 64  # height and width of the latents in training
 
 
 SD15 = UNetConfig()
@@ -57,9 +58,12 @@ MINI = UNetConfig(
 
 @dataclass(frozen=True)
 class Residuals:
-    """What a structure control adds: to the skips and the middle (ControlNet), to the state after a stage (T2I-Adapter).
+    """What a structure control adds to the UNet's feature maps: ControlNet uses `skips` and `mid`, T2I-Adapter
+    `hidden`.
 
-    `skips`: one tensor for each of `conv_in` and the down stages. `hidden`: {stage index, 0 = conv_in: tensor}.
+    `skips`: one tensor for `conv_in` and for each down stage, added to the skips. `mid`: added to the output of the
+    middle. `hidden`: {stage: tensor}, added to the output of a down stage. Stage 0 is `conv_in`, and stage i is
+    `down[i - 1]`.
     """
 
     skips: Sequence[Tensor] = ()
@@ -68,7 +72,10 @@ class Residuals:
 
 
 def join(sides: Sequence[Residuals]) -> Residuals:
-    """The residuals of one batch made of several sides of equal size. A side without residuals adds nothing to its rows."""
+    """Concatenate the residuals of the sides of a guidance batch, all of the same size.
+
+    A side without residuals gets zeros.
+    """
 
     def rows(tensors: list[Tensor | None]) -> Tensor:
         like = next(tensor for tensor in tensors if tensor is not None)
@@ -84,7 +91,7 @@ def join(sides: Sequence[Residuals]) -> Residuals:
 
 
 class Stage(nn.Module):
-    """One step down, across or up: perhaps a residual block, perhaps a transformer, perhaps a change of size."""
+    """A residual block, a transformer and a change of size, in this order. Each of them is optional."""
 
     def __init__(
         self,
@@ -108,7 +115,9 @@ class Stage(nn.Module):
 def _stage(
     config: UNetConfig, in_channels: int, level: int, depth: int, layer: int, resample: Upsample | None = None
 ) -> Stage:
-    """A residual block of one level and, with a depth, a transformer whose first cross-attention is number `layer`."""
+    """A stage at one level: a residual block and, if `depth` > 0, a transformer whose first cross-attention has index
+    `layer`.
+    """
     width, groups = config.channels[level], config.groups
     res = ResBlock(in_channels, width, 4 * config.channels[0], groups, eps=1e-5)
     attn = SpatialTransformer(width, config.context_dim, config.heads[level], depth, groups, layer) if depth else None
@@ -116,12 +125,19 @@ def _stage(
 
 
 class TimeMLP(nn.Sequential):
+    """Linear, SiLU, linear: maps a timestep embedding, or SDXL's added vector, to the width that the residual blocks
+    read.
+    """
+
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
 class UNetEncoder(nn.Module):
-    """The first half of the UNet: the timestep's embedding, `conv_in`, the way down and the middle. A ControlNet is a copy of it."""
+    """The first half of the UNet: timestep embedding, `conv_in`, the down stages and the middle.
+
+    A ControlNet is a copy of it.
+    """
 
     def __init__(self, config: UNetConfig = SD15) -> None:
         super().__init__()
@@ -132,7 +148,7 @@ class UNetEncoder(nn.Module):
         self.added_embed = TimeMLP(config.added_dim, emb_dim) if config.added_dim else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
-        self.stage_channels = [widths[0]]  # after conv_in and after each stage of `down`
+        self.stage_channels = [widths[0]]  # widths of the skips: after conv_in and after each down stage
         for level, depth in enumerate(config.depth):
             for _ in range(config.res_blocks):
                 self.down.append(_stage(config, width, level, depth, layer))
@@ -145,33 +161,39 @@ class UNetEncoder(nn.Module):
         self.mid = nn.ModuleList(
             [_stage(config, width, last, config.mid_depth, layer), _stage(config, width, last, 0, layer)]
         )
-        self.checkpointing = False  # recompute the stages in the backward pass: slower, far less memory
+        self.checkpointing = False  # recompute activations in the backward pass: slower, but with far less memory
 
     def cross_attentions(self) -> list[CrossAttention]:
         """The cross-attention layers in execution order: down, mid, up."""
         return sorted((m for m in self.modules() if isinstance(m, CrossAttention)), key=lambda m: m.layer)
 
     def embed(self, t: Tensor, added: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The embedding of timesteps `b`, plus that of the added vector `b a` where the config has one, `b e`."""
-        emb: Tensor = self.time_embed(timestep_embedding(t, self.config.channels[0]).to(dtype))
+        """Embed timesteps `b` and, if the config has `added_dim`, the added vector `b a`. Returns their sum, `b e`.
+
+        Raises ValueError when the config has `added_dim` and `added` is None.
+        """
+        emb = self.time_embed(timestep_embedding(t, self.config.channels[0]).to(dtype))
         if self.added_embed is None:
             return emb
         if added is None:
             raise ValueError(
-                f"this UNet needs the added vector conditioning in its Context, b x {self.config.added_dim}"
+                f"this UNet needs an added conditioning vector: set `added` in its Context, b x {self.config.added_dim}"
             )
-        out: Tensor = emb + self.added_embed(added)
-        return out
+        return emb + self.added_embed(added)
 
     def run(self, stage: nn.Module, *args: Any) -> Tensor:
-        """A stage's output, recomputed in the backward pass if `checkpointing` is on."""
-        out: Tensor = checkpoint(stage, *args, use_reentrant=False) if self.checkpointing else stage(*args)
-        return out
+        """Run a stage. If `checkpointing` is on, its activations are recomputed in the backward pass."""
+        return checkpoint(stage, *args, use_reentrant=False) if self.checkpointing else stage(*args)
 
     def encode(
         self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """(the state after the middle, the skips) of latents `b c h w`; `hidden` as in `Residuals`."""
+        """Run `conv_in`, the down stages and the middle on latents `b c h w`.
+
+        Returns the output of the middle, and the skips.
+
+        `emb`: from `embed`. `hidden`: as in Residuals.
+        """
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x := x + hidden.get(0, 0)]
         for i, stage in enumerate(self.down, 1):
@@ -183,7 +205,7 @@ class UNetEncoder(nn.Module):
 
 
 class UNet(UNetEncoder):
-    """eps_theta(x_t, t, c), or v with a v-prediction config."""
+    """eps_theta(x_t, t, c); v_theta(x_t, t, c) if `config.prediction` is "v"."""
 
     def __init__(self, config: UNetConfig = SD15) -> None:
         super().__init__(config)
@@ -200,9 +222,10 @@ class UNet(UNetEncoder):
         keep_channels_last(self)
 
     def forward(self, x: Tensor, t: Tensor | int, context: Context, residuals: Residuals | None = None) -> Tensor:
-        """`x`: `b c h w` latents, any size. `t`: timesteps, `b` or one number. Returns the prediction, `b c h w`.
+        """Predict the noise (or v), `b c h w`. `x`: latents `b c h w` of any size. `t`: timesteps `b`, or one number.
 
-        Raises ValueError for residuals that do not fit, and where the Context lacks an added vector that the config has.
+        Raises ValueError when the residuals do not match the stages, and when the config needs an added vector that the
+        Context lacks.
         """
         residuals = residuals or Residuals()
         self._check(residuals)
@@ -215,12 +238,11 @@ class UNet(UNetEncoder):
         for stage in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
             x = self.run(stage, x, emb, context, skips[-1].shape[-2:] if skips else None)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return out
+        return self.conv_out(F.silu(self.norm_out(x)))
 
     def _check(self, residuals: Residuals) -> None:
         stages = len(self.down)
         if residuals.skips and len(residuals.skips) != stages + 1:
-            raise ValueError(f"this UNet has {stages + 1} skips, the residuals {len(residuals.skips)}")
+            raise ValueError(f"this UNet has {stages + 1} skips, but the residuals are for {len(residuals.skips)}")
         if any(not 0 <= stage <= stages for stage in residuals.hidden):
-            raise ValueError(f"this UNet has the stages 0 to {stages}, the residuals name {sorted(residuals.hidden)}")
+            raise ValueError(f"this UNet has stages 0 to {stages}, but the residuals are for {sorted(residuals.hidden)}")

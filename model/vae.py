@@ -1,6 +1,7 @@
-"""The autoencoder of latent diffusion: pictures in [-1, 1] to scaled latents and back.
+"""The autoencoder of latent diffusion: it maps images in [-1, 1] to scaled latents, and back.
 
-Sizes follow LDM's `diffusionmodules/model.py`; parity with diffusers' `AutoencoderKL` is in tests/test_vae.py.
+The architecture follows LDM's `diffusionmodules/model.py`. tests/test_vae.py compares it with diffusers'
+`AutoencoderKL`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Widths level by level; the default is the VAE of SD 1.5, 2.1 (and, but for `scale`, SDXL)."""
+    """Sizes of the VAE, with widths per level. The default is that of SD 1.5 and 2.1; SDXL differs only in `scale`."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     res_blocks: int = 2
@@ -29,7 +30,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent, along each side."""
+        """Pixels per latent along each side."""
         return int(2 ** (len(self.channels) - 1))
 
 
@@ -38,7 +39,7 @@ MINI_VAE = VAEConfig(channels=(32, 64, 96), res_blocks=1, groups=8, scale=1.0)
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over the pixels, added to its input."""
+    """Single-head self-attention over the positions of a feature map, with a residual."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ def _middle(width: int, groups: int) -> list[nn.Module]:
 
 
 class Encoder(nn.Module):
-    """`b 3 H W` -> moments of q(z|x), `b 2c h w`."""
+    """Images `b 3 H W` -> mean and log variance of q(z|x), `b 2c h w`."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -79,12 +80,11 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in [*self.down, *self.mid]:
             x = block(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return out
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
-    """z, `b c h w` -> picture, `b 3 H W`. One residual block a level more than the encoder."""
+    """z, `b c h w` -> images, `b 3 H W`. Each level has one residual block more than in the encoder."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -104,14 +104,16 @@ class Decoder(nn.Module):
         x = self.conv_in(z)
         for block in [*self.mid, *self.up]:
             x = block(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return out
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class VAE(nn.Module):
-    """q(z|x) = N(mean, std) and p(x|z). `encode` and `decode` know the scale factor; nobody else does.
+    """The encoder q(z|x) = N(mean, std) and the decoder p(x|z).
 
-    In plain memory format: here channels-last is no faster, and its sums are several times less exact.
+    `encode` and `decode` apply the scale factor, so nothing else has to.
+
+    It uses the default memory format, because channels-last is no faster here and has rounding errors several times
+    larger.
     """
 
     def __init__(self, config: VAEConfig = SD_VAE) -> None:
@@ -122,17 +124,18 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance (clamped to [-30, 20]) of q(z|x), unscaled, for pictures `b 3 H W` in [-1, 1]."""
+        """Mean and log variance (clamped to [-30, 20]) of q(z|x), unscaled, for images `b 3 H W` in [-1, 1]."""
         mean, logvar = self.quant_conv(self.encoder(x.contiguous())).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pictures in [-1, 1] to latents of about unit variance, `b c h w`: the mean, or with `noise` a sample of q(z|x)."""
+        """Images in [-1, 1] -> latents `b c h w` of about unit variance: the mean of q(z|x), or a sample if `noise` is
+        given.
+        """
         mean, logvar = self.moments(x)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         return z * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to pictures `b 3 H W`, about [-1, 1]."""
-        out: Tensor = self.decoder(self.post_quant_conv(latents.contiguous() / self.config.scale))
-        return out
+        """Latents -> images `b 3 H W`, approximately in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(latents.contiguous() / self.config.scale))

@@ -188,7 +188,7 @@ def test_bad_image_is_refused_before_the_weights_are_read(
 
 def test_adapter_of_another_encoder_is_refused(weights: Path, tmp_path: Path, image: Path) -> None:
     cards.save(ImageEncoder(replace(IMAGE, output_dim=20)), tmp_path / "image_encoder.safetensors", {})
-    with pytest.raises(ValueError, match=r"wants 12-d, you gave 20-d: pass that encoder"):
+    with pytest.raises(ValueError, match=r"needs 12-d, but you gave 20-d: pass that encoder"):
         draw(weights, tmp_path / "a.png", "--image", image, "--image-encoder", tmp_path / "image_encoder.safetensors")
     assert not (tmp_path / "a.png").exists()
 

@@ -39,7 +39,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.clip import load_image_encoder, load_text_encoder
-from checkpoints.configs import pad_token, plausible, unet_config, vae_config
+from checkpoints.configs import check_values, pad_token, unet_config, vae_config
 from checkpoints.convert import verify
 from checkpoints.describe import inspect
 from checkpoints.fill import empty_module
@@ -246,8 +246,8 @@ def test_the_yaml_beside_a_single_file(single: Path, tmp_path: Path, end: str) -
     [
         ('"v"', '"x0"', "parameterization is 'x0'"),
         ("model:", "models:", "lacks 'model'"),
-        ("  params:\n    linear", "  params: [\n    linear", "that is read: "),
-        ("target:", "target: !!python/object/apply:os.system [id] #", "that is read: "),
+        ("  params:\n    linear", "  params: [\n    linear", "LDM config: "),
+        ("target:", "target: !!python/object/apply:os.system [id] #", "LDM config: "),
         ("linear_start: 0.001", "linear_start: x", "beta_start is 'x'"),
         ("0.25", "much", "its scale is 'much'"),
         ("0.001", "0.001\n    beta_schedule: cosine", "beta_schedule is 'cosine'"),
@@ -302,7 +302,7 @@ def test_vaes_that_ask_for_more_are_refused(entries: dict[str, Any]) -> None:
     assert vae_config(config).res_blocks == 1 and vae_config(config | {"layers_per_block": [1]}).res_blocks == 1
     assert vae_config(config | {"act_fn": "swish"}) == vae_config(config)
     with pytest.raises(ValueError):
-        plausible(vae_config(config | entries))
+        check_values(vae_config(config | entries))
 
 
 @pytest.mark.parity("transformers CLIPTextModel, float32", SINGLE)

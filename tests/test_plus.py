@@ -160,7 +160,7 @@ def test_the_official_trainers_checkpoint_is_read(files: Files, unet: UNet, tmp_
 def test_inspect(files: Files, tmp_path: Path) -> None:
     plus, full = inspect(files.paths["Plus"]), inspect(files.paths["Full"])
     assert plus[0] == "IP-Adapter Plus for 24-d, reads the fine features of 24-d, 5 tokens"
-    assert full[0] == "IP-Adapter Full for 24-d, reads the fine features of 24-d, as many tokens"
+    assert full[0] == "IP-Adapter Full for 24-d, reads the fine features of 24-d, one token per feature"
     assert plus[1].endswith("in 65 tensors, float32")
     assert full[1].endswith("in 20 tensors, 8,448 float16, 1,248 float32")
     for form, lines in (("Plus", plus), ("Full", full)):
@@ -191,12 +191,12 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], object], str]] = {
     "width": (
         "Plus",
         lambda t: t.update({PREFIX + "layers.3.1.1.weight": torch.ones(60, 20)}),
-        r"\[60, 20\], for \[80",
+        r"\[60, 20\], not \[80",
     ),
     "norm": ("Plus", lambda t: t.pop(PREFIX + "norm_out.bias"), r"lacks image_proj\.norm_out\.bias"),
     "more": ("Full", lambda t: t.update({PREFIX + "norm.weight": torch.ones(24)}), r"also holds image_proj\.norm"),
     "first": ("Full", lambda t: t.pop(PREFIX + "proj.0.weight"), r"proj\.0\.weight is missing or misshapen"),
-    "hidden": ("Full", lambda t: t.update({PREFIX + "proj.2.weight": torch.ones(24, 30)}), r"is \[24, 30\], for"),
+    "hidden": ("Full", lambda t: t.update({PREFIX + "proj.2.weight": torch.ones(24, 30)}), r"is \[24, 30\], not"),
 }
 
 
@@ -213,12 +213,12 @@ def test_broken_files_are_refused(files: Files, unet: UNet, tmp_path: Path, case
 
 @pytest.mark.parametrize("form", ["Plus", "Full"])
 def test_another_encoder_or_base_is_refused(files: Files, unet: UNet, form: str) -> None:
-    wants = r"wants the fine features of 24-d, you gave the fine features of ViT-bigG \(1664-d\): pass that encoder as"
+    wants = r"needs the fine features of 24-d, but you gave the fine features of ViT-bigG \(1664-d\): pass that encoder as"
     with pytest.raises(ValueError, match=wants):
         load_adapter(files.paths[form], unet, image_dim=24, fine_dim=1664)
     wide = copy.deepcopy(unet)
     wide.config = UNetConfig(context_dim=768)
-    with pytest.raises(ValueError, match=r"is an adapter for 24-d, you gave a base of Stable Diffusion 1\.5"):
+    with pytest.raises(ValueError, match=r"is an adapter for 24-d, but you gave a base model of Stable Diffusion 1\.5"):
         load_adapter(files.paths[form], wide)
     found = load_adapter(files.paths[form], unet, image_dim=7).image_projection  # the embedding's width says nothing
     with pytest.raises(ValueError, match="reads fine features of width 24, but the image encoder gives 25: use the"):
@@ -305,7 +305,7 @@ def test_an_encoder_of_another_width_is_refused_at_load(files: Files, form: str,
     encoder = load_image_encoder(files.model.encoder)
     wider = ImageEncoder(replace(encoder.config, width=2 * encoder.config.width))
     cards.save(wider, tmp_path / "image_encoder.safetensors", {})
-    with pytest.raises(ValueError, match="wants the fine features of 24-d, you gave the fine features of 48-d"):
+    with pytest.raises(ValueError, match="needs the fine features of 24-d, but you gave the fine features of 48-d"):
         load(files.model.base, [files.paths[form]], tmp_path / "image_encoder.safetensors")
 
 

@@ -50,7 +50,7 @@ BAD_INDEX: dict[str, tuple[object, str]] = {
     "a list": ({"weight_map": ["a"]}, "is not the index of"),
     "elsewhere": ({"weight_map": {"a": "../model-00001-of-00002.safetensors"}}, "is not the index of"),
     "a number": ({"weight_map": {"a": 1}}, "is not the index of"),
-    "another tensor": ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "names a, which its shard lacks"),
+    "another tensor": ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "lists a, but its shard lacks it"),
     "no shard": ({"weight_map": {"a": "none.safetensors"}}, "none.safetensors"),
 }
 

@@ -145,7 +145,7 @@ def test_zero_residuals_change_no_bit(pair: Pair) -> None:
 @pytest.mark.parametrize("count", [1, 11, 13])
 def test_wrong_number_of_residuals_raises(pair: Pair, count: int) -> None:
     x, t, text = inputs(SMALL_SD15, 8, 8)
-    with pytest.raises(ValueError, match=f"12 skips, the residuals {count}"):
+    with pytest.raises(ValueError, match=f"12 skips, but the residuals are for {count}"):
         pair("sd15").ours(x, t, Context(text), Residuals([torch.zeros(1)] * count))
 
 
