@@ -63,7 +63,7 @@ from model.text_encoder import words_of  # noqa: E402
 from model.vae import VAE  # noqa: E402
 from train import adapter  # noqa: E402
 from train import card as cards  # noqa: E402
-from train.setting import Source  # noqa: E402
+from train.setting import TrainingSource  # noqa: E402
 
 VAE.moments = around(VAE.moments, "latents")  # type: ignore[method-assign]
 ImageEncoder.forward = around(ImageEncoder.forward, "embedding")  # type: ignore[method-assign]
@@ -78,7 +78,7 @@ def trained(base: Path, data: Path, work: Path, at: int | None) -> list[str] | N
     kill_at, trace = at, work / "events.json"
     if (child := os.fork()) == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        adapter.train(work / "state", work / "out", (PLAN,), Source(base, data=data, side=16))
+        adapter.train(work / "state", work / "out", (PLAN,), TrainingSource(base, data=data, side=16))
         trace.write_text(json.dumps(events))
         os._exit(0)
     status = os.waitpid(child, 0)[1]
