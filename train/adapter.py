@@ -2,9 +2,10 @@
 
 Minimise Eq. 6 with a frozen base and AdamW (weight decay 0.01). Drop the text, the picture or both in 5 % of the samples each; a
 dropped picture becomes a zero embedding. W'_k and W'_v start as copies of W_k and W_v. Only the projection and W'_k, W'_v are trained.
-The recipe is the same for the mini world and for a user's pictures, with two exceptions. The mini world trains for hours, where the
-paper trained for days. Its captions therefore leave out more, as captions on the web do, and min-SNR weights reduce gradient noise at
-timesteps where a picture carries no information.
+
+A user's pictures are trained on in the same way. The mini world differs in two points, because it trains for hours, where the paper
+trained for days: its captions leave out more, as captions on the web do, and min-SNR weights reduce gradient noise at timesteps where a
+picture carries no information.
 
 The log shows whether the adapter learns. `gain_zero` is the held-out loss with a zero image minus the loss with the right picture;
 `gain_shuffled` is the held-out loss with another picture's embedding minus the loss with the right one. `check_gates` runs before

@@ -79,7 +79,7 @@ def initialise_from(
         return {"explained": 1 - float(F.mse_loss(own, goal) / goal.var(dim=0, correction=0).mean())}
 
     data = _PairedData(*(Cached(pairs[0], plan.batch, plan.seed) for pairs in (embeddings, features)))
-    made_from = {**(made_from or {}), "adapter that Plus starts_from_global as": fingerprint(known)}
+    made_from = {**(made_from or {}), "adapter that Plus begins as": fingerprint(known)}
     run(plan, plus.image_projection, data, loss, validate, folder, 0, made_from=made_from)
 
 
