@@ -1,11 +1,13 @@
-# make demo   draws a contact sheet with the mini weights (SEED=1 draws another)
-# make gallery   draws a sheet for each way to steer them
-# make test   runs ruff, mypy and all tests
-# make ablation   writes RESULTS.md: does what is missing of its files, and adds seeds until the difference is known well enough
-# make docs   inserts what the results say into README.md and docs/
-# make notebooks   runs the notebooks and stores what they show
-# make constraints   upgrades every package and writes the versions to constraints.txt
-# make weights   trains the mini world from nothing (hours; a stopped run goes on)
+# make demo          draw a contact sheet with the mini weights (SEED=1 draws another)
+# make gallery       draw a sheet for each feature
+# make test          run ruff, mypy and all tests
+# make weights       train the mini world from scratch (takes hours; run it again to resume)
+# make world         score the mini weights
+# make ablation      run the missing parts of the ablation and write RESULTS.md
+# make docs          insert the tables of results into README.md and docs/
+# make notebooks     run the notebooks and store their output
+# make constraints   upgrade all packages and write their versions to constraints.txt
+# make clean         remove .venv and out
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
@@ -51,7 +53,7 @@ constraints:
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e '.[world,eval,test]'
-	(echo '# The versions that the tests ran on. `make constraints` refreshes them. (CUDA libraries follow torch.)'; \
+	(echo '# The versions that the tests ran on; `make constraints` updates them. CUDA libraries follow torch.'; \
 	  $(BIN)/python -m pip freeze --exclude-editable | grep '==' | grep -viE '^(nvidia|cuda|triton)') > constraints.txt
 
 clean:

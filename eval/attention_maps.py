@@ -1,7 +1,7 @@
-"""Where a drawing looks: the attention maps of every cross-attention layer, recorded from outside the model.
+"""Record the attention maps of all cross-attention layers, without changes to the model.
 
-`record` hooks the cross-attention layers and recomputes their maps from the (x, Context) that they receive; the model has no line
-for this. Axes: `b h n m`, n queries (places of the picture), m keys (tokens). A guidance batch is [uncond, cond].
+`record` hooks these layers and recomputes their maps from their inputs (x, Context). Axes: `b h n m`, with n queries (positions in the
+picture) and m keys (tokens). A guidance batch is [uncond, cond].
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from model.unet import UNet
 
 
 def softmax_maps(q: Tensor, text: Source, image: Sequence[Source], fuse: Fuse) -> tuple[Tensor, ...]:
-    """The maps of the text and of each image source, `b h n m`: what `fuse` returns for one-hot values.
+    """Compute the maps of the text and of each image source, `b h n m`, by calling `fuse` with one-hot values.
 
-    `decoupled`: softmax(Q K^T / sqrt d) of each source, without lambda; the rows of each sum to 1. `concatenated`: the columns of
-    its one softmax, including lambda; rows sum to 1 over all sources together.
+    `decoupled`: softmax(Q K^T / sqrt d) of each source, without lambda; the rows of each map sum to 1. `concatenated`: the columns of
+    the joint softmax, with lambda; the rows sum to 1 over all sources together.
     """
     sources = [text, *(replace(source, scale=1.0) if fuse is decoupled else source for source in image)]
     keys = [source.k.shape[-2] for source in sources]
@@ -37,7 +37,7 @@ def softmax_maps(q: Tensor, text: Source, image: Sequence[Source], fuse: Fuse) -
 
 
 def image_mass(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
-    """1 - g, the share of a joint softmax that goes to image keys, `b h n`:
+    """Compute 1 - g, the share of a joint softmax that goes to image keys, `b h n`:
 
     g = sigmoid(logsumexp(Q K^T / sqrt d) - logsumexp(Q K'^T / sqrt d) - log lambda), where K' are the keys of all image sources,
     each with its own lambda.
@@ -53,12 +53,12 @@ def image_mass(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LayerMaps:
-    """The maps of one cross-attention layer in one call of the UNet; float32, on the CPU.
+    """The maps of one cross-attention layer in one call of the UNet, in float32 on the CPU.
 
-    `call` counts the calls within the `with` block; `t`: the timestep of each row; `grid`: the (h, w) of the n queries. `text` and
-    each of `image`: maps `b h n m` (`softmax_maps`). `weights`: the factor of each image source, a number or `b 1 n 1`; lambda for
-    `decoupled`, 1 for a joint softmax, whose maps include it. `image_mass`: `b h n`, for a joint softmax with image sources, else
-    None.
+    `call`: index of the call within the `with` block. `t`: the timestep of each row. `grid`: the (h, w) of the n queries. `text`,
+    `image`: maps `b h n m` (`softmax_maps`). `weights`: the factor of each image source, a number or `b 1 n 1`; it is lambda for
+    `decoupled`, and 1 for a joint softmax, whose maps include lambda. `image_mass`: `b h n` for a joint softmax with image sources,
+    otherwise None.
     """
 
     layer: int
@@ -71,20 +71,20 @@ class LayerMaps:
     image_mass: Tensor | None
 
     def picture(self, maps: Tensor) -> Tensor:
-        """Maps `b h n m` as a picture for each token, `b h m y x`."""
+        """Reshape maps `b h n m` to a picture for each token, `b h m y x`."""
         return rearrange(maps, "b h (y x) m -> b h m y x", y=self.grid[0])
 
 
 @contextmanager
 def record(unet: UNet) -> Iterator[list[LayerMaps]]:
-    """`with record(unet) as maps:` fills the list with a LayerMaps for every layer and call, in execution order.
+    """Record maps: `with record(unet) as maps:` fills the list with a LayerMaps per layer and call, in execution order.
 
-    The hooks are removed at the end of the block; the UNet's output is unchanged, bit for bit. Grids are computed from the latents'
-    (h, w), halved and rounded up, as in `pyramid`. A long run may clear the list as it goes. Run a backward pass with gradient
-    checkpointing outside the block, since it runs layers again. Raises ValueError for a compiled UNet.
+    The UNet's output does not change by a bit, and the hooks are removed at the end of the block. Grids are the latents' (h, w), halved
+    and rounded up at each level, as in `pyramid`. To save memory, clear the list between calls. Do not run a backward pass with
+    gradient checkpointing inside the block, since it calls layers twice. Raises ValueError for a compiled UNet.
     """
     if not isinstance(unet, UNet):
-        raise ValueError("a compiled UNet does not run hooks: record the UNet that torch.compile was given")
+        raise ValueError("a compiled UNet does not run hooks: record the original UNet instead")
     maps: list[LayerMaps] = []
     call, t, grids = -1, (), {}
 
@@ -119,7 +119,7 @@ def record(unet: UNet) -> Iterator[list[LayerMaps]]:
 
 
 def word_positions(encoder: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:
-    """The words of a prompt, each with the positions of its tokens. Words that `encoder.tokenize` drops or cuts off are left out."""
+    """List the words of a prompt with the positions of their tokens. Words that `encoder.tokenize` drops or truncates are omitted."""
     words, end = [], 1
     for word, pieces in words_of(prompt):
         if not encoder.rows or all(piece in encoder.rows for piece in pieces):
@@ -129,7 +129,7 @@ def word_positions(encoder: TextEncoder, prompt: str) -> list[tuple[str, list[in
 
 
 def finest(maps: Sequence[LayerMaps]) -> Tensor:
-    """Maps of text tokens, then image tokens, `m y x`, for the last row: the mean over heads and the layers of the finest grid."""
+    """Average the last row's maps over heads and the layers with the finest grid: `m y x`, text tokens first, then image tokens."""
     grid = max((one.grid for one in maps), key=math.prod)
     fine = [one for one in maps if one.grid == grid]
     return torch.stack(
@@ -141,10 +141,10 @@ Named = list[tuple[str, Tensor]]
 
 
 def name_maps(encoder: TextEncoder, prompt: str, maps: Tensor) -> tuple[Named, Named]:
-    """(text, image): from maps `m y x` over all tokens, a named map for each word, one for everything else in the text (start, end,
-    padding), and one for each image token.
+    """Name maps `m y x` over all tokens. Return (text, image).
 
-    The maps of a word's tokens are summed, so the mean of a word's map is its share of the attention.
+    Text: one map for each word, and one for all other positions (start, end, padding). Image: one map for each image token. The maps of
+    a word's tokens are summed, so the mean of a word's map is its share of the attention.
     """
     length, words = encoder.config.context_length, word_positions(encoder, prompt)
     rest = sorted(set(range(length)) - {place for _, places in words for place in places})

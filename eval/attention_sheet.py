@@ -1,4 +1,4 @@
-"""A sheet of attention maps: where a drawing looks at each word and each image token.  `python -m eval attention`"""
+"""Draw a sheet of attention maps, one for each word and each image token.  `python -m eval attention`"""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from sampling.request import WEIGHTS
 COLUMNS, INCHES, DPI, SIDE = 7, 1.6, 100, 256
 HEAT = matplotlib.colormaps["inferno"]
 WORDS_NOTE = (
-    "Bright: that part of the drawing looks at the word. Each map is the mean over heads, timesteps and the finest layers, scaled to "
-    "its own maximum. To compare two maps, compare the percentages: their shares of the attention to the text."
+    "Bright parts of the drawing attend to the word. Each map is averaged over heads, timesteps and the finest layers, and scaled to its "
+    "own maximum. To compare two maps, use the percentages: they are shares of the attention to the text."
 )
 TOKENS_NOTE = (
-    "The adapter makes these tokens from the image prompt. They have their own softmax, so their shares add up to 100% again; what it "
-    "returns is multiplied by lambda and added to what the text's attention returns."
+    "The adapter computes these tokens from the image prompt. They have a softmax of their own, so their shares also add up to 100%. Their "
+    "attention is multiplied by lambda and added to the attention to the text."
 )
 
 
 @dataclass(frozen=True)
 class Section:
-    """Pictures with their labels, under a title and a note."""
+    """Labelled pictures under a title and a note."""
 
     title: str
     note: str
@@ -47,23 +47,23 @@ class Section:
         return math.ceil(len(self.cells) / COLUMNS)
 
 
-def draw(
+def draw_with_maps(
     pipeline: Pipeline, prompt: str, embedding: Tensor | None, scale: float, guidance: float, seed: int, steps: int
 ) -> tuple[Image.Image, Tensor]:
-    """A drawing, and its `finest` maps `m y x`, the mean over timesteps."""
-    seen = []
+    """Draw once; return the drawing and its `finest` maps, `m y x`, averaged over timesteps."""
+    steps_maps = []
     with record(pipeline.unet) as maps:
 
         def watch(_: object) -> None:
-            seen.append(finest(maps))
+            steps_maps.append(finest(maps))
             maps.clear()
 
         drawn = pipeline.sample([prompt], [seed], embedding, scale=scale, guidance=guidance, steps=steps, watch=watch)
-    return to_images(drawn)[0], torch.stack(seen).mean(dim=0)
+    return to_images(drawn)[0], torch.stack(steps_maps).mean(dim=0)
 
 
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """A map `y x` in colour over the picture in dim grey; divided by its maximum and upsampled bilinearly."""
+    """Overlay a map `y x` in colour on the picture in dim grey. The map is divided by its maximum and upsampled bilinearly."""
     small = Image.fromarray((heat / heat.max().clamp(min=1e-12)).float().numpy())
     alpha = np.asarray(small.resize(picture.size, Image.Resampling.BILINEAR))
     grey = np.asarray(picture.convert("L").convert("RGB")) * 0.4
@@ -72,12 +72,12 @@ def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
 
 
 def overlays(drawn: Image.Image, named: Named) -> list[tuple[Image.Image, str]]:
-    """A cell for each map, labelled with its share of the attention."""
+    """Make a cell for each map, labelled with its share of the attention."""
     return [(overlay(drawn, heat), f"{name}\n{heat.mean():.1%} of the attention") for name, heat in named]
 
 
-def sheet(sections: Sequence[Section]) -> Image.Image:
-    """The key of the colours, and sections below each other, in rows of `COLUMNS` cells."""
+def compose(sections: Sequence[Section]) -> Image.Image:
+    """Lay out the colour key and the sections, one below the other, in rows of `COLUMNS` cells."""
     heights = [section.rows * (INCHES + 0.4) + 0.8 for section in sections]
     figure = Figure(figsize=(COLUMNS * INCHES, sum(heights)), dpi=DPI)
     canvas = FigureCanvasAgg(figure)
@@ -114,23 +114,23 @@ def attention_sheet(
     seed: int = 0,
     steps: int = 20,
 ) -> Image.Image:
-    """Draw once, and show where the drawing looked. Raises ValueError when there is neither a text nor an image prompt."""
+    """Draw once and show the attention maps. Raises ValueError if there is neither a text nor an image prompt."""
     if not (prompt or pictures):
-        raise ValueError("there is nothing to look at: give --prompt, --image, or both")
+        raise ValueError("there is no prompt: give --prompt, --image, or both")
     embedding = pipeline.embed(pictures) if pictures else None
-    drawn, maps = draw(pipeline, prompt, embedding, scale, guidance, seed, steps)
+    drawn, maps = draw_with_maps(pipeline, prompt, embedding, scale, guidance, seed, steps)
     drawn = drawn.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    asked = [f'the text prompt "{prompt}"'] * bool(prompt) + [f"an image prompt, lambda {scale:g}"] * bool(pictures)
+    described = [f'the text prompt "{prompt}"'] * bool(prompt) + [f"an image prompt, lambda {scale:g}"] * bool(pictures)
     fitted = [ImageOps.fit(picture, (SIDE, SIDE), Image.Resampling.LANCZOS) for picture in pictures]
     cells = [*((picture, "image prompt") for picture in fitted), (drawn, "the drawing")]
-    sections = [Section("Prompts and drawing", " and ".join(asked), cells)]
+    sections = [Section("Prompts and drawing", " and ".join(described), cells)]
     words, tokens = name_maps(pipeline.text, prompt, maps)
     if prompt:
         sections.append(Section("Where the drawing looks at each word", WORDS_NOTE, overlays(drawn, words)))
     if pictures:
         title = "Where the drawing looks at the image prompt"
         sections.append(Section(title, TOKENS_NOTE, overlays(drawn, tokens)))
-    return sheet(sections)
+    return compose(sections)
 
 
 def run(args: Namespace) -> None:

@@ -1,7 +1,7 @@
-"""Draws the prompts of a task and reads the pictures: what every measurement here is made of.
+"""Draw the prompts of a task and score the pictures. All measurements are built on this.
 
-In the mini world a judge reads the drawings against the truth (train/judge.py). Of a user's pictures nothing is known, so CLIP alone
-reads them.
+In the mini world, a judge network compares the drawings with the ground truth (train/judge.py). A user's pictures have no ground truth,
+so only CLIP scores them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sampling.images import to_images
 from sampling.pipeline import Pipeline
 from train.judge import Judge, delta_e
 from train.loop import Plan, autocast
-from train.vae import to_tensor
+from train.vae import bytes_to_tensor
 from train.world import CONCEPT_NAMES, CONCEPTS, Scene, pictures
 
 Row = dict[str, Any]
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bench:
-    """Draws and reads every picture of a measurement. The mini world has a judge; a user's pictures have none."""
+    """Draws and scores all pictures of a measurement. `judge` is None for a user's pictures."""
 
     pipeline: Pipeline
     prompts: Prompts
@@ -44,12 +44,12 @@ class Bench:
     guidance: float = 4.0
 
     def first(self, n: int) -> Bench:
-        """The same with the first n prompts only."""
+        """Return the same bench with only the first n prompts."""
         return replace(self, prompts=self.prompts.first(n))
 
     def read(self, task: str, drawn: Tensor, **cell: Any) -> Row:
-        """What the pictures show, one entry for each prompt: CLIP-I, and CLIP-T where the task has a text (cosines); where the
-        truth is known also concept, background, palette error and placement error, by the judge."""
+        """Score the pictures, one entry per prompt: CLIP-I, and CLIP-T if the task has a text (cosines). In the mini world, also
+        the judge's concept, background, palette error and placement error."""
         row = {"task": task, **cell}
         if self.prompts.truth is not None:
             row |= self._judge(task, drawn, self.prompts.truth)
@@ -65,31 +65,31 @@ class Bench:
 
     def _judge(self, task: str, drawn: Tensor, truth: Truth) -> Row:
         assert self.judge is not None
-        seen, own = self.judge.read(drawn), truth.own
+        reading, own = self.judge.read(drawn), truth.own
         row: Row = {
-            "concept": seen.concept.argmax(dim=1).tolist(),
-            "background": seen.background.argmax(dim=1).tolist(),
-            "palette_error": _round(delta_e(seen.palette, own["palette"]), 1),
-            "placement_error": _round((seen.placement - own["placement"]).norm(dim=-1), 1),
+            "concept": reading.concept.argmax(dim=1).tolist(),
+            "background": reading.background.argmax(dim=1).tolist(),
+            "palette_error": _round(delta_e(reading.palette, own["palette"]), 1),
+            "placement_error": _round((reading.placement - own["placement"]).norm(dim=-1), 1),
         }
         return row if task == "conflict" else row | {"drawing": nearest(truth.scenes, drawn)}
 
     def embedding(self, adapter: IPAdapter) -> Tensor:
-        """What the adapter reads from each image prompt, `n 1 ...`."""
+        """Encode the image prompts for the adapter, `n 1 ...`."""
         return embed(replace(self.pipeline, adapters=(adapter,)), self.prompts.images)
 
     def null(self, adapter: IPAdapter) -> Tensor:
-        """What the adapter reads when there is no picture, once for each prompt, `n 1 ...`."""
+        """Return the adapter's null input, once per prompt, `n 1 ...`."""
         like = self.embedding(adapter)
         return replace(self.pipeline, adapters=(adapter,)).null(adapter, like).expand_as(like)
 
     def draw(self, task: str, adapter: IPAdapter | None, fuse: Fuse, embedding: Tensor | None, lam: float) -> Tensor:
-        """One picture for each prompt, `n 3 h w`, with seeds 0 .. n-1."""
+        """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1."""
         pipeline, name = replace(self.pipeline, adapters=(adapter,) if adapter else ()), f"{task}, lambda {lam:g}"
-        return draw(pipeline, self.prompts.texts(task), embedding, lam, self.guidance, self.steps, name, fuse)
+        return draw_prompts(pipeline, self.prompts.texts(task), embedding, lam, self.guidance, self.steps, name, fuse)
 
     def anchors(self) -> list[Row]:
-        """Rows that bound every form: the text without a picture; the truth; and the truth through the VAE."""
+        """Score the reference rows: the text alone, the true pictures, and the true pictures through the VAE."""
         rows = [
             self.read(task, self.draw(task, None, decoupled, None, 0.0), form="text alone")
             for task in ("agreeing", "conflict")
@@ -102,15 +102,15 @@ class Bench:
         return rows
 
     def cell(self, task: str, adapter: IPAdapter, fuse: Fuse, lambdas: Sequence[float], **where: Any) -> list[Row]:
-        """A row for each lambda; `where` is copied into every row."""
+        """Draw a task at each lambda; return a row per lambda. `where` is copied into every row."""
         embedding = self.embedding(adapter)
         drawn = ((lam, self.draw(task, adapter, fuse, embedding, lam)) for lam in lambdas)
         return [self.read(task, x, **where, **{"lambda": lam}) for lam, x in drawn]
 
     def controls(self, adapter: IPAdapter, fuse: Fuse, **where: Any) -> list[Row]:
-        """`conflict` at lambda 1 with the picture of another prompt, and with no picture.
+        """Draw `conflict` at lambda 1 with another prompt's picture, and with no picture (the adapter's null image).
 
-        No picture is the adapter's null image. That is not lambda 0: in a joint softmax it still takes some attention.
+        The null image differs from lambda 0: in a joint softmax it still receives attention.
         """
         others = {"shuffled": self.embedding(adapter).roll(1, dims=0), "null": self.null(adapter)}
         drawn = {name: self.draw("conflict", adapter, fuse, other, 1.0) for name, other in others.items()}
@@ -118,18 +118,18 @@ class Bench:
 
 
 def embed(pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
-    """What the pipeline's adapter reads from pictures that are a prompt each, `n 1 ...`."""
+    """Encode pictures for the pipeline's adapter, each as a prompt of its own, `n 1 ...`."""
     return torch.cat([pipeline.embed([image]) for image in images])
 
 
 @torch.no_grad()
 def through_the_vae(vae: VAE, pixels: Tensor) -> Tensor:
-    """Encode and decode pictures `n 3 h w`."""
+    """Encode and decode pictures, `n 3 h w`."""
     device = next(vae.parameters()).device
     return torch.cat([vae.decode(vae.encode(part.to(device))).cpu() for part in pixels.split(32)])
 
 
-def draw(
+def draw_prompts(
     pipeline: Pipeline,
     prompts: list[str],
     embedding: Tensor | None,
@@ -140,10 +140,9 @@ def draw(
     fuse: Fuse = decoupled,
     batch: int = 32,
 ) -> Tensor:
-    """One picture for each prompt, `n 3 h w`, with seeds 0 .. n-1, in bfloat16 where the device has it.
+    """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1, in bfloat16 if the device supports it.
 
-    `embedding`: what the adapter reads from the image prompts, `n 1 ...`, or None; `scale` is lambda; `name` labels the
-    progress bar.
+    `embedding`: the encoded image prompts, `n 1 ...`, or None. `scale`: lambda. `name`: the label of the progress bar.
     """
     drawn, device = [], next(pipeline.unet.parameters()).device.type
     for rows in tqdm(torch.arange(len(prompts)).split(batch), desc=name, unit="batch"):
@@ -155,24 +154,24 @@ def draw(
 
 
 def precision(device: str) -> torch.autocast:
-    """What `draw` draws in: bfloat16 where the device has it, as in training."""
+    """Return the autocast that `draw_prompts` uses: bfloat16 if the device supports it, as in training."""
     return autocast(Plan("drawing", steps=0, batch=0, lr=0.0, device=device, bf16=True))
 
 
 def dtype(device: str = "cpu") -> str:
-    """The name of that precision, for a results file."""
+    """Name the dtype that `precision` selects, for a results file."""
     with precision(device):
         return "bfloat16" if torch.is_autocast_enabled(device) else "float32"
 
 
 def all_drawings(scene: Scene) -> Tensor:
-    """The scene with each drawing of its concept in turn, `n 3 64 64`."""
+    """Render a scene once with each drawing of its concept, `n 3 64 64`."""
     codes = CONCEPTS[CONCEPT_NAMES[scene.concept]]
-    return to_tensor(pictures([replace(scene, drawing=i) for i in range(len(codes))]))
+    return bytes_to_tensor(pictures([replace(scene, drawing=i) for i in range(len(codes))]))
 
 
 def nearest(scenes: list[Scene], drawn: Tensor) -> list[int]:
-    """Which drawing of its scene's concept each picture shows: the nearest in mean squared error of the pixels."""
+    """Find which drawing of its concept each picture shows: the one with the smallest mean squared pixel error."""
     pairs = zip(scenes, drawn, strict=True)
     return [int((all_drawings(scene) - x).square().mean(dim=(1, 2, 3)).argmin()) for scene, x in pairs]
 

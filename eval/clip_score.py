@@ -1,8 +1,8 @@
-"""The paper's two measures, CLIP-I and CLIP-T (section 4.2), with any CLIP.
+"""The paper's two metrics, CLIP-I and CLIP-T (section 4.2), for any CLIP model.
 
-CLIP-I is the cosine similarity of a drawn picture and its image prompt. CLIP-T is that of a drawn picture and its caption; the
-paper reports CLIPScore (arXiv 2104.08718), which is 2.5 max(cos, 0). The mini world is scored by a second CLIP that no adapter
-reads (train/scorer.py).
+CLIP-I is the cosine similarity between a drawing and its image prompt. CLIP-T is the cosine similarity between a drawing and its
+caption; the paper reports CLIPScore (arXiv 2104.08718), which is 2.5 max(cos, 0). The mini world is scored by a second CLIP, which no
+adapter reads (train/scorer.py).
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ Encode = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Scorer:
-    """A CLIP as two functions to embeddings `b e`. `name` says which model it is and how it preprocesses pictures."""
+    """A CLIP as two functions that return embeddings `b e`. `name` states the model and its preprocessing."""
 
     name: str
     images: Callable[[Sequence[Image.Image]], Tensor]
     texts: Callable[[Sequence[str]], Tensor]
 
     def clip_i(self, drawn: Sequence[Image.Image], prompts: Sequence[Image.Image]) -> Tensor:
-        """Cosine similarity of each drawn picture and its image prompt, `b`."""
+        """Compute the cosine similarity between each drawing and its image prompt, `b`."""
         return cosine(self.images(drawn), self.images(prompts))
 
     def clip_t(self, drawn: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        """Cosine similarity of each drawn picture and its caption, `b`."""
+        """Compute the cosine similarity between each drawing and its caption, `b`."""
         return cosine(self.images(drawn), self.texts(captions))
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity of embeddings `b e` and `b e`, row by row: `b`."""
+    """Compute the cosine similarity of embeddings `b e` and `b e` row by row: `b`."""
     return F.cosine_similarity(a, b, dim=-1)
 
 
@@ -67,21 +67,21 @@ def _scorer(
 
 
 def scorer(name: str, image: ImageEncoder, text: TextEncoder) -> Scorer:
-    """A Scorer from our own towers; the text tower must have its projection."""
+    """Build a Scorer from this project's towers. The text tower must have its projection."""
     return _scorer(name, image.preprocess, image, text.tokenize, text.pooled)
 
 
 def open_clip_scorer(architecture: str, pretrained: str, device: str = "cpu") -> Scorer:
-    """A Scorer from any CLIP of open_clip, by its names there ("ViT-L-14", "openai"); `pretrained` may also be a file.
+    """Build a Scorer from a CLIP of open_clip, such as ("ViT-L-14", "openai"); `pretrained` may also be a file.
 
-    Raises ValueError when open_clip does not know the model or cannot load it.
+    Raises ValueError if open_clip does not know the model or cannot load it.
     """
     import open_clip
 
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=pretrained)
     except RuntimeError as error:
-        raise ValueError(f"{architecture}:{pretrained} cannot be loaded by open_clip: {error}") from error
+        raise ValueError(f"open_clip cannot load {architecture}:{pretrained}: {error}") from error
     model.eval().to(device)
     name = f"{architecture}, {pretrained} (open_clip: {model.visual.preprocess_cfg})"
     tokenizer = open_clip.get_tokenizer(architecture)
@@ -89,7 +89,7 @@ def open_clip_scorer(architecture: str, pretrained: str, device: str = "cpu") ->
 
 
 def load(weights: Path) -> Scorer:
-    """The mini world's second CLIP, from a folder of weights."""
+    """Load the mini world's second CLIP from a folder of weights."""
     image = load_image_encoder(weights / "score_image.safetensors")
     text = load_text_encoder(weights / "score_text.safetensors")
     size = image.config.image_size
@@ -97,15 +97,15 @@ def load(weights: Path) -> Scorer:
 
 
 def find(name: str, device: str = "cpu") -> Scorer:
-    """The second CLIP in a folder of mini weights (on the CPU), or a CLIP of open_clip as ARCHITECTURE:PRETRAINED.
+    """Load a CLIP: the second CLIP in a folder of mini weights (on the CPU), or ARCHITECTURE:PRETRAINED from open_clip.
 
-    Raises ValueError when the name is neither.
+    Raises ValueError if the name is neither.
     """
     if Path(name).is_dir():
         return load(Path(name))
     if ":" not in name:
         raise ValueError(
-            f"{name} does not name a CLIP: give a model of open_clip, as in ViT-L-14:openai or ViT-L-14:model.safetensors"
+            f"{name} does not name a CLIP: give an open_clip model, such as ViT-L-14:openai or ViT-L-14:model.safetensors"
         )
     architecture, pretrained = name.split(":", 1)
     return open_clip_scorer(architecture, pretrained, device)

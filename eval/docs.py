@@ -1,6 +1,6 @@
-"""Insert into README.md and docs/ what the results say.  `python -m eval docs`
+"""Insert generated tables into README.md and docs/.  `python -m eval docs`
 
-A page marks a place with `<!-- insert: NAME -->` and `<!-- end -->`, each on a line of its own. What stands between them is generated.
+A page marks a place with the lines `<!-- insert: NAME -->` and `<!-- end -->`. The text between them is generated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def inserts(root: Path) -> dict[str, str]:
-    """What can be inserted, by name, computed from the files in `root`/results and the marks in `root`/tests."""
+    """Return the generated texts by name, computed from the files in `root`/results and the marks in `root`/tests."""
     results = {path.stem: read_json(path) for path in sorted((root / "results").glob("*.json"))}
     ablation = Results(results["ablation"])
     return {
@@ -35,23 +35,23 @@ def inserts(root: Path) -> dict[str, str]:
 
 
 def filled(page: str, values: dict[str, str]) -> str:
-    """The page with every marked place filled anew. Raises ValueError for a name that nothing generates."""
+    """Regenerate all marked places of a page. Raises ValueError for an unknown name."""
 
     def fill(place: re.Match[str]) -> str:
         if place[2] not in values:
-            raise ValueError(f"nothing generates {place[2]!r}; known are {', '.join(values)}")
+            raise ValueError(f"unknown insert {place[2]!r}; the known ones are {', '.join(values)}")
         return f"{place[1]}{values[place[2]]}\n{place[3]}"
 
     return PLACE.sub(fill, page)
 
 
 def pages(root: Path) -> list[Path]:
-    """The pages that may hold generated parts."""
+    """List the pages that may hold generated parts."""
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def write(root: Path) -> list[Path]:
-    """Fill every page in `root`; returns those that changed."""
+    """Regenerate all pages in `root`; return those that changed."""
     values, changed = inserts(root), []
     for path in pages(root):
         old = path.read_text()

@@ -1,4 +1,4 @@
-"""The image prompts of the demo.  `python -m eval examples`"""
+"""Render the image prompts of the demo.  `python -m eval examples`"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.world import CONCEPT_NAMES, Scene, World, pictures
 
 
 def examples(folder: Path, n: int = 12) -> None:
-    """Write the demo's image prompts: the first held-out pictures of n different concepts, each named after its concept."""
+    """Write the first test pictures of n different concepts; each file is named after its concept."""
     chosen: dict[str, Scene] = {}
     for i in range(1000):
         scene = World("test")[i]

@@ -1,7 +1,7 @@
-"""Global against fine-grained image features (Figure 11).  `python -m eval fine`
+"""Compare global with fine-grained image features (Figure 11).  `python -m eval fine`
 
-How much of the image prompt comes back when it is the only prompt (empty text, lambda 1)? The adapters are compared as shipped, not
-at equal training: Plus started from the global adapter and was trained further.
+The image prompt is the only prompt (empty text, lambda 1); the scores show how much of it the drawing reproduces. The adapters are
+compared as shipped, not at equal training: Plus started from the global adapter and was trained further.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ COLUMNS = {
 
 
 def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> dict[str, Any]:
-    """Draw n held-out image prompts with both adapters, read the drawings, write `out` (JSON; rows as in results/ablation.json).
+    """Draw n held-out image prompts with both adapters, score the drawings, and write `out` (JSON; rows as in the ablation's).
 
-    Raises FileNotFoundError, naming the command that trains it, when an adapter is missing.
+    Raises FileNotFoundError if an adapter is missing; the message names the command that trains it.
     """
     check_output(out)
     files = [weights / f"{name}.safetensors" for name in ADAPTERS]
     for file, stage in zip(files, ("adapter", "plus"), strict=True):
         if not file.exists():
-            raise FileNotFoundError(f"{file} is not there; `python -m train {stage}` trains it")
+            raise FileNotFoundError(f"{file} is missing: run `python -m train {stage}` first")
     pipeline, judge = load(weights, ()), load_judge(weights / "judge.safetensors")
     bench = Bench(pipeline, Prompts.of_the_world(n, seed=4), clip_score.load(weights), judge, steps, guidance)
     through = through_the_vae(pipeline.vae, bench.prompts.pixels)
@@ -64,7 +64,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> d
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's table: each adapter, and the difference with its 95 % interval over prompts."""
+    """Make the table of docs/world.md: the scores of each adapter, and their difference with a 95 % interval over prompts."""
     pictures = frame_of(results["rows"], results["truth"])
     lines = {form: measures(group) for form, group in pictures.groupby("form", sort=False)}
     frame = pd.DataFrame(lines).T.drop(columns=["CLIP-T", "CLIPScore"])

@@ -1,4 +1,4 @@
-"""The options of `python -m eval`, described in plain sentences. Imports nothing heavy, so `--help` is fast."""
+"""The options of `python -m eval`. This file does not import torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 Commands = Any  # what ArgumentParser.add_subparsers returns
-TEXT = """Measure how good the networks are. Every command that measures writes its results to a file and prints a table.
+DESCRIPTION = """Measure how good the networks are. Most commands write their results to a file and print a table.
 `python -m eval COMMAND --help` describes the options of a command."""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m eval", description=TEXT)
+    p = argparse.ArgumentParser(prog="python -m eval", description=DESCRIPTION)
     p.add_argument(
         "--weights", type=Path, default=Path("weights"), help="folder of the mini weights (default: weights)"
     )
@@ -26,22 +26,23 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def command(commands: Commands, name: str, says: str) -> argparse.ArgumentParser:
-    """A subcommand whose help and description are `says`."""
-    added: argparse.ArgumentParser = commands.add_parser(name, help=says[0].lower() + says[1:], description=f"{says}.")
+def command(commands: Commands, name: str, description: str) -> argparse.ArgumentParser:
+    """Add a subcommand with this help text and description."""
+    summary = description[0].lower() + description[1:]
+    added: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=f"{description}.")
     return added
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def add_scores(commands: Commands) -> None:
-    says = "Score the mini weights against the truth of the mini world"
-    score = command(commands, "world", says)
+    description = "Score the mini weights against the ground truth of the mini world"
+    score = command(commands, "world", description)
     fine = command(commands, "fine", "Compare global with fine-grained image features")
     for added, name, n in ((score, "world", 1024), (fine, "fine", 512)):
         added.add_argument("--n", type=count, default=n, help=f"number of prompts (default: {n})")
@@ -53,68 +54,68 @@ def add_scores(commands: Commands) -> None:
     out = Path("sampling/examples")
     samples.add_argument("--out", type=Path, default=out, help=f"folder to write to (default: {out})")
 
-    pages = command(commands, "docs", "Insert what the results say into README.md and docs/")
-    pages.add_argument("--root", type=Path, default=Path("."), help="folder of the project (default: here)")
+    pages = command(commands, "docs", "Insert the tables of results into README.md and docs/")
+    pages.add_argument("--root", type=Path, default=Path("."), help="folder of the project (default: the current one)")
 
 
 def add_ablation(commands: Commands) -> None:
-    says = "Compare decoupled with concatenated attention: train, draw, read, and write RESULTS.md"
-    p = command(commands, "ablation", says)
-    p.add_argument("--out", type=Path, default=Path("."), help="folder for RESULTS.md and results/ (default: here)")
+    description = "Compare decoupled with concatenated attention: train adapters, draw, score, and write RESULTS.md"
+    p = command(commands, "ablation", description)
+    p.add_argument("--out", type=Path, default=Path("."), help="folder for RESULTS.md and results/ (default: the current one)")
     p.add_argument("--state", type=Path, help="folder for checkpoints and caches (default: runs/ablation in --out)")
     cores = os.cpu_count() or 1
     p.add_argument(
-        "--jobs", type=count, default=cores, help="number of processes, of one thread each (default: all cores)"
+        "--jobs", type=count, default=cores, help="number of processes, each with one thread (default: one per core)"
     )
-    p.add_argument("--device", default="cpu", help="device to train and draw on (default: cpu); others use one process")
+    p.add_argument("--device", default="cpu", help="device to train and draw on (default: cpu); other devices use a single process")
     p.add_argument("--smoke", action="store_true", help="run everything at a tiny size; the numbers mean nothing")
-    says = "draw and read one cell of the results again, and compare it with the stored numbers"
-    p.add_argument("--cell", metavar="FORM:SEED:TASK", help=says)
+    description = "draw and score one cell of the results again, and compare it with the stored numbers"
+    p.add_argument("--cell", metavar="FORM:SEED:TASK", help=description)
     own = p.add_argument_group("your own base and pictures")
     own.add_argument("--base", type=Path, help="base model, a file or a folder (default: --weights); needs --data")
     own.add_argument(
-        "--image-encoder", type=Path, help="image encoder, a file or a folder (default: the base folder's)"
+        "--image-encoder", type=Path, help="image encoder, a file or a folder (default: the one in the base folder)"
     )
-    own.add_argument("--data", type=Path, help="pictures and captions, as `python -m train adapter` takes them")
-    says = "CLIP that reads the pictures, ARCHITECTURE:PRETRAINED of open_clip (default: the second CLIP in --weights)"
-    own.add_argument("--scorer", help=says)
+    own.add_argument("--data", type=Path, help="pictures and captions, in the format of `python -m train adapter`")
+    description = "CLIP that scores the drawings, an open_clip ARCHITECTURE:PRETRAINED (default: the second CLIP in --weights)"
+    own.add_argument("--scorer", help=description)
     size = p.add_argument_group("size of the study")
-    size.add_argument("--seeds", type=int, help="number of adapters of each form (default: 5 to 10, as many as needed)")
+    size.add_argument("--seeds", type=int, help="number of adapters per form (default: 5, and up to 10 if the interval is too wide)")
     size.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
     size.add_argument("--steps", type=int, help="training steps, at least 4 (default: 500)")
-    size.add_argument("--batch", type=int, help="pictures in a training step (default: 32)")
+    size.add_argument("--batch", type=int, help="pictures per training step (default: 32)")
     size.add_argument("--prompts", type=int, help="number of held-out prompts (default: 128)")
 
 
 def add_peers(commands: Commands) -> None:
-    says = "Check equality with diffusers and transformers at the true size; writes 3.4 GB of random weights to --state"
-    parity = command(commands, "parity", says)
+    description = "Compare outputs with diffusers and transformers at full size; writes 3.4 GB of random weights to --state"
+    parity = command(commands, "parity", description)
     parity.add_argument("--side", type=count, default=64, help="side of the latents (default: 64, a 512 x 512 picture)")
-    says = "Measure speed and memory beside diffusers at the true size; writes 3.4 GB of random weights to --state"
-    speed = command(commands, "benchmark", says)
-    speed.add_argument("--rounds", type=count, default=3, help="number of measurements of each side (default: 3)")
-    says = "measure only this row and keep the other rows of --out; may be repeated"
-    speed.add_argument("--row", action="append", default=[], help=says)
+    description = "Compare speed and memory with diffusers at full size; writes 3.4 GB of random weights to --state"
+    speed = command(commands, "benchmark", description)
+    speed.add_argument("--rounds", type=count, default=3, help="number of measurements of each implementation (default: 3)")
+    description = "measure only this row, and keep the other rows of --out; can be given several times"
+    speed.add_argument("--row", action="append", default=[], help=description)
     for added, out in ((parity, Path("results/parity.json")), (speed, Path("results/benchmark.json"))):
         added.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
         state = Path("runs/official")
-        added.add_argument("--state", type=Path, default=state, help=f"folder of the random weights (default: {state})")
+        added.add_argument("--state", type=Path, default=state, help=f"folder for the random weights (default: {state})")
 
 
 def add_calibration(commands: Commands) -> None:
-    says = "Measure how often the judge agrees with a person about drawn pictures"
-    p = command(commands, "calibration", says)
-    p.add_argument("--draw", action="store_true", help="draw the pictures again; they then need new labels")
+    description = "Measure how often the judge agrees with a person about generated pictures"
+    p = command(commands, "calibration", description)
+    p.add_argument("--draw", action="store_true", help="draw the pictures again; they must then be labelled again")
     p.add_argument(
         "--out", type=Path, default=Path("results"), help="folder of labels.png and labels.json (default: results)"
     )
 
 
 def add_attention(commands: Commands) -> None:
-    says = "Draw a sheet that shows where a drawing looks at each word and each image token"
-    p = command(commands, "attention", says)
+    description = "Draw a sheet of attention maps, one for each word and each image token"
+    p = command(commands, "attention", description)
     p.add_argument(
-        "--image", type=Path, action="append", default=[], help="picture file; several form one image prompt"
+        "--image", type=Path, action="append", default=[], help="picture file; give several to combine them into one image prompt"
     )
     p.add_argument("--prompt", default="", help="text prompt")
     p.add_argument("--scale", type=float, default=1.0, help="lambda, the weight of the image prompt (default: 1)")

@@ -1,14 +1,13 @@
-"""The prompts of a measurement, and what is known about them.
+"""The prompts of a measurement, and their ground truth.
 
-Three tasks, each over the same image prompts:
+There are three tasks, with the same image prompts:
 
 - `picture`: the image prompt alone;
-- `agreeing`: with a caption of the same concept and background;
-- `conflict`: with a text that names another concept and background. The picture should follow the text in these, and the
-  image prompt in its palette.
+- `agreeing`: the image prompt with a caption that names its concept and background;
+- `conflict`: the image prompt with a text that names another concept and background. The drawing should take concept and background
+  from the text, and the palette from the image prompt.
 
-In the mini world the truth of every prompt is known. Nothing is known about a user's pictures: there a conflicting text is the caption
-of another picture.
+The mini world has ground truth for all prompts. A user's pictures have none; their conflicting text is another picture's caption.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 from model.image_encoder import centre_square
 from sampling.images import open_image
 from train.judge import ground_truth
-from train.vae import to_tensor
+from train.vae import bytes_to_tensor
 from train.world import BACKGROUND_NAMES, BACKGROUNDS, CONCEPT_NAMES, CONCEPTS, Scene, caption, pictures, random_scene
 
 TASKS = ("picture", "agreeing", "conflict")
@@ -34,8 +33,8 @@ TASKS = ("picture", "agreeing", "conflict")
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about n prompts of the mini world: the scenes of the image prompts, and the indices of the concepts and
-    backgrounds that the conflicting texts name."""
+    """The ground truth of n prompts of the mini world: the scenes of the image prompts, and the indices of the concepts and
+    backgrounds named in the conflicting texts."""
 
     scenes: list[Scene]
     concept: Tensor
@@ -48,20 +47,20 @@ class Truth:
 
     @property
     def drawing(self) -> list[int | None]:
-        """Which drawing of its concept each image prompt shows; None where the concept has only one."""
+        """The index of the drawing that each image prompt shows; None if its concept has only one drawing."""
         return [s.drawing if len(CONCEPTS[CONCEPT_NAMES[s.concept]]) > 1 else None for s in self.scenes]
 
     def pixels(self) -> Tensor:
-        """The true conflict pictures, `n 3 64 64`: the text's concept and background in the palette of the image prompt."""
+        """Render ideal answers to `conflict`, `n 3 64 64`: the text's concept and background in the image prompt's palette."""
         rng = np.random.default_rng(0)
-        asked = [random_scene(rng, int(c), int(b)) for c, b in zip(self.concept, self.background, strict=True)]
-        right = [replace(scene, palette=own.palette) for scene, own in zip(asked, self.scenes, strict=True)]
-        return to_tensor(pictures(right))
+        scenes = [random_scene(rng, int(c), int(b)) for c, b in zip(self.concept, self.background, strict=True)]
+        recoloured = [replace(scene, palette=own.palette) for scene, own in zip(scenes, self.scenes, strict=True)]
+        return bytes_to_tensor(pictures(recoloured))
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """n image prompts; for each a caption of its own, `own`, and a conflicting one, `other`; in the mini world also the truth."""
+    """n image prompts, each with its own caption (`own`) and a conflicting one (`other`); in the mini world also the ground truth."""
 
     images: list[Image.Image]
     own: list[str]
@@ -70,7 +69,7 @@ class Prompts:
 
     @classmethod
     def of_the_world(cls, n: int, seed: int = 3) -> Prompts:
-        """Text i names cell i of concepts x backgrounds, in random order; its image prompt has neither. Repeats after 640."""
+        """Draw n prompts. Their conflicting texts cover all 640 pairs of concept and background; each image prompt shows another pair."""
         rng, cells = np.random.default_rng((917, seed)), len(CONCEPTS) * len(BACKGROUNDS)
         order = np.concatenate([rng.permutation(cells) for _ in range(-(-n // cells))])[:n]
         concept, background = order // len(BACKGROUNDS), order % len(BACKGROUNDS)
@@ -85,7 +84,7 @@ class Prompts:
 
     @classmethod
     def of_files(cls, files: Sequence[tuple[Path, str]], side: int) -> Prompts:
-        """A user's pictures, each with the next caption that differs. Raises ValueError when all captions are the same."""
+        """Pair each of a user's pictures with the next different caption. Raises ValueError if all captions are equal."""
         own = [text for _, text in files]
         if len(set(own)) < 2:
             raise ValueError(
@@ -97,20 +96,20 @@ class Prompts:
 
     @property
     def pixels(self) -> Tensor:
-        """`n 3 h w` in [-1, 1]."""
-        return to_tensor(np.stack([np.array(image) for image in self.images]))
+        """The image prompts, `n 3 h w` in [-1, 1]."""
+        return bytes_to_tensor(np.stack([np.array(image) for image in self.images]))
 
     def first(self, n: int) -> Prompts:
-        """The first n prompts."""
+        """Return the first n prompts."""
         truth = self.truth and Truth(self.truth.scenes[:n], self.truth.concept[:n], self.truth.background[:n])
         return Prompts(self.images[:n], self.own[:n], self.other[:n], truth)
 
     def texts(self, task: str) -> list[str]:
-        """The text of each prompt of a task."""
+        """Return the text prompts of a task."""
         return {"picture": [""] * len(self.own), "agreeing": self.own, "conflict": self.other}[task]
 
     def to_json(self) -> dict[str, Any]:
-        """The texts and, where it is known, the truth, for a results file."""
+        """Return the texts and, in the mini world, the ground truth, for a results file."""
         seeds = list(range(len(self.own)))
         data: dict[str, Any] = {"prompts": {"agreeing": self.own, "conflict": self.other, "seeds": seeds}}
         if (truth := self.truth) is not None:

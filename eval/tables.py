@@ -1,4 +1,4 @@
-"""Tables as Markdown, and numbers in one line."""
+"""Format tables as Markdown, and numbers on one line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pandas as pd
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A data frame as a Markdown table, without its index; missing values are empty cells."""
+    """Format a data frame as a Markdown table without its index. Missing values become empty cells."""
     rows = [list(frame.columns), ["---"] * frame.shape[1], *frame.fillna("").to_numpy().tolist()]
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """Named numbers in one line: "concept 0.938, palette_error 31.500"."""
+    """Format named numbers on one line: "concept 0.938, palette_error 31.500"."""
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())

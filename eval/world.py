@@ -1,13 +1,13 @@
-"""How good the shipped mini weights are, against the truth.  `python -m eval world`
+"""Score the shipped mini weights against the ground truth.  `python -m eval world`
 
-Every concept on every background, one picture each, seeds 0 .. n-1, nothing selected. The judge reads every number:
+The prompts cover all concepts on all backgrounds, with one drawing each and seeds 0 .. n-1; nothing is selected. The judge scores
 
-- `true`, `reconstructed`: held-out pictures, and the same through the VAE, which bounds everything below;
-- `text`: "a fox on a pink background"; the caption names no colour, so the palette error is that of chance;
+- `true`, `reconstructed`: held-out pictures, and the same pictures through the VAE, the ceiling for all drawings;
+- `text`: "a fox on a pink background"; no colour is named, so the palette error is at chance level;
 - `colour`: "a teal fox on a pink background", with the coarse name of the image prompt's first colour;
-- `image`: the image prompt alone, empty text, lambda 1;
-- `conflict`: the image prompt with a text that names another concept and background. One lambda is chosen on validation prompts:
-  a number for all cross-attention layers, or for those of the finest level (`Lambda.layers`), which carry colours.
+- `image`: the image prompt alone (empty text, lambda 1);
+- `conflict`: the image prompt with a text that names another concept and background. Lambda is chosen on validation prompts; it
+  applies to all cross-attention layers, or only to those of the finest level (`Lambda.layers`), which carry colours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pandas as pd
 from torch import Tensor
 
 from checkpoints.files import check_output, sha256, write_json
-from eval.bench import draw, dtype, embed, through_the_vae
+from eval.bench import draw_prompts, dtype, embed, through_the_vae
 from eval.prompts import Prompts
 from eval.tables import markdown, summary
 from sampling.embeddings import Strength
@@ -36,13 +36,13 @@ LAMBDAS: dict[Literal["all", "finest"], tuple[float, ...]] = {
     "all": (0.2, 0.3, 0.4, 0.6),
     "finest": (0.5, 0.6, 0.7, 0.8, 1.0),
 }
-FOLLOW = {"concept": 0.75, "background": 0.9}  # how often validation prompts must follow the text at the chosen lambda
+FOLLOW = {"concept": 0.75, "background": 0.9}  # minimum share of validation drawings that follow the text at the chosen lambda
 Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Draws prompts of the mini world, and scores them by the judge."""
+    """Draws prompts of the mini world and scores the drawings with the judge."""
 
     pipeline: Pipeline
     judge: Judge
@@ -50,8 +50,10 @@ class Measure:
     guidance: float
 
     def score(self, prompts: Prompts, x: Tensor, whose: str) -> Scores:
-        """Shares of pictures with the right concept and background ("own": the image prompt's, "wanted": the text's), and the
-        palette error against the image prompt."""
+        """Return the shares of pictures with the right concept and background, and the palette error against the image prompt.
+
+        `whose`: compare concept and background with those of the image prompt ("own") or of the text ("wanted").
+        """
         truth = prompts.truth
         assert truth is not None
         own = truth.own
@@ -61,20 +63,23 @@ class Measure:
         return self.judge.read(x).score(concept, background, own["palette"])
 
     def draw(self, prompts: Prompts, texts: list[str], lam: Strength | None, whose: str, name: str) -> Scores:
-        """Draw the texts, with the image prompts unless `lam` is None, and score the drawings."""
+        """Draw the texts and score the drawings. Without `lam`, draw without the image prompts."""
         embedding = None if lam is None else embed(self.pipeline, prompts.images)
         scale = 0.0 if lam is None else lam
-        return self.score(prompts, draw(self.pipeline, texts, embedding, scale, self.guidance, self.steps, name), whose)
+        return self.score(prompts, draw_prompts(self.pipeline, texts, embedding, scale, self.guidance, self.steps, name), whose)
 
 
 def lambda_of(layers: Literal["all", "finest"], scale: float) -> Lambda:
-    """lambda in all layers, or in those of the finest level."""
+    """Apply lambda to all layers, or only to those of the finest level."""
     return Lambda(scale, None if layers == "all" else layers)
 
 
 def choose_lambda(measure: Measure, n: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(choice, sweep): on n validation prompts, the lambda with the lowest palette error among those whose pictures follow the text as
-    often as `FOLLOW` asks; if none does, the first."""
+    """Choose lambda on n validation prompts. Return (choice, all results).
+
+    The choice has the lowest palette error among the lambdas whose drawings follow the text as often as `FOLLOW` requires. If none does,
+    it is the first.
+    """
     validation, sweep = Prompts.of_the_world(n, seed=1), list[dict[str, Any]]()
     for layers, scales in LAMBDAS.items():
         for scale in scales:
@@ -86,13 +91,13 @@ def choose_lambda(measure: Measure, n: int) -> tuple[dict[str, Any], list[dict[s
     return min(keep or sweep[:1], key=lambda row: float(row["palette_error"])), sweep
 
 
-def coloured_texts(prompts: Prompts) -> list[str]:
-    """The conflicting texts with the coarse name of the image prompt's first colour."""
+def texts_with_colour(prompts: Prompts) -> list[str]:
+    """Add the coarse name of the image prompt's first colour to the conflicting texts."""
     truth = prompts.truth
     assert truth is not None
     names = [coarse_name(scene.palette[0]) for scene in truth.scenes]
-    asked = zip(truth.concept, names, truth.background, strict=True)
-    return [caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b]) for c, name, b in asked]
+    named = zip(truth.concept, names, truth.background, strict=True)
+    return [caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b]) for c, name, b in named]
 
 
 def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> d
     lam = lambda_of(chosen["layers"], chosen["lambda"])
     parts: dict[str, tuple[list[str], Strength | None, str]] = {
         "text": (test.other, None, "wanted"),
-        "colour": (coloured_texts(test), None, "wanted"),
+        "colour": (texts_with_colour(test), None, "wanted"),
         "image": ([""] * n, 1.0, "own"),
         "conflict": (test.other, lam, "wanted"),
     }
@@ -125,14 +130,14 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> d
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's table."""
+    """Make the table of docs/world.md."""
     names = {
-        "true": "true pictures, held out",
-        "reconstructed": "the same through the VAE: the ceiling",
-        "text": "text: concept and background",
-        "colour": "text: with the right colour name",
+        "true": "held-out pictures",
+        "reconstructed": "held-out pictures through the VAE: the ceiling",
+        "text": "text with concept and background",
+        "colour": "text with the right colour name too",
         "image": "image prompt alone, λ = 1",
-        "conflict": f"image prompt against text, λ = {results['lambda']:g} in {results['layers']} layers",
+        "conflict": f"image prompt with a conflicting text, λ = {results['lambda']:g} in {results['layers']} layers",
     }
     frame = pd.DataFrame([results[key] for key in names])
     shares = {key: frame[key].map("{:.1%}".format) for key in ("concept", "background")}

@@ -63,7 +63,7 @@ from model.text_encoder import words_of  # noqa: E402
 from model.vae import VAE  # noqa: E402
 from train import adapter  # noqa: E402
 from train import card as cards  # noqa: E402
-from train.setting import Source  # noqa: E402
+from train.setting import TrainingSource  # noqa: E402
 
 VAE.moments = around(VAE.moments, "latents")  # type: ignore[method-assign]
 ImageEncoder.forward = around(ImageEncoder.forward, "embedding")  # type: ignore[method-assign]
@@ -78,7 +78,7 @@ def trained(base: Path, data: Path, work: Path, at: int | None) -> list[str] | N
     kill_at, trace = at, work / "events.json"
     if (child := os.fork()) == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        adapter.train(work / "state", work / "out", (PLAN,), Source(base, data=data, side=16))
+        adapter.train(work / "state", work / "out", (PLAN,), TrainingSource(base, data=data, side=16))
         trace.write_text(json.dumps(events))
         os._exit(0)
     status = os.waitpid(child, 0)[1]
@@ -96,16 +96,22 @@ def result(work: Path) -> tuple[str, Any]:
     return hashlib.sha256((work / "out" / "ip_adapter.safetensors").read_bytes()).hexdigest(), card
 
 
+def chosen(names: list[str], count: int = 20) -> list[int]:
+    """`count` points to be killed at, from 1: the last of each kind, and others spread over the whole run."""
+    last = {name: i for i, name in enumerate(names, 1)}
+    rest = [i for i in range(1, len(names) + 1) if i not in last.values()]
+    more = count - len(last)
+    return sorted([*last.values(), *(rest[i * len(rest) // more] for i in range(more))])
+
+
 def main(base: Path, data: Path, work: Path) -> None:
     torch.set_num_threads(1)
     words_of("loads the tokenizer, once for all processes")
     work.mkdir()
     names = trained(base, data, work, None)
-    whole, begins = result(work), names.index("before step") if names else 0
     assert names is not None
-    late = len(names) - begins
-    points = [1 + i * begins // 8 + i for i in range(8)] + [1 + begins + i * late // 12 for i in range(12)]
-    same = []
+    whole = result(work)
+    points, same = chosen(names), []
     for point in points:
         shutil.rmtree(work)
         work.mkdir()

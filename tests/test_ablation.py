@@ -38,7 +38,7 @@ from train.data import Pairs
 from train.judge import load_judge
 from train.loop import Plan
 from train.randomness import generator
-from train.setting import Setting, Source
+from train.setting import Setting, TrainingSource
 from train.world import CONCEPT_NAMES, CONCEPTS, World
 
 ROOT = Path(__file__).parent.parent
@@ -272,7 +272,7 @@ def test_a_lost_share_is_trained_again_not_taken_from_a_later_state(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training is made up: every step adds 1 to a bias, and a state remembers how many were done."""
-    place, study = Place(Source(), tmp_path / "shipped", tmp_path, "weights", {"made": "up"}), replace(SMOKE, steps=8)
+    place, study = Place(TrainingSource(), tmp_path / "shipped", tmp_path, "weights", {"made": "up"}), replace(SMOKE, steps=8)
 
     def fit(setting: Setting, start: Any, plan: Plan, folder: Path, fuse: Any, until: int) -> Any:
         done = (checkpoint.load(folder / f"{plan.name}.pt") or {"step": 0})["step"]
@@ -337,12 +337,12 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--smoke"], "name a folder for your own with --out"),
-        (["--steps", "100"], "name a folder for your own with --out"),
+        (["--smoke"], "choose another folder with --out"),
+        (["--steps", "100"], "choose another folder with --out"),
         (["--out", "o", "--steps", "3"], "4 or more"),
         (["--seeds", "0"], "more than 0"),
-        (["--out", "o", "--data", "d"], "go together"),
-        (["--base", "sd15.safetensors"], "go together"),
+        (["--out", "o", "--data", "d"], "must be given together"),
+        (["--base", "sd15.safetensors"], "must be given together"),
         (["--out", "o", "--base", "b", "--data", "d"], "--scorer ViT-L-14:openai"),
         (["--cell", "shared:99:agreeing"], "there is no cell shared:99:agreeing"),
         (["--cell", "shared"], "there is no cell shared"),
@@ -356,7 +356,7 @@ def test_options_that_do_not_go_together_are_refused_first(options: list[str], s
 
 @pytest.mark.parametrize("name", ["nothing", "ViT-Q-99:openai"])
 def test_a_name_that_is_no_clip_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"does not name a CLIP|cannot be loaded"):
+    with pytest.raises(ValueError, match=r"does not name a CLIP|cannot load"):
         clip_score.find(name)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from eval import __main__ as cli
 from eval.attention_maps import finest, image_mass, name_maps, record, softmax_maps, word_positions
-from eval.attention_sheet import COLUMNS, DPI, INCHES, Section, overlay, sheet
+from eval.attention_sheet import COLUMNS, DPI, INCHES, Section, compose, overlay
 from model.attention import Fuse, Source, concatenated, decoupled
 from model.context import Context, pyramid
 from model.text_encoder import TextEncoder
@@ -362,7 +362,7 @@ def test_every_cell_of_a_sheet_is_shown_in_its_row() -> None:
     """Each picture has a colour of its own, which the sheet shows as large as every other, from left to right, then below."""
     colours = [(20 * i, 255 - 20 * i, 90) for i in range(COLUMNS + 2)]
     cells = [(Image.new("RGB", (30, 30), colour), f"picture {i}") for i, colour in enumerate(colours)]
-    pixels = np.asarray(sheet([Section("first", "a note", cells), Section("second", "", cells[:1])])).astype(int)
+    pixels = np.asarray(compose([Section("first", "a note", cells), Section("second", "", cells[:1])])).astype(int)
     assert pixels.shape[1] == round(COLUMNS * INCHES * DPI)
     places = [np.argwhere((pixels == colour).all(axis=-1)) for colour in colours]
     sides = [np.sqrt(len(place) / (2 if i == 0 else 1)) for i, place in enumerate(places)]  # the first is shown twice
@@ -403,7 +403,7 @@ def test_the_command_reads_official_files(image: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ((), "nothing to look at: give --prompt, --image, or both"),
+        ((), "there is no prompt: give --prompt, --image, or both"),
         (("--image", "missing.png"), "missing.png: there is no such file"),
         (("--prompt", "a fox", "--steps", 0), "steps must be between 1 and 1000"),
         (("--prompt", "a fox", "--checkpoint", "missing"), "missing"),

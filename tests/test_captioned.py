@@ -61,7 +61,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut": (broken_png, r"3\.png: the picture is damaged or cut short"),
     "empty": (lambda path: path.write_bytes(b""), r"3\.png: the file is empty"),
     "text": (lambda path: path.write_text("hello"), r"3\.png: not a picture"),
-    "no caption": (lambda path: path.with_suffix(".txt").unlink(), r"3\.png: there is no caption beside it, 3\.txt"),
+    "no caption": (lambda path: path.with_suffix(".txt").unlink(), r"3\.png: it has no caption file; write 3\.txt"),
     "latin-1": (lambda path: path.with_suffix(".txt").write_bytes(b"F\xfcchse"), r"3\.txt: the caption is not UTF-8"),
     "utf-16": (lambda path: path.with_suffix(".txt").write_bytes("fox".encode("utf-16")), r"3\.txt: the caption is not"),
     "a folder": (lambda path: (path.with_suffix(".txt").unlink(), path.with_suffix(".txt").mkdir()), r"3\.txt: Is a dir"),
@@ -80,16 +80,16 @@ def test_each_fault_of_a_folder_is_named(tmp_path: Path, fault: str) -> None:
 
 
 ENTRIES: dict[str, tuple[Any, str]] = {
-    "null": ({"image_file": "0.png", "text": None}, "entry 1: text is not a text"),
-    "a list": ({"image_file": "0.png", "text": ["a", "b"]}, "entry 1: text is not a text"),
-    "a number": ({"image_file": "0.png", "text": 3}, "entry 1: text is not a text"),
-    "no text": ({"image_file": "0.png"}, "entry 1: text is not a text"),
-    "no file": ({"text": "a"}, "entry 1: image_file is not a text"),
-    "neither": ({}, "entry 1: image_file and text is not a text"),
-    "a string": ("0.png", 'entry 1: image_file and text is not a text: "0.png"'),
+    "null": ({"image_file": "0.png", "text": None}, "entry 1: text must be a valid string"),
+    "a list": ({"image_file": "0.png", "text": ["a", "b"]}, "entry 1: text must be a valid string"),
+    "a number": ({"image_file": "0.png", "text": 3}, "entry 1: text must be a valid string"),
+    "no text": ({"image_file": "0.png"}, "entry 1: text must be a valid string"),
+    "no file": ({"text": "a"}, "entry 1: image_file must be a valid string"),
+    "neither": ({}, "entry 1: image_file and text must be a valid string"),
+    "a string": ("0.png", 'entry 1: image_file and text must be a valid string: "0.png"'),
     "absent": ({"image_file": "9.png", "text": "a"}, r"9\.png: there is no such file"),
     "a folder": ({"image_file": ".", "text": "a"}, "there is no such file"),
-    "a zero": ({"image_file": "a\0.png", "text": "a"}, "entry 1: image_file is not a text"),
+    "a zero": ({"image_file": "a\0.png", "text": "a"}, "entry 1: image_file must be a valid string"),
 }
 
 
@@ -111,7 +111,7 @@ def test_each_fault_of_a_list_is_named(tmp_path: Path, entry: str) -> None:
         (b"[" * 200_000, "not JSON"),
         (b'{"image_file": "a.png", "text": "a"}', "not a list"),
         (b'[{"image_file": "a.png", "text": "F\xfcchse"}]', "not UTF-8"),
-        (b"[]", "there are no pictures in it"),
+        (b"[]", "no pictures found"),
         (None, "No such file"),
     ],
 )
@@ -129,7 +129,7 @@ def test_all_faults_are_in_one_list(tmp_path: Path) -> None:
             (tmp_path / f"{i:03}.png").write_bytes(b"")
     broken_png(tmp_path / "000.png")
     (tmp_path / "010.txt").unlink()
-    with pytest.raises(ValueError, match=r"mend or remove these before training \(119 found\)") as refused:
+    with pytest.raises(ValueError, match=r"fix or remove these before training \(119 problems\)") as refused:
         captioned_files(tmp_path)
     lines = str(refused.value).splitlines()
     assert len(lines) == 102 and lines[-1] == "  and 19 more"
@@ -138,7 +138,7 @@ def test_all_faults_are_in_one_list(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.md").touch()
-    with pytest.raises(ValueError, match="there are no pictures in it"):
+    with pytest.raises(ValueError, match="no pictures found"):
         captioned_files(tmp_path)
 
 

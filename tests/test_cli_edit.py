@@ -17,7 +17,7 @@ from model.unet import UNet
 from sampling import pipeline
 from sampling.images import read_settings
 from sampling.pipeline import load
-from train.setting import Source, prepare
+from train.setting import TrainingSource, prepare
 
 
 def test_samplers_differ(weights: Path, tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def nine(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_adapter_is_not_trained_on_a_network_that_inpaints(nine: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a model for inpainting: train on the ordinary one"):
-        prepare(Source(base=nine), tmp_path)
+    with pytest.raises(ValueError, match="is an inpainting model: train on the text-to-image model"):
+        prepare(TrainingSource(base=nine), tmp_path)
 
 
 def test_what_is_no_adapter_is_told_before_the_base_is_read(

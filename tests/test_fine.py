@@ -90,5 +90,5 @@ def test_both_adapters_are_read(
     assert results["sha256"] == {name: sha256(weights / name) for name in names}
     assert fine.table(results) in capsys.readouterr().out
     (weights / names[1]).unlink()
-    with pytest.raises(SystemExit, match=r"plus\.safetensors is not there; `python -m train plus` trains it"):
+    with pytest.raises(SystemExit, match=r"plus\.safetensors is missing: run `python -m train plus` first"):
         main()

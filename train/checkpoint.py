@@ -1,4 +1,4 @@
-"""The state of a run on disk: written atomically, refused when it is damaged or of another run, locked while in use."""
+"""The saved state of a run: write it atomically, reject damaged states and states of other runs, lock the folder."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from train.errors import Damaged, OtherRun
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state`, plain data and tensors, in place of the file that was there."""
+    """Write `state` (plain data and tensors), replacing an existing file."""
     with replacing(path) as part:
         torch.save(state, part)
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The state, or None when there is none yet. Never unpickles code. Raises `Damaged`."""
+    """Return the state, or None if there is no file. Never unpickles code. Raises `Damaged`."""
     if not path.exists():
         return None
     try:
-        with ZipFile(path) as file:  # torch.load does not compare the checksums
+        with ZipFile(path) as file:  # torch.load does not verify checksums
             if bad := file.testzip():
                 raise BadZipFile(f"wrong checksum of {bad}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch raises errors of many kinds for a file that is not its own
+    except Exception as error:  # torch raises many kinds of errors for files it cannot read
         raise Damaged(path, str(error).partition("\n")[0]) from None
     if not isinstance(state, dict):
         raise Damaged(path, "it is not the state of a run")
@@ -42,39 +42,39 @@ def load(path: Path) -> dict[str, Any] | None:
 
 
 def changing(module: nn.Module) -> dict[str, Tensor]:
-    """The part of a module's state that training changes: buffers, and parameters that require gradients."""
+    """Return the state that training changes: buffers, and parameters that require gradients."""
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 
 def restore(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Puts back what `changing` gave. Raises KeyError or RuntimeError when that was of another module."""
+    """Load a state returned by `changing`. Raises KeyError or RuntimeError if it came from another module."""
     if state.keys() != changing(module).keys():
-        raise KeyError("its tensors have other names")
+        raise KeyError("its tensors have different names")
     module.load_state_dict(state, strict=False)
 
 
 def refuse_other(path: Path, made_from: Mapping[str, Any]) -> None:
-    """Raises `OtherRun`, naming what differs, when there is a state that was not made from `made_from`.
+    """Raise `OtherRun` if the state was made from other inputs than `made_from`; the message names the differences.
 
-    `made_from` may be a part of what the state records, so that a run can ask before it does anything slow.
+    `made_from` may hold only some of the recorded inputs, so that a run can check early, before slow work.
     """
     state = load(path)
     if state is None:
         return
-    if (found := state.get("made_from")) is None:
-        raise OtherRun(f"{path} does not say what it was made from: name another folder with --state, or remove it")
-    if other := [name for name, value in made_from.items() if found.get(name) != value]:
+    if (recorded := state.get("made_from")) is None:
+        raise OtherRun(f"{path} does not record what it was made from: choose another folder with --state, or remove it")
+    if other := [name for name, value in made_from.items() if recorded.get(name) != value]:
         raise OtherRun(
-            f"{path} is the state of another run, with other {', '.join(other)}: name another folder with --state, or remove it"
+            f"{path} is the state of a run with different {', '.join(other)}: choose another folder with --state, or remove it"
         )
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a state folder. The lock goes when this process ends, however it ends.
+    """Lock a state folder against other processes. The system releases the lock when this process ends.
 
-    Raises BlockingIOError, in a sentence, while another process holds it. A new folder that stays empty is removed again.
+    Raises BlockingIOError if another process holds the lock. On exit, a folder created here is removed if it is empty.
     """
     path, new = folder / "lock", not folder.exists()
     check_output(path)
@@ -85,7 +85,7 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise BlockingIOError(
                 f"{folder} is in use by another run (process {file.read().strip() or 'unknown'}): "
-                "wait until it ends, or name another folder with --state"
+                "wait until it ends, or choose another folder with --state"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -1,11 +1,14 @@
-"""Stage 2: the mini CLIP, whose towers become the text encoder and the image encoder.  `python -m train clip`
+"""Stage 2: the mini CLIP. Its towers become the text encoder and the image encoder.  `python -m train clip`
 
-Symmetric contrastive loss (arXiv 2103.00020); captions that repeat in a batch share the target. A contrastive loss keeps only
-what captions ask for and what tells a batch apart, so CLIP reads richer captions than the UNet (both colours by 48 names, size,
-place), eight pictures of a batch at a time share concept and background, and a second loss, as in CoCa (arXiv 2205.01917), asks
-that the words of the caption can be read from the image embedding, here by one linear layer. The text tower learns faster than
-the image tower; a second phase trains that one alone. The gate for the stages after it is a linear probe of the pooled image
-embedding: concept, background and palette.
+The loss is CLIP's symmetric contrastive loss (arXiv 2103.00020); equal captions in a batch share the target. This loss only teaches
+what captions mention and what distinguishes the pictures of a batch. Therefore
+
+- CLIP reads richer captions than the UNet: both colours (48 names), size and place;
+- eight pictures of a batch at a time share concept and background;
+- a second loss, as in CoCa (arXiv 2205.01917), predicts the caption's words from the image embedding with a linear layer.
+
+The text tower learns faster than the image tower, so the later phases train only the image tower. A linear probe of the pooled image
+embedding measures what it knows about concept, background and palette; the card records the scores to reach (`GATE`).
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ GATE = {"concept": 0.90, "background": 0.95, "palette_r2": 0.80}
 
 
 def vocabulary() -> tuple[int, ...]:
-    """The CLIP tokens of every word that a caption of the mini world can hold, sorted; END is the last."""
+    """Return the CLIP tokens of all words in captions of the mini world, sorted; END is the last."""
     words = [
         *CONCEPT_NAMES,
         *BACKGROUND_NAMES,
@@ -59,6 +62,8 @@ MINI_TEXT = TextConfig(width=128, layers=4, heads=4, output_dim=256, vocabulary=
 
 
 class CLIP(nn.Module):
+    """Two towers, and the linear layer that predicts caption words from image embeddings."""
+
     def __init__(self, text: TextConfig = MINI_TEXT, image: ImageConfig = MINI_IMAGE) -> None:
         super().__init__()
         self.text, self.image = TextEncoder(text), ImageEncoder(image)
@@ -67,11 +72,11 @@ class CLIP(nn.Module):
         self.to(memory_format=torch.channels_last)
 
 
-Batch = tuple[Tensor, Tensor, Tensor]
+ClipBatch = tuple[Tensor, Tensor, Tensor]
 
 
 def scenes_of(split: Split, first: int, batch: int) -> list[Scene]:
-    """The scenes of a batch; `GROUP` at a time have the concept and background of their first."""
+    """Return the scenes of a batch. Each group of `GROUP` shares the concept and background of its first scene."""
     scenes = [World(split)[first + i] for i in range(batch)]
     firsts = [scenes[i - i % GROUP] for i in range(batch)]
     return [
@@ -80,8 +85,8 @@ def scenes_of(split: Split, first: int, batch: int) -> list[Scene]:
     ]
 
 
-def batch_of(text: TextEncoder, plan: Plan, step: int) -> Batch:
-    """Pixels, tokens (of four captions three are rich; cut after the longest) and the rich captions' slots."""
+def batch_of(text: TextEncoder, plan: Plan, step: int) -> ClipBatch:
+    """Return pixels, tokens (three of four captions are rich; trimmed to the longest), and the slots of the rich captions."""
     scenes = scenes_of("train", plan.seed * 1_000_000 + step * plan.batch, plan.batch)
     pixels = normalise(torch.from_numpy(pictures(scenes)).permute(0, 3, 1, 2).float() / 255)
     tokens = text.tokenize([scene.caption if i % 4 == 0 else scene.rich_caption for i, scene in enumerate(scenes)])
@@ -90,13 +95,13 @@ def batch_of(text: TextEncoder, plan: Plan, step: int) -> Batch:
 
 
 def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, same: Tensor) -> Tensor:
-    """Mean of the two cross-entropies over cosine similarities; `same[i, j]` says that captions i and j are equal."""
+    """Average the two cross-entropies over cosine similarities. `same[i, j]` is true if captions i and j are equal."""
     logits = logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     target = same.float() / same.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def clip_loss(clip: CLIP, batch: Batch, _: torch.Generator) -> dict[str, Tensor]:
+def clip_loss(clip: CLIP, batch: ClipBatch, _: torch.Generator) -> dict[str, Tensor]:
     pixels, tokens, slots = batch
     same = (tokens[:, None] == tokens[None]).all(dim=-1)
     image = clip.image(pixels.contiguous(memory_format=torch.channels_last))
@@ -110,7 +115,7 @@ def clip_loss(clip: CLIP, batch: Batch, _: torch.Generator) -> dict[str, Tensor]
 
 @functools.cache
 def probe_data(train: int = 6000, test: int = 1500) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Pixels of training pictures, then of held-out ones, and their truth; the number of the first."""
+    """Return the pixels of training and then held-out pictures, their ground truth, and the number of training pictures."""
     scenes = [World("train")[10_000_000 + i] for i in range(train)] + [World("val")[i] for i in range(test)]
     truth = {
         "concept": torch.tensor([scene.concept for scene in scenes]),
@@ -121,7 +126,7 @@ def probe_data(train: int = 6000, test: int = 1500) -> tuple[Tensor, dict[str, T
 
 
 def classify(x: Tensor, y: Tensor, train: int) -> float:
-    """Held-out accuracy of multinomial logistic regression on the first `train` rows."""
+    """Fit multinomial logistic regression on the first `train` rows; return the accuracy on the rest."""
     linear = nn.Linear(x.shape[1], int(y.max()) + 1)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
@@ -137,7 +142,7 @@ def classify(x: Tensor, y: Tensor, train: int) -> float:
 
 
 def regress(x: Tensor, y: Tensor, train: int, ridge: float = 1.0) -> float:
-    """Held-out R^2 of ridge regression, the mean over columns."""
+    """Fit ridge regression on the first `train` rows; return R^2 on the rest, averaged over columns."""
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
     w = torch.linalg.solve(x[:train].T @ x[:train] + ridge * torch.eye(x.shape[1]), x[:train].T @ y[:train].double())
     residual, total = (
@@ -149,7 +154,7 @@ def regress(x: Tensor, y: Tensor, train: int, ridge: float = 1.0) -> float:
 
 @torch.no_grad()
 def probe(image: ImageEncoder) -> dict[str, float]:
-    """What the pooled embedding tells a linear probe about a held-out picture."""
+    """Score linear probes of the pooled embedding on held-out pictures."""
     image.eval()
     pixels, truth, train = probe_data()
     x = torch.cat([image(part.contiguous(memory_format=torch.channels_last)) for part in pixels.split(250)])
@@ -164,7 +169,7 @@ def probe(image: ImageEncoder) -> dict[str, float]:
 
 @torch.no_grad()
 def unit_entries(image: ImageEncoder) -> None:
-    """Scales the last projection so that an embedding's entries have deviation 1, the order of ViT-H's; cosines stay."""
+    """Scale the last projection so that embeddings have entries of standard deviation 1, similar to ViT-H. Cosines do not change."""
     assert isinstance(image.clip, ModifiedResNet)
     pixels, _, train = probe_data()
     std = torch.cat([image(part) for part in pixels[:train].split(250)]).std()
@@ -175,7 +180,7 @@ def unit_entries(image: ImageEncoder) -> None:
 def train(
     folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES, command: str = "python -m train clip"
 ) -> None:
-    """Trains on the mini world, and writes `text_encoder` and `image_encoder.safetensors` to the folder `weights`."""
+    """Train both towers; write text_encoder.safetensors and image_encoder.safetensors to the folder `weights`."""
     files = weights / "text_encoder.safetensors", weights / "image_encoder.safetensors"
     for file in files:
         check_output(file)
@@ -193,6 +198,6 @@ def train(
         clip.text.requires_grad_(False)
         log += rows
     unit_entries(clip.image.eval())
-    written = card(phases, log, command, {"data": "the mini world", "gate": GATE}, WORLD_LICENCE)
+    clip_card = card(phases, log, command, {"data": "the mini world", "gate": GATE}, WORLD_LICENCE)
     for tower, file in zip((clip.text, clip.image), files, strict=True):
-        cards.save(tower, file, written)
+        cards.save(tower, file, clip_card)

@@ -1,4 +1,4 @@
-"""sRGB and CIELAB (D65, 2 degrees), and the colour words of the mini world."""
+"""Conversions between sRGB and CIELAB (D65, 2 degrees), and the colour names of the mini world."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _TO_RGB = np.linalg.inv(_TO_XYZ)
 _WHITE = _TO_XYZ.sum(axis=1)
 _EPS, _KAPPA = 216 / 24389, 24389 / 27
 
-# hue angle in CIELAB (degrees) where each coarse name begins; pink wraps around zero
+# CIELAB hue (degrees) at which each coarse name begins; pink wraps around zero
 HUES = {"red": 15, "orange": 50, "yellow": 82, "green": 112, "teal": 165, "blue": 230, "purple": 290, "pink": 330}
 NAMES = tuple(HUES)
 _EDGES = np.array(list(HUES.values()))
 
 
 def srgb_to_lab(rgb: Array) -> Array:
-    """sRGB in [0, 1], `... 3`, to CIELAB: L in [0, 100], a and b about [-100, 100] (IEC 61966-2-1, CIE 15)."""
+    """Convert sRGB in [0, 1], `... 3`, to CIELAB: L in [0, 100], a and b roughly in [-100, 100] (IEC 61966-2-1, CIE 15)."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     xyz = linear @ _TO_XYZ.T / _WHITE
     f = np.where(xyz > _EPS, np.cbrt(xyz), (_KAPPA * xyz + 16) / 116)
@@ -29,7 +29,7 @@ def srgb_to_lab(rgb: Array) -> Array:
 
 
 def lab_to_srgb(lab: Array) -> Array:
-    """CIELAB `... 3` to sRGB. Values outside [0, 1] are outside the gamut; nothing is clipped."""
+    """Convert CIELAB, `... 3`, to sRGB. Values outside [0, 1] are out of gamut; they are not clipped."""
     fy = (lab[..., 0] + 16) / 116
     f = np.stack([fy + lab[..., 1] / 500, fy, fy - lab[..., 2] / 200], axis=-1)
     xyz = np.where(f**3 > _EPS, f**3, (116 * f - 16) / _KAPPA) * _WHITE
@@ -38,7 +38,7 @@ def lab_to_srgb(lab: Array) -> Array:
 
 
 def lch(lightness: float, chroma: float, hue: float) -> Array:
-    """The CIELAB colour of this lightness and hue (degrees) whose chroma is as given, or the largest that sRGB can show."""
+    """Return a CIELAB colour; reduce its chroma until sRGB can show it. `hue` is in degrees."""
     direction = np.array([0.0, np.cos(np.radians(hue)), np.sin(np.radians(hue))])
     base = np.array([lightness, 0.0, 0.0])
     while chroma > 0:
@@ -54,12 +54,12 @@ def hue_of(lab: Array) -> float:
 
 
 def coarse_name(lab: Array) -> str:
-    """One of eight names, by hue alone: "teal"."""
+    """Name a colour by its hue alone, such as "teal"; there are eight names."""
     return NAMES[int(np.searchsorted(_EDGES, hue_of(lab), side="right")) - 1]
 
 
 def fine_bin(lab: Array) -> tuple[int, int]:
-    """(tone, sector): dark, middling or light; and which half of which coarse name, 0 .. 15."""
+    """Return (tone, sector). Tone: 0 dark, 1 medium, 2 light. Sector, 0 .. 15: the half of a coarse name's hue range."""
     i = int(np.searchsorted(_EDGES, hue_of(lab), side="right")) - 1
     start, end = _EDGES[i], _EDGES[i + 1] if 0 <= i < 7 else _EDGES[0] + 360
     late = (hue_of(lab) - start) % 360 > ((end - start) % 360) / 2
@@ -67,6 +67,6 @@ def fine_bin(lab: Array) -> tuple[int, int]:
 
 
 def fine_name(lab: Array) -> str:
-    """One of 48 names, by hue and lightness: "dark green teal" is a dark teal on the green side. Only CLIP reads them."""
+    """Name a colour by hue and lightness; there are 48 names, read only by CLIP. "dark green teal": a dark teal, slightly green."""
     tone, sector = fine_bin(lab)
     return f"{('dark ', '', 'light ')[tone]}{NAMES[(sector // 2 + (1 if sector % 2 else -1)) % 8]} {NAMES[sector // 2]}"

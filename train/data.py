@@ -1,4 +1,4 @@
-"""Batches of training data, as a pure function of the step: made on the fly, read from files, or computed once and kept."""
+"""Batches of training data as a function of the step: generated on the fly, read from files, or cached in memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Data(Protocol[T_co]):
-    """One endless stream of batches. Process `rank` of `world_size` takes batch `step * world_size + rank` of it.
+    """An endless sequence of batches. At a step, process `rank` of `world_size` takes batch `step * world_size + rank`.
 
-    The processes of a step see different batches; n processes see in one step what one process sees in n.
+    The processes take different batches: n processes read in one step what a single process reads in n.
     """
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T_co: ...
@@ -31,7 +31,7 @@ class Data(Protocol[T_co]):
 
 @dataclass(frozen=True)
 class OnTheFly(Generic[T]):
-    """`make(i)` is batch i."""
+    """Generate batch i as `make(i)`."""
 
     make: Callable[[int], T]
 
@@ -41,20 +41,23 @@ class OnTheFly(Generic[T]):
 
 @dataclass(frozen=True)
 class Files:
-    """Picture files, one a batch, again from the start after the last: `read` turns a picture into `3 h w`; a batch is `1 3 h w`."""
+    """Picture files, one per batch, in a cycle. `read` maps a picture to `3 h w`; a batch is `1 3 h w`."""
 
     files: Sequence[Path]
     read: Callable[[Image.Image], Tensor]
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
-        """Raises ValueError, naming the file, when it is not a picture."""
+        """Read one file. Raises ValueError, naming the file, if it is not a picture."""
         return self.read(open_image(self.files[(step * world_size + rank) % len(self.files)]))[None]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Picture-text pairs, encoded. `mean`, `std`: `b c h w` of q(z|x), scaled; `text`: tokens c_t, `b 77 c`; `image`: what an
-    adapter reads, embeddings `b e` or fine features `b m e`. `empty`, `77 c`, and `null` stand for a dropped text or picture."""
+    """Encoded picture-text pairs.
+
+    `mean`, `std`: `b c h w`, the scaled parameters of q(z|x). `text`: the text tokens c_t, `b 77 c`. `image`: the adapter's input,
+    embeddings `b e` or fine features `b m e`. `empty`, `77 c`, replaces a dropped text; `null`, `e` or `m e`, a dropped picture.
+    """
 
     mean: Tensor
     std: Tensor
@@ -67,14 +70,17 @@ class Batch:
         return len(self.mean)
 
     def latents(self, generator: torch.Generator) -> Tensor:
-        """A sample of q(z|x) for each picture, `b c h w`."""
+        """Sample q(z|x) for each picture, `b c h w`."""
         return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs, in memory, in half precision. `caption`: row of `texts` for each picture; `texts`: `m 77 c`, the different
-    captions' text tokens, the empty one first. `images`: `n e` or `n m e`, and `null`, `e` or `m e`, if an adapter is to read them."""
+    """All encoded pairs, in memory in half precision.
+
+    `texts`: `m 77 c`, the text tokens of the different captions, the empty caption first. `caption`: `n`, each picture's row of
+    `texts`. `images`, `n e` or `n m e`, and `null`, `e` or `m e`: the adapter's input, or None if there is no adapter.
+    """
 
     mean: Tensor
     std: Tensor
@@ -87,7 +93,7 @@ class Pairs:
         return len(self.mean)
 
     def at(self, rows: Tensor) -> Batch:
-        """These pairs, in float32."""
+        """Return the pairs at `rows`, in float32."""
         image, null = (None, None) if self.images is None else (self.images[rows].float(), self.null)
         text, empty = self.texts[self.caption[rows]].float(), self.texts[0].float()
         return Batch(
@@ -95,21 +101,21 @@ class Pairs:
         )
 
     def parts(self, size: int = 64) -> Iterator[Batch]:
-        """All pairs in order, in parts of about equal length, at most `size`."""
+        """Yield all pairs in order, in parts of nearly equal length of at most `size`."""
         for rows in torch.arange(len(self)).tensor_split(-(-len(self) // size)):
             yield self.at(rows)
 
 
 @dataclass(frozen=True)
 class Cached:
-    """Batches of `size` pairs. Every epoch is another permutation; fewer pairs than a batch are repeated in it."""
+    """Batches of `size` pairs, shuffled anew in every epoch. If there are fewer pairs than `size`, a batch repeats them."""
 
     pairs: Pairs
     size: int
     seed: int
 
     def rows(self, index: int) -> Tensor:
-        """The pairs of batch `index`."""
+        """Return the rows of `pairs` that form batch `index`."""
         n = len(self.pairs)
         epoch, within = divmod(index, max(1, n // self.size))
         g = generator(self.seed + 1, epoch)
@@ -120,31 +126,31 @@ class Cached:
         return self.pairs.at(self.rows(step * world_size + rank))
 
 
-class _Steps(Dataset[T | Exception]):
+class _StepDataset(Dataset[T | Exception]):
     def __init__(self, data: Data[T]) -> None:
         self.data = data
 
     def __getitem__(self, step: int) -> T | Exception:
         try:
             return self.data.batch(step)
-        except (ValueError, OSError) as error:  # a DataLoader would wrap it in a traceback
+        except (ValueError, OSError) as error:  # return it, since a DataLoader would wrap it in a traceback
             return error
 
 
 def stream(data: Data[T], steps: Iterable[int], workers: int) -> Iterator[T]:
-    """The batches of these steps, in order, made ahead of time in worker processes, whose errors are raised here."""
+    """Yield the batches of these steps in order. Worker processes prefetch them; errors in a worker are raised here."""
 
-    def ignore_interrupt(_: int) -> None:  # Ctrl-C reaches the workers too, but the loop decides when to stop
+    def ignore_interrupt(_: int) -> None:  # the training loop handles Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     loader: DataLoader[T | Exception] = DataLoader(
-        _Steps(data),
+        _StepDataset(data),
         batch_size=None,
         sampler=steps,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=ignore_interrupt,
-        generator=torch.Generator(),  # it would take a number from the global one
+        generator=torch.Generator(),  # otherwise it draws from the global generator
     )
     for batch in loader:
         if isinstance(batch, Exception):

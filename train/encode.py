@@ -1,7 +1,7 @@
-"""Pictures and captions as the UNet and an adapter read them. What is slow is computed once and kept, a file for each batch.
+"""Encode pictures and captions for the UNet and the adapter. Slow results are cached, one file per batch.
 
-A file is named after the content of its pictures, in a folder named after the encoder's weights and the size: other pictures,
-another encoder or another size never meet an old file, and a run that stops loses only the batch it was at.
+The cache folder is named after the encoder's weights and the picture size, and each file after the content of its pictures. So a
+change of pictures, encoder or size never reads a stale file, and an interrupted run loses only the current batch.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ Encode = Callable[[Tensor], dict[str, Tensor]]
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:
-    """What is kept in a cache file; None when it is not there, or damaged, which is said."""
+    """Read a cache file. Return None if it is missing, or damaged; report damage on stderr."""
     try:
         return load_file(file) if file.exists() else None
     except (SafetensorError, OSError) as error:
-        print(f"{file} is damaged ({error}); it is computed again", file=sys.stderr)
+        print(f"{file} is damaged ({error}); computing it again", file=sys.stderr)
         return None
 
 
 @torch.no_grad()
 def encoded(data: Data[Tensor], keys: Sequence[str], encode: Encode, folder: Path, workers: int = 2) -> dict[str, Tensor]:
-    """encode(data.batch(i)) for each key i, joined, in half precision. Batch i is kept as `folder`/`keys[i]`.safetensors.
+    """Concatenate encode(data.batch(i)) over all keys, in half precision. Batch i is cached as `folder`/`keys[i]`.safetensors.
 
-    A batch is always encoded alone and whole, so its numbers do not depend on what was kept. Raises OSError when the folder
-    cannot be written.
+    Each batch is encoded separately, so the result does not depend on what was cached. Raises OSError if the folder cannot be
+    written.
     """
     files = [folder / f"{key}.safetensors" for key in keys]
     parts = {i: tensors for i, file in enumerate(files) if (tensors := _read(file))}
@@ -62,23 +62,23 @@ def encoded(data: Data[Tensor], keys: Sequence[str], encode: Encode, folder: Pat
 
 
 def latents(vae: VAE, data: Data[Tensor], keys: Sequence[str], folder: Path, size: str) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of q(z|x), scaled, `n c h w` each, for batches of pictures `b 3 h w` in [-1, 1]."""
+    """Return the scaled mean and standard deviation of q(z|x), `n c h w` each, for batches `b 3 h w` in [-1, 1]."""
     weight = next(vae.parameters())
 
     def encode(x: Tensor) -> dict[str, Tensor]:
         mean, logvar = vae.moments(x.to(weight))
         return {"mean": mean * vae.config.scale, "std": (0.5 * logvar).exp() * vae.config.scale}
 
-    found = encoded(data, keys, encode, folder / f"latents-{size}-{fingerprint(vae)}-{vae.config.scale:g}")
-    return found["mean"], found["std"]
+    moments = encoded(data, keys, encode, folder / f"latents-{size}-{fingerprint(vae)}-{vae.config.scale:g}")
+    return moments["mean"], moments["std"]
 
 
 def features(
     image: ImageEncoder, data: Data[Tensor], keys: Sequence[str], folder: Path, fine: bool
 ) -> tuple[Tensor, Tensor]:
-    """(images, null) of `Pairs` for batches of pixels `b 3 s s`: image embeddings, or fine features.
+    """Return (images, null) of `Pairs` for batches of pixels `b 3 s s`: image embeddings, or fine features.
 
-    No picture is a zero embedding, or the fine features of zero pixels (section 3.2.3).
+    `null` is a zero embedding, or the fine features of zero pixels (section 3.2.3).
     """
     weight, size = next(image.parameters()), image.config.image_size
     read: Callable[[Tensor], Tensor] = image.fine if fine else image
@@ -91,7 +91,7 @@ def features(
 
 @torch.no_grad()
 def encode_texts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """The text tokens of all different captions, the empty one first, `m 77 c`, and each caption's row, `n`."""
+    """Return the text tokens of the different captions, `m 77 c`, the empty one first, and the row of each caption, `n`."""
     different = ["", *sorted(set(captions) - {""})]
     row = {caption: i for i, caption in enumerate(different)}
     tokens = text.tokenize(different)
@@ -102,19 +102,19 @@ def encode_texts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor
 
 @functools.cache
 def renderer() -> str:
-    """Hash of some rendered pictures. It changes when the drawings or the way they are painted do."""
+    """Hash some rendered pictures, to detect changes of the drawings or the renderer."""
     return hashlib.sha256(pictures([World("train")[i] for i in range(16)]).tobytes()).hexdigest()[:8]
 
 
-def drawn(scene: Scene) -> list[str]:
-    """Everything about a scene that can be seen, and nothing that its caption says."""
-    seen = [f.name for f in dataclasses.fields(scene) if not f.name.startswith("says")]
-    return [f"{name}={np.asarray(getattr(scene, name)).tolist()!r}" for name in seen]
+def visible_fields(scene: Scene) -> list[str]:
+    """List the fields of a scene that affect its picture; those that affect only its caption are left out."""
+    names = [f.name for f in dataclasses.fields(scene) if not f.name.startswith("says")]
+    return [f"{name}={np.asarray(getattr(scene, name)).tolist()!r}" for name in names]
 
 
 @dataclass(frozen=True)
 class WorldPictures:
-    """The first `count` pictures of a split. `says`: the shares of captions that name the concept, and the background."""
+    """The first `count` pictures of a split. `says`: the shares of captions that name the concept and the background."""
 
     split: Split
     count: int
@@ -129,9 +129,9 @@ class WorldPictures:
         return self.count
 
     def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, fine: bool = False) -> Pairs:
-        """Encodes them, 100 at a time. `images` only with `image`."""
+        """Encode the pictures, 100 at a time. Without an `image` encoder, `Pairs.images` is None."""
         batches = [self.scenes[first : first + 100] for first in range(0, self.count, 100)]
-        keys = [digest([renderer(), *map(drawn, batch)]) for batch in batches]
+        keys = [digest([renderer(), *map(visible_fields, batch)]) for batch in batches]
 
         def rgb(i: int) -> Tensor:
             return torch.from_numpy(pictures(batches[i])).permute(0, 3, 1, 2).float() / 255
@@ -144,14 +144,14 @@ class WorldPictures:
         return Pairs(mean, std, caption, texts, images, null)
 
     def made_from(self) -> dict[str, str]:
-        """What identifies them."""
+        """Return hashes that identify the pictures and captions."""
         captions = digest([scene.caption for scene in self.scenes])
         return {"pictures": f"{self.count} of {self.split}, {renderer()}", "captions": captions}
 
 
 @dataclass(frozen=True)
 class FilePictures:
-    """A user's pictures at `side` x `side`: the short side is resized to it, then the centre is cropped, as in the paper."""
+    """A user's pictures: resize the short side to `side`, then crop the centre, as in the paper."""
 
     files: list[Captioned]
     side: int
@@ -160,7 +160,7 @@ class FilePictures:
         return len(self.files)
 
     def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, fine: bool = False) -> Pairs:
-        """Encodes them, one at a time. `images` only with `image`."""
+        """Encode the pictures, one at a time. Without an `image` encoder, `Pairs.images` is None."""
         keys = [file.digest for file in self.files]
 
         def square(picture: Image.Image) -> Tensor:
@@ -176,7 +176,7 @@ class FilePictures:
         return Pairs(mean, std, caption, texts, images, null)
 
     def made_from(self) -> dict[str, str]:
-        """What identifies them."""
+        """Return hashes that identify the pictures and captions."""
         pictures = digest([file.digest for file in self.files])
         captions = digest([file.text for file in self.files])
         return {"pictures": pictures, "captions": captions, "side": str(self.side)}

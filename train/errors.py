@@ -1,4 +1,4 @@
-"""How a training ends early. (This file imports nothing, so that the command line can name these without loading torch.)"""
+"""Exceptions that end a training early. This file does not import torch, so that the command line starts quickly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM ended a run, after its state was saved. `number` is the signal's."""
+    """Ctrl-C or SIGTERM stopped a run after its state was saved. `number` is the signal number."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -14,19 +14,19 @@ class Interrupted(Exception):
 
 
 class Diverged(FloatingPointError):
-    """The loss or its gradient is not finite. The weights are as they were before that step."""
+    """The loss or its gradient is not finite. The weights keep their values from before the step."""
 
 
 class GateError(RuntimeError):
-    """Training would not do what it should: a gradient is missing, or reaches what must stay frozen."""
+    """A check before training failed: a trainable tensor gets no gradient, or a frozen one does."""
 
 
 class OtherRun(ValueError):
-    """The state was made from something else."""
+    """The saved state belongs to a run with other inputs or settings."""
 
 
 class Damaged(ValueError):
-    """The state cannot be read."""
+    """The saved state cannot be read."""
 
     def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"{path} is damaged ({why}): remove it, and this part of the training starts again")
+        super().__init__(f"{path} is damaged ({why}): remove it to restart this part of the training")

@@ -1,4 +1,4 @@
-"""Short hashes of what a result was made from: weights, files, plain data."""
+"""Short hashes that identify the inputs of a result: weights and plain data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Eight hex digits that change when a module's weights do."""
+    """Hash a module's weights to eight hex digits."""
     digest = hashlib.sha256()
     for tensor in module.state_dict().values():
         digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
@@ -18,5 +18,5 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def digest(data: Any) -> str:
-    """Sixteen hex digits of plain data, such as a list of captions or of other hashes."""
+    """Hash plain data, such as a list of captions or of other hashes, to sixteen hex digits."""
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]

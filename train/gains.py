@@ -1,4 +1,4 @@
-"""Does an adapter learn? Held-out losses with the picture, with none, and with another; and the gates before step 1."""
+"""Measure whether an adapter learns, by held-out losses with the right picture, none, and another; and checks before training."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from train.randomness import generator
 def losses_of(
     unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse, device: str, seed: int = 1
 ) -> dict[str, list[Tensor]]:
-    """Unweighted losses of each pair, in parts: with its `own` picture, with `none`, and with `another`.
+    """Return the unweighted losses of each pair with its `own` picture, with `none`, and with `another`, as lists of parts.
 
-    Noise and timesteps depend on `seed` alone, so differences are paired.
+    All three share the noise and timesteps, which depend only on `seed`, so their differences are paired.
     """
     losses: dict[str, list[Tensor]] = {"own": [], "none": [], "another": []}
     for i, part in enumerate(pairs.parts()):
@@ -37,16 +37,16 @@ def losses_of(
 def held_out_losses(
     unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu"
 ) -> dict[str, float]:
-    """The mean loss with the picture, and by how much it is lower than with a zero image and with another picture."""
+    """Return the mean loss with the right picture, and how much higher it is with a zero image and with another picture."""
     losses = losses_of(unet, adapter, schedule, pairs, fuse, device)
     own, none, another = (sum(float(part.sum()) for part in losses[k]) / len(pairs) for k in ("own", "none", "another"))
     return {"held_out": own, "gain_zero": none - own, "gain_shuffled": another - own}
 
 
 def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, device: str) -> str:
-    """One sentence: is the held-out loss lower with the right picture than with another, by more than twice its error?
+    """Say in a sentence whether the right picture lowers the held-out loss by more than twice the standard error over pictures.
 
-    The error is the standard error over pictures. Few pictures are read at several noises and timesteps.
+    If there are few pictures, average over several noises and timesteps.
     """
     rounds = range(100, 100 + max(1, 64 // len(pairs)))
     losses = [losses_of(unet, adapter, schedule, pairs, decoupled, device, seed) for seed in rounds]
@@ -62,7 +62,10 @@ def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, de
 def check_gates(
     unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu"
 ) -> None:
-    """Raises `GateError` unless scale 0 is the base bit for bit, every trainable tensor gets a gradient, no frozen one."""
+    """Raise `GateError` if an adapter cannot be trained as it should.
+
+    At scale 0 the output must equal the base's bit for bit. Every trainable tensor must get a gradient, and no frozen one.
+    """
     batch = noised(pairs.at(torch.arange(min(4, len(pairs)))), generator(0, 0), device)
     text = Context(batch.text, fuse=fuse)
     with torch.no_grad():

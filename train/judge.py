@@ -1,6 +1,6 @@
-"""Stage 5: the judge, which reads concept, background, palette and placement from a picture.  `python -m train judge`
+"""Stage 6: the judge, a network that reads concept, background, palette and placement from a picture.  `python -m train judge`
 
-It learns from true pictures only, slightly blurred and noised, and never sees a picture that a model under test drew.
+It is trained only on rendered pictures, slightly blurred and noised, never on output of a model that it measures.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from train.data import OnTheFly
 from train.encode import renderer
 from train.loop import Plan, run
 from train.randomness import seeded
-from train.vae import to_tensor
+from train.vae import bytes_to_tensor
 from train.world import BACKGROUNDS, CONCEPTS, SIZE, Scene, Split, World, pictures
 
 PHASES = (Plan("judge", steps=1800, batch=64, lr=1e-3, decay=0.7, validate_every=450),)
-FIRST = 20_000_000  # index of the first scene that the judge learns from; no other stage gets that far
+FIRST = 20_000_000  # index of the first training scene; no other stage uses scenes from here on
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a batch of pictures shows.
+    """What the judge sees in a batch of pictures.
 
     `concept`: `b 64` and `background`: `b 10` logits; `palette`: `b 2 3` CIELAB; `placement`: `b 3`, centre (x, y) and side of
     the drawing in pixels.
@@ -45,7 +45,7 @@ class Reading:
     placement: Tensor
 
     def score(self, concept: Tensor, background: Tensor, palette: Tensor) -> dict[str, float]:
-        """Shares of correct concepts and backgrounds, and the mean palette error."""
+        """Return the shares of correct concepts and backgrounds, and the mean palette error."""
         return {
             "concept": float((self.concept.argmax(dim=1) == concept).float().mean()),
             "background": float((self.background.argmax(dim=1) == background).float().mean()),
@@ -54,16 +54,16 @@ class Reading:
 
 
 def lab_of(x: Tensor) -> Tensor:
-    """Pictures `b 3 h w` in [-1, 1] to the CIELAB colours of their pixels, `b (h w) 3`."""
+    """Convert pictures `b 3 h w` in [-1, 1] to the CIELAB colours of their pixels, `b (h w) 3`."""
     rgb = rearrange((x.detach().cpu().clamp(-1, 1) + 1) / 2, "b c h w -> b (h w) c").double().numpy()
     return torch.from_numpy(srgb_to_lab(rgb)).float().to(x.device)
 
 
 class Judge(nn.Module):
-    """`b 3 64 64` in [-1, 1] to a Reading.
+    """Map pictures `b 3 64 64` in [-1, 1] to a Reading.
 
-    The network does not guess the palette. It predicts where each of the two colours is (a softmax over all pixels); the
-    colour is the mean CIELAB value there.
+    The network does not regress the palette. For each of the two colours it predicts a softmax over all pixels; the colour is the
+    average CIELAB value under it.
     """
 
     def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 160), key: int = 32) -> None:
@@ -100,7 +100,7 @@ class Judge(nn.Module):
 
 
 def ground_truth(scenes: list[Scene]) -> dict[str, Tensor]:
-    """What a perfect judge would read: `concept` and `background` as indices `b`, `palette` and `placement` as in Reading."""
+    """Return what a perfect judge would read: `concept` and `background`, indices `b`; `palette` and `placement` as in Reading."""
     return {
         "concept": torch.tensor([scene.concept for scene in scenes]),
         "background": torch.tensor([scene.background for scene in scenes]),
@@ -110,21 +110,21 @@ def ground_truth(scenes: list[Scene]) -> dict[str, Tensor]:
 
 
 def delta_e(a: Tensor, b: Tensor) -> Tensor:
-    """Palette error: the CIE76 colour difference, averaged over the two colours. `b 2 3` -> `b`."""
+    """Compute the palette error: the CIE76 difference, averaged over the two colours. `b 2 3` -> `b`."""
     return (a - b).norm(dim=-1).mean(dim=-1)
 
 
-Batch = tuple[Tensor, dict[str, Tensor]]
+JudgeBatch = tuple[Tensor, dict[str, Tensor]]
 
 
-def batch_of(split: Split, batch: int, step: int) -> Batch:
+def batch_of(split: Split, batch: int, step: int) -> JudgeBatch:
     world = World(split)
     scenes = [world[FIRST + i] for i in range(step * batch, (step + 1) * batch)]
-    return to_tensor(pictures(scenes)), ground_truth(scenes)
+    return bytes_to_tensor(pictures(scenes)), ground_truth(scenes)
 
 
-def judge_loss(judge: Judge, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-    """Cross-entropies, palette error / 20 and placement error / 10 on blurred and noised pictures."""
+def judge_loss(judge: Judge, batch: JudgeBatch, generator: torch.Generator) -> dict[str, Tensor]:
+    """Add the two cross-entropies, the palette error / 20 and the placement error / 10, on blurred and noised pictures."""
     x, true = batch
     blur = torch.rand(len(x), 1, 1, 1, generator=generator) * 0.6
     x = x.lerp(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1), blur)
@@ -159,5 +159,5 @@ def train(
 
 
 def load_judge(path: Path) -> Judge:
-    """Read a judge that `train` wrote. Raises ValueError or OSError when the file is missing or not a judge."""
+    """Load a judge. Raises ValueError or OSError if the file is missing or is not a judge."""
     return cards.load(path, Judge, None)

@@ -1,7 +1,7 @@
-"""The training loop: flat, resumable, seeded.
+"""The training loop: seeded and resumable.
 
-Everything random in step s comes from (seed, s). A run that is stopped anywhere and started again computes the same numbers
-to the last digit, on the same machine with the same number of threads.
+All random numbers of step s come from (seed, s). A run that is stopped and resumed gives bit-identical results on the same machine with
+the same number of threads.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ from train.randomness import generator
 
 T = TypeVar("T")
 Loss = Callable[[T, torch.Generator], dict[str, Tensor]]
-SAVE_SECONDS = 300.0  # a state is never older than this
+SAVE_SECONDS = 300.0  # save the state at least this often
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of one run. The rate rises for `warmup` steps, stays, and falls to zero over the last `decay` of them."""
+    """The settings of one run.
+
+    The learning rate rises linearly for `warmup` steps, stays at `lr`, and falls to zero over the last fraction `decay` of the steps.
+    """
 
     name: str
     steps: int
@@ -54,36 +57,36 @@ class Plan:
     validate_every: int = 250
 
     def rate(self, step: int) -> float:
-        """The share of the full rate at this step."""
+        """Return the factor of the learning rate at this step."""
         return min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / max(1.0, self.decay * self.steps))
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether bfloat16 is worth using: a processor without instructions for it is several times slower."""
+    """Return whether bfloat16 is fast: on a processor without bfloat16 instructions it is several times slower than float32."""
     return not device.startswith("cpu") or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def autocast(plan: Plan) -> torch.autocast:
-    """bfloat16 where the plan asks for it and the device has it."""
+    """Autocast to bfloat16 if the plan asks for it and the device supports it."""
     enabled = plan.bf16 and has_bfloat16(plan.device)
     return torch.autocast(plan.device.split(":")[0], torch.bfloat16, enabled=enabled)
 
 
 class _Interrupt:
-    """Inside `with`, Ctrl-C and SIGTERM become a number that is read between two steps."""
+    """Inside `with`, Ctrl-C and SIGTERM only set `signal_number`, which the loop reads between steps."""
 
-    asked = 0
+    signal_number = 0
 
     def __enter__(self) -> _Interrupt:
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, _: object) -> None:
-        self.asked = number
+    def _receive(self, number: int, _: object) -> None:
+        self.signal_number = number
 
 
 @torch.no_grad()
@@ -96,7 +99,7 @@ def _ema_update(ema: nn.Module, module: nn.Module, decay: float) -> None:
 
 
 class _Training:
-    """What changes from step to step: the module, its optimizer and EMA, the log; and how they are saved."""
+    """The state of a run: the module, its optimizer and EMA, and the log. Loads and saves itself."""
 
     def __init__(self, plan: Plan, module: nn.Module, folder: Path, made_from: Mapping[str, Any]) -> None:
         self.plan, self.module = plan, module
@@ -127,17 +130,17 @@ class _Training:
     def save(self) -> None:
         self.saved = time.monotonic()
         states = {"module": checkpoint.changing(self.module), "kept": checkpoint.changing(self.kept)}
-        about = {"made_from": self.made_from, "step": self.step, "seconds": self.elapsed(), "log": self.log}
-        checkpoint.save(self.state_file, {**about, **states, "optimizer": self.optimizer.state_dict()})
+        progress = {"made_from": self.made_from, "step": self.step, "seconds": self.elapsed(), "log": self.log}
+        checkpoint.save(self.state_file, {**progress, **states, "optimizer": self.optimizer.state_dict()})
         with replacing(self.log_file) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in self.log))
 
     def elapsed(self) -> float:
-        """Seconds of training so far, those of stopped runs included."""
+        """Return the seconds of training so far, including those before a restart."""
         return self.seconds + time.monotonic() - self.began
 
     def _gradients(self, batches: Iterator[T], loss: Loss[T]) -> dict[str, float]:
-        """Adds up the gradients of a step's parts; returns the mean of the named scalars."""
+        """Accumulate the gradients of a step; return the mean of each named scalar."""
         plan, means = self.plan, dict[str, float]()
         for part in range(self.step * plan.accumulate, (self.step + 1) * plan.accumulate):
             with autocast(plan):
@@ -148,12 +151,12 @@ class _Training:
         return means
 
     def advance(self, batches: Iterator[T], loss: Loss[T]) -> dict[str, Any]:
-        """One step; returns its row of the log. Raises `Diverged` before the weights change."""
+        """Run one step and return its row of the log. Raises `Diverged` before the weights change."""
         plan, step = self.plan, self.step
         row = {"step": step + 1, "lr": plan.lr * plan.rate(step), **self._gradients(batches, loss)}
         row["grad_norm"] = float(nn.utils.clip_grad_norm_(self.parameters, plan.clip))
         if not math.isfinite(row["loss"] + row["grad_norm"]):
-            raise Diverged(f"{plan.name}: loss or gradient is not finite at step {step + 1}; start again with a lower rate")
+            raise Diverged(f"{plan.name}: the loss or gradient is not finite at step {step + 1}; restart with a lower --lr")
         self.optimizer.param_groups[0]["lr"] = row["lr"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -175,14 +178,14 @@ def run(
     until: int | None = None,
     made_from: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Trains the parameters of `module` that require gradients. Returns what to keep (the EMA, if any) and the log.
+    """Train the parameters of `module` that require gradients. Return the module to keep (the EMA, if there is one) and the log.
 
-    `loss(batch, generator)` returns named scalars, of which "loss" is minimised; `validate(module)` returns named numbers.
-    State and log live in `folder`. A run that finds its state there goes on from it, if that was made from the same: the
-    plan, the weights that `module` starts with, and what else `made_from` names. With `until` the run stops early, after
-    that many of the plan's steps.
+    `loss(batch, generator)` returns named scalars and minimises "loss"; `validate(module)` returns named numbers. State and log
+    are kept in `folder`. If a state exists there, the run resumes from it, provided that the plan, the initial weights of `module`
+    and the inputs named in `made_from` are the same. With `until`, stop after that many steps of the plan.
 
-    Raises `Interrupted` after saving, `Diverged` before the weights change, and `OtherRun` or `Damaged`.
+    Raises `Interrupted` after saving the state, `Diverged` before the weights change, `OtherRun` if the state belongs to another
+    run, and `Damaged` if it cannot be read.
     """
     check_output(folder / f"{plan.name}.pt")
     training, end = _Training(plan, module, folder, made_from or {}), plan.steps if until is None else until
@@ -198,9 +201,9 @@ def run(
                 row |= {"seconds": training.elapsed(), **validate(training.kept)}
             bar.set_postfix({k: f"{row[k]:.4g}" for k in row if k not in ("step", "lr", "seconds")}, refresh=False)
             bar.update()
-            if last or interrupt.asked or done % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
+            if last or interrupt.signal_number or done % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
                 training.save()
-            if interrupt.asked and not last:
-                message = f"{plan.name}: stopped after step {done}; the same command goes on from there"
-                raise Interrupted(message, interrupt.asked)
+            if interrupt.signal_number and not last:
+                message = f"{plan.name}: stopped after step {done}; the same command resumes the run"
+                raise Interrupted(message, interrupt.signal_number)
     return training.kept, training.log

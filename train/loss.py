@@ -12,11 +12,11 @@ from model.unet import UNet
 from sampling.schedule import Schedule
 from train.data import Batch
 
-DROP = 0.05  # the share of each kind of dropping (section 4.1.2)
+DROP = 0.05  # probability of each kind of dropping (section 4.1.2)
 
 
 def min_snr(schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
-    """Weight of ||eps - eps_theta||^2: min(SNR_t, gamma) / SNR_t, SNR_t = a_t / (1 - a_t)  (arXiv 2303.09556). `b` -> `b`."""
+    """Return the loss weight min(SNR_t, gamma) / SNR_t, SNR_t = a_t / (1 - a_t)  (arXiv 2303.09556). `b` -> `b`."""
     a = schedule.alphas.to(t.device)[t]
     snr = a / (1 - a)
     weight = snr.clamp(max=gamma) / snr
@@ -28,8 +28,8 @@ def diffusion_loss(
 ) -> Tensor:
     """|| eps - eps_theta(x_t, t, c) ||^2, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps  (Eq. 1; Eq. 6 when c holds a picture).
 
-    `x0`, `eps`: `b c h w`; `t`: `b`. The mean over everything but the batch, in float32: `b`. With v-prediction the target is
-    v. `gamma` applies the min-SNR weight; the paper uses none.
+    `x0`, `eps`: `b c h w`; `t`: `b`. Returns the mean over all dimensions but the batch, in float32: `b`. With v-prediction
+    the target is v. `gamma` applies the min-SNR weight; the paper uses none.
     """
     x_t = schedule.add_noise(x0, eps, t)
     error = unet(x_t, t, context).float() - schedule.target(x0, eps, t)
@@ -38,12 +38,12 @@ def diffusion_loss(
 
 
 def noise_for(x0: Tensor, generator: torch.Generator, timesteps: int = 1000) -> tuple[Tensor, Tensor]:
-    """(t, eps): t uniform in [0, T), eps ~ N(0, I)."""
+    """Draw (t, eps): t uniform in [0, T), eps ~ N(0, I)."""
     return torch.randint(timesteps, (len(x0),), generator=generator), torch.randn(x0.shape, generator=generator)
 
 
 def drops(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(drop the text, drop the image) for n pictures: image only, text only, both, 5 % each, by one uniform number."""
+    """Draw masks (drop the text, drop the image) for n pictures: image only, text only or both, with probability 5 % each."""
     r = torch.rand(n, generator=generator)
     image = (r < DROP) | ((r >= 2 * DROP) & (r < 3 * DROP))
     text = (r >= DROP) & (r < 3 * DROP)
@@ -52,7 +52,7 @@ def drops(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Noised:
-    """What Eq. 6 takes: latents x_0, timesteps, noise, text tokens c_t, and what the adapter reads of the pictures."""
+    """The inputs of Eq. 6: latents x_0, timesteps, noise, text tokens c_t, and the adapter's input."""
 
     x0: Tensor
     t: Tensor
@@ -62,13 +62,13 @@ class Noised:
 
 
 def images_of(batch: Batch, drop: Tensor) -> Tensor:
-    """What the adapter reads of these pictures, and of no picture where `drop` is true."""
+    """Return the adapter's input for these pictures, replaced by the null input where `drop` is true."""
     assert batch.image is not None and batch.null is not None
     return torch.where(drop.view(-1, *[1] * batch.null.ndim), batch.null, batch.image)
 
 
 def noised(batch: Batch, g: torch.Generator, device: str, dropping: bool = False) -> Noised:
-    """The pairs at random timesteps and noise; with `dropping` some lose their text, picture, or both."""
+    """Draw latents, timesteps and noise for the pairs. With `dropping`, some lose their text, picture, or both."""
     x0 = batch.latents(g)
     t, eps = noise_for(x0, g)
     none = torch.zeros(len(batch), dtype=torch.bool)

@@ -1,7 +1,7 @@
-"""Stage 5: Plus, which reads the image encoder's fine features (Figure 11).  `python -m train plus`
+"""Stage 5: IP-Adapter Plus, which reads the image encoder's fine features (Figure 11).  `python -m train plus`
 
-It is trained as the adapter is (train/adapter.py). In the mini world it begins as the trained adapter, see `begin_as`; on a user's
-pictures it begins fresh, or as the file that `--from` names.
+The recipe is that of train/adapter.py. In the mini world, Plus is initialised from the trained adapter (`initialise_from`); on a user's
+pictures it starts from random weights, or from the file given by `--from`.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from train.data import Batch, Cached, Data, Pairs
 from train.fingerprint import fingerprint
 from train.loop import Plan, run
 from train.loss import drops, images_of
-from train.setting import Setting, Source, encode
+from train.setting import Setting, TrainingSource, encode
 
-PLAN = replace(LAST, name="ip_adapter_plus", steps=12000, lr=3e-4, seed=3)  # at 1e-3 a Resampler forgets what it knows
+PLAN = replace(LAST, name="ip_adapter_plus", steps=12000, lr=3e-4, seed=3)  # at 1e-3 a Resampler forgets its initialisation
 BEGIN = Recipe("ip_adapter_plus_begin", steps=3000, batch=128, lr=2e-3, decay=0.7, validate_every=1000, says=PLAN.says)
 PHASES = BEGIN, PLAN
-Both = tuple[Batch, Batch]
+PairedBatch = tuple[Batch, Batch]
 
 
-class _Both:
-    """Batches of the same pictures from two sources: their embeddings, and their fine features."""
+class _PairedData:
+    """Batches of the same pictures in two encodings: embeddings and fine features."""
 
     def __init__(self, embeddings: Data[Batch], features: Data[Batch]) -> None:
         self.parts = embeddings, features
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Both:
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> PairedBatch:
         embeddings, features = (part.batch(step, rank, world_size) for part in self.parts)
         return embeddings, features
 
 
-def begin_as(
+def initialise_from(
     known: IPAdapter,
     plus: IPAdapter,
     plan: Plan,
@@ -51,23 +51,24 @@ def begin_as(
     folder: Path,
     made_from: dict[str, Any] | None = None,
 ) -> None:
-    """Plus begins as a trained adapter of the base form: W'_k and W'_v are copied, its tokens fitted by least squares.
+    """Initialise Plus from a trained global adapter: copy W'_k and W'_v, and fit its tokens by least squares.
 
-    Token j of N learns to be `known`'s token j mod n. A softmax over n keys, and one over N / n copies of each, give the same Z:
-    Plus then draws what `known` draws, and Eq. 6 goes on from there. (A fresh Resampler learns slowly from Eq. 6, whose
-    gradient is mostly noise.) `embeddings` and `features`: of the same pictures, to learn from and held out. The log has
-    `explained`, the share of the held-out tokens' variance that is fitted.
+    Token j of Plus's N tokens learns to equal token j mod n of the n tokens of `known`. Attention over n keys equals attention over
+    N / n copies of each, so Plus then draws what `known` draws, and training by Eq. 6 continues from there. (From random weights, a
+    Resampler learns slowly, because the gradient of Eq. 6 is mostly noise.) `embeddings` and `features` hold the training and
+    held-out pairs of the same pictures. The log holds `explained`, the explained share of the held-out tokens' variance.
     """
     plus.to_k.load_state_dict(known.to_k.state_dict())
     plus.to_v.load_state_dict(known.to_v.state_dict())
-    def tokens(batch: Both, drop: Tensor) -> tuple[Tensor, Tensor]:
-        seen, fine = (images_of(part, drop).to(plan.device) for part in batch)
+
+    def tokens(batch: PairedBatch, drop: Tensor) -> tuple[Tensor, Tensor]:
+        pooled, fine = (images_of(part, drop).to(plan.device) for part in batch)
         with torch.no_grad():
-            goal = known.tokens(seen)
+            goal = known.tokens(pooled)
         own = plus.tokens(fine)
         return own, repeat(goal, "b n c -> b (r n) c", r=own.shape[1] // goal.shape[1])
 
-    def loss(batch: Both, g: torch.Generator) -> dict[str, Tensor]:
+    def loss(batch: PairedBatch, g: torch.Generator) -> dict[str, Tensor]:
         return {"loss": F.mse_loss(*tokens(batch, drops(len(batch[0]), g)[1]))}
 
     def validate(_: nn.Module) -> dict[str, float]:
@@ -77,44 +78,44 @@ def begin_as(
             own, goal = tokens((embeddings[1].at(rows), features[1].at(rows)), torch.zeros(len(rows), dtype=torch.bool))
         return {"explained": 1 - float(F.mse_loss(own, goal) / goal.var(dim=0, correction=0).mean())}
 
-    data = _Both(*(Cached(pairs[0], plan.batch, plan.seed) for pairs in (embeddings, features)))
+    data = _PairedData(*(Cached(pairs[0], plan.batch, plan.seed) for pairs in (embeddings, features)))
     made_from = {**(made_from or {}), "adapter that Plus begins as": fingerprint(known)}
     run(plan, plus.image_projection, data, loss, validate, folder, 0, made_from=made_from)
 
 
-def begins(source: Source) -> bool:
-    """Whether Plus begins as the base folder's adapter."""
+def starts_from_global(source: TrainingSource) -> bool:
+    """Return whether Plus is initialised from the adapter in the base folder."""
     return source.data is None and source.start is None
 
 
-def phases_for(source: Source) -> tuple[Recipe, ...]:
-    """As in train/adapter.py."""
-    return adapter.phases_for(source, PHASES if begins(source) else (PLAN,), PLAN)
+def phases_for(source: TrainingSource) -> tuple[Recipe, ...]:
+    """Return the phases of training, as `adapter.phases_for` does."""
+    return adapter.phases_for(source, PHASES if starts_from_global(source) else (PLAN,), PLAN)
 
 
 def train(
     folder: Path,
     weights: Path,
     phases: tuple[Recipe, ...] = PHASES,
-    source: Source | None = None,
+    source: TrainingSource | None = None,
     command: str = "python -m train plus",
 ) -> Outcome:
-    """As `adapter.train`; where Plus begins as the adapter, the first phase is of `begin_as`.
+    """Train Plus, as `adapter.train` does. In the mini world, the first phase is `initialise_from`.
 
-    Raises FileNotFoundError, naming the command that makes it, when there is no such adapter.
+    Raises FileNotFoundError if the global adapter is missing; the message names the command that trains it.
     """
-    source = source or Source(base=weights, fine=True)
-    if not begins(source):
+    source = source or TrainingSource(base=weights, fine=True)
+    if not starts_from_global(source):
         return adapter.train(folder, weights, phases, source, command)
     begin, *others = phases
     start = source.base / "ip_adapter.safetensors"
     if not start.exists():
-        raise FileNotFoundError(f"{start} is not there, which Plus begins as; `python -m train adapter` trains it")
+        raise FileNotFoundError(f"{start} is missing, and Plus is initialised from it: run `python -m train adapter` first")
 
-    def as_the_adapter(setting: Setting, plus: IPAdapter) -> tuple[Plan, ...]:
+    def initialise(setting: Setting, plus: IPAdapter) -> tuple[Plan, ...]:
         known = load_adapter(start, setting.pipeline.unet).to(begin.device)
-        embeddings = encode(setting.pipeline, source.listed(None, 0, phases[0].says), folder, fine=False)
-        begin_as(known, plus, begin, embeddings, (setting.pairs, setting.held_out), folder, setting.made_from)
+        embeddings = encode(setting.pipeline, source.picture_sets(None, 0, phases[0].says), folder, fine=False)
+        initialise_from(known, plus, begin, embeddings, (setting.pairs, setting.held_out), folder, setting.made_from)
         return (begin,)
 
-    return adapter.train(folder, weights, tuple(others), source, command, as_the_adapter)
+    return adapter.train(folder, weights, tuple(others), source, command, initialise)

@@ -1,4 +1,4 @@
-"""Sheets of fixed prompts, drawn at every validation: the loss alone does not tell whether pictures are good."""
+"""Draw fixed prompts at every validation, since the loss alone does not show how good the pictures are."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from train.world import World, caption, pictures
 ROWS, COLUMNS = 4, 8
 
 
-def _sheet(images: list[Image.Image], columns: int) -> Image.Image:
+def _grid(images: list[Image.Image], columns: int) -> Image.Image:
     width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    return sheet
+        grid.paste(image, (i % columns * width, i // columns * height))
+    return grid
 
 
-def texts(pipeline: Pipeline, path: Path) -> None:
-    """The captions of the first validation scenes."""
+def draw_captions(pipeline: Pipeline, path: Path) -> None:
+    """Draw the captions of the first validation scenes; write the sheet and the captions."""
     prompts = [World("val")[i].caption for i in range(ROWS * COLUMNS)]
     drawn = pipeline.sample(prompts, list(range(len(prompts))), guidance=4.0, steps=12)
-    _sheet(to_images(drawn), COLUMNS).save(path)
+    _grid(to_images(drawn), COLUMNS).save(path)
     path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
 
 
-def prompts(pipeline: Pipeline, path: Path) -> None:
-    """A row for each image prompt: the prompt, two variations, and lambda 0.4, 0.6, 0.8, 1 with a text."""
-    scales, rows = [1.0, 1.0, 0.4, 0.6, 0.8, 1.0], []
+def draw_image_prompts(pipeline: Pipeline, path: Path) -> None:
+    """Draw a row for each image prompt: the prompt, two variations, and lambda 0.4, 0.6, 0.8, 1 with a text."""
+    scales, cells = [1.0, 1.0, 0.4, 0.6, 0.8, 1.0], []
     for i in range(ROWS):
         prompt = Image.fromarray(pictures([World("val")[i]])[0])
         text = ["", "", *[caption("fox", None, "pink")] * 4]
         lam = torch.tensor(scales).view(-1, 1, 1, 1)
         drawn = pipeline.sample(text, [0, 1, 0, 0, 0, 0], pipeline.embed([prompt]), scale=lam, guidance=4.0, steps=12)
-        rows += [prompt, *to_images(drawn)]
-    _sheet(rows, 1 + len(scales)).save(path)
+        cells += [prompt, *to_images(drawn)]
+    _grid(cells, 1 + len(scales)).save(path)

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed and a step, and on nothing that ran before."""
+"""Random numbers that depend only on a seed and a step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 
 
 def generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step. (torch's CPU generator reads 32 bits of a seed, so the two are hashed into them.)"""
+    """Return the generator of one step. Seed and step are hashed into 32 bits, since torch's CPU generator reads no more."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds torch's global generator, which initialises modules, and puts it back afterwards.
+    """Seed torch's global generator inside the block, and restore it afterwards.
 
-    Build a module inside: its first weights then depend on `seed` alone. Loading files and starting a DataLoader draw from
-    the global generator, so a seed that is set earlier depends on what was cached.
+    Build a module inside the block: its initial weights then depend only on `seed`. Seeding earlier is not enough, since loading
+    files and starting a DataLoader also draw from the global generator.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Stage 6: a second CLIP, which scores drawings and which no adapter reads.  `python -m train scorer`
+"""Stage 7: a second CLIP, used only to compute CLIP-I and CLIP-T (eval/clip_score.py).  `python -m train scorer`
 
-It differs from the CLIP of `train/clip.py` in patch size, width, seed and training pictures, so that CLIP-I and CLIP-T
-(eval/clip_score.py) do not reward an adapter for what its own encoder happens to see.
+It differs from the CLIP of train/clip.py, which adapters read, in patch size, width, seed and training pictures. So an adapter is not
+rewarded for quirks of its own encoder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IMAGE = replace(MINI_IMAGE, width=24, heads=12, output_dim=192, stem_pool=True) 
 def train(
     folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES, command: str = "python -m train scorer"
 ) -> None:
-    """Train both towers; write `weights`/score_text and score_image, each with its card."""
+    """Train both towers; write score_text.safetensors and score_image.safetensors, with cards, to the folder `weights`."""
     files = weights / "score_text.safetensors", weights / "score_image.safetensors"
     for file in files:
         check_output(file)
@@ -46,6 +46,6 @@ def train(
     for plan in phases:
         data, loss = OnTheFly(functools.partial(clip.batch_of, towers.text, plan)), functools.partial(clip.clip_loss, towers)
         log += run(plan, towers, data, loss, validate, folder, made_from=made_from)[1]
-    written = card(phases, log, command, {"data": "the mini world"}, WORLD_LICENCE)
+    scorer_card = card(phases, log, command, {"data": "the mini world"}, WORLD_LICENCE)
     for tower, file in zip((towers.text, towers.image.eval()), files, strict=True):
-        cards.save(tower, file, written)
+        cards.save(tower, file, scorer_card)

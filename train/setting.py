@@ -1,4 +1,4 @@
-"""What an adapter is trained on: the frozen base, the pictures, and what identifies them all."""
+"""What an adapter is trained on: the frozen base, the encoded pictures, and fingerprints that identify them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from train.encode import FilePictures, WorldPictures
 from train.fingerprint import digest, fingerprint
 from train.unet import HELD_OUT, PICTURES
 
-SAYS = 0.5, 0.5  # the shares of captions that name the concept, and the background, in the mini world
-TOKENS, FINE_TOKENS, DEPTH = 4, 16, 4  # DEPTH is of Plus; diffusers reads no other
-MINI_DEPTH, GAMMA = 2, 1.0  # of Plus, and of min-SNR weights, in the mini world
-Listed = tuple[WorldPictures | FilePictures, WorldPictures | FilePictures]
-Split = tuple[list[Captioned], list[Captioned]]
+SAYS = 0.5, 0.5  # shares of captions that name the concept and the background (mini world)
+TOKENS, FINE_TOKENS, DEPTH = 4, 16, 4  # DEPTH: layers of Plus; diffusers supports only 4
+MINI_DEPTH, GAMMA = 2, 1.0  # layers of Plus, and gamma of the min-SNR weights, in the mini world
+PictureSets = tuple[WorldPictures | FilePictures, WorldPictures | FilePictures]
+FileSplit = tuple[list[Captioned], list[Captioned]]
 
 
 @dataclass(frozen=True)
-class Source:
-    """What to train on: the mini world, or with `data` a user's pictures; at which size and precision the base runs.
+class TrainingSource:
+    """The files to train on, and the size and precision of the base.
 
-    With `fine` the adapter reads the encoder's fine features: Plus (Figure 11). `start` is an adapter to continue from.
+    `data`: a user's pictures, or None for the mini world. `fine`: read the encoder's fine features (Plus, Figure 11). `start`: a
+    trained adapter to start from.
     """
 
     base: Path = WEIGHTS
     image_encoder: Path | None = None
     fine: bool = False
-    pictures: int = PICTURES  # of the mini world
+    pictures: int = PICTURES  # number of mini world pictures
     data: Path | None = None
     side: int | None = None
     base_dtype: torch.dtype = torch.float32
@@ -46,14 +47,14 @@ class Source:
     start: Path | None = None
 
     def pipeline(self, device: str) -> Pipeline:
-        """The frozen base with its image encoder. Raises ValueError when an adapter cannot be trained on them."""
+        """Load the frozen base and its image encoder. Raises ValueError if an adapter cannot be trained on them."""
         pipeline = load(self.base, (), self.image_encoder, device=device)
         if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
             raise ValueError(
-                f"{self.base} is a model for inpainting: train on the ordinary one, whose adapters it can use"
+                f"{self.base} is an inpainting model: train on the text-to-image model instead; its adapters also work for inpainting"
             )
         if pipeline.image is None:
-            raise ValueError(f"{self.base} has no image encoder: name one with --image-encoder")
+            raise ValueError(f"{self.base} has no image encoder: give one with --image-encoder")
         if self.side and self.side % pipeline.vae.config.factor:
             raise ValueError(f"--side {self.side} must be a multiple of {pipeline.vae.config.factor}, the VAE's factor")
         pipeline.unet.checkpointing = self.checkpointing
@@ -61,23 +62,23 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """The form of the adapter, in the words of `adapter_kind`. Raises ValueError when `start` has other features."""
+        """Return the kind of adapter, as `adapter_kind` names it. Raises ValueError if `start` reads the other kind of features."""
         kind = adapter_kind(adapter_file(self.start)) if self.start else "IP-Adapter Plus" if self.fine else "IP-Adapter"
         if self.fine != (kind != "IP-Adapter"):
             stage = "adapter" if self.fine else "plus"
             raise ValueError(f"{self.start} is {kind}: continue it with `python -m train {stage}`")
         return kind
 
-    def files(self) -> Split | None:
-        """A user's pictures, all checked: (to train on, held out). None for the mini world."""
+    def files(self) -> FileSplit | None:
+        """Check a user's pictures and split them into (training, held out). Returns None for the mini world."""
         if self.data is None:
             return None
         train, held_out = split(captioned_files(self.data))
         print(summary(self.data, train, held_out))
         return train, held_out
 
-    def listed(self, files: Split | None, native: int, says: tuple[float, float]) -> Listed:
-        """(pictures to train on, held-out ones); of a user's `files` at `side`, or the base's `native` size."""
+    def picture_sets(self, files: FileSplit | None, native: int, says: tuple[float, float]) -> PictureSets:
+        """Return (training, held-out) pictures. A user's `files` are resized to `side`, or to the base's `native` size."""
         if files is None:
             held_out = min(HELD_OUT, self.pictures)
             return WorldPictures("train", self.pictures, says), WorldPictures("val", held_out, says)
@@ -87,66 +88,66 @@ class Source:
 
 @dataclass(frozen=True)
 class Setting:
-    """What adapters of one experiment share: the frozen base, its pictures, and the held-out ones, if any."""
+    """What all adapters of an experiment share: the frozen base, the training pairs, and the held-out pairs, if any."""
 
     pipeline: Pipeline
     pairs: Pairs
     held_out: Pairs | None
-    gamma: float | None = None  # of min-SNR weights; the paper has none
-    depth: int = DEPTH  # of Plus
+    gamma: float | None = None  # of the min-SNR weights; the paper uses none
+    depth: int = DEPTH  # layers of Plus
     made_from: dict[str, Any] = field(default_factory=dict)
 
     def adapter(self, own_projections: bool = True, tokens: int | None = None) -> IPAdapter:
-        """An untrained adapter for this base and encoder, on the base's device. For fine features it is Plus, with 16 tokens.
+        """Build an untrained adapter for this base and encoder, on the base's device. For fine features, build Plus with 16 tokens.
 
-        Its weights are drawn from torch's global generator: call it inside `seeded`.
+        The weights come from torch's global generator, so call this inside `seeded`.
         """
         assert self.pairs.images is not None
-        unet, seen = self.pipeline.unet, self.pairs.images.shape[-1]
+        unet, feature_width = self.pipeline.unet, self.pairs.images.shape[-1]
         width = unet.config.context_dim
         if self.pairs.images.ndim == 3:
             heads = max(1, width // HEAD)
-            projection: Projection = Resampler(seen, width, tokens or FINE_TOKENS, width, self.depth, heads)
+            projection: Projection = Resampler(feature_width, width, tokens or FINE_TOKENS, width, self.depth, heads)
         else:
-            projection = ImageProjection(seen, width, tokens or TOKENS)
+            projection = ImageProjection(feature_width, width, tokens or TOKENS)
         return IPAdapter(unet, projection, own_projections).to(next(unet.parameters()).device)
 
 
-def seen(listed: Listed) -> dict[str, Any]:
-    """What identifies the pictures and captions."""
-    return {**listed[0].made_from(), "held-out pictures": digest(listed[1].made_from())}
+def data_identity(sets: PictureSets) -> dict[str, Any]:
+    """Return hashes that identify the pictures and captions."""
+    return {**sets[0].made_from(), "held-out pictures": digest(sets[1].made_from())}
 
 
-def made_from(pipeline: Pipeline, source: Source, listed: Listed) -> dict[str, Any]:
-    """Everything that an adapter is made from, beside its plan, as short values that can be compared."""
-    parts = {"base": pipeline.unet, "vae": pipeline.vae, "text encoder": pipeline.text, "image encoder": pipeline.image}
-    found: dict[str, Any] = {name: fingerprint(part) for name, part in parts.items() if part is not None}
-    found |= {"precision of the base": str(source.base_dtype), "form": source.kind}
-    return {**seen(listed), **found, "--from": sha256(source.start) if source.start else "nothing"}
+def made_from(pipeline: Pipeline, source: TrainingSource, sets: PictureSets) -> dict[str, Any]:
+    """Return short values that identify all inputs of an adapter's training, apart from its plan."""
+    networks = {"base": pipeline.unet, "vae": pipeline.vae, "text encoder": pipeline.text, "image encoder": pipeline.image}
+    identity: dict[str, Any] = {name: fingerprint(part) for name, part in networks.items() if part is not None}
+    identity |= {"precision of the base": str(source.base_dtype), "form": source.kind}
+    return {**data_identity(sets), **identity, "--from": sha256(source.start) if source.start else "nothing"}
 
 
-def encode(pipeline: Pipeline, listed: Listed, folder: Path, fine: bool) -> tuple[Pairs, Pairs | None]:
-    """The pairs to train on, and the held-out ones if any; computed, or found in `folder`."""
-    parts, (train, held) = (pipeline.vae, pipeline.text, pipeline.image, folder / "cache", fine), listed
+def encode(pipeline: Pipeline, sets: PictureSets, folder: Path, fine: bool) -> tuple[Pairs, Pairs | None]:
+    """Encode the training pairs and the held-out ones, if any, or read them from the cache in `folder`."""
+    parts, (train, held) = (pipeline.vae, pipeline.text, pipeline.image, folder / "cache", fine), sets
     return train.pairs(*parts), held.pairs(*parts) if len(held) else None
 
 
 def prepare(
-    source: Source,
+    source: TrainingSource,
     folder: Path,
     device: str = "cpu",
     says: tuple[float, float] = SAYS,
     check: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Setting:
-    """Checks the pictures, loads the base, and computes, or finds in `folder`, what the adapter reads.
+    """Check the pictures, load the base, and encode the pictures, using the cache in `folder`.
 
-    `check` sees what the adapter will be made from before anything is computed, and may refuse it.
+    `check` is called with the fingerprints of all inputs before anything is encoded; it may raise an error to stop.
     """
     files = source.files()
     pipeline = source.pipeline(device)
-    listed = source.listed(files, pipeline.native_size[0], says)
-    made = made_from(pipeline, source, listed)
-    check(made)
+    sets = source.picture_sets(files, pipeline.native_size[0], says)
+    identity = made_from(pipeline, source, sets)
+    check(identity)
     mini: dict[str, Any] = {"gamma": GAMMA, "depth": MINI_DEPTH} if source.data is None else {}
-    pairs, held_out = encode(pipeline, listed, folder, source.fine)
-    return Setting(pipeline, pairs, held_out, made_from=made, **mini)
+    pairs, held_out = encode(pipeline, sets, folder, source.fine)
+    return Setting(pipeline, pairs, held_out, made_from=identity, **mini)

@@ -1,7 +1,7 @@
 """Stage 3: the text-to-image base model.  `python -m train unet`
 
-Eq. 1 with min-SNR weights (they only balance the timesteps; the paper's base model was given). One caption in ten is empty,
-for classifier-free guidance. The EMA is what is kept.
+Minimise Eq. 1 with min-SNR weights, which balance the timesteps. (The paper starts from a pretrained base model.) One caption in ten is
+replaced by the empty one, for classifier-free guidance. The EMA of the weights is kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PICTURES, HELD_OUT, GAMMA, DROP = 24_000, 512, 5.0, 0.1
 
 
 def initialise(unet: UNet) -> None:
-    """Zeroes the last layer of every residual branch, and the output: each block starts as the identity (LDM's rule)."""
+    """Zero the last layer of every residual branch and the output layer, so that each block starts as the identity (as in LDM)."""
     for module in unet.modules():
         last = {ResBlock: "conv2", SpatialTransformer: "proj_out", UNet: "conv_out"}.get(type(module))
         if last:
@@ -47,7 +47,7 @@ def initialise(unet: UNet) -> None:
 
 
 def fresh(seed: int) -> UNet:
-    """An untrained UNet, whose weights depend on the seed alone."""
+    """Build an untrained UNet; its weights depend only on the seed."""
     with seeded(seed):
         unet = UNet(MINI)
     initialise(unet)
@@ -56,7 +56,7 @@ def fresh(seed: int) -> UNet:
 
 @torch.no_grad()
 def held_out_loss(unet: UNet, schedule: Schedule, pairs: Pairs, seed: int = 1) -> float:
-    """The unweighted loss on held-out pictures, at noise and timesteps that never change."""
+    """Return the unweighted loss on held-out pictures, at fixed noise and timesteps."""
     losses = []
     for i, batch in enumerate(pairs.parts()):
         g = generator(seed, i)
@@ -73,26 +73,26 @@ def train(
     command: str = "python -m train unet",
     pictures: int = PICTURES,
 ) -> None:
-    """Trains on the VAE and the text encoder in `weights`, and writes `unet.safetensors` there."""
+    """Train with the VAE and the text encoder in the folder `weights`; write unet.safetensors there."""
     out = weights / "unet.safetensors"
     check_output(out)
     vae = load_vae(weights / "vae.safetensors")
     text = load_text_encoder(weights / "text_encoder.safetensors")
-    world, unseen = WorldPictures("train", pictures), WorldPictures("val", min(HELD_OUT, pictures))
-    made_from = {**world.made_from(), "vae": fingerprint(vae), "text encoder": fingerprint(text)}
-    pairs, held_out = (each.pairs(vae, text, None, folder / "cache") for each in (world, unseen))
+    training, validation = WorldPictures("train", pictures), WorldPictures("val", min(HELD_OUT, pictures))
+    made_from = {**training.made_from(), "vae": fingerprint(vae), "text encoder": fingerprint(text)}
+    pairs, held_out = (each.pairs(vae, text, None, folder / "cache") for each in (training, validation))
     unet, schedule = fresh(phases[0].seed), Schedule(prediction=MINI.prediction)
 
     def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
         x0 = batch.latents(g)
         t, eps = noise_for(x0, g)
         drop = torch.rand(len(batch), generator=g) < DROP
-        told = torch.where(drop.view(-1, 1, 1), batch.empty, batch.text)
-        return {"loss": diffusion_loss(unet, schedule, x0, Context(told), t, eps, GAMMA).mean()}
+        tokens = torch.where(drop.view(-1, 1, 1), batch.empty, batch.text)
+        return {"loss": diffusion_loss(unet, schedule, x0, Context(tokens), t, eps, GAMMA).mean()}
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, UNet)
-        preview.texts(Pipeline(module, vae, text, schedule), folder / "unet.png")
+        preview.draw_captions(Pipeline(module, vae, text, schedule), folder / "unet.png")
         return {"held_out": held_out_loss(module, schedule, held_out)}
 
     log: list[dict[str, Any]] = []
@@ -101,5 +101,5 @@ def train(
         kept, rows = run(plan, unet, data, loss, validate, folder, workers=0, made_from=made_from)
         unet.load_state_dict(kept.state_dict())
         log += rows
-    about = {"data": f"the mini world, {pictures} pictures"}
-    cards.save(unet, out, card(phases, log, command, about, WORLD_LICENCE))
+    details = {"data": f"the mini world, {pictures} pictures"}
+    cards.save(unet, out, card(phases, log, command, details, WORLD_LICENCE))

@@ -1,9 +1,9 @@
 """Stage 1: the autoencoder.  `python -m train vae`
 
 Loss: |x - x'|^2 + 0.5 |x - x'| + 2 |avg4(x - x')|^2 + beta KL(q(z|x) || N(0, 1)), means over pixels and latent values, beta = 2e-4.
-Outlines dominate the first two terms; the error of 4 x 4 averages stands for the colours. Every residual branch starts at zero
-and q(z|x) with a small deviation, so the first steps already pass colours through. The scale is set to 1 / std of the latents, as
-in latent diffusion (arXiv 2112.10752, appendix G).
+Outlines dominate the first two terms, so the third, the error of 4 x 4 averages, is added for the colours. Every residual branch starts
+at zero, and q(z|x) with a small standard deviation, so that colours pass through from the first steps. The scale is set to 1 / std of
+the latents, as in latent diffusion (arXiv 2112.10752, appendix G).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ PHASES = (
     Plan("vae", 20_000, 16, 2e-3, 300, 0.8, weight_decay=0.0, betas=(0.9, 0.98), bf16=True, validate_every=1000),
 )
 BETA, ABSOLUTE, AVERAGES = 2e-4, 0.5, 2.0
-LOGVAR = -4.0  # of q(z|x) at the start: a deviation of 0.14
+LOGVAR = -4.0  # initial log-variance of q(z|x): a standard deviation of 0.14
 
 
 def initialise(vae: VAE) -> None:
-    """Zeroes the last layer of every residual branch, and starts q(z|x) with a small deviation."""
+    """Zero the last layer of every residual branch, and give q(z|x) a small standard deviation."""
     for module in vae.modules():
         last = module.conv2 if isinstance(module, ResBlock) else module.to_out if isinstance(module, SelfAttention) else None
         if last is not None:
@@ -50,14 +50,14 @@ def initialise(vae: VAE) -> None:
         bias.fill_(LOGVAR)
 
 
-def to_tensor(images: np.ndarray[Any, Any]) -> Tensor:
-    """`b h w 3` bytes to `b 3 h w` in [-1, 1], channels last in memory."""
+def bytes_to_tensor(images: np.ndarray[Any, Any]) -> Tensor:
+    """Convert bytes `b h w 3` to `b 3 h w` in [-1, 1], channels last in memory."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def batch_of(split: Split, batch: int, step: int) -> Tensor:
     world = World(split)
-    return to_tensor(pictures([world[i] for i in range(step * batch, (step + 1) * batch)]))
+    return bytes_to_tensor(pictures([world[i] for i in range(step * batch, (step + 1) * batch)]))
 
 
 def vae_loss(vae: VAE, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def vae_loss(vae: VAE, x: Tensor, generator: torch.Generator) -> dict[str, Tenso
 
 @torch.no_grad()
 def psnr(vae: VAE, x: Tensor) -> float:
-    """Mean over pictures of 10 log10(1 / mse) for values in [0, 1], through the mean of q(z|x)."""
+    """Return 10 log10(1 / mse) for values in [0, 1], averaged over pictures; pictures are decoded from the mean of q(z|x)."""
     y = torch.cat([vae.decode(vae.encode(part)) for part in x.split(64)]).clamp(-1, 1)
     return float((10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))).mean())
 
@@ -84,7 +84,7 @@ def train(
     command: str = "python -m train vae",
     config: VAEConfig = MINI_VAE,
 ) -> None:
-    """Trains on the mini world, and writes `vae.safetensors` to the folder `weights`."""
+    """Train the VAE on the mini world; write vae.safetensors to the folder `weights`."""
     check_output(weights / "vae.safetensors")
     with seeded(phases[0].seed):
         vae = VAE(config)

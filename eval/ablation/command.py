@@ -1,4 +1,4 @@
-"""The two things `python -m eval ablation` does: run a study, or draw one of its cells again."""
+"""`python -m eval ablation`: run a study, or draw one of its cells again."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from eval.ablation.rows import SCHEMA, Results, frame_of
 from eval.ablation.study import SMOKE, Place, Study
 from eval.ablation.work import evaluate
 from eval.prompts import TASKS
-from train.setting import Source
+from train.setting import TrainingSource
 
-OTHER_STUDY = ("smoke", "data", "steps", "batch", "prompts", "rates")  # options that change the published study
-# How far the mean of a measure may be from the stored one. Another kind of processor rounds otherwise, or has no bfloat16, so pictures
-# differ a little. Measured for ip_adapter:0:picture on a processor without bfloat16: 2 of 128 concepts and 1 drawing differ, and the
-# means of the other measures by 0, 0.28, 0.03 and 0.0006.
+STUDY_OPTIONS = ("smoke", "data", "steps", "batch", "prompts", "rates")  # options that differ from the published study
+# Largest accepted difference between a redrawn and a stored mean. Processors round differently or lack bfloat16, so pictures differ
+# slightly. On a processor without bfloat16, ip_adapter:0:picture differs in 2 of 128 concepts and 1 drawing; the means of the other
+# measures differ by 0, 0.28, 0.03 and 0.0006.
 TOLERANCE = {
     "concept": 0.03,
     "background": 0.03,
@@ -38,14 +38,14 @@ TOLERANCE = {
 
 
 def execute(place: Place, study: Study, out: Path, jobs: int) -> None:
-    """Do what is missing of the study; write results/ablation.json, RESULTS.md and its figures into `out`.
+    """Run the parts of the study that are missing; write results/ablation.json, RESULTS.md and its figures to `out`.
 
-    Seeds are added one by one while the primary difference is not known well enough.
+    Add seeds one by one until the interval of the primary difference is narrow enough.
     """
     path = out / "results" / "ablation.json"
     check_output(path)
     check_output(out / "RESULTS.md")
-    bench = place.bench(study)  # find what reads the pictures before hours of training
+    bench = place.bench(study)  # load the scorer and the judge before hours of training
     place = place.fingerprinted(bench)
     if path.exists() and (before := Results.of(path).data)["made_from"] == place.made_from:
         Memo(place.work).restore(before["units"])
@@ -54,28 +54,28 @@ def execute(place: Place, study: Study, out: Path, jobs: int) -> None:
     while True:
         data = evaluate(place, study, bench, jobs)
         data["summary"] = summary(Results(data))
-        wide = report.half_width(data["summary"]) > study.half_width  # false for NaN, which more seeds do not mend
+        wide = report.half_width(data["summary"]) > study.half_width  # false for NaN, which more seeds cannot fix
         if not wide or study.seeds >= study.most_seeds:
             break
         study = replace(study, seeds=study.seeds + 1)
     write_json(path, {"schema": SCHEMA, **data})
-    plots.draw(Results(data), place, study, out / "results")
+    plots.plot_all(Results(data), place, study, out / "results")
     with replacing(out / "RESULTS.md") as part:
         part.write_text(report.render(Results(data)))
 
 
 def redraw(place: Place, out: Path, name: str) -> pd.DataFrame:
-    """Draw and read the cell FORM:SEED:TASK again with the shipped adapter, and compare it with the results (`compare`).
+    """Draw and score the cell FORM:SEED:TASK again with the shipped adapter; `compare` it with the stored results.
 
-    Raises ValueError when there is no such cell.
+    Raises ValueError if there is no such cell.
     """
     results = Results.of(out / "results" / "ablation.json")
     study = Study.of(results.study)
     form, seed, task = (*name.split(":"), "", "")[:3]
     if form not in study.forms or seed not in map(str, range(study.seeds)) or task not in TASKS:
         raise ValueError(
-            f"there is no cell {name}: give FORM:SEED:TASK with a form of {', '.join(study.forms)}; a seed below {study.seeds}; "
-            f"a task of {', '.join(TASKS)}"
+            f"there is no cell {name}: give FORM:SEED:TASK, where FORM is one of {', '.join(study.forms)}; SEED is below "
+            f"{study.seeds}; TASK is one of {', '.join(TASKS)}"
         )
     torch.set_num_threads(1)  # as in the published run
     bench = place.bench(study)
@@ -89,8 +89,10 @@ def redraw(place: Place, out: Path, name: str) -> pd.DataFrame:
 
 
 def compare(stored: pd.DataFrame, redrawn: pd.DataFrame, whose: str) -> pd.DataFrame:
-    """A line for each lambda and measure: the stored mean, the redrawn mean, the largest difference of one picture, and whether
-    the means agree within `TOLERANCE`. Concept, background and drawing count as right by the truth `whose`."""
+    """Compare means for each lambda and measure: stored, redrawn, largest difference of a single picture, within `TOLERANCE` or not.
+
+    `whose`: score concept, background and drawing against the text ("wanted") or the image prompt ("own").
+    """
     keys = {f"{name}_{whose}" if name in ("concept", "background", "drawing") else name: name for name in TOLERANCE}
     known = [key for key in keys if key in stored and stored[key].notna().any()]
     before, after = (
@@ -109,24 +111,24 @@ def compare(stored: pd.DataFrame, redrawn: pd.DataFrame, whose: str) -> pd.DataF
 
 
 def place_of(args: Namespace) -> Place:
-    """Where the ablation finds and keeps its files. Raises ValueError when options do not go together."""
-    other = [name for name in OTHER_STUDY if getattr(args, name)] + ["device"] * (args.device != "cpu")
-    if other and args.out == Path("."):
-        raise ValueError(f"--{other[0]} does not go with the published study: name a folder for your own with --out")
+    """Choose the files of the study. Raises ValueError if options cannot be combined."""
+    changed = [name for name in STUDY_OPTIONS if getattr(args, name)] + ["device"] * (args.device != "cpu")
+    if changed and args.out == Path("."):
+        raise ValueError(f"--{changed[0]} would change the published study: choose another folder with --out")
     if (args.base is None) != (args.data is None):
-        raise ValueError("--base and --data go together: the mini world's pictures are for the mini world's base")
+        raise ValueError("--base and --data must be given together: the mini world's pictures need the mini world's base")
     if args.data is not None and args.scorer is None:
-        raise ValueError("name the CLIP that reads the pictures, as in --scorer ViT-L-14:openai")
-    pictures = 16 * SMOKE.batch if args.smoke else Source.pictures
-    source = Source(args.base or args.weights, args.image_encoder, pictures=pictures, data=args.data)
+        raise ValueError("--data needs a CLIP that scores the drawings, such as --scorer ViT-L-14:openai")
+    pictures = 16 * SMOKE.batch if args.smoke else TrainingSource.pictures
+    source = TrainingSource(args.base or args.weights, args.image_encoder, pictures=pictures, data=args.data)
     shipped, state = args.out / "results" / "ablation", args.state or args.out / "runs" / "ablation"
     return Place(source, shipped, state, args.scorer or str(args.weights))
 
 
 def study_of(args: Namespace) -> Study:
-    """The size of the study. Raises ValueError for one that is too small."""
+    """Choose the settings of the study. Raises ValueError if it is too small."""
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this machine has no CUDA device that PyTorch can use")
+        raise ValueError(f"--device {args.device}: PyTorch finds no CUDA device on this machine; omit it to use the CPU")
     given = {key: value for key in ("prompts", "steps", "batch") if (value := getattr(args, key)) is not None}
     if args.seeds is not None:
         given |= {"seeds": args.seeds, "most_seeds": args.seeds}
@@ -144,5 +146,5 @@ def run(args: Namespace) -> None:
     compared = redraw(place, args.out, args.cell)
     print(compared.to_string(index=False))
     if not compared["within"].all():
-        sys.exit(f"{args.cell} is not within the tolerance of the stored numbers")
-    print(f"{args.cell} is within the tolerance of the stored numbers")
+        sys.exit(f"{args.cell} differs from the stored numbers by more than the tolerance")
+    print(f"{args.cell} agrees with the stored numbers within the tolerance")

@@ -1,7 +1,7 @@
-"""From pictures to a claim: trade-off curves, the primary endpoint, and how certain a difference is.
+"""Trade-off curves, the primary endpoint, and confidence intervals of differences.
 
-A form's curve shows what happens as lambda grows: how often its pictures follow the text, and how far they are from the
-image prompt. Lambda means something else in each form, so forms are compared where they follow the text equally often.
+A form's curve plots how often its pictures follow the text against their error from the image prompt, as lambda grows. Lambda means
+different things in different forms, so forms are compared at the same rate of following the text.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from eval.ablation.forms import BASELINE, FORMS, PRIMARY, SHARES
 from eval.ablation.rows import Results
 
 Array = NDArray[np.float64]
-GREY = np.array([65.0, 0.0, 0.0])  # CIELAB; 65 is the middle of the lightness range of palettes, 50 to 80
+GREY = np.array([65.0, 0.0, 0.0])  # CIELAB; palettes have lightness 50 to 80
 
 
 def error_at(following: Array, error: Array, level: float = 0.8) -> float:
-    """The lowest error on the curve where it follows the text in at least a share `level` of the prompts.
+    """Return the lowest error on the part of the curve that follows the text in at least a share `level` of the prompts.
 
-    `following`, `error`: one entry for each lambda, in growing order; the first is the text alone (lambda 0). Both are
-    interpolated linearly between two lambdas. NaN when even the first entry follows less often.
+    `following`, `error`: one entry per lambda, in ascending order; the first is the text alone (lambda 0). Both are interpolated
+    linearly between lambdas. Returns NaN if no part of the curve reaches `level`.
     """
     best = np.inf
     for i in range(len(error)):
@@ -39,20 +39,20 @@ def error_at(following: Array, error: Array, level: float = 0.8) -> float:
 
 @dataclass(frozen=True)
 class Curves:
-    """The curves of one form: `following` (0 or 1, or a share) and `error`, both `seeds lambdas prompts`."""
+    """The curves of one form. `following` (0 or 1, or a share) and `error`: `seeds lambdas prompts`."""
 
     following: Array
     error: Array
 
     def endpoints(self, level: float, weights: Array | None = None) -> Array:
-        """`error_at` for each seed; `weights` says how often each prompt counts."""
+        """Compute `error_at` for each seed. `weights`: the weight of each prompt."""
         w = np.ones(self.error.shape[-1]) if weights is None else weights
         follow, error = self.following @ w / w.sum(), self.error @ w / w.sum()
         return np.array([error_at(f, e, level) for f, e in zip(follow, error, strict=True)])
 
 
 def curves(pictures: pd.DataFrame, form: str, share: float = 1.0, few: bool = False) -> Curves:
-    """The curves of a form on `conflict`. `few` keeps only those lambdas that every share of the training has."""
+    """Return the curves of a form on `conflict`. With `few`, keep only the lambdas drawn after every share of the training."""
     conflict = pictures[(pictures["task"] == "conflict") & pictures["control"].isna()]
     mine = conflict[(conflict["form"] == form) & (conflict["share"] == share)]
     mine = mine[mine["lambda"].isin(FORMS[form].few)] if few else mine
@@ -68,7 +68,7 @@ def curves(pictures: pd.DataFrame, form: str, share: float = 1.0, few: bool = Fa
 
 @dataclass(frozen=True)
 class Difference:
-    """a - b: its mean, its bootstrap interval (95 %), and p, twice the share of resamples on the other side of zero."""
+    """A difference a - b: mean, 95 % bootstrap interval, and p, twice the share of resamples with the opposite sign."""
 
     mean: float
     low: float
@@ -81,7 +81,7 @@ class Difference:
 
 
 def difference(a: Curves, b: Curves, level: float = 0.8, resamples: int = 2000, seed: int = 0) -> Difference:
-    """The difference of two endpoints, paired by seed. Seeds and prompts are resampled together, alike for both forms."""
+    """Bootstrap the difference of two endpoints, paired by seed. Both forms share the resampled seeds and prompts."""
     rng = np.random.default_rng(seed)
     seeds, prompts = a.error.shape[0], a.error.shape[-1]
     means: Array = np.empty(resamples)
@@ -96,7 +96,7 @@ def difference(a: Curves, b: Curves, level: float = 0.8, resamples: int = 2000, 
 
 
 def holm(p: dict[str, float]) -> dict[str, float]:
-    """p-values adjusted by Holm: the i-th smallest of m times m - i (from 0), made non-decreasing, at most 1."""
+    """Adjust p-values by Holm's method: multiply the i-th smallest of m by m - i (i from 0), keep them in order, and cap them at 1."""
     adjusted, least = {}, 0.0
     for i, name in enumerate(sorted(p, key=p.__getitem__)):
         least = max(least, min(1.0, (len(p) - i) * p[name]))
@@ -105,17 +105,19 @@ def holm(p: dict[str, float]) -> dict[str, float]:
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """The primary endpoint of each form, seed and share, and the differences from IP-Adapter: the primary one as it is, the
-    others with p-values adjusted by Holm."""
+    """Compute the primary endpoint of each form, seed and share, and the differences from IP-Adapter.
+
+    The p-value of the primary difference is not adjusted; the others are adjusted by Holm's method.
+    """
     level, forms, pictures = results.study["level"], list(results.study["forms"]), results.pictures
-    whole = {form: curves(pictures, form) for form in forms}
+    full = {form: curves(pictures, form) for form in forms}
     others = [form for form in forms if form != BASELINE]
-    found = {form: difference(whole[form], whole[BASELINE], level, results.study["resamples"]) for form in others}
-    p = {form: each.p for form, each in found.items()}
-    p |= holm({form: p[form] for form in found if form != PRIMARY})
+    differences = {form: difference(full[form], full[BASELINE], level, results.study["resamples"]) for form in others}
+    p = {form: each.p for form, each in differences.items()}
+    p |= holm({form: p[form] for form in differences if form != PRIMARY})
     return {
-        "endpoint": {form: each.endpoints(level).tolist() for form, each in whole.items()},
-        "difference": {form: {"mean": d.mean, "low": d.low, "high": d.high, "p": p[form]} for form, d in found.items()},
+        "endpoint": {form: each.endpoints(level).tolist() for form, each in full.items()},
+        "difference": {form: {"mean": d.mean, "low": d.low, "high": d.high, "p": p[form]} for form, d in differences.items()},
         "share": {
             form: {f"{s:g}": curves(pictures, form, s, few=True).endpoints(level).tolist() for s in SHARES}
             for form in forms
@@ -124,8 +126,8 @@ def summary(results: Results) -> dict[str, Any]:
 
 
 def best_lambda(results: Results, form: str) -> float:
-    """The lambda with the lowest error among those that follow the text often enough, in the mean over seeds; if none does, the
-    lambda that follows most."""
+    """Return the lambda with the lowest mean error among those that follow the text often enough; if none does, the one that
+    follows most often."""
     pictures = results.pictures
     mine = pictures[(pictures["form"] == form) & (pictures["task"] == "conflict") & (pictures["share"] == 1)]
     means = mine[mine["control"].isna()].groupby("lambda")[["follows", "error"]].mean().reset_index()
@@ -135,6 +137,8 @@ def best_lambda(results: Results, form: str) -> float:
 
 
 def grey_error(palettes: Sequence[Sequence[float]] | Array) -> float:
-    """The palette error of a picture that is grey everywhere, whatever the image prompt: CIE76, the mean over colours and
-    prompts. `palettes`: `n 6` or `n 2 3`, CIELAB."""
+    """Compute the palette error of a uniformly grey picture, CIE76 averaged over colours and prompts.
+
+    `palettes`: those of the image prompts, `n 6` or `n 2 3`, CIELAB.
+    """
     return float(np.linalg.norm(np.reshape(palettes, (-1, 3)) - GREY, axis=-1).mean())

@@ -1,4 +1,4 @@
-"""Finished work, kept in files so that nothing is computed twice."""
+"""Cache finished work in files, so that nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from checkpoints.files import read_json, write_json
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Memo:
-    """A folder with a JSON file {key, value} for each result; keys and values are what JSON can hold."""
+    """A folder with a JSON file {key, value} for each result."""
 
     folder: Path
 
@@ -23,21 +23,20 @@ class Memo:
         return self.folder / f"{name}.json"
 
     def __call__(self, name: str, key: dict[str, Any], make: Callable[[], T]) -> T:
-        """make(), or what it returned when it was last called with the same key."""
+        """Return the cached value if its key is the same; otherwise call make() and cache its result."""
         if self.path(name).exists() and (entry := read_json(self.path(name)))["key"] == as_json(key):
-            value: T = entry["value"]
-            return value
+            return cast(T, entry["value"])
         value = make()
         write_json(self.path(name), {"key": key, "value": value})
         return value
 
     def restore(self, entries: Mapping[str, Any]) -> None:
-        """Write the entries that are not there, such as those of a results file."""
+        """Write the missing entries, such as those stored in a results file."""
         for name in entries:
             if not self.path(name).exists():
                 write_json(self.path(name), entries[name])
 
 
 def as_json(data: dict[str, Any]) -> dict[str, Any]:
-    """The data as JSON returns it, with lists in place of tuples."""
+    """Convert data as a round trip through JSON does: tuples become lists."""
     return dict(json.loads(json.dumps(data)))

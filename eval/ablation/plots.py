@@ -1,4 +1,4 @@
-"""The figures of RESULTS.md, and the contact sheet of Figure 10."""
+"""The figures of RESULTS.md, including a contact sheet like the paper's Figure 10."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sampling.sheets.layout import sheet
 matplotlib.use("agg")
 
 
-def draw(results: Results, place: Place, study: Study, folder: Path) -> None:
-    """Write all figures into `folder`."""
+def plot_all(results: Results, place: Place, study: Study, folder: Path) -> None:
+    """Write all figures to `folder`."""
     plot_curves(results, folder / "ablation_curves.png")
     plot_gains(results, folder / "ablation_gains.png")
     plot_mass(results, folder / "ablation_mass.png")
@@ -30,7 +30,7 @@ def draw(results: Results, place: Place, study: Study, folder: Path) -> None:
 
 
 def plot_curves(results: Results, path: Path) -> None:
-    """Text-following against error for each form, the mean over seeds; lambda grows to the left."""
+    """Plot text-following against error for each form, averaged over seeds; lambda grows to the left."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for form in results.study["forms"]:
         mine = curves(results.pictures, form)
@@ -46,7 +46,7 @@ def plot_curves(results: Results, path: Path) -> None:
 
 
 def plot_gains(results: Results, path: Path) -> None:
-    """What the picture tells during training: held-out loss with another picture minus that with its own."""
+    """Plot the gain during training: the held-out loss with another picture minus the loss with the right one."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for form, logs in results.data["gains"].items():
         mean = pd.concat(pd.DataFrame(log) for log in logs).groupby("step")["gain_shuffled"].mean()
@@ -58,7 +58,7 @@ def plot_gains(results: Results, path: Path) -> None:
 
 
 def plot_mass(results: Results, path: Path) -> None:
-    """1 - g by layer and by timestep, after the whole training, with all text keys."""
+    """Plot 1 - g by layer and by timestep, at the end of training, with all text keys."""
     masses = results.masses
     masses = masses[(masses["share"] == 1) & (masses["words"] == masses["words"].max())]
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
@@ -83,7 +83,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def contact_sheet(results: Results, place: Place, study: Study, path: Path, n: int = 8) -> None:
-    """Figure 10: the first n prompts of `conflict`, a column for each form at its `best_lambda`, seed 0."""
+    """Draw the first n prompts of `conflict` with each form at its `best_lambda`, seed 0, as in Figure 10."""
     bench = place.bench(study).first(n)
     lambdas, columns = {form: best_lambda(results, form) for form in study.forms}, [bench.prompts.images]
     for form, lam in lambdas.items():
@@ -91,6 +91,6 @@ def contact_sheet(results: Results, place: Place, study: Study, path: Path, n: i
         columns.append(to_images(bench.draw("conflict", adapter, FORMS[form].fuse, bench.embedding(adapter), lam)))
     rows, title = list(zip(*columns, strict=True)), f"At lambda {', '.join(map(fraction, lambdas.values()))}"
     texts = bench.prompts.texts("conflict")
-    drawn = sheet([["image prompt"], list(lambdas)], rows, texts, note_at=1, title=title)
+    drawing = sheet([["image prompt"], list(lambdas)], rows, texts, note_at=1, title=title)
     with replacing(path) as part:
-        drawn.save(part, "PNG")
+        drawing.save(part, "PNG")

@@ -1,4 +1,4 @@
-"""results/ablation.json to the tables and sentences of RESULTS.md and of the README's claim; no number is typed by hand."""
+"""Render RESULTS.md and the README's claim from results/ablation.json; no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ NUMBERS = {
 
 
 def measures(pictures: pd.DataFrame) -> dict[str, str]:
-    """The means of all measures over pictures, as text; empty where a measure is missing. For `conflict`, concept and background
-    are "as the text names it / as in the image prompt"."""
+    """Format the mean of each measure over pictures; a missing measure is empty. For `conflict`, concept and background show two
+    shares: as in the text / as in the image prompt."""
 
     def mean(key: str, form: str) -> str:
         values = pictures[key].dropna() if key in pictures else pd.Series(dtype=float)
@@ -44,7 +44,7 @@ def measures(pictures: pd.DataFrame) -> dict[str, str]:
 
 
 def task_table(pictures: pd.DataFrame, task: str, forms: Sequence[str]) -> pd.DataFrame:
-    """The measures of a task: what bounds every form, and each form at each lambda and control."""
+    """Tabulate the measures of a task: the reference rows, then each form at each lambda and control."""
     mine, lines = pictures[pictures["task"] == task], []
     for name, group in mine[mine["seed"].isna()].groupby("form", sort=False):
         lines.append({"form": name, "λ": "", **measures(group)})
@@ -62,8 +62,8 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def primary(results: Results) -> pd.DataFrame:
-    """The primary endpoint of each form, and its difference from IP-Adapter."""
-    found, pictures = results.data["summary"], results.pictures
+    """Tabulate the primary endpoint of each form and its difference from IP-Adapter."""
+    summary, pictures = results.data["summary"], results.pictures
     errors = pictures[pictures["task"] == "conflict"].groupby("form")["error"].mean()
     ceiling = errors.get("truth, through the VAE", np.nan)
 
@@ -73,43 +73,42 @@ def primary(results: Results) -> pd.DataFrame:
         return {"form": name, **empty, "times the VAE's own": times, "minus IP-Adapter [95 %]": "", "p": ""}
 
     lines = [line("the text alone", [errors["text alone"]])]
-    for form, ends in found["endpoint"].items():
+    for form, ends in summary["endpoint"].items():
         size, rate = results.data["parameters"][form], results.data["rates"][form]["chosen"]
         lines.append(line(FORMS[form].name, ends) | {"parameters": f"{size:,}", "rate": f"{rate:g}"})
-        if d := found["difference"].get(form):
+        if d := summary["difference"].get(form):
             lines[-1]["minus IP-Adapter [95 %]"] = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
             lines[-1]["p"] = f"{d['p']:.3f}" + (", primary" if form == PRIMARY else "")
     return pd.DataFrame(lines)
 
 
 def two_by_two(results: Results) -> pd.DataFrame:
-    """The primary endpoint by whose projections read the picture and whose softmax weighs it, and its difference from IP-Adapter."""
-    found, lines = results.data["summary"], []
+    """Tabulate the primary endpoint, and its difference from IP-Adapter, by kind of projections and kind of softmax."""
+    summary, lines = results.data["summary"], []
     for name, fuse in (("own softmax (decoupled)", decoupled), ("joint softmax (concatenated)", concatenated)):
         line = {"": name}
         for projections, own in (("own W'_k, W'_v", True), ("the text's W_k, W_v", False)):
             form = next(key for key, f in FORMS.items() if (f.fuse, f.own, f.wide) == (fuse, own, False))
-            line[projections] = _spread(found["endpoint"][form])
-            if d := found["difference"].get(form):
+            line[projections] = _spread(summary["endpoint"][form])
+            if d := summary["difference"].get(form):
                 line[projections] += f" ({d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}])"
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def verdict(results: Results) -> str:
-    """What each difference says, a line each."""
-    says = []
+    """State each difference in a sentence, one per line."""
+    lines = []
     for form, d in results.data["summary"]["difference"].items():
         word = (
             "is worse than" if d["low"] > 0 else "is better than" if d["high"] < 0 else "cannot be distinguished from"
         )
-        says.append(f"- *{FORMS[form].name}* {word} IP-Adapter: {d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}].")
-    return "\n".join(says)
+        lines.append(f"- *{FORMS[form].name}* {word} IP-Adapter: {d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}].")
+    return "\n".join(lines)
 
 
 def caveat(results: Results) -> str:
-    """How little the endpoint says: the score of a constant grey, and how short the training is. Empty where the truth is not
-    known."""
+    """State the limits of the endpoint: the score of a constant grey, and how short the training is. Empty without ground truth."""
     shipped, study = results.data.get("shipped_pictures"), results.study
     if results.truth is None or not shipped:
         return ""
@@ -124,7 +123,7 @@ def caveat(results: Results) -> str:
 
 
 def by_share(results: Results) -> pd.DataFrame:
-    """The endpoint after each share of the training."""
+    """Tabulate the endpoint after each share of the training."""
     return pd.DataFrame(
         {"form": FORMS[form].name, **{f"{float(s):.0%} of the training": _spread(ends) for s, ends in each.items()}}
         for form, each in results.data["summary"]["share"].items()
@@ -132,7 +131,7 @@ def by_share(results: Results) -> pd.DataFrame:
 
 
 def rate_table(results: Results) -> pd.DataFrame:
-    """What a picture tells after a short training at each rate, in thousandths of the loss."""
+    """Tabulate `gain_shuffled`, times 1000, after a short training at each learning rate."""
     return pd.DataFrame(
         {
             "form": FORMS[form].name,
@@ -143,7 +142,7 @@ def rate_table(results: Results) -> pd.DataFrame:
 
 
 def mass_table(results: Results) -> pd.DataFrame:
-    """1 - g of each joint softmax, seed 0, untrained and after each share of the training, with and without a picture."""
+    """Tabulate 1 - g of each joint softmax, seed 0, before training and after each share of it, with and without a picture."""
     masses, lines = results.masses, []
     means = masses.groupby(["form", "words", "picture", "share"])["mass"].mean()
     counts = sorted(masses["words"].unique(), reverse=True)
@@ -155,7 +154,7 @@ def mass_table(results: Results) -> pd.DataFrame:
 
 
 def steps_table(results: Results) -> pd.DataFrame:
-    """Two forms drawn with few and with many steps, seed 0."""
+    """Tabulate two forms drawn with few and with many steps, seed 0."""
     lines: list[dict[str, Any]] = []
     for form in (BASELINE, PRIMARY):
         many, all_few = results.more_steps(form), results.pictures
@@ -170,13 +169,13 @@ def steps_table(results: Results) -> pd.DataFrame:
 
 
 def half_width(summary: dict[str, Any]) -> float:
-    """Half the width of the primary difference's interval."""
-    found = summary["difference"][PRIMARY]
-    return float(found["high"] - found["low"]) / 2
+    """Return the half-width of the interval of the primary difference."""
+    primary = summary["difference"][PRIMARY]
+    return float(primary["high"] - primary["low"]) / 2
 
 
 def render(results: Results) -> str:
-    """RESULTS.md, from the template beside this file."""
+    """Render RESULTS.md from the template beside this file."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
     )

@@ -1,4 +1,4 @@
-"""A results file as data frames: one line for each drawn picture, one for each image mass."""
+"""Read a results file into data frames, with one line per drawn picture or image mass."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from eval.bench import Row
 from eval.clip_score import clip_score
 
 SCHEMA = {
-    "made_from": "fingerprints of the base's weights, the data (number of pictures of the mini world, or a digest), the scorer",
+    "made_from": "fingerprints of the base's weights; the data (number of mini world pictures, or a digest); the scorer",
     "study": "the settings (eval/ablation/study.py::Study)",
-    "scorer": "the CLIP of CLIP-I and CLIP-T, and its preprocessing",
-    "prompts": "the texts of two tasks, one for each prompt, and the seeds of their noise; the third task has no text",
-    "shipped_pictures": "number of pictures in the training of the base folder's own adapter, if there is one",
-    "rates": "form -> the chosen rate, and gain_shuffled after a short training at each rate of the grid",
+    "scorer": "the CLIP that computes CLIP-I and CLIP-T, and its preprocessing",
+    "prompts": "the texts of two tasks, one per prompt, and the noise seeds; the third task has no text",
+    "shipped_pictures": "number of pictures on which the adapter in the base folder was trained, if there is one",
+    "rates": "form -> the chosen learning rate, and gain_shuffled after a short training at each rate",
     "parameters": "form -> number of trained parameters",
-    "gains": "form -> for each seed, the held-out losses during training (train/gains.py::held_out_losses)",
-    "truth": "in the mini world: the concept and background that the conflicting text names (wanted), those of the image prompt "
-    "(own), its palette (two CIELAB colours), and which drawing of its concept it shows, where there are several",
-    "units": "name -> {key: what it was made from, value}; the value of rows-FORM-SEED, anchors and steps-FORM is a list of rows, "
-    "of mass-FORM a list of masses, of FORM-rate-RATE a number",
-    "row": "a form, seed, share of the training, task, lambda (or a control), and for each measure a list over prompts: concept, "
+    "gains": "form -> per seed, the held-out losses during training (train/gains.py::held_out_losses)",
+    "truth": "mini world only: the concept and background of the conflicting text (wanted) and of the image prompt (own), the "
+    "image prompt's palette (two CIELAB colours), and the index of its drawing if its concept has several",
+    "units": "name -> {key: its inputs, value}; the value is a list of rows for rows-FORM-SEED, anchors and steps-FORM, a list of "
+    "masses for mass-FORM, and a number for FORM-rate-RATE",
+    "row": "form, seed, share of the training, task, lambda (or a control), and a list over prompts for each measure: concept, "
     "background and drawing (indices), palette_error (CIE76), placement_error (pixels), clip_i and clip_t (cosines)",
-    "mass": "a form, share, layer, timestep t, number of text keys (words), own or null picture, and 1 - g of each head",
+    "mass": "form, share, layer, timestep t, number of text keys (words), own or null picture, and 1 - g for each head",
     "summary": "the primary endpoint of each form, seed and share, and the differences from IP-Adapter",
 }
-WHERE = ("task", "form", "seed", "share", "lambda", "control", "steps")  # what identifies a row
+WHERE = ("task", "form", "seed", "share", "lambda", "control", "steps")  # columns that identify a row
 
 
 def frame_of(rows: Sequence[Row], truth: Mapping[str, Any] | None) -> pd.DataFrame:
-    """One line for each picture: `prompt`, the columns of `WHERE`, the measures of `SCHEMA["row"]`, CLIPScore, and
+    """Make a frame with one line per picture: `prompt`, the columns of `WHERE`, the measures of `SCHEMA["row"]`, CLIPScore, and
 
-    - `concept_wanted`, `background_wanted`, `concept_own`, `background_own`, `drawing_own`: 1 where the picture shows what the
-      conflicting text names, or what the image prompt shows, else 0; NaN where that is not known;
-    - `error`: the palette error; where no truth is known, 100 (1 - CLIP-I);
-    - `follows`: how far the picture follows the conflicting text: `concept_wanted`; where no truth is known, its CLIP-T as a share
-      of what the text alone gets.
+    - `concept_wanted`, `background_wanted`: 1 if the picture shows what the conflicting text names, otherwise 0; NaN if unknown;
+    - `concept_own`, `background_own`, `drawing_own`: the same for what the image prompt shows;
+    - `error`: the palette error; without ground truth, 100 (1 - CLIP-I);
+    - `follows`: how well the picture follows the conflicting text: `concept_wanted`; without ground truth, its CLIP-T relative to the
+      mean CLIP-T of drawings from the text alone.
     """
     parts = [pd.DataFrame({"prompt": range(len(row["clip_i"])), **row}) for row in rows]
     frame = pd.concat(parts, ignore_index=True)
@@ -62,7 +62,7 @@ def frame_of(rows: Sequence[Row], truth: Mapping[str, Any] | None) -> pd.DataFra
 
 
 def _matches(frame: pd.DataFrame, key: str, values: Sequence[int | None]) -> pd.Series[float]:
-    """1 where the column `key` has its prompt's value, else 0; NaN where either is missing."""
+    """Return 1 where the column `key` equals its prompt's value and 0 elsewhere; NaN where either is missing."""
     wanted = pd.Series(np.array(values, float)[frame["prompt"]])
     return (frame[key] == wanted).astype(float).where(frame[key].notna() & wanted.notna())
 
@@ -87,23 +87,23 @@ class Results:
 
     @functools.cached_property
     def pictures(self) -> pd.DataFrame:
-        """Every picture of the forms and their anchors (`frame_of`)."""
+        """All pictures of the forms and the reference rows (`frame_of`)."""
         units = self.data["units"].items()
         rows = [row for name, unit in units if name.startswith(("rows-", "anchors")) for row in unit["value"]]
         return frame_of(rows, self.truth)
 
     @functools.cached_property
     def masses(self) -> pd.DataFrame:
-        """Every image mass of the joint softmaxes; `mass` is the mean of 1 - g over heads."""
+        """All image masses of the joint softmaxes; `mass` is 1 - g averaged over heads."""
         units = self.data["units"].items()
         frame = pd.DataFrame([row for name, unit in units if name.startswith("mass-") for row in unit["value"]])
         return frame.assign(mass=[np.mean(heads) for heads in frame["heads"]])
 
     def more_steps(self, form: str) -> pd.DataFrame:
-        """The pictures of a form that were drawn with more steps."""
+        """Return the pictures of a form that were drawn with more steps."""
         return frame_of(self.data["units"][f"steps-{form}"]["value"], self.truth)
 
 
 def fraction(lam: float) -> str:
-    """A lambda as people write it: 0.25, 1/512."""
+    """Format a lambda: 0.25, 1/512."""
     return f"1/{1 / lam:g}" if 0 < lam < 0.1 else f"{lam:g}"

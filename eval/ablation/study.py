@@ -1,8 +1,8 @@
-"""The settings of an ablation, and where its files are.
+"""The settings of an ablation and the locations of its files.
 
-Every form is trained by the recipe of train/adapter.py from the same initial projection, on the same pictures in the same
-order with the same noise; only `fuse` and `own` differ. (The simple adapter with as many parameters has more tokens, so its
-projection starts differently.)
+All forms are trained with the recipe of train/adapter.py, from the same initial projection, on the same pictures in the same order with
+the same noise; only `fuse` and `own` differ. (The simple adapter with as many parameters has more tokens, so its initial projection
+differs.)
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from train.fingerprint import fingerprint
 from train.judge import load_judge
 from train.loop import Plan
 from train.randomness import seeded
-from train.setting import Setting, Source, prepare
+from train.setting import Setting, TrainingSource, prepare
 
 
 @dataclass(frozen=True)
 class Study:
-    """How much of everything; the defaults are the published run.
+    """The size of a study; the defaults are those of the published one.
 
     Seeds are added one by one, from `seeds` to `most_seeds`, until the half-width of the primary difference's interval is at
     most `half_width`.
@@ -59,25 +59,25 @@ class Study:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Study:
-        """From a results file, where tuples are lists."""
+        """Build a Study from a results file, which stores tuples as lists."""
         given: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
         return cls(**given)
 
     def plan(self, form: str, seed: int, rate: float) -> Plan:
-        """The training of one adapter."""
+        """Return the plan for one adapter."""
         often: dict[str, Any] = {"save_every": 50, "validate_every": round(self.steps * SHARES[0])}
         settings: dict[str, Any] = {"warmup": 50, "ema": 0.98, "bf16": True, "seed": seed, "device": self.device}
         return Plan(f"{form}-{seed}", self.steps, self.batch, rate, **settings, **often)
 
     def rate_plan(self, form: str, rate: float) -> Plan:
-        """The short training that tries a rate."""
+        """Return the plan of the short training that tests a learning rate."""
         steps = self.rate_steps
         return replace(self.plan(form, 1000, rate), name=f"{form}-rate-{rate:g}", steps=steps, validate_every=steps)
 
 
-# Everything, but tiny: it runs in minutes, and its numbers mean nothing.
+# A tiny study that runs everything in minutes; its numbers are meaningless.
 SMOKE = Study(
     steps=8, batch=4, rates=(1e-3, 3e-3), rate_steps=4, seeds=2, most_seeds=2, prompts=4, draw_steps=2, check_steps=3
 )
@@ -85,13 +85,13 @@ SMOKE = Study(
 
 @dataclass(frozen=True)
 class Place:
-    """What a study starts from and where its files are.
+    """The inputs of a study and the locations of its files.
 
     `source`: base model and pictures. `shipped`: folder of the finished adapters. `state`: folder of everything else, with a
     subfolder for each value of `made_from`. `scorer`: a CLIP as `clip_score.find` takes it.
     """
 
-    source: Source
+    source: TrainingSource
     shipped: Path
     state: Path
     scorer: str
@@ -99,21 +99,21 @@ class Place:
 
     @property
     def work(self) -> Path:
-        """The folder of unfinished and intermediate work."""
+        """The folder for unfinished and intermediate work."""
         return self.state / hashlib.sha256(json.dumps(self.made_from).encode()).hexdigest()[:8]
 
     def adapter(self, form: str, seed: int, share: float = 1.0) -> Path:
-        """The file of an adapter after a share of its training."""
+        """Return the file of an adapter after a share of its training."""
         name = f"{form}-{seed}"
         return self.shipped / f"{name}.safetensors" if share == 1 else self.work / f"{name}-{share:g}.safetensors"
 
     def card(self, form: str, seed: int, share: float = 1.0) -> dict[str, Any]:
-        """The card of that file, empty where there is none."""
+        """Return the card of that file, or an empty one if there is none."""
         path = self.adapter(form, seed, share)
         return read_json(path.with_suffix(".json")) if path.exists() else {}
 
     def bench(self, study: Study) -> Bench:
-        """What draws and reads the study's pictures; of a user's pictures, those that training holds out."""
+        """Build the bench that draws and scores. For a user's pictures, the prompts are those that training holds out."""
         source, judge = self.source, None
         pipeline = load(source.base, (), source.image_encoder, device=study.device)
         if source.data is None:
@@ -125,40 +125,39 @@ class Place:
         return Bench(pipeline, prompts, scorer, judge, study.draw_steps, study.guidance)
 
     def fingerprinted(self, bench: Bench) -> Place:
-        """The same, with `made_from`: fingerprints of the weights, the data, the scorer."""
+        """Return a copy with `made_from` set: fingerprints of the weights, the data and the scorer."""
         parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")}
         data = None if self.source.data is None else captioned_files(self.source.data)
-        listed = [[file.digest, file.text] for file in data or []]
-        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:8] if data else self.source.pictures
+        entries = [[file.digest, file.text] for file in data or []]
+        digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:8] if data else self.source.pictures
         weights = {name: fingerprint(part) for name, part in parts.items() if part is not None}
         return replace(self, made_from={**weights, "data": digest, "scorer": bench.scorer.name})
 
     def setting(self, study: Study) -> Setting:
-        """The base model and pictures that every form is trained on."""
+        """Prepare the base model and pictures that all forms are trained on."""
         return _prepare_once(self.source, self.state, study.device)
 
     def shipped_pictures(self) -> int | None:
-        """How many pictures the base folder's own adapter saw in its training, from its card."""
+        """Read from its card on how many pictures the adapter in the base folder was trained."""
         card = self.source.base / "ip_adapter.json"
         phases = read_json(card).get("settings") if card.is_file() else None
         return sum(phase["steps"] * phase["batch"] * phase["accumulate"] for phase in phases) if phases else None
 
 
-@functools.cache  # once in a process
-def _prepare_once(source: Source, folder: Path, device: str) -> Setting:
+@functools.cache  # once per process
+def _prepare_once(source: TrainingSource, folder: Path, device: str) -> Setting:
     return prepare(source, folder, device)
 
 
 def untrained_adapter(setting: Setting, form: Form, seed: int) -> IPAdapter:
-    """The adapter that a form starts from. For one seed, all forms with the same number of tokens start with the same
-    projection."""
+    """Build the initial adapter of a form. With the same seed, forms with the same number of tokens get the same projection."""
     tokens = _as_many_parameters(setting) if form.wide else None
     with seeded(seed):
         return setting.adapter(form.own, tokens)
 
 
 def _as_many_parameters(setting: Setting) -> int:
-    """The number of tokens at which a projection alone has about as many parameters as IP-Adapter."""
+    """Return the number of tokens for which a projection alone has about as many parameters as IP-Adapter."""
 
     def size(own: bool, tokens: int | None = None) -> int:
         return sum(p.numel() for p in setting.adapter(own, tokens).parameters())

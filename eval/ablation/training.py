@@ -1,4 +1,4 @@
-"""Trains the adapters of an ablation, each at the best of a few learning rates."""
+"""Train the adapters of an ablation, each form at the best of several learning rates."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from train import checkpoint
 
 
 def try_rate(place: Place, study: Study, form: str, rate: float) -> float | None:
-    """How much a picture tells after a short training at this rate (seed 1000): `gain_shuffled` of train/adapter.py. None when
-    the loss was not finite."""
+    """Return `gain_shuffled` (train/adapter.py) after a short training at this rate with seed 1000. None if the loss was not
+    finite."""
     plan = study.rate_plan(form, rate)
 
     def make() -> float | None:
@@ -32,7 +32,7 @@ def try_rate(place: Place, study: Study, form: str, rate: float) -> float | None
 
 
 def best_rate(gains: Mapping[float, float | None], form: str) -> float:
-    """The rate with the highest gain. Raises ValueError when no loss was finite."""
+    """Return the rate with the highest gain. Raises ValueError if no loss was finite."""
     finite = {rate: gain for rate, gain in gains.items() if gain is not None}
     if not finite:
         raise ValueError(f"the loss of {form} is not finite at any rate: give lower --rates")
@@ -40,13 +40,13 @@ def best_rate(gains: Mapping[float, float | None], form: str) -> float:
 
 
 def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None:
-    """Train one adapter, and write it after each share of its steps where that file is missing or was made otherwise."""
+    """Train one adapter and write it after each share of its steps, if that file is missing or was made with other settings."""
     plan, fuse = study.plan(form, seed, rate), FORMS[form].fuse
     settings, state = settings_of(place, study, form, seed, rate), place.work / f"{plan.name}.pt"
     missing = [share for share in SHARES if place.card(form, seed, share).get("settings") != settings]
     if not missing:
         return
-    if (found := checkpoint.load(state)) and found["step"] > round(missing[0] * plan.steps):
+    if (saved := checkpoint.load(state)) and saved["step"] > round(missing[0] * plan.steps):
         state.unlink()  # the state is past the missing share, so train from the start
     setting = place.setting(study)
     for share in SHARES:
@@ -61,5 +61,5 @@ def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None
 
 
 def settings_of(place: Place, study: Study, form: str, seed: int, rate: float) -> dict[str, Any]:
-    """What an adapter's card says that it was made from."""
+    """Return the settings that the card of an adapter must record."""
     return as_json({"made_from": place.made_from, **asdict(study.plan(form, seed, rate))})

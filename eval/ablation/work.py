@@ -1,7 +1,7 @@
-"""The work of an ablation: train, draw and read, in processes of one thread each.
+"""The work of an ablation: train, draw and score, in parallel single-threaded processes.
 
-With one thread in each process, no number depends on how many cores a machine has. Every result is kept in a `Memo`, and all of
-them in results/ablation.json, from which another machine continues.
+With one thread per process, no number depends on the number of cores. All results are cached in a `Memo` and stored in
+results/ablation.json, from which another machine can continue.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ MASS_PROMPTS = 32
 
 
 def _key(study: Study, form: str, seed: int, rate: float) -> dict[str, Any]:
-    """What the rows of an adapter depend on, apart from `made_from`."""
+    """Return everything that the rows of an adapter depend on, apart from `made_from`."""
     lambdas = (FORMS[form].lambdas, FORMS[form].few)
     return {"plan": asdict(study.plan(form, seed, rate)), **_drawing(study), "lambdas": lambdas}
 
 
 def _drawing(study: Study) -> dict[str, Any]:
-    """The settings of every drawing."""
+    """Return the settings that all drawings share."""
     return {key: getattr(study, key) for key in ("prompts", "draw_steps", "guidance")}
 
 
 def _load_trained(place: Place, study: Study, bench: Bench, form: str, seed: int, share: float) -> IPAdapter:
-    """The adapter after a share of its training."""
+    """Load an adapter as it was after a share of its training."""
     return load_adapter(place.adapter(form, seed, share), bench.pipeline.unet).to(study.device)
 
 
 def rows(place: Place, study: Study, form: str, seed: int, rate: float) -> list[Row]:
-    """Train an adapter and draw every task with it; the conflict also after parts of its training."""
+    """Train an adapter and draw all tasks with it; draw `conflict` also after parts of the training."""
 
     def make() -> list[Row]:
         train(place, study, form, seed, rate)
@@ -65,12 +65,12 @@ def rows(place: Place, study: Study, form: str, seed: int, rate: float) -> list[
 
     memo, name = Memo(place.work), f"rows-{form}-{seed}"
     if place.card(form, seed).get("settings") != settings_of(place, study, form, seed, rate):
-        memo.path(name).unlink(missing_ok=True)  # rows of an adapter that is not shipped cannot be checked by anybody
+        memo.path(name).unlink(missing_ok=True)  # nobody could check rows of an adapter that is not shipped
     return memo(name, _key(study, form, seed, rate), make)
 
 
 def masses(place: Place, study: Study, form: str, rate: float) -> list[Row]:
-    """The image mass of a joint softmax, seed 0, untrained and after each share of the training."""
+    """Measure the image mass of a joint softmax, seed 0, before training and after each share of it."""
 
     def make() -> list[Row]:
         train(place, study, form, 0, rate)
@@ -84,12 +84,12 @@ def masses(place: Place, study: Study, form: str, rate: float) -> list[Row]:
 
 
 def anchors(place: Place, study: Study) -> list[Row]:
-    """The rows that bound every form."""
+    """Score the reference rows (`Bench.anchors`)."""
     return Memo(place.work)("anchors", _drawing(study), lambda: place.bench(study).anchors())
 
 
 def more_steps(place: Place, study: Study, form: str, rate: float) -> list[Row]:
-    """The row of a form's first `few` lambda, seed 0, drawn with `check_steps` steps: do few steps give the same result?"""
+    """Draw a form at the first lambda of `few`, seed 0, with `check_steps` steps, to check that few steps are enough."""
 
     def make() -> list[Row]:
         bench = replace(place.bench(study), steps=study.check_steps)
@@ -102,7 +102,7 @@ def more_steps(place: Place, study: Study, form: str, rate: float) -> list[Row]:
 
 
 def _run(pool: ProcessPoolExecutor, work: Mapping[str, Callable[[], T]], what: str) -> dict[str, T]:
-    """The results of picklable calls, by name, in order. After an exception, waiting work is dropped."""
+    """Run picklable calls in the pool; return their results by name, in order. An exception cancels the waiting calls."""
     futures = {name: pool.submit(call) for name, call in work.items()}
     try:
         for done in tqdm(as_completed(futures.values()), total=len(futures), desc=what, position=0):
@@ -114,7 +114,7 @@ def _run(pool: ProcessPoolExecutor, work: Mapping[str, Callable[[], T]], what: s
 
 
 def evaluate(place: Place, study: Study, bench: Bench, jobs: int) -> dict[str, Any]:
-    """Do all work that is not done yet; return every result and what is needed to read it."""
+    """Do all missing work; return the content of the results file, apart from the summary."""
     joint = [form for form in study.forms if FORMS[form].fuse is concatenated]
     pairs = list(itertools.product(range(study.seeds), study.forms))  # all forms of a seed first
     tried = {
@@ -125,10 +125,10 @@ def evaluate(place: Place, study: Study, bench: Bench, jobs: int) -> dict[str, A
     names += [f"steps-{form}" for form in (BASELINE, PRIMARY)]
     memo = Memo(place.work)
     if not all(memo.path(name).exists() for name in names):
-        place.setting(study)  # encode the pictures once, before many processes want them
+        place.setting(study)  # encode the pictures once, before parallel processes need them
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        found = iter(_run(pool, tried, "rates").values())
-        gains = {form: {rate: next(found) for rate in study.rates} for form in study.forms}
+        tried_gains = iter(_run(pool, tried, "rates").values())
+        gains = {form: {rate: next(tried_gains) for rate in study.rates} for form in study.forms}
         rates = {form: best_rate(gains[form], form) for form in study.forms}
         work: dict[str, Callable[[], list[Row]]] = {"anchors": partial(anchors, place, study)}
         work |= {f"rows-{form}-{seed}": partial(rows, place, study, form, seed, rates[form]) for seed, form in pairs}
@@ -149,7 +149,7 @@ def evaluate(place: Place, study: Study, bench: Bench, jobs: int) -> dict[str, A
 def _training(
     place: Place, study: Study, gains: dict[str, dict[float, float | None]], rates: dict[str, float]
 ) -> dict[str, Any]:
-    """Rates, numbers of parameters and gains of every form."""
+    """Collect the learning rates, numbers of parameters and gains of all forms."""
     cards = {form: [place.card(form, seed) for seed in range(study.seeds)] for form in study.forms}
     return {
         "shipped_pictures": place.shipped_pictures(),

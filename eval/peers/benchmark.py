@@ -1,8 +1,8 @@
-"""Speed and memory beside diffusers, at the true size.  `python -m eval benchmark`
+"""Compare speed and memory with diffusers at full size.  `python -m eval benchmark`
 
-Both sides use the same files, weights, threads and dtype, and are measured in turn in one process. The medians of the ratios are
-reported, since machines are noisy and ratios less so. Beside each step stands a limit that nothing can pass: the time that its
-arithmetic takes at the speed of this machine's fastest matrix product.
+Both implementations use the same files, weights, threads and dtype, and are measured alternately in one process. The reported ratio is
+the median over rounds, since ratios vary less than times. Each step also has a lower bound, `limit`: the time its arithmetic would take
+at the speed of this machine's fastest matrix product.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def _ours(folder: Path, dtype: torch.dtype) -> tuple[UNet, IPAdapter]:
 
 
 def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = False) -> Row:
-    """One UNet call with the adapter: a guidance batch of 2, 64 x 64 latents; their side is diffusers' default.
+    """Time one UNet call with the adapter: a guidance batch of 2, 64 x 64 latents; diffusers runs with its defaults.
 
-    `limit`: the seconds that its matrix products and convolutions take at the machine's peak.
+    `limit`: the seconds that the matrix products and convolutions would take at the machine's peak.
     """
     peer = official.peer_unet(folder, dtype)
     unet, adapter = _ours(folder, dtype)
@@ -70,7 +70,7 @@ def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = Fa
 
 
 def _their_pipeline(folder: Path, text: Any) -> Any:
-    """diffusers' pipeline with the adapter; `text` is their text encoder."""
+    """Build diffusers' pipeline with the adapter; `text` is the text encoder of transformers."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -82,7 +82,7 @@ def _their_pipeline(folder: Path, text: Any) -> Any:
 
 
 def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Row:
-    """Prompt and picture to picture, 512 x 512, 50 steps, guidance 7.5; extrapolated from two short runs of each side."""
+    """Time the whole pipeline: text and image prompt, 512 x 512, 50 steps, guidance 7.5. Extrapolate from two short runs each."""
     base = load_single(folder / official.SINGLE, torch.float32)
     adapter = load_adapter(folder / official.ADAPTER, base.unet, 1024, torch.float32)
     ours = Pipeline(base.unet, base.vae, base.text, Schedule(), None, (adapter,))
@@ -107,7 +107,7 @@ def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Row:
 
 
 def training(folder: Path, rounds: int) -> Row:
-    """A training step of an adapter, batch 1: we hold the frozen base in bfloat16, under an adapter in float32."""
+    """Time a training step of an adapter at batch 1. Ours keeps the frozen base in bfloat16 and the adapter in float32."""
     unet, _ = _ours(folder, torch.bfloat16)
     adapter = load_adapter(folder / official.ADAPTER, unet, 1024).requires_grad_(True)
     peer = official.peer_unet(folder, torch.float32)
@@ -137,8 +137,10 @@ def training(folder: Path, rounds: int) -> Row:
 
 
 def loading(folder: Path, rounds: int, dtype: str) -> Row:
-    """Reading the base model, each time in a fresh process (eval/peers/loading.py): ours from the single file in float16, theirs from
-    their own folder. `*_memory` is the peak of the memory over the bytes of the weights."""
+    """Time loading the base model, each time in a new process (eval/peers/loading.py).
+
+    We read the single file in float16; diffusers reads its own folder layout. `*_memory`: peak memory divided by the bytes of the weights.
+    """
     for name, peer in (("unet", official.peer_unet), ("vae", official.peer_vae), ("text_encoder", official.peer_text)):
         if not (folder / "diffusers" / name).exists():
             options = {"adapter": False} if name == "unet" else {}
@@ -147,19 +149,18 @@ def loading(folder: Path, rounds: int, dtype: str) -> Row:
 
     def measure(side: str) -> dict[str, float]:
         command = [sys.executable, "-m", "eval.peers.loading", str(folder), side, dtype]
-        loaded: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-        return loaded
+        return dict(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
 
-    rows = [(measure("ours"), measure("theirs")) for _ in range(rounds + 1)][1:]  # the first reads from the disk
+    rows = [(measure("ours"), measure("theirs")) for _ in range(rounds + 1)][1:]  # drop the first round, which reads from the disk
     memory = {f"{side}_memory": max(row[i]["memory"] for row in rows) for i, side in enumerate(("our", "their"))}
     return medians([(ours["seconds"], theirs["seconds"]) for ours, theirs in rows]) | memory
 
 
 def machine() -> str:
-    """The name of the processor, from Linux's list, and the number of threads."""
+    """Return the name of the processor (from /proc/cpuinfo) and the number of threads."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
+    match = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return f"{match[1] if match else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 ROWS: dict[str, Callable[[Path, int], Row]] = {
@@ -174,9 +175,9 @@ ROWS: dict[str, Callable[[Path, int], Row]] = {
 
 
 def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Measure all rows, or `only` some and keep the others of `out`; write `out` (JSON) after each.
+    """Measure all rows, or those in `only` (other rows of `out` are kept). Write `out` (JSON) after each row.
 
-    Raises ValueError for a name that is not a row.
+    Raises ValueError for an unknown row.
     """
     if unknown := [name for name in only if name not in ROWS]:
         raise ValueError(f"the benchmark has no row {unknown[0]!r}: its rows are {'; '.join(ROWS)}")
@@ -194,7 +195,7 @@ def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> 
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's table."""
+    """Make the table of docs/benchmark.md."""
     rows = {name: row for name, row in results.items() if isinstance(row, dict)}
     lines = [
         [name, f"{r['ours']:.1f} s", f"{r['theirs']:.1f} s", r["ratio"], f"{r['limit']:.1f} s" if "limit" in r else ""]

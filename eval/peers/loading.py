@@ -1,7 +1,7 @@
 """Load a base model in this process; print {seconds, memory} as JSON.  `python -m eval.peers.loading FOLDER ours|theirs DTYPE`
 
-The clock stops when every page of the weights is in memory: diffusers maps a file of the wanted dtype, and reads it when it is first
-used. `memory` is the growth of the peak of this process over the bytes of the weights.
+The clock stops when all pages of the weights are in memory, because diffusers memory-maps files and only reads them on first use.
+`memory` is the growth of this process's peak memory divided by the bytes of the weights.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from eval.peers.official import SINGLE
 
 
 def peak_bytes() -> int:
-    found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
+    match = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    assert match is not None
+    return 1024 * int(match[1])
 
 
 def load(folder: Path, side: str, dtype: torch.dtype) -> list[nn.Module]:
-    """UNet, VAE and text encoder."""
+    """Load UNet, VAE and text encoder; `side` is "ours" or "theirs"."""
     if side == "ours":
         base = load_single(folder / SINGLE, dtype)
         return [base.unet, base.vae, base.text]

@@ -1,7 +1,7 @@
-"""Random weights with peaky attention at the true size, in the official layouts, and the public networks filled from these files.
+"""Random full-size weights in the official layouts, and the public networks loaded from them, for parity and benchmark.
 
-This is what parity and benchmark compare. Our networks are read by our loaders; the public ones by diffusers' own conversion of the
-same single file (`convert_ldm_unet_checkpoint` and the like) and by transformers. Half precision, 3.4 GB in all.
+Our loaders read our networks; diffusers' conversion functions (`convert_ldm_unet_checkpoint` and so on) and transformers read the public
+networks from the same files. The weights have peaky attention and are stored in half precision, 3.4 GB in all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CONV = re.compile(r"(attn\.proj_(in|out)|mid\.1\.attn\.\w+)\.weight$")  # 1 x 1
 
 
 def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Scaled to keep activations near one; queries and keys twice as large, so that softmaxes are far from flat."""
+    """Draw a random tensor scaled to keep activations near one. Queries and keys are twice as large, to make attention peaky."""
     noise = torch.randn(shape, generator=generator)
     if len(shape) < 2:
         return (1.0 if _NORM.search(name) else 0.0) + 0.3 * noise
@@ -42,7 +42,7 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def _tensors(module: nn.Module, names: Names, prefix: str, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-    """Random tensors for a module, with the names and shapes of the file."""
+    """Yield random tensors for a module, with the names and shapes of the official file."""
     for name, like in module.state_dict().items():
         value = _random(name, like.shape, generator).half()
         value = value.T if names[name][0] in TRANSPOSED else value
@@ -51,7 +51,7 @@ def _tensors(module: nn.Module, names: Names, prefix: str, generator: torch.Gene
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """Write the three files unless they exist."""
+    """Write the base model, the adapter and the image encoder, unless they exist."""
     if (folder / ENCODER / "config.json").exists():
         return
     g = torch.Generator().manual_seed(seed)
@@ -106,13 +106,13 @@ def _fill(module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any
 
 
 def _part(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of the single file whose names begin with `prefix`; others are not read."""
+    """Read the tensors of the single file whose names start with `prefix`."""
     with safe_open(folder / SINGLE, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
 
 
 def peer_unet(folder: Path, dtype: torch.dtype, adapter: bool = True) -> Any:
-    """diffusers' UNet, with the adapter at lambda 1."""
+    """Load diffusers' UNet, with the adapter at lambda 1 unless `adapter` is False."""
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -131,7 +131,7 @@ def peer_unet(folder: Path, dtype: torch.dtype, adapter: bool = True) -> Any:
 
 
 def peer_autoencoder(config: VAEConfig) -> Any:
-    """diffusers' autoencoder of these sizes, with its own initial weights."""
+    """Build diffusers' autoencoder with these sizes and its default initial weights."""
     from diffusers import AutoencoderKL
 
     levels = len(config.channels)

@@ -1,8 +1,8 @@
-"""Equality with the public implementations at the true size.  `python -m eval parity`
+"""Compare our outputs with those of the public implementations at full size.  `python -m eval parity`
 
 The weights are random, with peaky attention, in the official layouts. The error is max |a - b| / max |b| against the public network in
-float64. Two orders of the same sum differ in the last bits, and a deep network amplifies that. So the bar is the public network's
-own error: ours may be at most twice that, in float32 and in bfloat16.
+float64. Summation in a different order changes the last bits, and a deep network amplifies these differences. Our error may therefore
+be at most twice the public network's own error, in float32 and in bfloat16.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ PARTS: dict[str, tuple[Make, Make]] = {
 
 
 def inputs(part: str, side: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Random inputs of a part; `side` is the side of the latents."""
+    """Draw random inputs for a part; `side` is the side of the latents."""
     g = torch.Generator().manual_seed(1)
 
     def randn(*shape: int) -> Tensor:
@@ -91,7 +91,7 @@ def inputs(part: str, side: int, dtype: torch.dtype) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def measure(folder: Path, side: int = 64, parts: tuple[str, ...] = tuple(PARTS)) -> dict[str, Any]:
-    """{part: {dtype: [the public network's error, ours]}}."""
+    """Return {part: {dtype: [error of the public network, our error]}}."""
     official.write(folder)
     results: dict[str, Any] = {}
     for part in tqdm(parts, desc="parity", unit="part"):
@@ -110,7 +110,7 @@ def measure(folder: Path, side: int = 64, parts: tuple[str, ...] = tuple(PARTS))
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's table."""
+    """Make the table of README.md and docs/parity.md."""
     frame = pd.DataFrame(
         [
             [part, *(f"{error:.1e}" for pair in errors.values() for error in pair)]
@@ -121,7 +121,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def evaluate(folder: Path, out: Path, side: int) -> dict[str, Any]:
-    """Measure all parts and write `out` (JSON). Raises ValueError when our error is more than twice the public one."""
+    """Measure all parts and write `out` (JSON). Raises ValueError if our error is more than twice the public one."""
     check_output(out)
     parts = measure(folder, side)
     results = {"command": f"python -m eval parity --side {side}", "latents": side, "parts": parts}
