@@ -63,6 +63,20 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
+def inspect_all(files: list[Path]) -> None:
+    """Describe every file, also after one that is not supported; then exit with what is wrong, if anything is."""
+    from checkpoints.describe import inspect
+
+    errors = []
+    for path in files:
+        try:
+            print("\n  ".join([str(path), *inspect(path)]))
+        except (ValueError, OSError) as error:
+            errors.append(f"error: {error}")
+    if errors:
+        sys.exit("\n".join(errors))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     import torch  # imported after the arguments are parsed, because it takes seconds
@@ -70,11 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     from checkpoints.convert import convert, verify
     from checkpoints.describe import inspect
 
+    if args.command == "inspect":
+        inspect_all(args.files)
+        return
     try:
-        if args.command == "inspect":
-            for path in args.files:
-                print("\n  ".join([str(path), *inspect(path)]))
-        elif args.command == "convert":
+        if args.command == "convert":
             convert(
                 args.source, args.target, getattr(torch, args.dtype) if args.dtype else None, args.ema, args.diffusers
             )

@@ -17,8 +17,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.attention import CrossAttention, Fuse, Source, concatenated, decoupled
+from model.attention import CrossAttention, Fuse, concatenated, decoupled
 from model.context import Context
+from model.source import Source
 from model.text_encoder import TextEncoder, words_of
 from model.unet import UNet
 

@@ -12,9 +12,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.attention import Source
 from model.context import Context
 from model.image_projection import Projection
+from model.source import Source
 from model.unet import UNet
 
 

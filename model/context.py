@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from model.attention import Fuse, Source, decoupled
+from model.attention import Fuse, decoupled
+from model.source import Source
 
 
 @dataclass(frozen=True)

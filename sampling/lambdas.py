@@ -12,8 +12,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from model.attention import Source
 from model.context import Context, pyramid
+from model.source import Source
 from model.unet import UNetConfig
 from sampling.request import Preset
 

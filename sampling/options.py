@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from sampling.request import DtypeName, Fit, ImagePrompt, Model, Request, Rule, SamplerName
+from sampling.request import DtypeName, Fit, ImagePrompt, Model, Request, Rule, SamplerName, check_number
 
 # The options of an image prompt, and so of each --ip-adapter, with the field of ImagePrompt that each fills.
 PROMPT = {
@@ -92,6 +92,9 @@ def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[Imag
             )
         elif alone := [name for name in own if name != "scale"]:  # the lambda of no picture does no harm
             raise ValueError(f"{flag(alone[0])} is for an image prompt: name it with --image")
+        else:
+            for value in own.get("scale", ()):
+                check_number(value, "scale")
     return tuple(prompts)
 
 

@@ -213,7 +213,7 @@ def _read(kind: Any, value: object, name: str) -> Any:
     if get_origin(kind) is Literal:
         return _check(value, value in get_args(kind), name, f"one of {', '.join(get_args(kind))}")
     if kind is float:
-        return _number(value, name)
+        return check_number(value, name)
     if kind is int:
         return _check(value, isinstance(value, int) and not isinstance(value, bool), name, "a whole number")
     if kind is Path:
@@ -229,7 +229,8 @@ def _check(value: object, right: bool, name: str, wanted: str) -> object:
     return value
 
 
-def _number(value: object, name: str) -> float:
+def check_number(value: object, name: str) -> float:
+    """Return a number as a float. Raises ValueError, with the field's name, if it is not finite or its magnitude exceeds LIMIT."""
     right = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LIMIT  # False for NaN
     return float(_check(value, right, name, f"a number between {-LIMIT:g} and {LIMIT:g}"))  # type: ignore[arg-type]
 
@@ -242,6 +243,6 @@ def _layers(value: object, name: str) -> Layers:
     def weights(each: object, depth: int) -> Any:
         if isinstance(each, Mapping) and depth:
             return {_read(str, key, name): weights(inner, depth - 1) for key, inner in each.items()}
-        return tuple(_number(one, name) for one in each) if isinstance(each, list | tuple) else _number(each, name)
+        return tuple(check_number(one, name) for one in each) if isinstance(each, list | tuple) else check_number(each, name)
 
     return weights(value, 2)

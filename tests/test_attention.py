@@ -13,8 +13,9 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from peers import max_error, randn, randomise
 from torch import Tensor
 
-from model.attention import CrossAttention, Fuse, SelfAttention, Source, attention, concatenated, decoupled
+from model.attention import CrossAttention, Fuse, SelfAttention, attention, concatenated, decoupled
 from model.context import Context, pyramid, stack
+from model.source import Source
 from model.unet import UNet, UNetConfig
 
 TOLERANCE = 1e-12  # measured: 8e-15 and less

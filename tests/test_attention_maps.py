@@ -28,8 +28,9 @@ from torch import Tensor
 from eval import __main__ as cli
 from eval.attention_maps import finest, image_mass, name_maps, record, softmax_maps, word_positions
 from eval.attention_sheet import COLUMNS, DPI, INCHES, Section, compose, overlay
-from model.attention import Fuse, Source, concatenated, decoupled
+from model.attention import Fuse, concatenated, decoupled
 from model.context import Context, pyramid
+from model.source import Source
 from model.text_encoder import TextEncoder
 from model.unet import UNet, UNetConfig
 from sampling.guidance import guided

@@ -218,6 +218,7 @@ MISTAKES = {
     "guidance": ["--guidance", "nan"],
     "large": ["--guidance", "1e30"],
     "lambda": ["--scale", "inf", "--image", "x.png"],
+    "lambda of no picture": ["--scale", "nan"],
     "memory": ["--width", "100000000"],
     "vae": ["--vae", "no-such"],
     "device": ["--device", "nonsense"],

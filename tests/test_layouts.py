@@ -52,7 +52,9 @@ from model.image_projection import Resampler
 from model.text_encoder import END, SD15_TEXT, SD21_TEXT, TextConfig, TextEncoder
 from model.unet import UNet
 from sampling.pipeline import load
+from sampling.request import WEIGHTS
 from train.clip import MINI_TEXT
+from weights_convert import main
 
 ROOT = Path(__file__).parent.parent
 DOUBLE = 1e-11  # measured: 1e-13
@@ -470,3 +472,13 @@ def test_plus_as_diffusers_spells_it(pair: Any, tmp_path: Path, joined: bool) ->
     assert verify(tmp_path / "plus.safetensors", tmp_path / "a.safetensors") == []
     equal(load_adapter(tmp_path / "a.safetensors", both.ours), adapter.float())
     assert not any("odd" in line for line in inspect(tmp_path / "a.safetensors"))
+
+
+def test_every_file_is_inspected_whatever_is_wrong_with_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html></html>")
+    files = [tmp_path / "page.safetensors", WEIGHTS / "vae.safetensors", tmp_path / "absent.bin"]
+    with pytest.raises(SystemExit, match=r"error: .*page\.safetensors.*\nerror: .*absent\.bin"):
+        main(["inspect", *map(str, files)])
+    assert "vae, " in capsys.readouterr().out

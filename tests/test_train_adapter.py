@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from checkpoints.adapters import load_adapter
 from model.adapter import IPAdapter
-from model.attention import Source, attention, concatenated, decoupled
+from model.attention import attention, concatenated, decoupled
 from model.context import Context
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.image_projection import ImageProjection, Resampler
+from model.source import Source
 from model.text_encoder import TextEncoder
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
