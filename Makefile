@@ -38,7 +38,7 @@ docs: .venv/tests
 	$(BIN)/python -m eval docs
 
 notebooks: .venv/tests
-	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	PYTHONWARNINGS='ignore:IProgress not found' $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 .venv/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
