@@ -240,7 +240,7 @@ def test_the_judge_sees_what_a_person_sees() -> None:
     labels = json.loads((ROOT / "results" / "labels.json").read_text())
     assert len(labels["concept"]) == len(labels["background"]) == calibration.ROWS * calibration.COLUMNS >= 100
     assert found["concept"] >= 0.8 and found["background"] >= 0.97
-    said = f"{100 * found['concept']:.0f} % of {found['concept_labelled']:.0f} drawn concepts"
+    said = f"{100 * found['concept']:.0f} % of the {found['concept_labelled']:.0f} drawings whose concept"
     assert said in (ROOT / "docs" / "world.md").read_text().replace("\n", " ")
 
 
@@ -323,7 +323,7 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "ablation.json").read_text() == written and not list(state.rglob("*.pt"))
     said = call("--cell", "shared:1:agreeing")
     lines = [line.split() for line in said.splitlines()[1:-1]]
-    assert said.rstrip().endswith("is within the tolerance of the stored numbers") and len(lines) == 7
+    assert said.rstrip().endswith("agrees with the stored numbers within the tolerance") and len(lines) == 7
     assert all(float(line[4]) == 0 and line[2] == line[3] for line in lines)
     made["units"]["rows-shared-1"]["value"][-3]["clip_i"][0] += 0.001
     made["units"]["rows-shared-1"]["value"][-4]["palette_error"][0] += 20
