@@ -451,7 +451,7 @@ def test_an_adapter_is_trained_on_the_files_of_a_base_model(
     assert load_adapter(trained, base).image_projection.tokens == tokens
     files.peers[0].unet._load_ip_adapter_weights([nested(load_file(trained))])
     files.peers[0].unload_ip_adapter()
-    with pytest.raises(ValueError, match="name one with --image-encoder"):
+    with pytest.raises(ValueError, match="give one with --image-encoder"):
         train.main([stage, *[o for o in options if o not in ("--image-encoder", str(files.encoder))]])
 
 
