@@ -474,7 +474,7 @@ def test_the_ablation_runs_on_the_files_of_a_base_model(model: Callable[[str], M
     assert found["prompts"]["agreeing"] == own and found["prompts"]["conflict"] == [*own[1:], own[0]]
     assert "truth" not in found and set(found["summary"]["endpoint"]) == set(found["study"]["forms"])
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "no truth is known" in text and "another picture's caption" in text
+    assert "have no ground truth" in text and "another picture's caption" in text
     trained = load_file(tmp_path / "results" / "ablation" / "ip_adapter-0.safetensors")
     files.peers[0].unet._load_ip_adapter_weights([nested(trained)])
     files.peers[0].unload_ip_adapter()
