@@ -1,5 +1,4 @@
-"""Context: the text, the image prompts and SDXL's added vector that a UNet is conditioned on, in one immutable value.
-"""
+"""Context: what a UNet is conditioned on (text, image prompts, SDXL's added vector), in one immutable value."""
 
 from __future__ import annotations
 
