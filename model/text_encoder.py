@@ -141,5 +141,5 @@ class TextEncoder(nn.Module):
         """CLIP's text embedding, `b e`: the projected hidden state of the end token, not normalised."""
         x = self.hidden(tokens)
         end = len(self.config.vocabulary) - 1 if self.rows else END
-        at = x[torch.arange(len(x)), (tokens == end).int().argmax(dim=-1)]
+        at = x[torch.arange(len(x), device=x.device), (tokens == end).int().argmax(dim=-1)]
         return at @ self.clip.text_projection

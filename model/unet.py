@@ -183,7 +183,7 @@ class UNetEncoder(nn.Module):
 
     def run(self, stage: nn.Module, *args: Any) -> Tensor:
         """Run a stage. If `checkpointing` is on, its activations are recomputed in the backward pass."""
-        return checkpoint(stage, *args, use_reentrant=False) if self.checkpointing else stage(*args)
+        return checkpoint(stage, *args, use_reentrant=False, preserve_rng_state=False) if self.checkpointing else stage(*args)
 
     def encode(
         self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]

@@ -5,6 +5,7 @@ Written a_t here for the cumulative product alpha-bar_t; x_t = sqrt(a_t) x_0 + s
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -48,6 +49,10 @@ class Schedule:
         betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, dtype=torch.float32) ** 2
         return torch.cumprod(1 - betas, dim=0)
 
+    def at(self, t: Tensor) -> Tensor:
+        """a_t for timesteps of any shape, float32, on their device."""
+        return _alphas_on(self, t.device)[t]
+
     def visits(self, steps: int) -> list[int]:
         """The timesteps that `steps` steps visit, from noise to picture. LDM's rule visits more if steps do not divide T.
 
@@ -88,13 +93,13 @@ class Schedule:
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t for a batch of timesteps `b`; `x0` and `eps` are `b ...`."""
-        return noised(x0, eps, self.alphas.to(x0)[t].view(-1, *[1] * (x0.ndim - 1)))
+        return noised(x0, eps, self.at(t).to(x0).view(-1, *[1] * (x0.ndim - 1)))
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network predicts: eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) x_0."""
         if self.prediction == "epsilon":
             return eps
-        a = self.alphas.to(x0)[t].view(-1, *[1] * (x0.ndim - 1))
+        a = self.at(t).to(x0).view(-1, *[1] * (x0.ndim - 1))
         return a.sqrt() * eps - (1 - a).sqrt() * x0
 
     def split(self, x: Tensor, output: Tensor, a: float) -> tuple[Tensor, Tensor]:
@@ -102,3 +107,8 @@ class Schedule:
         if self.prediction == "epsilon":
             return output, (x - (1 - a) ** 0.5 * output) / a**0.5
         return a**0.5 * output + (1 - a) ** 0.5 * x, a**0.5 * x - (1 - a) ** 0.5 * output
+
+
+@functools.lru_cache(maxsize=16)
+def _alphas_on(schedule: Schedule, device: torch.device) -> Tensor:
+    return schedule.alphas.to(device)

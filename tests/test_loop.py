@@ -370,7 +370,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, value: float) -
         x, y = make(step)
         return (x, y + value) if step == 7 else (x, y)
 
-    with pytest.raises(FloatingPointError, match=r"tiny: .* at step 8"):
+    with pytest.raises(FloatingPointError, match=r"tiny, step 8: "):
         train(tmp_path, replace(PLAN, save_every=4), make=bad)
     state = checkpoint.load(tmp_path / "tiny.pt")
     assert state is not None and state["step"] == 4

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError if torch cannot compute on `device`."""
+    """Prepare `device` for fast training. Raises ValueError if torch cannot compute on it."""
     import torch
 
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # float32 products on a GPU may use TF32
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -70,7 +72,8 @@ def plans_of(args: argparse.Namespace, phases: tuple[Plan, ...]) -> tuple[Plan, 
     from dataclasses import replace
 
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
-    return tuple(replace(plan, device=args.device, bf16=args.bf16 or plan.bf16, **given) for plan in phases)
+    scaled = (plan.scaled(args.scale, args.share) for plan in phases)
+    return tuple(replace(plan, device=args.device, bf16=args.bf16 or plan.bf16, **given) for plan in scaled)
 
 
 def run(args: argparse.Namespace, command: str) -> None:

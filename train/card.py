@@ -33,14 +33,14 @@ def card(
 
 
 def code_version() -> str:
-    """Return the commit of this repository, with "-dirty" if files were changed, or the version of the installed package."""
+    """Return the commit of this repository, with "-dirty" if a Python file was changed, or the version of the installed package."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) == ROOT.resolve():  # ignore a repository that merely contains the project
-            return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+            return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     except (OSError, subprocess.CalledProcessError):
         pass
     try:

@@ -3,11 +3,11 @@
 The loss is CLIP's symmetric contrastive loss (arXiv 2103.00020); equal captions in a batch share the target. This loss only teaches
 what captions mention and what distinguishes the pictures of a batch. Therefore
 
-- CLIP reads richer captions than the UNet: both colours (48 names), size and place;
+- CLIP reads richer captions than the UNet: always both colours (by fine names), size and place;
 - eight pictures of a batch at a time share concept and background;
 - a second loss, as in CoCa (arXiv 2205.01917), predicts the caption's words from the image embedding with a linear layer.
 
-The text tower learns faster than the image tower, so the later phases train only the image tower. A linear probe of the pooled image
+The text tower learns faster than the image tower, so the second phase trains only the image tower. A linear probe of the pooled image
 embedding measures what it knows about concept, background and palette; the card records the scores to reach (`GATE`).
 """
 
@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
@@ -29,22 +29,20 @@ from checkpoints.files import check_output
 from model.image_encoder import MINI_IMAGE, ImageConfig, ImageEncoder, normalise
 from model.text_encoder import END, START, TextConfig, TextEncoder, words_of
 from train.card import WORLD_LICENCE, card
-from train.colour import NAMES
-from train.data import OnTheFly
+from train.colour import ISH, NAMES
 from train.encode import renderer
 from train.loop import Plan, run
-from train.randomness import seeded
-from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, SLOTS, Scene, Split, World, pictures, random_scene
+from train.pool import in_parts, pixels_of, scenes_of
+from train.randomness import generator, seeded
+from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, PLACES, SIZES, SLOTS, Split
 
 PHASES = (
-    Plan("clip", steps=867, batch=128, lr=1e-3, weight_decay=0.05, decay=0.6),
-    Plan(
-        "clip_image", 2600, 128, 2e-3, warmup=200, decay=0.8, weight_decay=0.05, bf16=True, seed=1, validate_every=700
-    ),
-    Plan("clip_image_longer", 2400, 128, 2e-3, decay=0.8, weight_decay=0.05, bf16=True, seed=2, validate_every=800),
+    Plan("clip", 4_000, 128, 1e-3, weight_decay=0.05, decay=0.6, bf16=True, validate_every=2_000),
+    Plan("clip_image", 36_000, 128, 2e-3, 500, 0.8, weight_decay=0.05, bf16=True, seed=1, validate_every=9_000),
 )
-GROUP, WORDS = 8, 3.0
-GATE = {"concept": 0.90, "background": 0.95, "palette_r2": 0.80}
+PICTURES, GROUP, WORDS = 60_000, 8, 3.0
+PROBE_FIRST = 10_000_000  # index of the first scene that probes are fitted on
+GATE = {"concept": 0.995, "background": 0.995, "palette_r2": 0.96}
 
 
 def vocabulary() -> tuple[int, ...]:
@@ -53,7 +51,10 @@ def vocabulary() -> tuple[int, ...]:
         *CONCEPT_NAMES,
         *BACKGROUND_NAMES,
         *NAMES,
-        "a an on in and , background small middling large light dark top middle bottom left centre right",
+        *ISH,
+        *SIZES,
+        *PLACES,
+        "a an on in and , background very light dark dull vivid",
     ]
     return tuple(sorted({START, END} | {token for text in words for _, pieces in words_of(text) for token in pieces}))
 
@@ -75,23 +76,51 @@ class CLIP(nn.Module):
 ClipBatch = tuple[Tensor, Tensor, Tensor]
 
 
-def scenes_of(split: Split, first: int, batch: int) -> list[Scene]:
-    """Return the scenes of a batch. Each group of `GROUP` shares the concept and background of its first scene."""
-    scenes = [World(split)[first + i] for i in range(batch)]
-    firsts = [scenes[i - i % GROUP] for i in range(batch)]
-    return [
-        scene if scene is leader else random_scene(np.random.default_rng((first, i)), leader.concept, leader.background)
-        for i, (scene, leader) in enumerate(zip(scenes, firsts, strict=True))
-    ]
+@dataclass(frozen=True)
+class CaptionedPictures:
+    """Batches of `size` pictures with captions. Each group of `GROUP` pictures shares concept and background.
+
+    `pixels`: `n 3 64 64`, bytes. `plain` and `rich`: `n m`, the tokens of the two kinds of caption. `slots`: `n 10`. `cells`: for each
+    picture, the rows of all pictures with its concept and background, as (first, count) in `order`.
+    """
+
+    pixels: Tensor
+    plain: Tensor
+    rich: Tensor
+    slots: Tensor
+    order: Tensor
+    cells: Tensor
+    size: int
+    seed: int
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> ClipBatch:
+        """Return pixels, tokens (three of four captions are rich), and the slots of the rich captions."""
+        g = generator(self.seed, step * world_size + rank)
+        leaders = torch.randint(len(self.pixels), (-(-self.size // GROUP), 1), generator=g)
+        first, count = self.cells[leaders].unbind(dim=-1)
+        rows = self.order[first + (torch.rand(len(leaders), GROUP, generator=g) * count).long()].flatten()[: self.size]
+        rows = rows.to(self.pixels.device)
+        plain = torch.arange(self.size, device=rows.device) % 4 == 0
+        tokens = torch.where(plain[:, None], self.plain[rows], self.rich[rows])
+        return normalise(self.pixels[rows].float() / 255), tokens, self.slots[rows]
 
 
-def batch_of(text: TextEncoder, plan: Plan, step: int) -> ClipBatch:
-    """Return pixels, tokens (three of four captions are rich; trimmed to the longest), and the slots of the rich captions."""
-    scenes = scenes_of("train", plan.seed * 1_000_000 + step * plan.batch, plan.batch)
-    pixels = normalise(torch.from_numpy(pictures(scenes)).permute(0, 3, 1, 2).float() / 255)
-    tokens = text.tokenize([scene.caption if i % 4 == 0 else scene.rich_caption for i, scene in enumerate(scenes)])
-    length = int((tokens == tokens[:, -1:]).int().argmax(dim=1).max()) + 1
-    return pixels, tokens[:, :length], torch.tensor([scene.slots for scene in scenes])
+def captioned_pictures(text: TextEncoder, count: int, first: int, device: str, size: int, seed: int) -> CaptionedPictures:
+    """Return batches of the training scenes first .. first + count - 1, in memory on a device."""
+    scenes, pixels = scenes_of("train", count, first), pixels_of("train", count, first)
+
+    def tokens(name: str) -> Tensor:
+        made = in_parts(lambda part: text.tokenize([getattr(scenes[i], name) for i in part]), count, 0, f"{name}s")
+        return torch.cat(made)
+
+    plain, rich = tokens("caption"), tokens("rich_caption")
+    length = int((rich == rich[:, -1:]).int().argmax(dim=1).max()) + 1
+    slots = torch.tensor([scene.slots for scene in scenes])
+    cell = slots[:, 0] * len(BACKGROUND_NAMES) + slots[:, 1]
+    counts = cell.bincount()
+    cells = torch.stack([(counts.cumsum(dim=0) - counts)[cell], counts[cell]], dim=-1)
+    pixels, plain, rich, slots = (part.to(device) for part in (pixels, plain[:, :length], rich[:, :length], slots))
+    return CaptionedPictures(pixels, plain, rich, slots, cell.argsort(stable=True), cells, size, seed)
 
 
 def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, same: Tensor) -> Tensor:
@@ -114,20 +143,22 @@ def clip_loss(clip: CLIP, batch: ClipBatch, _: torch.Generator) -> dict[str, Ten
 
 
 @functools.cache
-def probe_data(train: int = 6000, test: int = 1500) -> tuple[Tensor, dict[str, Tensor], int]:
+def probe_data(device: str, train: int = 6000, test: int = 1500) -> tuple[Tensor, dict[str, Tensor], int]:
     """Return the pixels of training and then held-out pictures, their ground truth, and the number of training pictures."""
-    scenes = [World("train")[10_000_000 + i] for i in range(train)] + [World("val")[i] for i in range(test)]
+    sets: tuple[tuple[Split, int, int], ...] = (("train", train, PROBE_FIRST), ("val", test, 0))
+    scenes = [scene for each in sets for scene in scenes_of(*each)]
     truth = {
         "concept": torch.tensor([scene.concept for scene in scenes]),
         "background": torch.tensor([scene.background for scene in scenes]),
         "palette": torch.stack([torch.from_numpy(scene.palette).flatten() for scene in scenes]).float(),
     }
-    return normalise(torch.from_numpy(pictures(scenes)).permute(0, 3, 1, 2).float() / 255), truth, train
+    pixels = torch.cat([pixels_of(*each) for each in sets]).to(device)
+    return normalise(pixels.float() / 255), {name: values.to(device) for name, values in truth.items()}, train
 
 
 def classify(x: Tensor, y: Tensor, train: int) -> float:
     """Fit multinomial logistic regression on the first `train` rows; return the accuracy on the rest."""
-    linear = nn.Linear(x.shape[1], int(y.max()) + 1)
+    linear = nn.Linear(x.shape[1], int(y.max()) + 1, device=x.device)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -143,8 +174,8 @@ def classify(x: Tensor, y: Tensor, train: int) -> float:
 
 def regress(x: Tensor, y: Tensor, train: int, ridge: float = 1.0) -> float:
     """Fit ridge regression on the first `train` rows; return R^2 on the rest, averaged over columns."""
-    x = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
-    w = torch.linalg.solve(x[:train].T @ x[:train] + ridge * torch.eye(x.shape[1]), x[:train].T @ y[:train].double())
+    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).double()
+    w = torch.linalg.solve(x[:train].T @ x[:train] + ridge * torch.eye(x.shape[1]).to(x), x[:train].T @ y[:train].double())
     residual, total = (
         (x[train:] @ w - y[train:]).square().sum(dim=0),
         (y[train:] - y[train:].mean(dim=0)).square().sum(dim=0),
@@ -156,7 +187,7 @@ def regress(x: Tensor, y: Tensor, train: int, ridge: float = 1.0) -> float:
 def probe(image: ImageEncoder) -> dict[str, float]:
     """Score linear probes of the pooled embedding on held-out pictures."""
     image.eval()
-    pixels, truth, train = probe_data()
+    pixels, truth, train = probe_data(str(next(image.parameters()).device))
     x = torch.cat([image(part.contiguous(memory_format=torch.channels_last)) for part in pixels.split(250)])
     image.train()
     x = (x - x[:train].mean(dim=0)) / x[:train].std(dim=0)
@@ -171,14 +202,38 @@ def probe(image: ImageEncoder) -> dict[str, float]:
 def unit_entries(image: ImageEncoder) -> None:
     """Scale the last projection so that embeddings have entries of standard deviation 1, similar to ViT-H. Cosines do not change."""
     assert isinstance(image.clip, ModifiedResNet)
-    pixels, _, train = probe_data()
+    pixels, _, train = probe_data(str(next(image.parameters()).device))
     std = torch.cat([image(part) for part in pixels[:train].split(250)]).std()
     for tensor in image.clip.attnpool.c_proj.parameters():
         tensor /= std
 
 
+def train_towers(
+    clip: CLIP, folder: Path, phases: tuple[Plan, ...], count: int, first: int
+) -> list[dict[str, Any]]:
+    """Train both towers, and after the first phase only the image tower, on `count` scenes from `first` on. Return the log."""
+    device, log = phases[0].device, list[dict[str, Any]]()
+    clip.to(device)
+    data = captioned_pictures(clip.text, count, first, device, phases[0].batch, phases[0].seed)
+    made_from = {"pictures": f"{count} from {first}, {renderer()}"}
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, CLIP)
+        return probe(module.image)
+
+    for plan in phases:
+        data, loss = replace(data, size=plan.batch, seed=plan.seed), functools.partial(clip_loss, clip)
+        log += run(plan, clip, data, loss, validate, folder, 0, made_from=made_from)[1]
+        clip.text.requires_grad_(False)
+    return log
+
+
 def train(
-    folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES, command: str = "python -m train clip"
+    folder: Path,
+    weights: Path,
+    phases: tuple[Plan, ...] = PHASES,
+    command: str = "python -m train clip",
+    count: int = PICTURES,
 ) -> None:
     """Train both towers; write text_encoder.safetensors and image_encoder.safetensors to the folder `weights`."""
     files = weights / "text_encoder.safetensors", weights / "image_encoder.safetensors"
@@ -186,18 +241,8 @@ def train(
         check_output(file)
     with seeded(phases[0].seed):
         clip = CLIP()
-    log, made_from = list[dict[str, Any]](), {"pictures": renderer()}
-
-    def validate(module: nn.Module) -> dict[str, float]:
-        assert isinstance(module, CLIP)
-        return probe(module.image)
-
-    for plan in phases:
-        data, loss = OnTheFly(functools.partial(batch_of, clip.text, plan)), functools.partial(clip_loss, clip)
-        _, rows = run(plan, clip, data, loss, validate, folder, made_from=made_from)
-        clip.text.requires_grad_(False)
-        log += rows
+    log = train_towers(clip, folder, phases, count, 0)
     unit_entries(clip.image.eval())
-    clip_card = card(phases, log, command, {"data": "the mini world", "gate": GATE}, WORLD_LICENCE)
+    clip_card = card(phases, log, command, {"data": f"the mini world, {count} pictures", "gate": GATE}, WORLD_LICENCE)
     for tower, file in zip((clip.text, clip.image), files, strict=True):
         cards.save(tower, file, clip_card)

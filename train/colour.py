@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Array = NDArray[np.float64]
 
@@ -17,6 +19,13 @@ _EPS, _KAPPA = 216 / 24389, 24389 / 27
 # CIELAB hue (degrees) at which each coarse name begins; pink wraps around zero
 HUES = {"red": 15, "orange": 50, "yellow": 82, "green": 112, "teal": 165, "blue": 230, "purple": 290, "pink": 330}
 NAMES = tuple(HUES)
+ISH = ("reddish", "orangish", "yellowish", "greenish", "tealish", "bluish", "purplish", "pinkish")
+# the four quarters of a coarse name's hues: the first two lean to the name before, the last two to the name after
+SECTORS = tuple(
+    f"{word} {NAMES[i]}" for i in range(8) for word in (NAMES[i - 1], ISH[i - 1], ISH[(i + 1) % 8], NAMES[(i + 1) % 8])
+)
+TONES, _TONE_EDGES = ("very dark", "dark", "", "light", "very light"), (56, 62, 68, 74)
+CHROMAS, _CHROMA_EDGES = ("dull", "", "vivid"), (45, 57)
 _EDGES = np.array(list(HUES.values()))
 
 
@@ -26,6 +35,15 @@ def srgb_to_lab(rgb: Array) -> Array:
     xyz = linear @ _TO_XYZ.T / _WHITE
     f = np.where(xyz > _EPS, np.cbrt(xyz), (_KAPPA * xyz + 16) / 116)
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+
+
+def tensor_to_lab(rgb: Tensor) -> Tensor:
+    """Compute `srgb_to_lab` of a tensor `... 3`, on its device."""
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb.clamp(min=0.04) + 0.055) / 1.055) ** 2.4)
+    red, green, blue = linear.unbind(dim=-1)
+    xyz = [a * red + b * green + c * blue for a, b, c in (_TO_XYZ / _WHITE[:, None]).tolist()]
+    f = [torch.where(v > _EPS, v.clamp(min=_EPS) ** (1 / 3), (_KAPPA * v + 16) / 116) for v in xyz]
+    return torch.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])], dim=-1)
 
 
 def lab_to_srgb(lab: Array) -> Array:
@@ -38,15 +56,13 @@ def lab_to_srgb(lab: Array) -> Array:
 
 
 def lch(lightness: float, chroma: float, hue: float) -> Array:
-    """Return a CIELAB colour; reduce its chroma until sRGB can show it. `hue` is in degrees."""
+    """Return a CIELAB colour; reduce its chroma, in steps of 1, until sRGB can show it. `hue` is in degrees."""
     direction = np.array([0.0, np.cos(np.radians(hue)), np.sin(np.radians(hue))])
-    base = np.array([lightness, 0.0, 0.0])
-    while chroma > 0:
-        rgb = lab_to_srgb(base + chroma * direction)
-        if rgb.min() >= 0 and rgb.max() <= 1:
-            break
-        chroma -= 1.0
-    return base + max(chroma, 0.0) * direction
+    chromas = np.append(np.arange(chroma, 0, -1), 0.0)
+    candidates = np.array([lightness, 0.0, 0.0]) + chromas[:, None] * direction
+    rgb = lab_to_srgb(candidates)
+    shown = np.all((rgb >= 0) & (rgb <= 1), axis=1) | (chromas == 0)
+    return np.asarray(candidates[shown.argmax()])
 
 
 def hue_of(lab: Array) -> float:
@@ -58,15 +74,16 @@ def coarse_name(lab: Array) -> str:
     return NAMES[int(np.searchsorted(_EDGES, hue_of(lab), side="right")) - 1]
 
 
-def fine_bin(lab: Array) -> tuple[int, int]:
-    """Return (tone, sector). Tone: 0 dark, 1 medium, 2 light. Sector, 0 .. 15: the half of a coarse name's hue range."""
+def fine_bin(lab: Array) -> tuple[int, int, int]:
+    """Return the indices of a colour in `TONES` (by its lightness), `CHROMAS` and `SECTORS` (quarters of a coarse name's hues)."""
     i = int(np.searchsorted(_EDGES, hue_of(lab), side="right")) - 1
     start, end = _EDGES[i], _EDGES[i + 1] if 0 <= i < 7 else _EDGES[0] + 360
-    late = (hue_of(lab) - start) % 360 > ((end - start) % 360) / 2
-    return (0 if lab[0] < 60 else 2 if lab[0] > 70 else 1), 2 * (i % 8) + int(late)
+    quarter = int(4 * ((hue_of(lab) - start) % 360) / ((end - start) % 360))
+    tone, chroma = np.searchsorted(_TONE_EDGES, lab[0]), np.searchsorted(_CHROMA_EDGES, np.hypot(lab[1], lab[2]))
+    return int(tone), int(chroma), 4 * (i % 8) + min(quarter, 3)
 
 
 def fine_name(lab: Array) -> str:
-    """Name a colour by hue and lightness; there are 48 names, read only by CLIP. "dark green teal": a dark teal, slightly green."""
-    tone, sector = fine_bin(lab)
-    return f"{('dark ', '', 'light ')[tone]}{NAMES[(sector // 2 + (1 if sector % 2 else -1)) % 8]} {NAMES[sector // 2]}"
+    """Name a colour by lightness, chroma and hue, such as "very dark dull greenish teal"; only CLIP reads these names."""
+    tone, chroma, sector = fine_bin(lab)
+    return " ".join(word for word in (TONES[tone], CHROMAS[chroma], SECTORS[sector]) if word)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -18,6 +19,26 @@ from train.randomness import generator
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+
+
+def mapped(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """Apply `function` to all tensors in a batch: a tensor, or a tuple, dict or dataclass that holds tensors."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, tuple):
+        return tuple(mapped(function, part) for part in batch)
+    if isinstance(batch, dict):
+        return {name: mapped(function, part) for name, part in batch.items()}
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: mapped(function, getattr(batch, f.name)) for f in fields(batch)})
+    return batch
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """List all tensors in a batch."""
+    found = list[Tensor]()
+    mapped(found.append, batch)
+    return found
 
 
 class Data(Protocol[T_co]):
@@ -69,9 +90,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.mean)
 
+    def to(self, device: str) -> Batch:
+        """Move the batch to a device."""
+        return mapped(lambda part: part.to(device), self)
+
     def latents(self, generator: torch.Generator) -> Tensor:
-        """Sample q(z|x) for each picture, `b c h w`."""
-        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
+        """Sample q(z|x) for each picture, `b c h w`, on the generator's device."""
+        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator, device=generator.device)
 
 
 @dataclass(frozen=True)
@@ -92,38 +117,56 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.mean)
 
+    def to(self, device: str) -> Pairs:
+        """Move all pairs to a device."""
+        return mapped(lambda part: part.to(device), self)
+
     def at(self, rows: Tensor) -> Batch:
-        """Return the pairs at `rows`, in float32."""
+        """Return the pairs at `rows`, in float32, on the device of the pairs."""
+        rows = rows.to(self.mean.device)
         image, null = (None, None) if self.images is None else (self.images[rows].float(), self.null)
         text, empty = self.texts[self.caption[rows]].float(), self.texts[0].float()
         return Batch(
             self.mean[rows].float(), self.std[rows].float(), text, empty, image, None if null is None else null.float()
         )
 
-    def parts(self, size: int = 64) -> Iterator[Batch]:
-        """Yield all pairs in order, in parts of nearly equal length of at most `size`."""
+    def parts(self, device: str = "cpu", size: int = 64) -> Iterator[Batch]:
+        """Yield all pairs in order, on a device, in parts of nearly equal length of at most `size`."""
         for rows in torch.arange(len(self)).tensor_split(-(-len(self) // size)):
-            yield self.at(rows)
+            yield self.at(rows).to(device)
+
+
+class Pool(Protocol[T_co]):
+    """Training data in memory; `at(rows)` is a batch of some of it."""
+
+    def __len__(self) -> int: ...
+
+    def at(self, rows: Tensor) -> T_co: ...
 
 
 @dataclass(frozen=True)
-class Cached:
-    """Batches of `size` pairs, shuffled anew in every epoch. If there are fewer pairs than `size`, a batch repeats them."""
+class Cached(Generic[T]):
+    """Batches of `size` items of a pool, shuffled anew in every epoch. If there are fewer items, a batch repeats them."""
 
-    pairs: Pairs
+    pool: Pool[T]
     size: int
     seed: int
 
     def rows(self, index: int) -> Tensor:
-        """Return the rows of `pairs` that form batch `index`."""
-        n = len(self.pairs)
+        """Return the rows of the pool that form batch `index`."""
+        n = len(self.pool)
         epoch, within = divmod(index, max(1, n // self.size))
-        g = generator(self.seed + 1, epoch)
-        order = torch.cat([torch.randperm(n, generator=g) for _ in range(-(-self.size // n))])
-        return order[within * self.size :][: self.size]
+        return _order(n, self.size, self.seed, epoch)[within * self.size :][: self.size]
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        return self.pairs.at(self.rows(step * world_size + rank))
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T:
+        return self.pool.at(self.rows(step * world_size + rank))
+
+
+@functools.lru_cache(maxsize=4)
+def _order(n: int, size: int, seed: int, epoch: int) -> Tensor:
+    """Return the rows of an epoch in order, repeated if there are fewer than `size`."""
+    g = generator(seed + 1, epoch)
+    return torch.cat([torch.randperm(n, generator=g) for _ in range(-(-size // n))])
 
 
 class _StepDataset(Dataset[T | Exception]):

@@ -6,7 +6,6 @@ change of pictures, encoder or size never reads a stale file, and an interrupted
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import sys
@@ -29,9 +28,11 @@ from model.vae import VAE
 from train.captioned import Captioned
 from train.data import Data, Files, OnTheFly, Pairs, stream
 from train.fingerprint import digest, fingerprint
-from train.world import SAYS, Scene, Split, World, pictures
+from train.pool import in_parts, pixels_of, scenes_of, to_unit
+from train.world import SAYS, Says, Scene, Split, World, pictures
 
 Encode = Callable[[Tensor], dict[str, Tensor]]
+ENCODED = 500  # pictures of the mini world that are encoded at a time
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:
@@ -94,7 +95,7 @@ def encode_texts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor
     """Return the text tokens of the different captions, `m 77 c`, the empty one first, and the row of each caption, `n`."""
     different = ["", *sorted(set(captions) - {""})]
     row = {caption: i for i, caption in enumerate(different)}
-    tokens = text.tokenize(different)
+    tokens = torch.cat(in_parts(lambda part: text.tokenize([different[i] for i in part]), len(different), 0, "captions"))
     device = next(text.parameters()).device
     hidden = torch.cat([text(part.to(device)).half().cpu() for part in tokens.split(256)])
     return hidden, torch.tensor([row[caption] for caption in captions])
@@ -106,42 +107,31 @@ def renderer() -> str:
     return hashlib.sha256(pictures([World("train")[i] for i in range(16)]).tobytes()).hexdigest()[:8]
 
 
-def visible_fields(scene: Scene) -> list[str]:
-    """List the fields of a scene that affect its picture; those that affect only its caption are left out."""
-    names = [f.name for f in dataclasses.fields(scene) if not f.name.startswith("says")]
-    return [f"{name}={np.asarray(getattr(scene, name)).tolist()!r}" for name in names]
-
-
 @dataclass(frozen=True)
 class WorldPictures:
-    """The first `count` pictures of a split. `says`: the shares of captions that name the concept and the background."""
+    """The first `count` pictures of a split, with captions that name as much as `says`."""
 
     split: Split
     count: int
-    says: tuple[float, float] = SAYS
+    says: Says = SAYS
 
-    @functools.cached_property
+    @property
     def scenes(self) -> list[Scene]:
-        world = World(self.split, self.says)
-        return [world[i] for i in range(self.count)]
+        return scenes_of(self.split, self.count, 0, self.says)
 
     def __len__(self) -> int:
         return self.count
 
     def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, fine: bool = False) -> Pairs:
-        """Encode the pictures, 100 at a time. Without an `image` encoder, `Pairs.images` is None."""
-        batches = [self.scenes[first : first + 100] for first in range(0, self.count, 100)]
-        keys = [digest([renderer(), *map(visible_fields, batch)]) for batch in batches]
-
-        def rgb(i: int) -> Tensor:
-            return torch.from_numpy(pictures(batches[i])).permute(0, 3, 1, 2).float() / 255
-
-        mean, std = latents(vae, OnTheFly(lambda i: 2 * rgb(i) - 1), keys, folder, "world")
+        """Encode the pictures, `ENCODED` at a time. The pairs are on the device of `vae`. Without `image`, `Pairs.images` is None."""
+        scenes, pixels = self.scenes, pixels_of(self.split, self.count, 0).split(ENCODED)
+        keys = [digest([renderer(), self.split, ENCODED * i, len(part)]) for i, part in enumerate(pixels)]
+        mean, std = latents(vae, OnTheFly(lambda i: to_unit(pixels[i])), keys, folder, "world")
         images, null = None, None
         if image is not None:
-            images, null = features(image, OnTheFly(lambda i: normalise(rgb(i))), keys, folder, fine)
-        texts, caption = encode_texts(text, [scene.caption for scene in self.scenes])
-        return Pairs(mean, std, caption, texts, images, null)
+            images, null = features(image, OnTheFly(lambda i: normalise(pixels[i].float() / 255)), keys, folder, fine)
+        texts, caption = encode_texts(text, [scene.caption for scene in scenes])
+        return Pairs(mean, std, caption, texts, images, null).to(str(next(vae.parameters()).device))
 
     def made_from(self) -> dict[str, str]:
         """Return hashes that identify the pictures and captions."""

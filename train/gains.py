@@ -25,9 +25,9 @@ def losses_of(
     All three share the noise and timesteps, which depend only on `seed`, so their differences are paired.
     """
     losses: dict[str, list[Tensor]] = {"own": [], "none": [], "another": []}
-    for i, part in enumerate(pairs.parts()):
-        batch = noised(part, generator(seed, i), device)
-        none = images_of(part, torch.ones(len(part), dtype=torch.bool)).to(device)
+    for i, part in enumerate(pairs.parts(device)):
+        batch = noised(part, generator(seed, i, device))
+        none = images_of(part, torch.ones(len(part), dtype=torch.bool, device=device))
         for name, image in {"own": batch.image, "none": none, "another": batch.image.roll(1, dims=0)}.items():
             context = adapter(Context(batch.text, fuse=fuse), image)
             losses[name].append(diffusion_loss(unet, schedule, batch.x0, context, batch.t, batch.eps))
@@ -66,7 +66,7 @@ def check_gates(
 
     At scale 0 the output must equal the base's bit for bit. Every trainable tensor must get a gradient, and no frozen one.
     """
-    batch = noised(pairs.at(torch.arange(min(4, len(pairs)))), generator(0, 0), device)
+    batch = noised(pairs.at(torch.arange(min(4, len(pairs)))).to(device), generator(0, 0, device))
     text = Context(batch.text, fuse=fuse)
     with torch.no_grad():
         if not torch.equal(unet(batch.x0, batch.t, text), unet(batch.x0, batch.t, adapter(text, batch.image, 0.0))):

@@ -1,6 +1,7 @@
 """Stage 6: the judge, a network that reads concept, background, palette and placement from a picture.  `python -m train judge`
 
-It is trained only on rendered pictures, slightly blurred and noised, never on output of a model that it measures.
+It answers "none of these" (index `NONE`) when a picture shows none of the 64 concepts. It is trained only on rendered pictures, slightly
+warped, blurred and noised, and on spoiled ones (train/spoiled.py); never on output of a model that it measures.
 """
 
 from __future__ import annotations
@@ -19,24 +20,26 @@ from checkpoints import cards
 from checkpoints.files import check_output
 from model.layers import ResBlock
 from train.card import WORLD_LICENCE, card
-from train.colour import srgb_to_lab
-from train.data import OnTheFly
+from train.colour import tensor_to_lab
+from train.data import Cached
 from train.encode import renderer
 from train.loop import Plan, run
+from train.pool import pixels_of, scenes_of, to_unit
 from train.randomness import seeded
-from train.vae import bytes_to_tensor
-from train.world import BACKGROUNDS, CONCEPTS, SIZE, Scene, Split, World, pictures
+from train.spoiled import NONE, degraded, spoiled, strangers
+from train.world import BACKGROUNDS, SIZE, Scene
 
-PHASES = (Plan("judge", steps=1800, batch=64, lr=1e-3, decay=0.7, validate_every=450),)
-FIRST = 20_000_000  # index of the first training scene; no other stage uses scenes from here on
+PHASES = (Plan("judge", 24_000, 64, 1e-3, 500, 0.7, bf16=True, validate_every=12_000),)
+FIRST = 20_000_000  # index of the first training scene; the networks that are measured see none of these
+PICTURES, STRANGERS, HELD_OUT = 40_000, 8_000, 1000
 
 
 @dataclass(frozen=True)
 class Reading:
     """What the judge sees in a batch of pictures.
 
-    `concept`: `b 64` and `background`: `b 10` logits; `palette`: `b 2 3` CIELAB; `placement`: `b 3`, centre (x, y) and side of
-    the drawing in pixels.
+    `concept`: `b 65` (the last is `NONE`) and `background`: `b 10` logits; `palette`: `b 2 3` CIELAB; `placement`: `b 3`, centre
+    (x, y) and side of the drawing in pixels.
     """
 
     concept: Tensor
@@ -54,9 +57,8 @@ class Reading:
 
 
 def lab_of(x: Tensor) -> Tensor:
-    """Convert pictures `b 3 h w` in [-1, 1] to the CIELAB colours of their pixels, `b (h w) 3`."""
-    rgb = rearrange((x.detach().cpu().clamp(-1, 1) + 1) / 2, "b c h w -> b (h w) c").double().numpy()
-    return torch.from_numpy(srgb_to_lab(rgb)).float().to(x.device)
+    """Convert pictures `b 3 h w` in [-1, 1] to the CIELAB colours of their pixels, `b (h w) 3`, without gradients."""
+    return tensor_to_lab(rearrange((x.detach().clamp(-1, 1) + 1) / 2, "b c h w -> b (h w) c"))
 
 
 class Judge(nn.Module):
@@ -66,7 +68,7 @@ class Judge(nn.Module):
     average CIELAB value under it.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 160), key: int = 32) -> None:
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 192), key: int = 32) -> None:
         super().__init__()
         self.stages, self.keys = nn.ModuleList(), nn.ModuleList([nn.Conv2d(3, key, 3, padding=1)])
         width = 3
@@ -77,7 +79,7 @@ class Judge(nn.Module):
             width = out
         self.norm = nn.GroupNorm(8, key)
         self.hidden = nn.Linear(width * 16, 256)
-        self.heads = nn.Linear(256, len(CONCEPTS) + len(BACKGROUNDS) + 3)
+        self.heads = nn.Linear(256, NONE + 1 + len(BACKGROUNDS) + 3)
         self.query = nn.Linear(256, 2 * key)
 
     def forward(self, x: Tensor) -> Reading:
@@ -86,17 +88,20 @@ class Judge(nn.Module):
             h = stage(h)
             key = key + F.interpolate(to_key(h), size=key.shape[-2:])
         h = F.silu(self.hidden(h.flatten(1)))
-        concept, background, placement = self.heads(h).split([len(CONCEPTS), len(BACKGROUNDS), 3], dim=1)
+        concept, background, placement = self.heads(h).split([NONE + 1, len(BACKGROUNDS), 3], dim=1)
         query = rearrange(self.query(h), "b (n c) -> b n c", n=2)
         logits = torch.einsum("bnc,bchw->bnhw", query, F.silu(self.norm(key))) / query.shape[-1] ** 0.5
-        where = logits.flatten(2).softmax(dim=-1)
-        return Reading(concept, background, where @ lab_of(x), SIZE * placement)
+        where = logits.flatten(2).float().softmax(dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            palette = where @ lab_of(x.float())
+        return Reading(concept.float(), background.float(), palette, SIZE * placement.float())
 
     @torch.no_grad()
     def read(self, pictures: Tensor) -> Reading:
-        """Read any number of pictures `b 3 64 64`; values outside [-1, 1] are clamped."""
-        parts = [self(part) for part in pictures.clamp(-1, 1).split(256)]
-        return Reading(*(torch.cat([getattr(part, name) for part in parts]) for name in Reading.__dataclass_fields__))
+        """Read any number of pictures `b 3 64 64`; values outside [-1, 1] are clamped. The reading is on the CPU."""
+        device = self.query.weight.device
+        parts = [self(part.to(device)) for part in pictures.clamp(-1, 1).split(256)]
+        return Reading(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in Reading.__dataclass_fields__))
 
 
 def ground_truth(scenes: list[Scene]) -> dict[str, Tensor]:
@@ -117,45 +122,75 @@ def delta_e(a: Tensor, b: Tensor) -> Tensor:
 JudgeBatch = tuple[Tensor, dict[str, Tensor]]
 
 
-def batch_of(split: Split, batch: int, step: int) -> JudgeBatch:
-    world = World(split)
-    scenes = [world[FIRST + i] for i in range(step * batch, (step + 1) * batch)]
-    return bytes_to_tensor(pictures(scenes)), ground_truth(scenes)
+@dataclass(frozen=True)
+class Answers:
+    """A pool of pictures and what a perfect judge reads from each: `concept`, `background`, `palette`, `placement`, and
+    `background_rgb` in [-1, 1]."""
+
+    pixels: Tensor
+    truth: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def at(self, rows: Tensor) -> JudgeBatch:
+        rows = rows.to(self.pixels.device)
+        return to_unit(self.pixels[rows]), {name: values[rows] for name, values in self.truth.items()}
 
 
-def judge_loss(judge: Judge, batch: JudgeBatch, generator: torch.Generator) -> dict[str, Tensor]:
-    """Add the two cross-entropies, the palette error / 20 and the placement error / 10, on blurred and noised pictures."""
+def answers(count: int, unknown: int, device: str) -> Answers:
+    """Return `count` pictures of the concepts and `unknown` of other drawings, whose concept is `NONE`."""
+    scenes, others = scenes_of("train", count, FIRST), scenes_of("train", unknown, FIRST + count)
+    pixels = torch.cat([pixels_of("train", count, FIRST), strangers(others, FIRST + count)])
+    truth = ground_truth([*scenes, *others])
+    truth["concept"][count:] = NONE
+    rgb = torch.tensor([scene.background_rgb.tolist() for scene in (*scenes, *others)])
+    truth["background_rgb"] = 2 * rgb.float() - 1
+    return Answers(pixels.to(device), {name: values.to(device) for name, values in truth.items()})
+
+
+def judge_loss(judge: Judge, batch: JudgeBatch, g: torch.Generator) -> dict[str, Tensor]:
+    """Add the cross-entropies, the palette error / 20 and the placement error / 3: means over the pictures with that label."""
     x, true = batch
-    blur = torch.rand(len(x), 1, 1, 1, generator=generator) * 0.6
-    x = x.lerp(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1), blur)
-    x = x + 0.1 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
-    reading = judge(x)
-    concept = F.cross_entropy(reading.concept, true["concept"])
-    background = F.cross_entropy(reading.background, true["background"])
-    palette = delta_e(reading.palette, true["palette"]).mean() / 20
-    placement = (reading.placement - true["placement"]).abs().mean() / 10
-    return {"loss": concept + background + palette + placement, "palette": palette.detach() * 20}
+    x, labels = spoiled(x, true["concept"], true["background_rgb"], g)
+    reading = judge(degraded(x, g))
+
+    def mean(errors: Tensor, known: Tensor) -> Tensor:
+        return (errors * known).sum() / known.sum().clamp(min=1)
+
+    concept = mean(F.cross_entropy(reading.concept, labels.concept, reduction="none"), labels.concept_known)
+    background = mean(F.cross_entropy(reading.background, true["background"], reduction="none"), labels.background_known)
+    palette = mean(delta_e(reading.palette, true["palette"]), labels.whole)
+    placement = mean((reading.placement - true["placement"]).abs().mean(dim=-1), labels.whole)
+    return {"loss": concept + background + palette / 20 + placement / 3, "palette": palette.detach()}
 
 
 def train(
-    folder: Path, weights: Path, phases: tuple[Plan, ...] = PHASES, command: str = "python -m train judge"
+    folder: Path,
+    weights: Path,
+    phases: tuple[Plan, ...] = PHASES,
+    command: str = "python -m train judge",
+    count: int = PICTURES,
+    unknown: int = STRANGERS,
 ) -> None:
-    """Train the judge; write `weights`/judge.safetensors and its card."""
-    out = weights / "judge.safetensors"
+    """Train the judge on `count` pictures of the concepts and `unknown` others; write `weights`/judge.safetensors and its card."""
+    out, device = weights / "judge.safetensors", phases[0].device
     check_output(out)
     with seeded(phases[0].seed):
         judge = Judge()
-    x, true = batch_of("val", 1000, 0)
-    log, made_from = list[dict[str, Any]](), {"pictures": renderer()}
+    judge.to(device)
+    pool, true = answers(count, unknown, device), ground_truth(scenes_of("val", HELD_OUT, 0))
+    x, log = to_unit(pixels_of("val", HELD_OUT, 0)), list[dict[str, Any]]()
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, Judge)
         return module.read(x).score(true["concept"], true["background"], true["palette"])
 
     for plan in phases:
-        data, loss = OnTheFly(functools.partial(batch_of, "train", plan.batch)), functools.partial(judge_loss, judge)
-        log += run(plan, judge, data, loss, validate, folder, made_from=made_from)[1]
-    cards.save(judge, out, card(phases, log, command, {"data": "the mini world"}, WORLD_LICENCE))
+        data, loss = Cached(pool, plan.batch, plan.seed), functools.partial(judge_loss, judge)
+        log += run(plan, judge, data, loss, validate, folder, 0, made_from={"pictures": f"{len(pool)}, {renderer()}"})[1]
+    details = {"data": f"the mini world, {count} pictures and {unknown} of other drawings"}
+    cards.save(judge, out, card(phases, log, command, details, WORLD_LICENCE))
 
 
 def load_judge(path: Path) -> Judge:

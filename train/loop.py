@@ -1,34 +1,33 @@
 """The training loop: seeded and resumable.
 
 All random numbers of step s come from (seed, s). A run that is stopped and resumed gives bit-identical results on the same machine with
-the same number of threads.
+the same number of threads. On a GPU the results are close, but not bit-identical.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from checkpoints.files import check_output, replacing
 from train import checkpoint
 from train.data import Data, stream
-from train.errors import Damaged, Diverged, Interrupted
+from train.errors import Damaged, Interrupted
 from train.fingerprint import fingerprint
-from train.randomness import generator
+from train.randomness import hashed
+from train.step import Loss, Values, check_finite, move_towards, numbers, step_for
 
 T = TypeVar("T")
-Loss = Callable[[T, torch.Generator], dict[str, Tensor]]
 SAVE_SECONDS = 300.0  # save the state at least this often
 
 
@@ -53,8 +52,17 @@ class Plan:
     device: str = "cpu"
     seed: int = 0
     accumulate: int = 1
-    save_every: int = 100
+    save_every: int = 1000
     validate_every: int = 250
+
+    def scaled(self, factor: int, share: float = 1.0) -> Plan:
+        """Return the plan for batches `factor` times as large, at the same learning rates, that sees `share` of the pictures."""
+
+        def fewer(steps: int) -> int:
+            return max(1, round(steps * share / factor))
+
+        settings = {"steps": fewer(self.steps), "warmup": fewer(self.warmup), "validate_every": fewer(self.validate_every)}
+        return replace(self, **settings, batch=self.batch * factor, ema=self.ema**factor)  # type: ignore[arg-type]
 
     def rate(self, step: int) -> float:
         """Return the factor of the learning rate at this step."""
@@ -89,29 +97,16 @@ class _Interrupt:
         self.signal_number = number
 
 
-@torch.no_grad()
-def _ema_update(ema: nn.Module, module: nn.Module, decay: float) -> None:
-    for slow, fast in zip(ema.state_dict().values(), module.state_dict().values(), strict=True):
-        if slow.is_floating_point():
-            slow.lerp_(fast, 1 - decay)
-        else:
-            slow.copy_(fast)
-
-
-class _Training:
+class _Training(Generic[T]):
     """The state of a run: the module, its optimizer and EMA, and the log. Loads and saves itself."""
 
-    def __init__(self, plan: Plan, module: nn.Module, folder: Path, made_from: Mapping[str, Any]) -> None:
+    def __init__(self, plan: Plan, module: nn.Module, loss: Loss[T], folder: Path, made_from: Mapping[str, Any]) -> None:
         self.plan, self.module = plan, module
         self.made_from = {**asdict(plan), **made_from, "first weights": fingerprint(module)}
         self.state_file, self.log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True
-        )
-        self.ema = copy.deepcopy(module) if plan.ema else None
-        self.kept = module if self.ema is None else self.ema
-        self.step, self.seconds, self.log = 0, 0.0, list[dict[str, Any]]()
+        self.run_step = step_for(plan.device)(module, loss, plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan))
+        self.kept = copy.deepcopy(module) if plan.ema else module
+        self.step, self.seconds, self.log, self.unread = 0, 0.0, list[dict[str, Any]](), list[Values]()
         self._load()
         self.began = self.saved = time.monotonic()
 
@@ -122,16 +117,18 @@ class _Training:
         try:
             checkpoint.restore(self.module, state["module"])
             checkpoint.restore(self.kept, state["kept"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.run_step.restore(state["optimizer"])
             self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise Damaged(self.state_file, str(error).partition("\n")[0]) from None
 
     def save(self) -> None:
+        self.read()
         self.saved = time.monotonic()
         states = {"module": checkpoint.changing(self.module), "kept": checkpoint.changing(self.kept)}
         progress = {"made_from": self.made_from, "step": self.step, "seconds": self.elapsed(), "log": self.log}
-        checkpoint.save(self.state_file, {**progress, **states, "optimizer": self.optimizer.state_dict()})
+        optimizer = self.run_step.optimizer.state_dict()
+        checkpoint.save(self.state_file, {**progress, **states, "optimizer": optimizer})
         with replacing(self.log_file) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in self.log))
 
@@ -139,32 +136,26 @@ class _Training:
         """Return the seconds of training so far, including those before a restart."""
         return self.seconds + time.monotonic() - self.began
 
-    def _gradients(self, batches: Iterator[T], loss: Loss[T]) -> dict[str, float]:
-        """Accumulate the gradients of a step; return the mean of each named scalar."""
-        plan, means = self.plan, dict[str, float]()
-        for part in range(self.step * plan.accumulate, (self.step + 1) * plan.accumulate):
-            with autocast(plan):
-                values = loss(next(batches), generator(plan.seed, part))
-            (values["loss"] / plan.accumulate).backward()
-            for name, value in values.items():
-                means[name] = means.get(name, 0.0) + float(value.detach()) / plan.accumulate
-        return means
-
-    def advance(self, batches: Iterator[T], loss: Loss[T]) -> dict[str, Any]:
-        """Run one step and return its row of the log. Raises `Diverged` before the weights change."""
-        plan, step = self.plan, self.step
-        row = {"step": step + 1, "lr": plan.lr * plan.rate(step), **self._gradients(batches, loss)}
-        row["grad_norm"] = float(nn.utils.clip_grad_norm_(self.parameters, plan.clip))
-        if not math.isfinite(row["loss"] + row["grad_norm"]):
-            raise Diverged(f"{plan.name}: the loss or gradient is not finite at step {step + 1}; restart with a lower --lr")
-        self.optimizer.param_groups[0]["lr"] = row["lr"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            _ema_update(self.ema, self.module, min(plan.ema, (1 + step) / (10 + step)))
+    def advance(self, batches: Iterator[T]) -> None:
+        """Run one step. On a CPU, raises `Diverged` before the weights change."""
+        plan, parts = self.plan, range(self.step * self.plan.accumulate, (self.step + 1) * self.plan.accumulate)
+        seeds, lr = [hashed(plan.seed, part) for part in parts], plan.lr * plan.rate(self.step)
+        values = self.run_step([next(batches) for _ in parts], seeds, lr, f"{plan.name}, step {self.step + 1}")
+        if self.kept is not self.module:
+            move_towards(self.kept, self.module, 1 - min(plan.ema, (1 + self.step) / (10 + self.step)))
         self.step += 1
-        self.log.append(row)
-        return row
+        self.unread.append(values)
+        if len(self.unread) == self.run_step.lag:
+            self.read()
+
+    def read(self) -> dict[str, Any]:
+        """Append the rows of the last steps to the log, and return the last. Raises `Diverged` if a number is not finite."""
+        first = self.step - len(self.unread)
+        for step, values in enumerate(numbers(self.unread), start=first):
+            check_finite(values, f"{self.plan.name}, step {step + 1}")
+            self.log.append({"step": step + 1, "lr": self.plan.lr * self.plan.rate(step), **values})
+        self.unread.clear()
+        return self.log[-1]
 
 
 def run(
@@ -184,22 +175,24 @@ def run(
     are kept in `folder`. If a state exists there, the run resumes from it, provided that the plan, the initial weights of `module`
     and the inputs named in `made_from` are the same. With `until`, stop after that many steps of the plan.
 
-    Raises `Interrupted` after saving the state, `Diverged` before the weights change, `OtherRun` if the state belongs to another
-    run, and `Damaged` if it cannot be read.
+    Raises `Interrupted` after saving the state, `Diverged` before the weights change (on a GPU: before they are saved), `OtherRun`
+    if the state belongs to another run, and `Damaged` if it cannot be read.
     """
     check_output(folder / f"{plan.name}.pt")
-    training, end = _Training(plan, module, folder, made_from or {}), plan.steps if until is None else until
+    training, end = _Training(plan, module, loss, folder, made_from or {}), plan.steps if until is None else until
     batches = stream(data, range(training.step * plan.accumulate, end * plan.accumulate), workers)
     with (
         _Interrupt() as interrupt,
         tqdm(total=plan.steps, initial=training.step, desc=plan.name, dynamic_ncols=True) as bar,
     ):
         while training.step < end:
-            row = training.advance(batches, loss)
+            training.advance(batches)
             done, last = training.step, training.step == end
             if last or done % plan.validate_every == 0:
-                row |= {"seconds": training.elapsed(), **validate(training.kept)}
-            bar.set_postfix({k: f"{row[k]:.4g}" for k in row if k not in ("step", "lr", "seconds")}, refresh=False)
+                training.read().update(seconds=training.elapsed(), **validate(training.kept))
+            if not training.unread:
+                shown = {k: v for k, v in training.log[-1].items() if k not in ("step", "lr", "seconds")}
+                bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
             bar.update()
             if last or interrupt.signal_number or done % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
                 training.save()

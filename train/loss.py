@@ -17,7 +17,7 @@ DROP = 0.05  # probability of each kind of dropping (section 4.1.2)
 
 def min_snr(schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
     """Return the loss weight min(SNR_t, gamma) / SNR_t, SNR_t = a_t / (1 - a_t)  (arXiv 2303.09556). `b` -> `b`."""
-    a = schedule.alphas.to(t.device)[t]
+    a = schedule.at(t)
     snr = a / (1 - a)
     weight = snr.clamp(max=gamma) / snr
     return weight if schedule.prediction == "epsilon" else weight * snr / (snr + 1)
@@ -39,12 +39,14 @@ def diffusion_loss(
 
 def noise_for(x0: Tensor, generator: torch.Generator, timesteps: int = 1000) -> tuple[Tensor, Tensor]:
     """Draw (t, eps): t uniform in [0, T), eps ~ N(0, I)."""
-    return torch.randint(timesteps, (len(x0),), generator=generator), torch.randn(x0.shape, generator=generator)
+    device = generator.device
+    t = torch.randint(timesteps, (len(x0),), generator=generator, device=device)
+    return t, torch.randn(x0.shape, generator=generator, device=device)
 
 
 def drops(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw masks (drop the text, drop the image) for n pictures: image only, text only or both, with probability 5 % each."""
-    r = torch.rand(n, generator=generator)
+    r = torch.rand(n, generator=generator, device=generator.device)
     image = (r < DROP) | ((r >= 2 * DROP) & (r < 3 * DROP))
     text = (r >= DROP) & (r < 3 * DROP)
     return text, image
@@ -67,11 +69,11 @@ def images_of(batch: Batch, drop: Tensor) -> Tensor:
     return torch.where(drop.view(-1, *[1] * batch.null.ndim), batch.null, batch.image)
 
 
-def noised(batch: Batch, g: torch.Generator, device: str, dropping: bool = False) -> Noised:
+def noised(batch: Batch, g: torch.Generator, dropping: bool = False) -> Noised:
     """Draw latents, timesteps and noise for the pairs. With `dropping`, some lose their text, picture, or both."""
     x0 = batch.latents(g)
     t, eps = noise_for(x0, g)
-    none = torch.zeros(len(batch), dtype=torch.bool)
+    none = torch.zeros(len(batch), dtype=torch.bool, device=g.device)
     drop_text, drop_image = drops(len(batch), g) if dropping else (none, none)
     text = torch.where(drop_text.view(-1, 1, 1), batch.empty, batch.text)
-    return Noised(*(tensor.to(device) for tensor in (x0, t, eps, text, images_of(batch, drop_image))))
+    return Noised(x0, t, eps, text, images_of(batch, drop_image))

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from checkpoints.adapters import load_adapter
 from model.adapter import IPAdapter
 from train import adapter
-from train.adapter import LAST, Outcome, Recipe
+from train.adapter import Outcome, Recipe
 from train.data import Batch, Cached, Data, Pairs
 from train.fingerprint import fingerprint
 from train.loop import Plan, run
 from train.loss import drops, images_of
 from train.setting import Setting, TrainingSource, encode
 
-PLAN = replace(LAST, name="ip_adapter_plus", steps=12000, lr=3e-4, seed=3)  # at 1e-3 a Resampler forgets its initialisation
-BEGIN = Recipe("ip_adapter_plus_begin", steps=3000, batch=128, lr=2e-3, decay=0.7, validate_every=1000, says=PLAN.says)
+PLAN = replace(adapter.PLAN, name="ip_adapter_plus", lr=3e-4, seed=3)  # at 1e-3 a Resampler forgets its initialisation
+BEGIN = Recipe("ip_adapter_plus_begin", 6_000, 128, 2e-3, 100, 0.7, validate_every=3_000, says=PLAN.says)
 PHASES = BEGIN, PLAN
 PairedBatch = tuple[Batch, Batch]
 
@@ -62,7 +62,7 @@ def initialise_from(
     plus.to_v.load_state_dict(known.to_v.state_dict())
 
     def tokens(batch: PairedBatch, drop: Tensor) -> tuple[Tensor, Tensor]:
-        pooled, fine = (images_of(part, drop).to(plan.device) for part in batch)
+        pooled, fine = (images_of(part, drop) for part in batch)
         with torch.no_grad():
             goal = known.tokens(pooled)
         own = plus.tokens(fine)
@@ -75,7 +75,8 @@ def initialise_from(
         assert embeddings[1] is not None and features[1] is not None
         rows = torch.arange(len(features[1]))
         with torch.no_grad():
-            own, goal = tokens((embeddings[1].at(rows), features[1].at(rows)), torch.zeros(len(rows), dtype=torch.bool))
+            batch = embeddings[1].at(rows).to(plan.device), features[1].at(rows).to(plan.device)
+            own, goal = tokens(batch, torch.zeros(len(rows), dtype=torch.bool, device=plan.device))
         return {"explained": 1 - float(F.mse_loss(own, goal) / goal.var(dim=0, correction=0).mean())}
 
     data = _PairedData(*(Cached(pairs[0], plan.batch, plan.seed) for pairs in (embeddings, features)))

@@ -9,9 +9,14 @@ import numpy as np
 import torch
 
 
-def generator(seed: int, step: int) -> torch.Generator:
-    """Return the generator of one step. Seed and step are hashed into 32 bits, since torch's CPU generator reads no more."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+def hashed(seed: int, step: int) -> int:
+    """Hash seed and step to 32 bits, since torch's CPU generator reads no more."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
+def generator(seed: int, step: int, device: str = "cpu") -> torch.Generator:
+    """Return the generator of one step. Its numbers depend on the kind of device too."""
+    return torch.Generator(device).manual_seed(hashed(seed, step))
 
 
 @contextmanager

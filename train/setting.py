@@ -20,8 +20,9 @@ from train.data import Pairs
 from train.encode import FilePictures, WorldPictures
 from train.fingerprint import digest, fingerprint
 from train.unet import HELD_OUT, PICTURES
+from train.world import Says
 
-SAYS = 0.5, 0.5  # shares of captions that name the concept and the background (mini world)
+SAYS = Says(0.5, 0.9, 0.7, 0.7)  # captions of the mini world: the text names the scene, and often leaves the subject to the picture
 TOKENS, FINE_TOKENS, DEPTH = 4, 16, 4  # DEPTH: layers of Plus; diffusers supports only 4
 MINI_DEPTH, GAMMA = 2, 1.0  # layers of Plus, and gamma of the min-SNR weights, in the mini world
 PictureSets = tuple[WorldPictures | FilePictures, WorldPictures | FilePictures]
@@ -77,7 +78,7 @@ class TrainingSource:
         print(summary(self.data, train, held_out))
         return train, held_out
 
-    def picture_sets(self, files: FileSplit | None, native: int, says: tuple[float, float]) -> PictureSets:
+    def picture_sets(self, files: FileSplit | None, native: int, says: Says) -> PictureSets:
         """Return (training, held-out) pictures. A user's `files` are resized to `side`, or to the base's `native` size."""
         if files is None:
             held_out = min(HELD_OUT, self.pictures)
@@ -136,7 +137,7 @@ def prepare(
     source: TrainingSource,
     folder: Path,
     device: str = "cpu",
-    says: tuple[float, float] = SAYS,
+    says: Says = SAYS,
     check: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Setting:
     """Check the pictures, load the base, and encode the pictures, using the cache in `folder`.

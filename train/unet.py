@@ -30,11 +30,8 @@ from train.loop import Plan, run
 from train.loss import diffusion_loss, noise_for
 from train.randomness import generator, seeded
 
-PHASES = (
-    Plan("unet", steps=2900, batch=32, lr=1e-3, ema=0.998, decay=0.45, validate_every=850),
-    Plan("unet_longer", steps=5000, batch=32, lr=1e-3, ema=0.998, decay=0.35, bf16=True, validate_every=500, seed=10),
-)
-PICTURES, HELD_OUT, GAMMA, DROP = 24_000, 512, 5.0, 0.1
+PHASES = (Plan("unet", 120_000, 32, 1e-3, 1000, 0.6, ema=0.9995, bf16=True, validate_every=15_000),)
+PICTURES, HELD_OUT, GAMMA, DROP = 60_000, 512, 5.0, 0.1
 
 
 def initialise(unet: UNet) -> None:
@@ -57,9 +54,9 @@ def fresh(seed: int) -> UNet:
 @torch.no_grad()
 def held_out_loss(unet: UNet, schedule: Schedule, pairs: Pairs, seed: int = 1) -> float:
     """Return the unweighted loss on held-out pictures, at fixed noise and timesteps."""
-    losses = []
-    for i, batch in enumerate(pairs.parts()):
-        g = generator(seed, i)
+    losses, device = [], str(next(unet.parameters()).device)
+    for i, batch in enumerate(pairs.parts(device)):
+        g = generator(seed, i, device)
         x0 = batch.latents(g)
         t, eps = noise_for(x0, g)
         losses.append(diffusion_loss(unet, schedule, x0, Context(batch.text), t, eps))
@@ -76,17 +73,18 @@ def train(
     """Train with the VAE and the text encoder in the folder `weights`; write unet.safetensors there."""
     out = weights / "unet.safetensors"
     check_output(out)
-    vae = load_vae(weights / "vae.safetensors")
-    text = load_text_encoder(weights / "text_encoder.safetensors")
+    device = phases[0].device
+    vae = load_vae(weights / "vae.safetensors").to(device)
+    text = load_text_encoder(weights / "text_encoder.safetensors").to(device)
     training, validation = WorldPictures("train", pictures), WorldPictures("val", min(HELD_OUT, pictures))
     made_from = {**training.made_from(), "vae": fingerprint(vae), "text encoder": fingerprint(text)}
     pairs, held_out = (each.pairs(vae, text, None, folder / "cache") for each in (training, validation))
-    unet, schedule = fresh(phases[0].seed), Schedule(prediction=MINI.prediction)
+    unet, schedule = fresh(phases[0].seed).to(device), Schedule(prediction=MINI.prediction)
 
     def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
         x0 = batch.latents(g)
         t, eps = noise_for(x0, g)
-        drop = torch.rand(len(batch), generator=g) < DROP
+        drop = torch.rand(len(batch), generator=g, device=g.device) < DROP
         tokens = torch.where(drop.view(-1, 1, 1), batch.empty, batch.text)
         return {"loss": diffusion_loss(unet, schedule, x0, Context(tokens), t, eps, GAMMA).mean()}
 

@@ -24,15 +24,16 @@ from model.attention import SelfAttention
 from model.layers import ResBlock
 from model.vae import MINI_VAE, VAE, VAEConfig
 from train.card import WORLD_LICENCE, card
-from train.data import OnTheFly
+from train.data import Cached
 from train.encode import renderer
 from train.loop import Plan, run
+from train.pool import Pictures, pixels_of, to_unit
 from train.randomness import seeded
-from train.world import Split, World, pictures
 
 PHASES = (
-    Plan("vae", 20_000, 16, 2e-3, 300, 0.8, weight_decay=0.0, betas=(0.9, 0.98), bf16=True, validate_every=1000),
+    Plan("vae", 90_000, 16, 2e-3, 1000, 0.8, weight_decay=0.0, betas=(0.9, 0.98), bf16=True, validate_every=10_000),
 )
+PICTURES, HELD_OUT = 60_000, 256
 BETA, ABSOLUTE, AVERAGES = 2e-4, 0.5, 2.0
 LOGVAR = -4.0  # initial log-variance of q(z|x): a standard deviation of 0.14
 
@@ -55,14 +56,9 @@ def bytes_to_tensor(images: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def batch_of(split: Split, batch: int, step: int) -> Tensor:
-    world = World(split)
-    return bytes_to_tensor(pictures([world[i] for i in range(step * batch, (step + 1) * batch)]))
-
-
 def vae_loss(vae: VAE, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     mean, logvar = vae.moments(x)
-    z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+    z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
     error = vae.decode(z * vae.config.scale).float() - x
     mse, coarse = error.square().mean(), F.avg_pool2d(error, 4).square().mean()
     kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
@@ -83,22 +79,27 @@ def train(
     phases: tuple[Plan, ...] = PHASES,
     command: str = "python -m train vae",
     config: VAEConfig = MINI_VAE,
+    count: int = PICTURES,
 ) -> None:
-    """Train the VAE on the mini world; write vae.safetensors to the folder `weights`."""
+    """Train the VAE on the first `count` pictures of the mini world; write vae.safetensors to the folder `weights`."""
     check_output(weights / "vae.safetensors")
+    device = phases[0].device
     with seeded(phases[0].seed):
         vae = VAE(config)
-    held_out, log, made_from = batch_of("val", 256, 0), list[dict[str, Any]](), {"pictures": renderer()}
     initialise(vae.to(memory_format=torch.channels_last))
+    vae.to(device)
+    pool, held_out = Pictures(pixels_of("train", count, 0).to(device)), to_unit(pixels_of("val", HELD_OUT, 0)).to(device)
+    log, made_from = list[dict[str, Any]](), {"pictures": f"{count}, {renderer()}"}
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, VAE)
         return {"psnr": psnr(module, held_out)}
 
     for plan in phases:
-        data, loss = OnTheFly(functools.partial(batch_of, "train", plan.batch)), functools.partial(vae_loss, vae)
-        log += run(plan, vae, data, loss, validate, folder, made_from=made_from)[1]
+        data, loss = Cached(pool, plan.batch, plan.seed), functools.partial(vae_loss, vae)
+        log += run(plan, vae, data, loss, validate, folder, 0, made_from=made_from)[1]
     with torch.no_grad():
-        std = torch.cat([vae.encode(batch_of("train", 64, i)) for i in range(16)]).std()
+        parts = torch.arange(min(1024, count)).split(64)
+        std = torch.cat([vae.encode(pool.at(rows)) for rows in parts]).std()
     vae.config = replace(config, scale=config.scale / float(std))
     cards.save(vae, weights / "vae.safetensors", card(phases, log, command, {"data": "the mini world"}, WORLD_LICENCE))

