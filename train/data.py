@@ -22,7 +22,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 def mapped(function: Callable[[Tensor], Any], batch: Any) -> Any:
-    """Apply `function` to all tensors in a batch: a tensor, or a tuple, dict or dataclass that holds tensors."""
+    """Apply `function` to all tensors in a batch: a tensor, None, or a tuple, dict or dataclass of these.
+
+    Raises TypeError for anything else, because a tensor inside would be missed.
+    """
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, tuple):
@@ -31,7 +34,9 @@ def mapped(function: Callable[[Tensor], Any], batch: Any) -> Any:
         return {name: mapped(function, part) for name, part in batch.items()}
     if is_dataclass(batch) and not isinstance(batch, type):
         return replace(batch, **{f.name: mapped(function, getattr(batch, f.name)) for f in fields(batch)})
-    return batch
+    if batch is None:
+        return None
+    raise TypeError(f"a batch may not hold {type(batch).__name__}")
 
 
 def tensors(batch: Any) -> list[Tensor]:
@@ -180,6 +185,11 @@ class _StepDataset(Dataset[T | Exception]):
             return error
 
 
+def _unchanged(batch: T) -> T:
+    """Keep a batch as it is: by default, a DataLoader would turn tuples into lists."""
+    return batch
+
+
 def stream(data: Data[T], steps: Iterable[int], workers: int) -> Iterator[T]:
     """Yield the batches of these steps in order. Worker processes prefetch them; errors in a worker are raised here."""
 
@@ -192,6 +202,7 @@ def stream(data: Data[T], steps: Iterable[int], workers: int) -> Iterator[T]:
         sampler=steps,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        collate_fn=_unchanged,
         worker_init_fn=ignore_interrupt,
         generator=torch.Generator(),  # otherwise it draws from the global generator
     )

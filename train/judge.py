@@ -64,13 +64,13 @@ def lab_of(x: Tensor) -> Tensor:
 class Judge(nn.Module):
     """Map pictures `b 3 64 64` in [-1, 1] to a Reading.
 
-    The network does not regress the palette. For each of the two colours it predicts a softmax over all pixels; the colour is the
-    average CIELAB value under it.
+    The network does not regress the palette. For each of the two colours it predicts a softmax over every second pixel of every second
+    row; the colour is the average CIELAB value under it.
     """
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 192), key: int = 32) -> None:
         super().__init__()
-        self.stages, self.keys = nn.ModuleList(), nn.ModuleList([nn.Conv2d(3, key, 3, padding=1)])
+        self.stages, self.keys = nn.ModuleList(), nn.ModuleList([nn.Conv2d(3, key, 3, stride=2, padding=1)])
         width = 3
         for out in widths:
             conv = nn.Conv2d(width, out, 3, stride=2, padding=1)
@@ -93,7 +93,7 @@ class Judge(nn.Module):
         logits = torch.einsum("bnc,bchw->bnhw", query, F.silu(self.norm(key))) / query.shape[-1] ** 0.5
         where = logits.flatten(2).float().softmax(dim=-1)
         with torch.autocast(x.device.type, enabled=False):
-            palette = where @ lab_of(x.float())
+            palette = where @ lab_of(x.float()[..., ::2, ::2])
         return Reading(concept.float(), background.float(), palette, SIZE * placement.float())
 
     @torch.no_grad()
@@ -135,7 +135,8 @@ class Answers:
 
     def at(self, rows: Tensor) -> JudgeBatch:
         rows = rows.to(self.pixels.device)
-        return to_unit(self.pixels[rows]), {name: values[rows] for name, values in self.truth.items()}
+        x = to_unit(self.pixels[rows]).contiguous(memory_format=torch.channels_last)
+        return x, {name: values[rows] for name, values in self.truth.items()}
 
 
 def answers(count: int, unknown: int, device: str) -> Answers:
@@ -178,7 +179,7 @@ def train(
     check_output(out)
     with seeded(phases[0].seed):
         judge = Judge()
-    judge.to(device)
+    judge.to(device, memory_format=torch.channels_last)
     pool, true = answers(count, unknown, device), ground_truth(scenes_of("val", HELD_OUT, 0))
     x, log = to_unit(pixels_of("val", HELD_OUT, 0)), list[dict[str, Any]]()
 
