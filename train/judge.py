@@ -179,7 +179,8 @@ def train(
     check_output(out)
     with seeded(phases[0].seed):
         judge = Judge()
-    judge.to(device, memory_format=torch.channels_last)
+    judge.to(memory_format=torch.channels_last)
+    judge.to(device)
     pool, true = answers(count, unknown, device), ground_truth(scenes_of("val", HELD_OUT, 0))
     x, log = to_unit(pixels_of("val", HELD_OUT, 0)), list[dict[str, Any]]()
 
