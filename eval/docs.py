@@ -11,10 +11,7 @@ from pathlib import Path
 
 from checkpoints.files import read_json, replacing
 from eval import fine, world
-from eval.ablation import report
-from eval.ablation.rows import Results
 from eval.peers import benchmark, marks, parity
-from eval.tables import markdown
 
 PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -22,7 +19,6 @@ PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def inserts(root: Path) -> dict[str, str]:
     """Return the generated texts by name, computed from the files in `root`/results and the marks in `root`/tests."""
     results = {path.stem: read_json(path) for path in sorted((root / "results").glob("*.json"))}
-    ablation = Results(results["ablation"])
     return {
         "world": world.table(results["world"]),
         "fine": fine.table(results["fine"]),
@@ -30,7 +26,6 @@ def inserts(root: Path) -> dict[str, str]:
         "parity_tests": marks.table(root),
         "benchmark": benchmark.table(results["benchmark"]),
         "machine": f"Measured on {results['benchmark']['machine']}.",
-        "claim": f"{report.caveat(ablation)}\n\n{markdown(report.two_by_two(ablation))}",
     }
 
 

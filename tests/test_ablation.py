@@ -164,7 +164,7 @@ def test_the_endpoint_is_read_where_text_is_followed_equally_often() -> None:
 
 
 def test_the_report_says_what_a_grey_scores_and_how_short_the_training_is() -> None:
-    """50 steps of 4 are an eighth of 1600 pictures; without a truth or a shipped adapter nothing is said."""
+    """50 steps of 4 are an eighth of 1600 pictures; without a truth or the base's adapter nothing is said."""
     found = results()
     found.data["summary"] = summary(found)
     said = report.caveat(found)
@@ -296,7 +296,7 @@ def test_a_lost_share_is_trained_again_not_taken_from_a_later_state(
 
 
 def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
-    """Training, drawing, reading and the report. Another machine, which has the published files alone, does nothing again and
+    """Training, drawing, reading and the report. Another machine, which has the finished files alone, does nothing again and
     gets the same digits; a cell that is drawn again has them too."""
 
     def call(*options: str) -> str:
@@ -344,14 +344,32 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
         (["--out", "o", "--data", "d"], "must be given together"),
         (["--base", "sd15.safetensors"], "must be given together"),
         (["--out", "o", "--base", "b", "--data", "d"], "--scorer ViT-L-14:openai"),
-        (["--cell", "shared:99:agreeing"], "there is no cell shared:99:agreeing"),
-        (["--cell", "shared"], "there is no cell shared"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_first(options: list[str], says: str) -> None:
     args = commands.parser().parse_args(["ablation", *options])
     with pytest.raises(ValueError, match=says):
         commands.run(args)
+
+
+@pytest.mark.parametrize("cell", ["shared:99:agreeing", "shared", "simple:0:nothing", "none:0:picture"])
+def test_a_cell_that_was_not_drawn_is_refused(cell: str, tmp_path: Path) -> None:
+    """By a made-up results file, and first where there is none."""
+    args = commands.parser().parse_args(["ablation", "--out", str(tmp_path), "--cell", cell])
+    with pytest.raises(FileNotFoundError, match=r"ablation\.json is not there: run `python -m eval ablation` first"):
+        commands.run(args)
+    write_json(tmp_path / "results" / "ablation.json", {"study": asdict(SMOKE)})
+    with pytest.raises(ValueError, match=f"there is no cell {cell}"):
+        commands.run(args)
+
+
+def test_the_pictures_of_an_adapter_are_those_of_all_phases(tmp_path: Path) -> None:
+    """2 x 3 x 1 + 5 x 7 x 2 by its card; unknown without one."""
+    place = Place(TrainingSource(tmp_path), tmp_path, tmp_path, "weights")
+    assert place.shipped_pictures() is None
+    phases = [{"steps": 2, "batch": 3, "accumulate": 1}, {"steps": 5, "batch": 7, "accumulate": 2}]
+    write_json(tmp_path / "ip_adapter.json", {"settings": phases})
+    assert place.shipped_pictures() == 76
 
 
 @pytest.mark.parametrize("name", ["nothing", "ViT-Q-99:openai"])

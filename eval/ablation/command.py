@@ -22,10 +22,10 @@ from eval.ablation.work import evaluate
 from eval.prompts import TASKS
 from train.setting import TrainingSource
 
-STUDY_OPTIONS = ("smoke", "data", "steps", "batch", "prompts", "rates")  # options that differ from the published study
+STUDY_OPTIONS = ("smoke", "data", "steps", "batch", "prompts", "rates")  # options that make another study than the default
 # Largest accepted difference between a redrawn and a stored mean. Processors round differently or lack bfloat16, so pictures differ
-# slightly. On a processor without bfloat16, ip_adapter:0:picture differs in 2 of 128 concepts and 1 drawing; the means of the other
-# measures differ by 0, 0.28, 0.03 and 0.0006.
+# slightly. In the first study, on a processor without bfloat16, ip_adapter:0:picture differed in 2 of 128 concepts and 1 drawing; the
+# means of the other measures differed by 0, 0.28, 0.03 and 0.0006.
 TOLERANCE = {
     "concept": 0.03,
     "background": 0.03,
@@ -65,11 +65,14 @@ def execute(place: Place, study: Study, out: Path, jobs: int) -> None:
 
 
 def redraw(place: Place, out: Path, name: str) -> pd.DataFrame:
-    """Draw and score the cell FORM:SEED:TASK again with the shipped adapter; `compare` it with the stored results.
+    """Draw and score the cell FORM:SEED:TASK again with the adapter of the stored study; `compare` it with the stored results.
 
-    Raises ValueError if there is no such cell.
+    Raises FileNotFoundError if there are no stored results, and ValueError if there is no such cell.
     """
-    results = Results.of(out / "results" / "ablation.json")
+    path = out / "results" / "ablation.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: run `python -m eval ablation` first")
+    results = Results.of(path)
     study = Study.of(results.study)
     form, seed, task = (*name.split(":"), "", "")[:3]
     if form not in study.forms or seed not in map(str, range(study.seeds)) or task not in TASKS:
@@ -77,7 +80,7 @@ def redraw(place: Place, out: Path, name: str) -> pd.DataFrame:
             f"there is no cell {name}: give FORM:SEED:TASK, where FORM is one of {', '.join(study.forms)}; SEED is below "
             f"{study.seeds}; TASK is one of {', '.join(TASKS)}"
         )
-    torch.set_num_threads(1)  # as in the published run
+    torch.set_num_threads(1)  # as in the stored run
     bench = place.bench(study)
     adapter = load_adapter(place.adapter(form, int(seed)), bench.pipeline.unet).to(study.device)
     where = {"form": form, "seed": int(seed), "share": 1.0}
@@ -114,7 +117,7 @@ def place_of(args: Namespace) -> Place:
     """Choose the files of the study. Raises ValueError if options cannot be combined."""
     changed = [name for name in STUDY_OPTIONS if getattr(args, name)] + ["device"] * (args.device != "cpu")
     if changed and args.out == Path("."):
-        raise ValueError(f"--{changed[0]} would change the published study: choose another folder with --out")
+        raise ValueError(f"--{changed[0]} makes another study than the default: choose another folder with --out")
     if (args.base is None) != (args.data is None):
         raise ValueError("--base and --data must be given together: the mini world's pictures need the mini world's base")
     if args.data is not None and args.scorer is None:

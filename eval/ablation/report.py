@@ -1,4 +1,4 @@
-"""Render RESULTS.md and the README's claim from results/ablation.json; no number is typed by hand."""
+"""Render RESULTS.md from results/ablation.json; no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from eval.ablation.forms import BASELINE, FORMS, PRIMARY, SHARES
 from eval.ablation.rows import Results, fraction
 from eval.prompts import TASKS
 from eval.tables import markdown
-from model.attention import concatenated, decoupled
 
 CONTROLS = {"shuffled": "another's picture", "null": "no picture"}
 NUMBERS = {
@@ -82,20 +81,6 @@ def primary(results: Results) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def two_by_two(results: Results) -> pd.DataFrame:
-    """Tabulate the primary endpoint, and its difference from IP-Adapter, by kind of projections and kind of softmax."""
-    summary, lines = results.data["summary"], []
-    for name, fuse in (("own softmax (decoupled)", decoupled), ("joint softmax (concatenated)", concatenated)):
-        line = {"": name}
-        for projections, own in (("own W'_k, W'_v", True), ("the text's W_k, W_v", False)):
-            form = next(key for key, f in FORMS.items() if (f.fuse, f.own, f.wide) == (fuse, own, False))
-            line[projections] = _spread(summary["endpoint"][form])
-            if d := summary["difference"].get(form):
-                line[projections] += f" ({d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}])"
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
 def verdict(results: Results) -> str:
     """State each difference in a sentence, one per line."""
     lines = []
@@ -117,8 +102,7 @@ def caveat(results: Results) -> str:
     return (
         f"**Read this first.** A constant grey, which ignores the image prompt, scores {grey:.2f} on this endpoint; IP-Adapter "
         f"scores {own:.1f}. {study['steps']} steps are {100 * share:.1f} % of the shipped adapter's training. So the differences below "
-        "compare the forms early in training; they do not show that any form reproduces the palette. A new study follows, with "
-        "longer training and an endpoint that has a floor and a ceiling."
+        "compare the forms early in training; they do not show that any form reproduces the palette."
     )
 
 

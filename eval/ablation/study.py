@@ -31,7 +31,7 @@ from train.setting import Setting, TrainingSource, prepare
 
 @dataclass(frozen=True)
 class Study:
-    """The size of a study; the defaults are those of the published one.
+    """The size of a study; the defaults are those of the first study.
 
     Seeds are added one by one, from `seeds` to `most_seeds`, until the half-width of the primary difference's interval is at
     most `half_width`.

@@ -65,7 +65,7 @@ def rows(place: Place, study: Study, form: str, seed: int, rate: float) -> list[
 
     memo, name = Memo(place.work), f"rows-{form}-{seed}"
     if place.card(form, seed).get("settings") != settings_of(place, study, form, seed, rate):
-        memo.path(name).unlink(missing_ok=True)  # nobody could check rows of an adapter that is not shipped
+        memo.path(name).unlink(missing_ok=True)  # nobody could check rows of an adapter that is gone
     return memo(name, _key(study, form, seed, rate), make)
 
 
