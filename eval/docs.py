@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from checkpoints.files import read_json, replacing
-from eval import fine, world
+from eval import calibration, fine, world
 from eval.ablation import report
 from eval.ablation.rows import Results
 from eval.peers import benchmark, marks, parity
@@ -25,6 +25,7 @@ def inserts(root: Path) -> dict[str, str]:
     ablation = Results(results["ablation"])
     return {
         "world": world.table(results["world"]),
+        "calibration": calibration.table(results["calibration"]),
         "fine": fine.table(results["fine"]),
         "parity": parity.table(results["parity"]),
         "parity_tests": marks.table(root),
