@@ -1,74 +1,124 @@
-"""Measure how often the judge agrees with a person about generated pictures.  `python -m eval calibration`
+"""Measure how often the judge agrees with labels given by eye.  `python -m eval calibration`
 
-results/labels.png holds 104 pictures drawn by the mini weights for conflicting prompts, at lambda 0, 0.4, 0.8 and 1.2 in turn.
-results/labels.json holds a person's labels, given without knowledge of the prompts: a concept and a background, or null where the person
-could not tell. `--draw` draws new pictures, which must then be labelled again.
+results/labels.png holds 200 drawings in random order. They were drawn at commit 2626270 (12 steps, guidance 4) with its text-to-image
+model, IP-Adapter and Plus, and with the adapters of its ablation. Later weights draw other pictures, so no command draws these again.
+results/labels.json holds:
+
+- `drawn`, per picture: the adapter (null for the text alone), lambda, text, what the image prompt shows, and the seed i of the noise. The
+  image prompt is picture i of Prompts.of_the_world(200, seed=5).
+- `labels`, two labellings by one labeller in one sitting. Each was made from the pictures alone, in a random order of its own. `concept`
+  and `background` are null for none of these, more than one, or too unclear to name. `palette` gives the two main colours of 40 drawings,
+  or null if a drawing does not show two clear colours.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pandas as pd
 from PIL import Image
+from torch import Tensor
 
-from checkpoints.files import check_output, read_json, replacing
-from eval.bench import embed
-from eval.prompts import Prompts
-from eval.tables import summary
-from sampling.images import to_images
-from sampling.pipeline import load
+from checkpoints.files import check_output, read_json, sha256, write_json
+from eval.tables import markdown
+from train.colour import Array, srgb_to_lab
 from train.judge import Judge, load_judge
 from train.vae import bytes_to_tensor
-from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, SIZE
+from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, SIZE, hex_to_rgb
 
-COLUMNS, ROWS = 13, 8
-LAMBDAS = (0.0, 0.4, 0.8, 1.2)
+Answers = Sequence[str | None]
 
 
-def draw_sheet(weights: Path, path: Path) -> None:
-    """Draw the sheet of pictures to label."""
-    check_output(path)
-    pipeline, prompts = load(weights), Prompts.of_the_world(COLUMNS * ROWS)
-    embedding = embed(pipeline, prompts.images)
-    lam = torch.tensor(LAMBDAS).repeat(COLUMNS * ROWS // len(LAMBDAS)).view(-1, 1, 1, 1)
-    sheet = Image.new("RGB", (COLUMNS * SIZE, ROWS * SIZE))
-    for rows in torch.arange(COLUMNS * ROWS).split(COLUMNS):
-        texts, seeds = [prompts.other[i] for i in rows], rows.tolist()
-        drawn = pipeline.sample(texts, seeds, embedding[rows], scale=lam[rows], guidance=4.0, steps=12)
-        for i, image in zip(seeds, to_images(drawn), strict=True):
-            sheet.paste(image, (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
-    with replacing(path) as part:
-        sheet.save(part, "PNG")
+@dataclass(frozen=True)
+class Labels:
+    """What somebody, or the judge, sees in each picture: a concept and a background, or None, and for some pictures the two main
+    colours, CIELAB `2 3`, by the number of the picture."""
+
+    concept: Answers
+    background: Answers
+    palette: dict[int, Array]
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Labels:
+        """Read one labelling of labels.json."""
+        rgb = {int(i): [hex_to_rgb(colour) for colour in pair] for i, pair in data["palette"].items() if pair}
+        return cls(data["concept"], data["background"], {i: srgb_to_lab(np.array(pair) / 255) for i, pair in rgb.items()})
 
 
 def tiles_of(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Cut a sheet into its pictures, `n 64 64 3`."""
     sheet = np.array(Image.open(path).convert("RGB"))
-    tiles = sheet.reshape(ROWS, SIZE, COLUMNS, SIZE, 3).swapaxes(1, 2)
+    height, width = sheet.shape[:2]
+    tiles = sheet.reshape(height // SIZE, SIZE, width // SIZE, SIZE, 3).swapaxes(1, 2)
     return tiles.reshape(-1, SIZE, SIZE, 3)
 
 
-def agreement(judge: Judge, folder: Path) -> dict[str, float]:
-    """For concept and background, return the number of labelled pictures and the share on which the judge agrees."""
-    reading = judge.read(bytes_to_tensor(tiles_of(folder / "labels.png")))
-    labels = read_json(folder / "labels.json")
-    scores: dict[str, float] = {}
-    for key, names, logits in (
-        ("concept", CONCEPT_NAMES, reading.concept),
-        ("background", BACKGROUND_NAMES, reading.background),
-    ):
-        labelled = [(i, names.index(label)) for i, label in enumerate(labels[key]) if label is not None]
-        scores[f"{key}_labelled"] = len(labelled)
-        scores[key] = float(np.mean([int(logits[i].argmax()) == label for i, label in labelled]))
-    return scores
+def most_likely(logits: Tensor, names: Sequence[str]) -> Answers:
+    """Name the largest of the logits `b c`. Index len(names), if there is one, is the answer "none of these": None."""
+    return [names[i] if i < len(names) else None for i in logits.argmax(dim=1).tolist()]
+
+
+def read(judge: Judge, pictures: np.ndarray[Any, np.dtype[np.uint8]]) -> Labels:
+    """Label pictures `n 64 64 3` with the judge."""
+    reading = judge.read(bytes_to_tensor(pictures))
+    concept, background = most_likely(reading.concept, CONCEPT_NAMES), most_likely(reading.background, BACKGROUND_NAMES)
+    return Labels(concept, background, dict(enumerate(reading.palette.double().numpy())))
+
+
+def share(answers: Answers, labels: Answers) -> float:
+    """Return the percentage of equal entries; NaN if there are none."""
+    equal = [answer == label for answer, label in zip(answers, labels, strict=True)]
+    return 100 * float(np.mean(equal)) if equal else float("nan")
+
+
+def share_of(answers: Answers, labels: Answers, named: bool) -> float:
+    """`share` of the entries that the labels name, or of those that they leave as None."""
+    kept = [pair for pair in zip(answers, labels, strict=True) if (pair[1] is not None) == named]
+    return share([answer for answer, _ in kept], [label for _, label in kept])
+
+
+def palette_error(a: Array, b: Array) -> float:
+    """Compute the CIE76 difference of two palettes `2 3`, averaged over the two colours, in the order of colours that fits better."""
+    return float(min(np.linalg.norm(a - other, axis=-1).mean() for other in (b, b[::-1])))
+
+
+def agreement(seen: Labels, labels: Labels) -> dict[str, float]:
+    """Compare with one labelling: agreement in percent, and the mean palette error over the pictures that both give two colours."""
+    both = seen.palette.keys() & labels.palette.keys()
+    return {
+        "concept, or none of these": share(seen.concept, labels.concept),
+        "concept, where the labels name one": share_of(seen.concept, labels.concept, named=True),
+        "none of these, where the labels say so": share_of(seen.concept, labels.concept, named=False),
+        "background, where the labels name one": share_of(seen.background, labels.background, named=True),
+        "palette error": float(np.mean([palette_error(seen.palette[i], labels.palette[i]) for i in both])),
+    }
+
+
+def evaluate(judge: Judge, folder: Path) -> dict[str, dict[str, float]]:
+    """Return, for the labels given again and for the judge, the `agreement` with each of the two labellings, averaged."""
+    first, second = (Labels.of(data) for data in read_json(folder / "labels.json")["labels"])
+    judged = read(judge, tiles_of(folder / "labels.png"))
+    pairs = {"labelled again": ((second, first), (first, second)), "judge": ((judged, first), (judged, second))}
+    means = {name: pd.DataFrame([agreement(*pair) for pair in both]).mean() for name, both in pairs.items()}
+    return {name: {str(row): round(float(value), 2) for row, value in mean.items()} for name, mean in means.items()}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Make the table of docs/world.md."""
+    frame = pd.DataFrame(results["agreement"])
+    shown = frame.apply(lambda column: [f"{x:.1f}{'' if row == 'palette error' else '%'}" for row, x in column.items()])
+    return markdown(shown.rename_axis("").reset_index())
 
 
 def run(args: Namespace) -> None:
     """`python -m eval calibration`"""
-    if args.draw:
-        draw_sheet(args.weights, args.out / "labels.png")
-    print(summary(agreement(load_judge(args.weights / "judge.safetensors"), args.out)))
+    check_output(args.out)
+    file = args.weights / "judge.safetensors"
+    results = {"sha256": {file.name: sha256(file)}, "agreement": evaluate(load_judge(file), args.labels)}
+    write_json(args.out, results)
+    print(table(results))

@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from checkpoints.files import read_json, replacing
-from eval import fine, world
+from eval import calibration, fine, world
 from eval.peers import benchmark, marks, parity
 
 PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -21,6 +21,7 @@ def inserts(root: Path) -> dict[str, str]:
     results = {path.stem: read_json(path) for path in sorted((root / "results").glob("*.json"))}
     return {
         "world": world.table(results["world"]),
+        "calibration": calibration.table(results["calibration"]),
         "fine": fine.table(results["fine"]),
         "parity": parity.table(results["parity"]),
         "parity_tests": marks.table(root),

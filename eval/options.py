@@ -103,12 +103,13 @@ def add_peers(commands: Commands) -> None:
 
 
 def add_calibration(commands: Commands) -> None:
-    description = "Measure how often the judge agrees with a person about generated pictures"
+    description = "Measure how often the judge agrees with labels given by eye"
     p = command(commands, "calibration", description)
-    p.add_argument("--draw", action="store_true", help="draw the pictures again; they must then be labelled again")
     p.add_argument(
-        "--out", type=Path, default=Path("results"), help="folder of labels.png and labels.json (default: results)"
+        "--labels", type=Path, default=Path("results"), help="folder of labels.png and labels.json (default: results)"
     )
+    out = Path("results/calibration.json")
+    p.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
 
 
 def add_attention(commands: Commands) -> None:
