@@ -27,9 +27,10 @@ from torch import Tensor
 from checkpoints.files import check_output, read_json, sha256, write_json
 from eval.tables import markdown
 from train.colour import Array, srgb_to_lab
+from train.drawings import hex_to_rgb
 from train.judge import Judge, load_judge
 from train.vae import bytes_to_tensor
-from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, SIZE, hex_to_rgb
+from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, SIZE
 
 Answers = Sequence[str | None]
 

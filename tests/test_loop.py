@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 
 from train import checkpoint, loop
 from train.checkpoint import locked
-from train.data import Cached, Data, Files, OnTheFly, Pairs, stream
+from train.data import Cached, Data, Files, OnTheFly, Pairs, mapped, stream, tensors
 from train.errors import Damaged, Diverged, Interrupted, OtherRun
 from train.loop import Plan, run
 from train.randomness import generator, seeded
+from train.step import GraphStep
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PLAN = Plan("tiny", steps=12, batch=4, lr=1e-2, warmup=3, ema=0.9, save_every=100, validate_every=4)
@@ -567,3 +569,85 @@ def test_a_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:
     with locked(tmp_path / "runs"):
         (tmp_path / "runs" / "a.pt").touch()
     assert sorted(file.name for file in (tmp_path / "runs").iterdir()) == ["a.pt", "lock"]
+
+
+# recorded steps
+
+
+class Replayed(GraphStep[Any]):
+    """A recorded step without a GPU: replaying runs the recorded function on whatever the recorded batch holds by then."""
+
+    device, capturable = "cpu", False
+
+    def _warm_up(self) -> Tensor:
+        self.warm += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._step()
+
+    def _record(self) -> None:
+        graph: Any = SimpleNamespace(replay=lambda: setattr(self, "values", self._warm_up()))
+        self.graph = graph
+
+
+@dataclass(frozen=True)
+class Labelled:
+    x: Tensor
+    y: Tensor
+    nothing: None = None
+
+
+KINDS: dict[str, Callable[[Batch], Any]] = {
+    "tuple": lambda batch: batch,
+    "dict in a tuple": lambda batch: (batch[0], {"y": batch[1]}),
+    "dataclass": lambda batch: Labelled(*batch),
+    "tensor": lambda batch: torch.cat(batch, dim=1),
+}
+
+
+def parts_of(batch: Any) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch[:, :3], batch[:, 3:]
+    x, y = (batch.x, batch.y) if isinstance(batch, Labelled) else batch
+    return x, y["y"] if isinstance(y, dict) else y
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recorded_step_reads_every_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, workers: int, accumulate: int
+) -> None:
+    """On a GPU, a step is replayed on memory that must be filled anew with every batch, whatever a batch is made of."""
+
+    def trained(folder: Path) -> tuple[nn.Module, list[dict[str, Any]]]:
+        net = Net()
+
+        def loss(batch: Any, g: torch.Generator) -> dict[str, Tensor]:
+            return noisy_loss(net)(parts_of(batch), g)
+
+        data = OnTheFly(lambda step: KINDS[kind](make(step)))
+        return run(replace(PLAN, accumulate=accumulate), net, data, loss, weight_sum, folder, workers)
+
+    kept, log = trained(tmp_path / "plain")
+    monkeypatch.setattr(loop, "step_for", lambda _: Replayed)
+    kept_too, log_too = trained(tmp_path / "recorded")
+    assert same(kept, kept_too) and numbers(log_too) == numbers(log) and len(log) == 12
+
+
+def test_a_batch_that_hides_tensors_is_refused() -> None:
+    x = torch.ones(2)
+    assert [len(tensors(batch)) for batch in ((x, {"a": x, "b": (x, None)}), Labelled(x, x), x)] == [3, 2, 1]
+    for hidden in ([x], (x, [x]), {"a": [x]}, (x, 1.0)):
+        with pytest.raises(TypeError, match="a batch may not hold"):
+            mapped(torch.clone, hidden)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 8])
+def test_a_scaled_plan_sees_as_many_pictures(factor: int) -> None:
+    plan = Plan("tiny", steps=800, batch=4, lr=1e-2, warmup=80, ema=0.99, validate_every=400)
+    scaled = plan.scaled(factor)
+    assert scaled.steps * scaled.batch == plan.steps * plan.batch and scaled.lr == plan.lr
+    assert scaled.ema**scaled.steps == pytest.approx(plan.ema**plan.steps)
+    assert [scaled.rate(i // factor) for i in (799, 400)] == pytest.approx([plan.rate(i) for i in (799, 400)], abs=0.03)
+    assert plan.scaled(factor, 0.5).steps == 400 // factor and plan.scaled(10_000).steps == 1
+

@@ -20,26 +20,31 @@ from PIL import Image
 from model.text_encoder import TextEncoder
 from train.clip import MINI_TEXT
 from train.colour import HUES, NAMES, Array, coarse_name, fine_name, hue_of, lab_to_srgb, lch, srgb_to_lab
+from train.drawings import drawing, fill_colours, hex_to_rgb, recolour, rgb_to_hex
+from train.spoiled import OTHERS
 from train.world import (
     BACKGROUND_NAMES,
     BACKGROUNDS,
     CONCEPT_NAMES,
     CONCEPTS,
     HELD_OUT_HUES,
+    PLACES,
+    SIDES,
     SIZE,
+    SIZES,
+    Says,
     Scene,
     Split,
     World,
     article,
     caption,
-    drawing,
     held_out_hue,
     held_out_pair,
-    hex_to_rgb,
-    paint,
     pictures,
+    place_class,
     random_palette,
     render,
+    size_class,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +81,18 @@ def scene_of(name: str, drawing: int = 0, palette: Array | None = None) -> Scene
 
 def bytes_of(lab: Array) -> tuple[int, ...]:
     return tuple(int(v) for v in np.rint(lab_to_srgb(lab).clip(0, 1) * 255))
+
+
+def paint(code: str, palette: Array) -> str:
+    """The recoloured SVG."""
+    svg, fills = drawing(code)
+    return recolour(svg, dict(zip(fills, map(rgb_to_hex, fill_colours(code, palette)), strict=True)))
+
+
+def painted(code: str, palette: Array, side: int) -> Array:
+    """The recoloured SVG as resvg draws it, RGBA in [0, 1]."""
+    png = resvg_py.svg_to_bytes(svg_string=paint(code, palette), width=side, height=side)
+    return np.array(Image.open(io.BytesIO(png)).convert("RGBA")) / 255
 
 
 def colours_in(picture: Array) -> Counter[tuple[int, ...]]:
@@ -195,8 +212,7 @@ def test_both_palette_colours_are_in_the_pixels(name: str, i: int) -> None:
 def test_the_first_colour_has_the_largest_area(name: str, i: int) -> None:
     """Or one as large: measured at 240 pixels, where few are a mixture of two colours."""
     palette = scene_of(name).palette
-    png = resvg_py.svg_to_bytes(svg_string=paint(CONCEPTS[name][i], palette), width=240, height=240)
-    rgba = np.array(Image.open(io.BytesIO(png)).convert("RGBA"))
+    rgba = np.rint(255 * painted(CONCEPTS[name][i], palette, 240))
     fills = Counter(
         {colour: n for colour, n in colours_in(rgba[rgba[..., 3] == 255][:, :3]).items() if sum(colour) > 60}
     )
@@ -208,14 +224,34 @@ def test_black_stays_and_other_colours_go(name: str, i: int) -> None:
     """Against the drawing as OpenMoji made it: equal black pixels, and no pixel left of its own fills."""
     scene = scene_of(name, i)
     svg, fills = drawing(CONCEPTS[name][i])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.world.paint", lambda *_: svg)
-        before = render(scene)
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=scene.size, height=scene.size)
+    own = np.array(Image.open(io.BytesIO(png)).convert("RGBA"))
+    before = np.full((SIZE, SIZE, 3), 255)
+    before[1:63, 1:63][own[..., 3] == 255] = own[own[..., 3] == 255][:, :3]
     after = render(scene)
     black = (before == 0).all(axis=-1)
     assert black.sum() > 60 and np.array_equal(black, (after == 0).all(axis=-1))
     left = colours_in(after)
     assert not [text for text in fills if left[hex_to_rgb(text)]]
+
+
+@pytest.mark.parametrize(("name", "i"), DRAWINGS)
+@pytest.mark.parametrize("side", [40, 53])
+def test_a_picture_is_the_recoloured_svg(name: str, i: int, side: int) -> None:
+    """Within 4 of 255, because layers are rounded to bytes one by one; the mean error is far below 1."""
+    scene = replace(scene_of(name, i), size=side, x=3, y=7)
+    rgba, background = painted(CONCEPTS[name][i], scene.palette, side), scene.background_rgb
+    expected = rgba[..., :3] * rgba[..., 3:] + background * (1 - rgba[..., 3:])
+    error = np.abs(render(scene)[7 : 7 + side, 3 : 3 + side] - 255 * expected)
+    assert error.max() < 4.5 and error.mean() < 0.6
+
+
+def test_other_drawings_can_be_rendered_and_show_no_concept() -> None:
+    known = {code for codes in CONCEPTS.values() for code in codes}
+    assert not known & set(OTHERS) and len(set(OTHERS)) == len(OTHERS)
+    scene = scene_of("fox")
+    for code in OTHERS:
+        assert (render(scene, code) != render(scene)).any() and (render(scene, code) != render(scene)[0, 0]).any()
 
 
 def test_shades_keep_their_order_of_lightness() -> None:
@@ -272,19 +308,26 @@ def test_background_is_the_scene_s(scenes: list[Scene]) -> None:
 def test_how_often_captions_say_what(scenes: list[Scene]) -> None:
     concept = np.mean([CONCEPT_NAMES[s.concept] in s.caption for s in scenes])
     colour = np.mean([s.says_colour for s in scenes])
-    background = np.mean([s.caption.endswith(f"{BACKGROUND_NAMES[s.background]} background") for s in scenes])
+    background = np.mean([f"{BACKGROUND_NAMES[s.background]} background" in s.caption for s in scenes])
     assert concept == pytest.approx(0.9, abs=0.02) and background == pytest.approx(0.9, abs=0.02)
     assert colour == pytest.approx(0.5, abs=0.03)
+    size = np.mean([s.says_size for s in scenes])
+    place = np.mean([s.says_place for s in scenes if SIZES[s.size_class] != "large"])
+    assert size == pytest.approx(0.3, abs=0.03) and place == pytest.approx(0.3, abs=0.035)
+    assert not [s for s in scenes if s.says_place and SIZES[s.size_class] == "large"]
 
 
 def test_captions_say_what_the_scene_says(scenes: list[Scene]) -> None:
     for scene in scenes[:500]:
-        words = scene.caption.split(" on ")[0] if scene.says_concept else ""
+        words = scene.caption.split(",")[0].split(" on ")[0] if scene.says_concept else ""
         colour = coarse_name(scene.palette[0])
         assert (colour in words.split()) == (scene.says_concept and scene.says_colour), scene.caption
         assert coarse_name(scene.palette[1]) not in words.split() or coarse_name(scene.palette[1]) == colour
         assert (CONCEPT_NAMES[scene.concept] in words) == scene.says_concept
         assert ("background" in scene.caption) == scene.says_background
+        said = set(scene.caption.replace(",", "").split()) & set(SIZES)
+        assert said == ({SIZES[scene.size_class]} if scene.says_size else set())
+        assert (scene.caption.split(", ")[-1] in PLACES) == scene.says_place
 
 
 @pytest.mark.parametrize(
@@ -301,6 +344,11 @@ def test_captions_say_what_the_scene_says(scenes: list[Scene]) -> None:
         ((None, None, "orange"), "on an orange background"),
         ((None,), ""),
         ((None, "purple"), ""),
+        (("fox", None, "pink", "small", "top left"), "a small fox on a pink background, top left"),
+        (("owl", "teal", None, "large"), "a large teal owl"),
+        ((None, None, "pink", "small", "left"), "small on a pink background, left"),
+        ((None, None, None, "medium"), "medium"),
+        ((None, None, None, None, "top"), "top"),
     ],
 )
 def test_caption(parts: tuple[str | None, ...], expected: str) -> None:
@@ -317,13 +365,24 @@ def test_articles(scenes: list[Scene]) -> None:
 
 def test_rich_captions_tell_size_place_and_both_colours(scenes: list[Scene]) -> None:
     for scene in scenes[:300]:
-        rich = scene.rich_caption
+        rich, third = scene.rich_caption, (SIZE - scene.size) / 3
         assert all(fine_name(colour) in rich for colour in scene.palette) and CONCEPT_NAMES[scene.concept] in rich
-        assert rich.split()[1] == ("small" if scene.size < 52 else "large" if scene.size > 57 else "middling")
-        third = (SIZE - scene.size) / 3
-        along, across = rich.split(", ")[1].split()
-        assert (across == "left") <= (scene.x <= third + 1) and (across == "right") <= (scene.x >= 2 * third - 1)
-        assert (along == "top") <= (scene.y <= third + 1) and (along == "bottom") <= (scene.y >= 2 * third - 1)
+        assert rich.split()[1] == ("small" if scene.size < 48 else "large" if scene.size > 55 else "medium")
+        place = rich.split(", ")[1]
+        assert ("left" in place) <= (scene.x <= third + 1) and ("right" in place) <= (scene.x >= 2 * third - 1)
+        assert ("top" in place) <= (scene.y <= third + 1) and ("bottom" in place) <= (scene.y >= 2 * third - 1)
+
+
+def test_sizes_and_places_are_equally_frequent() -> None:
+    """Every size class has a third of all sides, and every cell of the grid a ninth of all positions, within one pixel."""
+    sides = range(SIDES[0], SIDES[1] + 1)
+    assert max(Counter(map(size_class, sides)).values()) - min(Counter(map(size_class, sides)).values()) <= 1
+    for side in (40, 46, 50):
+        room = range(SIZE - side + 1)
+        counts = Counter(place_class(x, y, side) for x in room for y in room)
+        assert counts.keys() == set(range(9)) and max(counts.values()) <= 2 * min(counts.values())
+    assert PLACES[place_class(0, 24, 40)] == "bottom left" and PLACES[place_class(12, 0, 40)] == "top"
+    assert [size_class(side) for side in (10.0, 43.2, 50.9, 99.0)] == [0, 0, 1, 2]
 
 
 def test_the_small_vocabulary_knows_every_caption(scenes: list[Scene]) -> None:
@@ -399,22 +458,23 @@ def test_coarse_names_begin_at_their_hues() -> None:
 
 def test_fine_names_refine_coarse_ones() -> None:
     colours = [
-        np.array([light, 50 * np.cos(np.radians(h)), 50 * np.sin(np.radians(h))])
-        for light in (55, 65, 75)
-        for h in range(360)
+        np.array([light, chroma * np.cos(np.radians(h)), chroma * np.sin(np.radians(h))])
+        for light in (53, 59, 65, 71, 77)
+        for chroma in (40, 50, 65)
+        for h in np.arange(0, 360, 0.5)
     ]
     assert all(fine_name(colour).split()[-1] == coarse_name(colour) for colour in colours)
-    assert len({fine_name(colour) for colour in colours}) == 48
+    assert len({fine_name(colour) for colour in colours}) == 5 * 3 * 32
+    greens = [fine_name(np.array([65, 50 * np.cos(np.radians(h)), 50 * np.sin(np.radians(h))])) for h in (115, 130, 145, 160)]
+    assert greens == ["yellow green", "yellowish green", "tealish green", "teal green"]
 
 
-@pytest.mark.parametrize("says", [(0.0, 1.0), (0.5, 0.9), (1.0, 0.5)])
-def test_captions_that_say_less_are_of_the_same_pictures(says: tuple[float, float]) -> None:
+@pytest.mark.parametrize("says", [Says(0.0, 1.0, 0.3, 0.0), Says(0.5, 0.9, 1.0, 1.0), Says(1.0, 0.5, 0.0, 0.5)])
+def test_captions_that_say_less_are_of_the_same_pictures(says: Says) -> None:
     plain_world, other = World("train"), World("train", says)
     pairs = [(plain_world[i], other[i]) for i in range(400)]
-    assert all(
-        plain(replace(a, says_concept=b.says_concept, says_background=b.says_background)) == plain(b) for a, b in pairs
-    )
-    for said, share in zip(
-        ([b.says_concept for _, b in pairs], [b.says_background for _, b in pairs]), says, strict=True
-    ):
+    names = ("says_concept", "says_background", "says_size", "says_place")
+    assert all(plain(replace(a, **{name: getattr(b, name) for name in names})) == plain(b) for a, b in pairs)
+    for name, share in zip(names[:3], astuple(says)[:3], strict=True):
+        said = [getattr(b, name) for _, b in pairs]
         assert abs(np.mean(said) - share) < 4 * (share * (1 - share) / 400) ** 0.5 + 1e-9
