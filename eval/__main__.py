@@ -11,6 +11,7 @@ from eval.options import parser
 MODULES = {
     "world": "eval.world",
     "fine": "eval.fine",
+    "frechet": "eval.frechet",
     "examples": "eval.examples",
     "docs": "eval.docs",
     "calibration": "eval.calibration",

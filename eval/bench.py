@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.clip_score import Scorer, cosine
+from eval.device import batch_size, device_of, precision
 from eval.prompts import TASKS, Prompts, Truth
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
@@ -24,8 +25,7 @@ from model.vae import VAE
 from sampling.embeddings import Strength
 from sampling.images import to_images
 from sampling.pipeline import Pipeline
-from train.judge import Judge, delta_e
-from train.loop import Plan, autocast
+from train.judge import Judge, Reading, delta_e
 from train.vae import bytes_to_tensor
 from train.world import CONCEPT_NAMES, CONCEPTS, Scene, pictures
 
@@ -65,7 +65,7 @@ class Bench:
 
     def _judge(self, task: str, drawn: Tensor, truth: Truth) -> Row:
         assert self.judge is not None
-        reading, own = self.judge.read(drawn), truth.own
+        reading, own = read(self.judge, drawn), truth.own
         row: Row = {
             "concept": reading.concept.argmax(dim=1).tolist(),
             "background": reading.background.argmax(dim=1).tolist(),
@@ -118,15 +118,23 @@ class Bench:
 
 
 def embed(pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
-    """Encode pictures for the pipeline's adapter, each as a prompt of its own, `n 1 ...`."""
-    return torch.cat([pipeline.embed([image]) for image in images])
+    """Encode pictures for the pipeline's adapter, each as a prompt of its own, `n 1 ...`, on the pipeline's device."""
+    batch = batch_size(device_of(pipeline.unet))
+    parts = [pipeline.embed(images[first : first + batch]) for first in range(0, len(images), batch)]
+    return torch.cat([part.transpose(0, 1) for part in parts])
+
+
+def read(judge: Judge, drawn: Tensor) -> Reading:
+    """Read pictures `n 3 64 64` on the judge's device. The reading is on the CPU."""
+    reading = judge.read(drawn.to(device_of(judge)))
+    return Reading(**{field.name: getattr(reading, field.name).cpu() for field in fields(reading)})
 
 
 @torch.no_grad()
 def through_the_vae(vae: VAE, pixels: Tensor) -> Tensor:
-    """Encode and decode pictures, `n 3 h w`."""
-    device = next(vae.parameters()).device
-    return torch.cat([vae.decode(vae.encode(part.to(device))).cpu() for part in pixels.split(32)])
+    """Encode and decode pictures, `n 3 h w`, on the VAE's device. The result is on the CPU."""
+    device = device_of(vae)
+    return torch.cat([vae.decode(vae.encode(part.to(device))).cpu() for part in pixels.split(batch_size(device))])
 
 
 def draw_prompts(
@@ -138,30 +146,18 @@ def draw_prompts(
     steps: int,
     name: str,
     fuse: Fuse = decoupled,
-    batch: int = 32,
 ) -> Tensor:
-    """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1, in bfloat16 if the device supports it.
+    """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1, in bfloat16 if the device supports it. They are on the CPU.
 
     `embedding`: the encoded image prompts, `n 1 ...`, or None. `scale`: lambda. `name`: the label of the progress bar.
     """
-    drawn, device = [], next(pipeline.unet.parameters()).device.type
-    for rows in tqdm(torch.arange(len(prompts)).split(batch), desc=name, unit="batch"):
+    drawn, device = [], device_of(pipeline.unet)
+    for rows in tqdm(torch.arange(len(prompts)).split(batch_size(device)), desc=name, unit="batch"):
         texts, pictured = [prompts[i] for i in rows], None if embedding is None else embedding[rows]
         with precision(device):
             x = pipeline.sample(texts, rows.tolist(), pictured, scale=scale, guidance=guidance, steps=steps, fuse=fuse)
         drawn.append(x.float().cpu())
     return torch.cat(drawn)
-
-
-def precision(device: str) -> torch.autocast:
-    """Return the autocast that `draw_prompts` uses: bfloat16 if the device supports it, as in training."""
-    return autocast(Plan("drawing", steps=0, batch=0, lr=0.0, device=device, bf16=True))
-
-
-def dtype(device: str = "cpu") -> str:
-    """Name the dtype that `precision` selects, for a results file."""
-    with precision(device):
-        return "bfloat16" if torch.is_autocast_enabled(device) else "float32"
 
 
 def all_drawings(scene: Scene) -> Tensor:

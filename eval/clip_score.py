@@ -66,9 +66,9 @@ def _scorer(
     return Scorer(name, images, texts)
 
 
-def scorer(name: str, image: ImageEncoder, text: TextEncoder) -> Scorer:
-    """Build a Scorer from this project's towers. The text tower must have its projection."""
-    return _scorer(name, image.preprocess, image, text.tokenize, text.pooled)
+def scorer(name: str, image: ImageEncoder, text: TextEncoder, device: str = "cpu") -> Scorer:
+    """Build a Scorer from this project's towers, which move to `device`. The text tower must have its projection."""
+    return _scorer(name, image.preprocess, image.to(device), text.tokenize, text.to(device).pooled, device)
 
 
 def open_clip_scorer(architecture: str, pretrained: str, device: str = "cpu") -> Scorer:
@@ -88,21 +88,21 @@ def open_clip_scorer(architecture: str, pretrained: str, device: str = "cpu") ->
     return _scorer(name, preprocess, model.encode_image, tokenizer, model.encode_text, device, batch=32)
 
 
-def load(weights: Path) -> Scorer:
-    """Load the mini world's second CLIP from a folder of weights."""
+def load(weights: Path, device: str = "cpu") -> Scorer:
+    """Load the mini world's second CLIP from a folder of weights. Its embeddings are on the CPU."""
     image = load_image_encoder(weights / "score_image.safetensors")
     text = load_text_encoder(weights / "score_text.safetensors")
     size = image.config.image_size
-    return scorer(f"{NAME} ({size} x {size} pixels, bicubic, centre crop)", image, text)
+    return scorer(f"{NAME} ({size} x {size} pixels, bicubic, centre crop)", image, text, device)
 
 
 def find(name: str, device: str = "cpu") -> Scorer:
-    """Load a CLIP: the second CLIP in a folder of mini weights (on the CPU), or ARCHITECTURE:PRETRAINED from open_clip.
+    """Load a CLIP: the second CLIP in a folder of mini weights, or ARCHITECTURE:PRETRAINED from open_clip.
 
     Raises ValueError if the name is neither.
     """
     if Path(name).is_dir():
-        return load(Path(name))
+        return load(Path(name), device)
     if ":" not in name:
         raise ValueError(
             f"{name} does not name a CLIP: give an open_clip model, such as ViT-L-14:openai or ViT-L-14:model.safetensors"

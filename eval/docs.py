@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from checkpoints.files import read_json, replacing
-from eval import calibration, fine, world
+from eval import calibration, fine, frechet, world_table
 from eval.peers import benchmark, marks, parity
 
 PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -20,8 +20,9 @@ def inserts(root: Path) -> dict[str, str]:
     """Return the generated texts by name, computed from the files in `root`/results and the marks in `root`/tests."""
     results = {path.stem: read_json(path) for path in sorted((root / "results").glob("*.json"))}
     return {
-        "world": world.table(results["world"]),
+        "world": world_table.table(results["world"]),
         "calibration": calibration.table(results["calibration"]),
+        "frechet": frechet.table(results["frechet"]),
         "fine": fine.table(results["fine"]),
         "parity": parity.table(results["parity"]),
         "parity_tests": marks.table(root),

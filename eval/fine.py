@@ -17,7 +17,8 @@ from checkpoints.files import check_output, sha256, write_json
 from eval import clip_score
 from eval.ablation.report import measures
 from eval.ablation.rows import frame_of
-from eval.bench import Bench, dtype, through_the_vae
+from eval.bench import Bench, through_the_vae
+from eval.device import check_device, dtype
 from eval.prompts import Prompts
 from eval.tables import markdown
 from model.attention import decoupled
@@ -35,25 +36,27 @@ COLUMNS = {
 }
 
 
-def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> dict[str, Any]:
+def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, device: str) -> dict[str, Any]:
     """Draw n held-out image prompts with both adapters, score the drawings, and write `out` (JSON; rows as in the ablation's).
 
     Raises FileNotFoundError if an adapter is missing; the message names the command that trains it.
     """
     check_output(out)
+    check_device(device)
     files = [weights / f"{name}.safetensors" for name in ADAPTERS]
     for file, stage in zip(files, ("adapter", "plus"), strict=True):
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: run `python -m train {stage}` first")
-    pipeline, judge = load(weights, ()), load_judge(weights / "judge.safetensors")
-    bench = Bench(pipeline, Prompts.of_the_world(n, seed=4), clip_score.load(weights), judge, steps, guidance)
+    pipeline, judge = load(weights, (), device=device), load_judge(weights / "judge.safetensors").to(device)
+    bench = Bench(pipeline, Prompts.of_the_world(n, seed=4), clip_score.load(weights, device), judge, steps, guidance)
     through = through_the_vae(pipeline.vae, bench.prompts.pixels)
     rows = [bench.read("picture", through, form="the image prompt, through the VAE")]
     for file, form in zip(files, ADAPTERS.values(), strict=True):
-        rows += bench.cell("picture", load_adapter(file, pipeline.unet), decoupled, (1.0,), form=form)
+        adapter = load_adapter(file, pipeline.unet).to(device)
+        rows += bench.cell("picture", adapter, decoupled, (1.0,), form=form)
     results = {
         "command": f"python -m eval fine --n {n} --steps {steps} --guidance {guidance:g}",
-        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(), "seeds": f"0..{n - 1}"},
+        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
         "sha256": {file.name: sha256(file) for file in files},
         "scorer": bench.scorer.name,
         "truth": bench.prompts.to_json()["truth"],
@@ -80,4 +83,4 @@ def table(results: dict[str, Any]) -> str:
 
 def run(args: Namespace) -> None:
     """`python -m eval fine`"""
-    print(table(evaluate(args.weights, args.out, args.n, args.steps, args.guidance)))
+    print(table(evaluate(args.weights, args.out, args.n, args.steps, args.guidance, args.device)))

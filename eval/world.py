@@ -1,94 +1,103 @@
 """Score the shipped mini weights against the ground truth.  `python -m eval world`
 
-The prompts cover all concepts on all backgrounds, with one drawing each and seeds 0 .. n-1; nothing is selected. The judge scores
+The prompts cover all concepts, with one drawing each and seeds 0 .. n-1; nothing is selected. The judge scores
 
 - `true`, `reconstructed`: held-out pictures, and the same pictures through the VAE, the ceiling for all drawings;
 - `text`: "a fox on a pink background"; no colour is named, so the palette error is at chance level;
+- `scene`: "a small fox on a pink background, top left", the scene of a complementary prompt in text alone;
 - `colour`: "a teal fox on a pink background", with the coarse name of the image prompt's first colour;
 - `image`: the image prompt alone (empty text, lambda 1);
-- `conflict`: the image prompt with a text that names another concept and background. Lambda is chosen on validation prompts; it
-  applies to all cross-attention layers, or only to those of the finest level (`Lambda.layers`), which carry colours.
+- `complementary`: the image prompt with a text that names another background, size and place (eval/scenes.py);
+- `conflict`: the image prompt with a text that names another concept and background, a stress test.
+
+The last two use the lambda that is best on validation prompts, in all layers. For comparison, `grey` and `another` are the palette
+errors of a uniform grey and of another image prompt's palette.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pandas as pd
+import torch
+from PIL import Image
 from torch import Tensor
 
 from checkpoints.files import check_output, sha256, write_json
-from eval.bench import draw_prompts, dtype, embed, through_the_vae
+from eval.ablation.endpoint import GREY
+from eval.bench import draw_prompts, embed, through_the_vae
+from eval.device import check_device, device_of, dtype
 from eval.prompts import Prompts
-from eval.tables import markdown, summary
-from sampling.embeddings import Strength
-from sampling.lambdas import Lambda
+from eval.scenes import ScenePrompts
+from eval.scores import Scores, Target, mean, score, values_of
+from eval.tables import summary
+from eval.world_table import table
 from sampling.pipeline import Pipeline, load
 from train.colour import coarse_name
-from train.judge import Judge, load_judge
+from train.judge import Judge, delta_e, load_judge
 from train.vae import psnr
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, caption
 
-LAMBDAS: dict[Literal["all", "finest"], tuple[float, ...]] = {
-    "all": (0.2, 0.3, 0.4, 0.6),
-    "finest": (0.5, 0.6, 0.7, 0.8, 1.0),
-}
-FOLLOW = {"concept": 0.75, "background": 0.9}  # minimum share of validation drawings that follow the text at the chosen lambda
-Scores = dict[str, float]
+VALIDATION = 128  # number of prompts on which lambda is chosen
+LAMBDAS = {"complementary": (0.4, 0.6, 0.8, 1.0), "conflict": (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)}
+FOLLOW = 0.9  # share of conflicting texts whose concept, and whose background, the drawings should show
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """n texts, what their drawings should show, and the image prompts, if there are any."""
+
+    texts: Sequence[str]
+    target: Target
+    images: Sequence[Image.Image] | None = None
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Draws prompts of the mini world and scores the drawings with the judge."""
+    """Draws tasks and scores the drawings with the judge."""
 
     pipeline: Pipeline
     judge: Judge
     steps: int
     guidance: float
 
-    def score(self, prompts: Prompts, x: Tensor, whose: str) -> Scores:
-        """Return the shares of pictures with the right concept and background, and the palette error against the image prompt.
-
-        `whose`: compare concept and background with those of the image prompt ("own") or of the text ("wanted").
-        """
-        truth = prompts.truth
-        assert truth is not None
-        own = truth.own
-        concept, background = (
-            (own["concept"], own["background"]) if whose == "own" else (truth.concept, truth.background)
-        )
-        return self.judge.read(x).score(concept, background, own["palette"])
-
-    def draw(self, prompts: Prompts, texts: list[str], lam: Strength | None, whose: str, name: str) -> Scores:
-        """Draw the texts and score the drawings. Without `lam`, draw without the image prompts."""
-        embedding = None if lam is None else embed(self.pipeline, prompts.images)
-        scale = 0.0 if lam is None else lam
-        return self.score(prompts, draw_prompts(self.pipeline, texts, embedding, scale, self.guidance, self.steps, name), whose)
+    def draw(self, task: Task, lam: float, name: str) -> Scores:
+        """Draw a task at lambda, in all layers, and score the drawings. `name`: the label of the progress bar."""
+        embedding = None if task.images is None else embed(self.pipeline, task.images)
+        drawn = draw_prompts(self.pipeline, list(task.texts), embedding, lam, self.guidance, self.steps, name)
+        scores = score(self.judge, drawn, task.target)
+        print(name, summary(values_of(scores)), flush=True)
+        return scores
 
 
-def lambda_of(layers: Literal["all", "finest"], scale: float) -> Lambda:
-    """Apply lambda to all layers, or only to those of the finest level."""
-    return Lambda(scale, None if layers == "all" else layers)
+def wanted(prompts: Prompts) -> Target:
+    """Build the target of conflicting prompts: the text's concept and background in the image prompt's palette."""
+    truth = prompts.truth
+    assert truth is not None
+    return Target(truth.concept, truth.background, truth.own["palette"])
 
 
-def choose_lambda(measure: Measure, n: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Choose lambda on n validation prompts. Return (choice, all results).
+def own(prompts: Prompts) -> Target:
+    """Build the target of drawings that should repeat the image prompts."""
+    assert prompts.truth is not None
+    return Target.of_scenes(prompts.truth.scenes)
 
-    The choice has the lowest palette error among the lambdas whose drawings follow the text as often as `FOLLOW` requires. If none does,
-    it is the first.
-    """
-    validation, sweep = Prompts.of_the_world(n, seed=1), list[dict[str, Any]]()
-    for layers, scales in LAMBDAS.items():
-        for scale in scales:
-            name = f"lambda {scale:g}, {layers} layers"
-            scores = measure.draw(validation, validation.other, lambda_of(layers, scale), "wanted", name)
-            sweep.append({"lambda": scale, "layers": layers, **scores})
-            print(name, summary(scores), flush=True)
-    keep = [row for row in sweep if all(row[key] >= least for key, least in FOLLOW.items())]
-    return min(keep or sweep[:1], key=lambda row: float(row["palette_error"])), sweep
+
+def tasks_of(n: int, seed: int) -> dict[str, Task]:
+    """Build all tasks that draw, with n prompts each."""
+    prompts, scenes = Prompts.of_the_world(n, seed), ScenePrompts.of_the_world(n, seed)
+    return {
+        "text": Task(prompts.other, wanted(prompts)),
+        "scene": Task(scenes.texts(subject=True), scenes.target),
+        "colour": Task(texts_with_colour(prompts), wanted(prompts)),
+        "image": Task([""] * n, own(prompts), prompts.images),
+        "complementary": Task(scenes.texts(), scenes.target, scenes.images),
+        "conflict": Task(prompts.other, wanted(prompts), prompts.images),
+    }
 
 
 def texts_with_colour(prompts: Prompts) -> list[str]:
@@ -100,51 +109,73 @@ def texts_with_colour(prompts: Prompts) -> list[str]:
     return [caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b]) for c, name, b in named]
 
 
-def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float) -> dict[str, Any]:
-    """Measure everything, and write `out` (JSON) after each part."""
+def best_scene(rows: Sequence[Row]) -> Row:
+    """Choose the lambda with the largest share of drawings that are right in all four."""
+    return max(rows, key=lambda row: float(row["all"][0]))
+
+
+def best_conflict(rows: Sequence[Row]) -> Row:
+    """Choose the lowest palette error where concept and background follow the text as often as `FOLLOW` requires.
+
+    If they never do, choose the lambda at which the lesser of the two shares is largest.
+    """
+
+    def follows(row: Row) -> float:
+        return min(float(row["concept"][0]), float(row["background"][0]))
+
+    keep = [row for row in rows if follows(row) >= FOLLOW]
+    return min(keep, key=lambda row: float(row["palette_error"][0])) if keep else max(rows, key=follows)
+
+
+CHOOSE: dict[str, Callable[[Sequence[Row]], Row]] = {"complementary": best_scene, "conflict": best_conflict}
+
+
+def choose_lambdas(measure: Measure, n: int) -> tuple[dict[str, float], dict[str, list[Row]]]:
+    """Choose lambda for each task of `LAMBDAS` on n validation prompts. Return (choices, all scores)."""
+    tasks, sweep = tasks_of(n, seed=1), dict[str, list[Row]]()
+    for key, scales in LAMBDAS.items():
+        sweep[key] = [{"lambda": lam, **measure.draw(tasks[key], lam, f"{key}, lambda {lam:g}")} for lam in scales]
+    return {key: float(CHOOSE[key](rows)["lambda"]) for key, rows in sweep.items()}, sweep
+
+
+def floors(palette: Tensor) -> dict[str, Scores]:
+    """Compute the palette errors of a uniform grey and of another prompt's palette. `palette`: `n 2 3`, CIELAB."""
+    others = {"grey": torch.from_numpy(GREY).to(palette).expand_as(palette), "another": palette.roll(1, dims=0)}
+    return {key: {"palette_error": mean(delta_e(other, palette))} for key, other in others.items()}
+
+
+def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, device: str) -> dict[str, Any]:
+    """Measure everything, and write `out` (JSON) after each task."""
     check_output(out)
-    measure = Measure(load(weights), load_judge(weights / "judge.safetensors"), steps, guidance)
+    check_device(device)
+    measure = Measure(
+        load(weights, device=device), load_judge(weights / "judge.safetensors").to(device), steps, guidance
+    )
     test, vae = Prompts.of_the_world(n, seed=2), measure.pipeline.vae
-    results: dict[str, Any] = {
-        "command": f"python -m eval world --n {n} --steps {steps} --guidance {guidance:g}",
-        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(), "seeds": f"0..{n - 1}"},
+    repeated, through = own(test), through_the_vae(vae, test.pixels)
+    chosen, sweep = choose_lambdas(measure, VALIDATION)
+    scores = {
+        "true": score(measure.judge, test.pixels, repeated),
+        "reconstructed": score(measure.judge, through, repeated),
+    }
+    results = {
+        "command": f"python -m eval world --n {n} --steps {steps} --guidance {guidance:g} --device {device}",
+        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
         "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
-        "vae_psnr": psnr(vae, test.pixels),
-        "true": measure.score(test, test.pixels, "own"),
-        "reconstructed": measure.score(test, through_the_vae(vae, test.pixels), "own"),
+        "vae_psnr": psnr(vae, test.pixels.to(device_of(vae))),
+        "lambda": chosen,
+        "sweep": sweep,
+        "scores": scores,
     }
-    chosen, sweep = choose_lambda(measure, max(64, n // 8))
-    results |= {"lambda": chosen["lambda"], "layers": chosen["layers"], "sweep": sweep}
-    lam = lambda_of(chosen["layers"], chosen["lambda"])
-    parts: dict[str, tuple[list[str], Strength | None, str]] = {
-        "text": (test.other, None, "wanted"),
-        "colour": (texts_with_colour(test), None, "wanted"),
-        "image": ([""] * n, 1.0, "own"),
-        "conflict": (test.other, lam, "wanted"),
-    }
-    for key, (texts, strength, whose) in parts.items():
-        results[key] = measure.draw(test, texts, strength, whose, key)
-        print(key, summary(results[key]), flush=True)
+    for key, task in tasks_of(n, seed=2).items():
+        lam = 0.0 if task.images is None else chosen.get(key, 1.0)
+        scores[key] = measure.draw(task, lam, key)
         write_json(out, results)
+    scores |= floors(repeated.palette)
+    write_json(out, results)
     return results
-
-
-def table(results: dict[str, Any]) -> str:
-    """Make the table of docs/world.md."""
-    names = {
-        "true": "held-out pictures",
-        "reconstructed": "held-out pictures through the VAE: the ceiling",
-        "text": "text with concept and background",
-        "colour": "text with the right colour name too",
-        "image": "image prompt alone, λ = 1",
-        "conflict": f"image prompt with a conflicting text, λ = {results['lambda']:g} in {results['layers']} layers",
-    }
-    frame = pd.DataFrame([results[key] for key in names])
-    shares = {key: frame[key].map("{:.1%}".format) for key in ("concept", "background")}
-    error = frame["palette_error"].map("{:.1f}".format)
-    return markdown(pd.DataFrame({"": list(names.values()), **shares, "palette error": error}))
 
 
 def run(args: Namespace) -> None:
     """`python -m eval world`"""
-    print(table(evaluate(args.weights, args.out, args.n, args.steps, args.guidance)))
+    print(table(evaluate(args.weights, args.out, args.n, args.steps, args.guidance, args.device)))

@@ -73,7 +73,7 @@ def told(monkeypatch: pytest.MonkeyPatch, *options: object) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("command", ["world", "fine", "parity", "benchmark", "attention", "ablation", "calibration"])
+@pytest.mark.parametrize("command", ["world", "fine", "frechet", "parity", "benchmark", "attention", "ablation", "calibration"])
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,9 +101,11 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(monkeypatch, "fine") == "error: pandas is not installed: pip install -e '.[world,eval,test]'"
 
 
-def test_a_missing_cuda_device_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["ablation", "world", "fine", "frechet"])
+def test_a_missing_cuda_device_is_told(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "no CUDA device" in told(monkeypatch, "ablation", "--device", "cuda", "--out", tmp_path)
+    out = tmp_path if command == "ablation" else tmp_path / "results.json"
+    assert "no CUDA device" in told(monkeypatch, command, "--device", "cuda", "--out", out)
 
 
 def test_parity_names_what_is_not_equal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

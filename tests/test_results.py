@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ import pytest
 from checkpoints.cards import read_card
 from checkpoints.clip import load_image_encoder
 from checkpoints.files import sha256
-from eval import docs, world
+from eval import docs
 from eval.ablation.endpoint import grey_error
 from eval.ablation.forms import BASELINE, PRIMARY
 from eval.ablation.rows import Results
@@ -101,25 +100,6 @@ def test_the_readme_does_not_claim_what_the_first_ablation_did_not_show() -> Non
     claim = readme[readme.index("## The claim") : readme.index("## Official weights")]
     assert "does not support the claim" in claim and "(RESULTS.md)" in claim and "new study is under way" in claim
     assert "does not support the claim" in PAGE and len(PAGE.splitlines()) <= 40
-
-
-def test_the_lambda_is_the_best_of_those_that_follow_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of made-up scores: the lowest palette error where concept and background follow often enough; else the first."""
-    table = {("all", 0.2): (0.95, 1.0, 50), ("all", 0.4): (0.74, 1.0, 30), ("finest", 0.5): (0.9, 0.95, 40)}
-    table |= {("finest", 0.6): (0.9, 0.9, 38), ("finest", 0.7): (0.9, 0.89, 36)}
-    names = ("concept", "background", "palette_error")
-
-    def scores(_: object, prompts: object, texts: object, lam: Any, *__: object) -> dict[str, float]:
-        return dict(zip(names, table[lam.layers or "all", lam.scale], strict=True))
-
-    monkeypatch.setattr(world, "LAMBDAS", {"all": (0.2, 0.4), "finest": (0.5, 0.6, 0.7)})
-    monkeypatch.setattr(world.Measure, "draw", scores)
-    nothing: Any = None
-    measure = world.Measure(nothing, nothing, 2, 4.0)
-    chosen, sweep = world.choose_lambda(measure, 3)
-    assert (chosen["layers"], chosen["lambda"], len(sweep)) == ("finest", 0.6, 5)
-    monkeypatch.setattr(world, "FOLLOW", {"concept": 0.99})
-    assert world.choose_lambda(measure, 3)[0]["lambda"] == 0.2
 
 
 def test_the_second_clip_is_another_than_the_adapters() -> None:

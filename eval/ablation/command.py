@@ -19,6 +19,7 @@ from eval.ablation.memo import Memo
 from eval.ablation.rows import SCHEMA, Results, frame_of
 from eval.ablation.study import SMOKE, Place, Study
 from eval.ablation.work import evaluate
+from eval.device import check_device
 from eval.prompts import TASKS
 from train.setting import TrainingSource
 
@@ -130,8 +131,7 @@ def place_of(args: Namespace) -> Place:
 
 def study_of(args: Namespace) -> Study:
     """Choose the settings of the study. Raises ValueError if it is too small."""
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: PyTorch finds no CUDA device on this machine; omit it to use the CPU")
+    check_device(args.device)
     given = {key: value for key in ("prompts", "steps", "batch") if (value := getattr(args, key)) is not None}
     if args.seeds is not None:
         given |= {"seeds": args.seeds, "most_seeds": args.seeds}

@@ -1,0 +1,35 @@
+"""The device that measurements run on: is it there, how many pictures fit at a time, and which dtype draws."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from train.loop import Plan, autocast
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a CUDA device on a machine that has none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: PyTorch finds no CUDA device on this machine; omit it to use the CPU")
+
+
+def device_of(module: nn.Module) -> str:
+    """Return the device of a module's weights."""
+    return str(next(module.parameters()).device)
+
+
+def batch_size(device: str) -> int:
+    """Return how many pictures to encode or draw at a time: 32 on the CPU, 256 on other devices."""
+    return 32 if device.startswith("cpu") else 256
+
+
+def precision(device: str) -> torch.autocast:
+    """Return the autocast for drawing: bfloat16 if the device supports it, as in training."""
+    return autocast(Plan("drawing", steps=0, batch=0, lr=0.0, device=device, bf16=True))
+
+
+def dtype(device: str) -> str:
+    """Name the dtype that `precision` selects, for a results file."""
+    with precision(device):
+        return "bfloat16" if torch.is_autocast_enabled(device.split(":")[0]) else "float32"

@@ -1,0 +1,71 @@
+"""Complementary prompts: the picture is the subject, and the text names its scene.
+
+The text is like "small, on a pink background, top left". It names a background, a size and a place, all other than those of the image
+prompt. The drawing should take concept and palette from the picture and the rest from the text. A text with "large" names no place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from eval.scores import ANYWHERE, LARGE, Target, places_of, sizes_of
+from train.judge import ground_truth
+from train.world import (
+    BACKGROUND_NAMES,
+    BACKGROUNDS,
+    CONCEPT_NAMES,
+    CONCEPTS,
+    PLACES,
+    SIZES,
+    Scene,
+    caption,
+    pictures,
+    random_scene,
+)
+
+
+@dataclass(frozen=True)
+class ScenePrompts:
+    """n image prompts with texts that name another scene. `target`: concept and palette of the pictures, and what the texts name."""
+
+    scenes: list[Scene]
+    target: Target
+
+    @classmethod
+    def of_the_world(cls, n: int, seed: int) -> ScenePrompts:
+        """Draw n prompts. They cover all concepts evenly; what a text names is drawn evenly from what the picture does not show."""
+        rng = np.random.default_rng((918, seed))
+        order = np.concatenate([rng.permutation(len(CONCEPTS)) for _ in range(-(-n // len(CONCEPTS)))])[:n]
+        scenes = [random_scene(rng, int(concept), int(rng.integers(len(BACKGROUNDS)))) for concept in order]
+        own = ground_truth(scenes)
+        background = another(rng, own["background"], len(BACKGROUNDS))
+        size = another(rng, sizes_of(own["placement"]), len(SIZES))
+        place = another(rng, places_of(own["placement"]), len(PLACES)).where(size != LARGE, ANYWHERE)
+        return cls(scenes, Target(own["concept"], background, own["palette"], size, place))
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """Render the image prompts."""
+        return [Image.fromarray(picture) for picture in pictures(self.scenes)]
+
+    def texts(self, subject: bool = False) -> list[str]:
+        """Write the texts; with `subject` they name the picture's concept too: "a small fox on a pink background, top left"."""
+        target = self.target
+        assert target.size is not None and target.place is not None
+        rows = torch.stack([target.concept, target.background, target.size, target.place], dim=1).tolist()
+        names = [CONCEPT_NAMES[concept] if subject else None for concept, *_ in rows]
+        places = [None if place == ANYWHERE else PLACES[place] for *_, place in rows]
+        return [
+            caption(name, None, BACKGROUND_NAMES[background], SIZES[size], place)
+            for name, (_, background, size, _), place in zip(names, rows, places, strict=True)
+        ]
+
+
+def another(rng: np.random.Generator, index: Tensor, classes: int) -> Tensor:
+    """Draw, for each class index `n`, one of the other classes, evenly."""
+    return (index + torch.from_numpy(rng.integers(1, classes, len(index)))) % classes

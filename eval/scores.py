@@ -1,0 +1,112 @@
+"""Score drawings against what they should show. Every score has a 95 % interval over prompts.
+
+A score is `[value, low, high]`. The interval of a share of drawings is Wilson's (1927); that of a mean is the normal one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eval.bench import nearest, read
+from train.judge import Judge, Reading, delta_e, ground_truth
+from train.world import CONCEPT_NAMES, CONCEPTS, SIZES, Scene, place_class, size_class
+
+Scores = dict[str, list[float]]
+Z = 1.959964  # 97.5 % quantile of the normal distribution
+ANYWHERE = -1  # the place of a drawing that may be anywhere: a large one fills the picture
+LARGE = SIZES.index("large")
+LARGEST = 62  # side in pixels of the largest drawings of the mini world
+
+
+@dataclass(frozen=True)
+class Target:
+    """What n drawings should show.
+
+    `concept`, `background`: class indices `n`; `palette`: `n 2 3`, CIELAB. `size`, `place`: indices `n` in `SIZES` and `PLACES`, or
+    None if they are not scored; with the place `ANYWHERE`, every place is right. `copied`: the scenes of the image prompts, if
+    drawings should repeat them; then the drawing and its placement are scored too.
+    """
+
+    concept: Tensor
+    background: Tensor
+    palette: Tensor
+    size: Tensor | None = None
+    place: Tensor | None = None
+    copied: tuple[Scene, ...] = ()
+
+    @classmethod
+    def of_scenes(cls, scenes: list[Scene]) -> Target:
+        """Build the target of pictures that should repeat these scenes."""
+        true = ground_truth(scenes)
+        size, place = sizes_of(true["placement"]), places_of(true["placement"])
+        place = place.where(size != LARGE, ANYWHERE)
+        return cls(true["concept"], true["background"], true["palette"], size, place, tuple(scenes))
+
+
+def sizes_of(placement: Tensor) -> Tensor:
+    """Return the index in `SIZES` of each placement `n 3` (centre x, centre y, side): `n`."""
+    return torch.tensor([size_class(side) for side in placement[:, 2].tolist()])
+
+
+def places_of(placement: Tensor) -> Tensor:
+    """Return the index in `PLACES` of each placement `n 3` (centre x, centre y, side): `n`.
+
+    Drawings lie on whole pixels, so corners are rounded; sides are cut off at `LARGEST`.
+    """
+    rows = [(x, y, min(side, LARGEST)) for x, y, side in placement.tolist()]
+    return torch.tensor([place_class(round(x - side / 2), round(y - side / 2), round(side)) for x, y, side in rows])
+
+
+def score(judge: Judge, drawn: Tensor, target: Target) -> Scores:
+    """Score drawings `n 3 64 64`: the shares that show what `target` names, and the mean errors."""
+    scores = score_reading(read(judge, drawn), target)
+    several = [i for i, scene in enumerate(target.copied) if len(CONCEPTS[CONCEPT_NAMES[scene.concept]]) > 1]
+    if several:
+        scenes = [target.copied[i] for i in several]
+        found = zip(nearest(scenes, drawn[several]), scenes, strict=True)
+        scores["drawing"] = share(torch.tensor([index == scene.drawing for index, scene in found]))
+    return scores
+
+
+def score_reading(reading: Reading, target: Target) -> Scores:
+    """Score what the judge read, as `score` does, except for the drawing.
+
+    `all` is the share of drawings with the right concept, background, size and place; it needs the last two.
+    """
+    hits = {
+        "concept": reading.concept.argmax(dim=1) == target.concept,
+        "background": reading.background.argmax(dim=1) == target.background,
+    }
+    if target.size is not None and target.place is not None:
+        hits["size"] = sizes_of(reading.placement) == target.size
+        hits["place"] = (places_of(reading.placement) == target.place) | (target.place == ANYWHERE)
+        hits["all"] = torch.stack(list(hits.values())).all(dim=0)
+    scores = {name: share(hit) for name, hit in hits.items()}
+    scores["palette_error"] = mean(delta_e(reading.palette, target.palette))
+    if target.copied:
+        true = ground_truth(list(target.copied))["placement"]
+        scores["placement_error"] = mean((reading.placement - true).norm(dim=-1))
+    return scores
+
+
+def share(hits: Tensor) -> list[float]:
+    """Compute the share of true entries of `n` booleans, with Wilson's interval."""
+    n, p = len(hits), float(hits.double().mean())
+    middle, half = p + Z**2 / (2 * n), Z * (p * (1 - p) / n + Z**2 / (4 * n**2)) ** 0.5
+    scale = 1 + Z**2 / n
+    return [p, (middle - half) / scale, (middle + half) / scale]
+
+
+def mean(values: Tensor) -> list[float]:
+    """Compute the mean of `n` values, at least two, with the normal interval: 1.96 standard errors on either side."""
+    centre, half = float(values.double().mean()), Z * float(values.double().std()) / len(values) ** 0.5
+    return [centre, centre - half, centre + half]
+
+
+def values_of(scores: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return the values without their intervals."""
+    return {name: value for name, (value, _, _) in scores.items()}

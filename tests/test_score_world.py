@@ -1,0 +1,115 @@
+"""`python -m eval world`: the choice of lambda, the comparisons without a model, and the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eval import world
+from eval.__main__ import main
+from eval.ablation.endpoint import grey_error
+from eval.bench import embed
+from eval.prompts import Prompts
+from eval.scores import Scores
+from eval.world_table import line, table
+from sampling.pipeline import load
+
+ROOT = Path(__file__).parent.parent
+
+
+def row(lam: float, concept: float, background: float, error: float, right: float = 0.0) -> dict[str, Any]:
+    scores = {"concept": concept, "background": background, "palette_error": error, "all": right}
+    return {"lambda": lam, **{key: [value, value - 0.1, value + 0.1] for key, value in scores.items()}}
+
+
+def test_the_lambda_is_the_best_of_those_that_follow_a_conflicting_text() -> None:
+    rows = [row(0.2, 1, 1, 50), row(0.3, 0.9, 0.95, 40), row(0.4, 0.95, 0.89, 30), row(0.6, 0.85, 1, 20)]
+    assert world.best_conflict(rows)["lambda"] == 0.3
+    assert world.best_conflict(rows[2:])["lambda"] == 0.4, "if none follows often enough: the best lesser share"
+
+
+def test_the_lambda_of_scenes_is_the_one_that_is_right_most_often() -> None:
+    assert (
+        world.best_scene([row(0.4, 1, 1, 10, 0.5), row(0.8, 0, 0, 90, 0.7), row(1.0, 1, 1, 10, 0.6)])["lambda"] == 0.8
+    )
+
+
+def test_lambdas_are_chosen_on_other_prompts_and_by_their_own_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, tuple[str, ...], float]] = []
+
+    def scores(_: object, task: world.Task, lam: float, name: str) -> Scores:
+        seen.append((name.split(",")[0], tuple(task.texts), lam))
+        made = row(lam, 1.0, 1.0 if lam < 0.5 else 0.5, 50 - lam, lam)
+        return {key: value for key, value in made.items() if key != "lambda"}
+
+    monkeypatch.setattr(world.Measure, "draw", scores)
+    nothing: Any = None
+    chosen, sweep = world.choose_lambdas(world.Measure(nothing, nothing, 2, 4.0), 3)
+    assert chosen == {"complementary": 1.0, "conflict": 0.4}
+    assert [(name, lam) for name, _, lam in seen] == [(k, lam) for k, lams in world.LAMBDAS.items() for lam in lams]
+    assert {key: [each["lambda"] for each in rows] for key, rows in sweep.items()} == {
+        key: list(lams) for key, lams in world.LAMBDAS.items()
+    }
+    test = world.tasks_of(3, seed=2)
+    assert not {texts for _, texts, _ in seen} & {tuple(task.texts) for task in test.values()}
+
+
+def test_tasks_with_pictures_are_those_with_a_lambda() -> None:
+    tasks = world.tasks_of(4, seed=2)
+    assert list(tasks) == ["text", "scene", "colour", "image", "complementary", "conflict"]
+    assert [key for key, task in tasks.items() if task.images] == ["image", "complementary", "conflict"]
+    assert tasks["scene"].target is tasks["complementary"].target and tasks["image"].target.copied
+
+
+def test_floors_are_what_their_names_say() -> None:
+    """Palettes of two prompts, 3-4-5 apart in both colours; the grey's error is that of the ablation."""
+    palette = torch.tensor([[[60.0, 40, 0], [60, 0, 40]], [[60, 43, 4], [60, 3, 44]]])
+    found = world.floors(palette)
+    assert found["another"]["palette_error"] == pytest.approx([5, 5, 5])
+    assert found["grey"]["palette_error"][0] == pytest.approx(grey_error(palette.numpy()))
+
+
+def test_the_table_shows_values_with_half_their_intervals() -> None:
+    assert line({"concept": [0.938, 0.92, 0.95], "palette_error": [31.54, 30.6, 32.4]}) == {
+        "concept": "93.8 ± 1.5 %",
+        "palette error": "31.5 ± 0.9",
+    }
+
+
+@pytest.mark.parametrize("name", ["ip_adapter", "ip_adapter_plus"])
+def test_pictures_encoded_together_are_those_encoded_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.bench.batch_size", lambda device: 2)
+    pipeline = load(ROOT / "weights", ROOT / "weights" / f"{name}.safetensors")
+    images = Prompts.of_the_world(3).images
+    alone = torch.cat([pipeline.embed([image]) for image in images])
+    together = embed(pipeline, images)
+    assert together.shape == alone.shape
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:these words are not in this model's vocabulary")
+def test_world_as_the_shell_runs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(world, "VALIDATION", 2)
+    monkeypatch.setattr(world, "LAMBDAS", {"complementary": (0.6,), "conflict": (0.3,)})
+    out = tmp_path / "world.json"
+    command = ["eval", "--weights", str(ROOT / "weights"), "world", "--n", "4", "--steps", "1", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    results = json.loads(out.read_text())
+    assert results["lambda"] == {"complementary": 0.6, "conflict": 0.3}
+    scores = results["scores"]
+    assert all(low - 1e-9 <= value <= high + 1e-9 for each in scores.values() for value, low, high in each.values())
+    assert (
+        scores["true"]["background"][0] == 1 and scores["true"]["palette_error"][0] < scores["text"]["palette_error"][0]
+    )
+    assert {"size", "place", "all"} <= set(scores["complementary"]) & set(scores["scene"]) & set(scores["image"])
+    assert "size" not in scores["conflict"] and "placement_error" in scores["image"]
+    printed = capsys.readouterr().out
+    assert table(results) in printed and len(table(results).splitlines()) == 2 + len(scores)
