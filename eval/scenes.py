@@ -1,6 +1,6 @@
 """Complementary prompts: the picture is the subject, and the text names its scene.
 
-The text is like "small, on a pink background, top left". It names a background, a size and a place, all other than those of the image
+The text is like "small on a pink background, top left". It names a background, a size and a place, all other than those of the image
 prompt. The drawing should take concept and palette from the picture and the rest from the text. A text with "large" names no place.
 """
 

@@ -29,7 +29,7 @@ def noise(n: int, width: int = 70, height: int = 64) -> list[Image.Image]:
 def test_embeddings_get_entries_of_deviation_one_and_keep_their_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     image, pixels = ImageEncoder(MINI_IMAGE).eval(), torch.randn(40, 3, 64, 64)
-    monkeypatch.setattr(clip, "probe_data", lambda: (pixels, {}, 30))
+    monkeypatch.setattr(clip, "probe_data", lambda _: (pixels, {}, 30))
     with torch.no_grad():
         image.clip.attnpool.c_proj.weight.mul_(40)
         image.clip.attnpool.c_proj.bias.normal_()

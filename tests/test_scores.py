@@ -15,7 +15,7 @@ from eval.scores import ANYWHERE, Target, mean, places_of, score_reading, share,
 from train.judge import Reading, ground_truth
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, PLACES, SIZES, Scene, World, place_class, size_class
 
-TEXT = re.compile(r"(?:a (\w+) (.+)|(\w+),) on an? (\w+) background(?:, ([a-z ]+))?")
+TEXT = re.compile(r"(?:a (\w+) (.+)|(\w+)) on an? (\w+) background(?:, ([a-z ]+))?")
 
 
 def scenes_of(n: int) -> list[Scene]:

@@ -41,7 +41,7 @@ from train.loop import Plan
 from train.loss import diffusion_loss, drops, images_of, min_snr, noise_for, noised
 from train.plus import initialise_from
 from train.setting import Setting, TrainingSource
-from train.world import World
+from train.world import Says, World
 
 CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4)
 EMBEDDING = 10
@@ -391,7 +391,7 @@ def test_no_picture_is_a_zero_embedding_or_zero_pixels(tmp_path: Path) -> None:
         assert pairs.null is not None and torch.equal(pairs.null, null) and pairs.images is not None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loss_module, "drops", lambda n, g: (~drop, drop))
-            batch = noised(pairs.at(torch.arange(2)), torch.Generator().manual_seed(0), "cpu", dropping=True)
+            batch = noised(pairs.at(torch.arange(2)), torch.Generator().manual_seed(0), dropping=True)
         assert torch.equal(batch.image[0], null) and torch.equal(batch.image[1], pairs.images[1].float())
         assert torch.equal(batch.text[1], pairs.texts[0].float())
 
@@ -408,15 +408,15 @@ def test_every_phase_has_its_own_captions(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(adapter_stage, "fit", spy)
     monkeypatch.setattr(preview, "draw_image_prompts", lambda *_: None)
-    plan = Recipe("first", steps=1, batch=2, lr=1e-2, warmup=1, says=(0.0, 0.0))
-    phases = plan, replace(plan, name="second", says=(1.0, 1.0))
+    plan = Recipe("first", steps=1, batch=2, lr=1e-2, warmup=1, says=Says(0, 0, 0, 0))
+    phases = plan, replace(plan, name="second", says=Says(1, 1, 0, 0))
     adapter_stage.train(tmp_path, tmp_path, phases, TrainingSource(Path("weights"), pictures=24))
     (first, before), (second, after) = seen
     assert len(first.pairs.texts) < 10 <= len(second.pairs.texts)  # no caption but colours; all kinds of captions
     assert first.pairs.images is not None and second.pairs.images is not None
     assert torch.equal(first.pairs.images, second.pairs.images) and not torch.equal(before, after)
     card = json.loads((tmp_path / "ip_adapter.json").read_text())
-    assert [each["says"] for each in card["settings"]] == [[0, 0], [1, 1]]
+    assert [tuple(each["says"].values()) for each in card["settings"]] == [(0, 0, 0, 0), (1, 1, 0, 0)]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -157,6 +157,11 @@ class _Training(Generic[T]):
         self.unread.clear()
         return self.log[-1]
 
+    def shown(self) -> dict[str, str]:
+        """Return the numbers of the last row, for the progress bar."""
+        row = self.log[-1] if self.log else {}
+        return {k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "lr", "seconds")}
+
 
 def run(
     plan: Plan,
@@ -190,9 +195,7 @@ def run(
             done, last = training.step, training.step == end
             if last or done % plan.validate_every == 0:
                 training.read().update(seconds=training.elapsed(), **validate(training.kept))
-            if not training.unread:
-                shown = {k: v for k, v in training.log[-1].items() if k not in ("step", "lr", "seconds")}
-                bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+            bar.set_postfix(training.shown(), refresh=False)
             bar.update()
             if last or interrupt.signal_number or done % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
                 training.save()
