@@ -1,7 +1,7 @@
 # make demo          draw a contact sheet with the mini weights (SEED=1 draws another)
 # make gallery       draw a sheet for each feature
 # make test          run ruff, mypy and all tests
-# make weights       train the mini world from scratch (takes hours; run it again to resume)
+# make weights       train the mini world from scratch (hours; with DEVICE=cuda minutes); run it again to resume
 # make world         score the mini weights
 # make ablation      run the missing parts of the ablation and write RESULTS.md
 # make docs          insert the tables of results into README.md and docs/
@@ -26,7 +26,7 @@ test: .venv/tests
 	$(BIN)/python -m pytest -q
 
 weights: .venv/tests
-	$(BIN)/python -m train all
+	$(BIN)/python -m train all $(if $(DEVICE),--device $(DEVICE) --scale 8)
 
 ablation: .venv/tests
 	$(BIN)/python -m eval ablation

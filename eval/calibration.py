@@ -6,9 +6,9 @@ results/labels.json holds:
 
 - `drawn`, per picture: the adapter (null for the text alone), lambda, text, what the image prompt shows, and the seed i of the noise. The
   image prompt is picture i of Prompts.of_the_world(200, seed=5).
-- `labels`, two labellings by one labeller in one sitting. Each was made from the pictures alone, in a random order of its own. `concept`
-  and `background` are null for none of these, more than one, or too unclear to name. `palette` gives the two main colours of 40 drawings,
-  or null if a drawing does not show two clear colours.
+- `labels`, by two labellers who worked independently, from the pictures alone. `concept` and `background` are null for none of these,
+  more than one, or too unclear to name. `palette` gives the two main colours of 40 drawings, or null if a drawing does not show two clear
+  colours.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def agreement(seen: Labels, labels: Labels) -> dict[str, float]:
 
 
 def evaluate(judge: Judge, folder: Path) -> dict[str, dict[str, float]]:
-    """Return, for the labels given again and for the judge, the `agreement` with each of the two labellings, averaged."""
+    """Return the `agreement` of the labellers with each other, and that of the judge with both, averaged."""
     first, second = (Labels.of(data) for data in read_json(folder / "labels.json")["labels"])
     judged = read(judge, tiles_of(folder / "labels.png"))
-    pairs = {"labelled again": ((second, first), (first, second)), "judge": ((judged, first), (judged, second))}
+    pairs = {"labellers": ((second, first), (first, second)), "judge": ((judged, first), (judged, second))}
     means = {name: pd.DataFrame([agreement(*pair) for pair in both]).mean() for name, both in pairs.items()}
     return {name: {str(row): round(float(value), 2) for row, value in mean.items()} for name, mean in means.items()}
 

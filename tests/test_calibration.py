@@ -92,7 +92,7 @@ def test_the_judge_sees_what_the_labels_say() -> None:
     stored, judge = read_json(ROOT / "results" / "calibration.json"), ROOT / "weights" / "judge.safetensors"
     assert stored["sha256"] == {judge.name: sha256(judge)}
     found = evaluate(load_judge(judge), ROOT / "results")
-    assert found["labelled again"] == stored["agreement"]["labelled again"]
+    assert found["labellers"] == stored["agreement"]["labellers"]
     assert found["judge"] == pytest.approx(stored["agreement"]["judge"], abs=2)
     assert found["judge"]["concept, where the labels name one"] >= 75
     assert found["judge"]["background, where the labels name one"] >= 93

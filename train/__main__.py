@@ -4,6 +4,7 @@ To resume a run that was stopped (by Ctrl-C or in any other way), give the same 
 `python -m train STAGE --help` lists the options of a stage.
 
   python -m train all                         the mini world from nothing, every stage in order (hours)
+  python -m train all --device cuda --scale 8     the same on a GPU (minutes)
   python -m train adapter --data pictures     an adapter on your own pictures, with the mini weights as the base
   python -m train adapter --data pictures --base sd15.safetensors --image-encoder models/image_encoder \\
       --from ip-adapter_sd15.safetensors --batch 8 --accumulate 8 --bf16 --checkpointing --device cuda
@@ -72,8 +73,13 @@ def plans_of(args: argparse.Namespace, phases: tuple[Plan, ...]) -> tuple[Plan, 
     from dataclasses import replace
 
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
-    scaled = (plan.scaled(args.scale, args.share) for plan in phases)
+    scaled = (plan.scaled(args.scale) for plan in phases)
     return tuple(replace(plan, device=args.device, bf16=args.bf16 or plan.bf16, **given) for plan in scaled)
+
+
+def cost(plan: Plan) -> str:
+    """Say what a phase costs, such as "12,000 steps of 64 pictures"."""
+    return f"{plan.steps:,} steps of {plan.batch * plan.accumulate:,} pictures"
 
 
 def run(args: argparse.Namespace, command: str) -> None:
@@ -85,11 +91,13 @@ def run(args: argparse.Namespace, command: str) -> None:
     with locked(state):
         for name in STAGES if args.stage == "all" else (args.stage,):
             stage = importlib.import_module(f"train.{name}")
-            if name in ADAPTERS:
-                source = source_of(args, name, weights)
-                print(stage.train(state, weights, plans_of(args, stage.phases_for(source)), source, command))
+            source = source_of(args, name, weights) if name in ADAPTERS else None
+            plans = plans_of(args, stage.phases_for(source) if source else stage.PHASES)
+            print(f"{name}: {', then '.join(map(cost, plans))}, on {args.device}", flush=True)
+            if source:
+                print(stage.train(state, weights, plans, source, command))
             else:
-                stage.train(state, weights, plans_of(args, stage.PHASES), command=command)
+                stage.train(state, weights, plans, command=command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -37,8 +37,8 @@ from train.randomness import generator, seeded
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, PLACES, SIZES, SLOTS, Split
 
 PHASES = (
-    Plan("clip", 4_000, 128, 1e-3, weight_decay=0.05, decay=0.6, bf16=True, validate_every=2_000),
-    Plan("clip_image", 36_000, 128, 2e-3, 500, 0.8, weight_decay=0.05, bf16=True, seed=1, validate_every=9_000),
+    Plan("clip", 4_000, 128, 1e-3, weight_decay=0.05, decay=0.6, bf16=True, validate_every=4_000),
+    Plan("clip_image", 12_000, 128, 2e-3, 500, 0.8, weight_decay=0.05, bf16=True, seed=1, validate_every=6_000),
 )
 PICTURES, GROUP, WORDS = 60_000, 8, 3.0
 PROBE_FIRST = 10_000_000  # index of the first scene that probes are fitted on

@@ -29,7 +29,7 @@ from train.randomness import seeded
 from train.spoiled import NONE, degraded, spoiled, strangers
 from train.world import BACKGROUNDS, SIZE, Scene
 
-PHASES = (Plan("judge", 24_000, 64, 1e-3, 500, 0.7, bf16=True, validate_every=12_000),)
+PHASES = (Plan("judge", 12_000, 64, 1e-3, 500, 0.7, bf16=True, validate_every=3_000),)
 FIRST = 20_000_000  # index of the first training scene; the networks that are measured see none of these
 PICTURES, STRANGERS, HELD_OUT = 40_000, 8_000, 1000
 

@@ -48,9 +48,8 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     group.add_argument("--accumulate", type=at_least(1), help="batches per optimizer step (gradient accumulation)")
     group.add_argument("--lr", type=rate, help="learning rate")
     group.add_argument("--seed", type=at_least(0), help="seed of the initial weights, the order of pictures and the noise")
-    group.add_argument("--share", type=rate, default=1.0, help="see this share of the stage's pictures (default: 1)")
     group.add_argument(
-        "--scale", type=at_least(1), default=1, help="batches this many times as large, and fewer steps, for a GPU (default: 1)"
+        "--scale", type=at_least(1), default=1, help="for a GPU: batches this many times as large and as many fewer steps (default: 1)"
     )
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", default="cpu", help="device to train on, such as cuda (default: cpu)")

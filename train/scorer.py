@@ -18,7 +18,7 @@ from train.judge import FIRST, PICTURES
 from train.loop import Plan
 from train.randomness import seeded
 
-PHASES = (Plan("clip_score", 12_000, 128, 1e-3, decay=0.7, weight_decay=0.05, bf16=True, seed=50, validate_every=6_000),)
+PHASES = (Plan("clip_score", 6_000, 128, 1e-3, decay=0.7, weight_decay=0.05, bf16=True, seed=50, validate_every=6_000),)
 TEXT = replace(MINI_TEXT, width=96, layers=3, output_dim=192)
 IMAGE = replace(MINI_IMAGE, width=24, heads=12, output_dim=192, stem_pool=True)  # the pool doubles the size of a patch
 

@@ -30,7 +30,7 @@ from train.loop import Plan, run
 from train.loss import diffusion_loss, noise_for
 from train.randomness import generator, seeded
 
-PHASES = (Plan("unet", 120_000, 32, 1e-3, 1000, 0.6, ema=0.9995, bf16=True, validate_every=15_000),)
+PHASES = (Plan("unet", 40_000, 32, 1e-3, 1000, 0.6, ema=0.9995, bf16=True, validate_every=5_000),)
 PICTURES, HELD_OUT, GAMMA, DROP = 60_000, 512, 5.0, 0.1
 
 
