@@ -12,9 +12,10 @@ import torch
 
 from checkpoints.cards import read_card
 from eval import clip_score
-from train import clip, judge, scorer
-from train.colour import srgb_to_lab
+from train import clip, judge, scorer, spoiled
+from train.colour import srgb_to_lab, tensor_to_lab
 from train.judge import Judge, Reading, delta_e, ground_truth, load_judge
+from train.randomness import generator
 from train.vae import bytes_to_tensor
 from train.world import World, pictures
 
@@ -51,7 +52,7 @@ def test_scores_are_shares_and_mean_distances() -> None:
 
 def test_the_judge_can_be_trained_and_loaded(tmp_path: Path) -> None:
     plan = replace(judge.PHASES[0], steps=2, batch=4)
-    judge.train(tmp_path / "state", tmp_path, (plan,))
+    judge.train(tmp_path / "state", tmp_path, (plan,), count=24, unknown=8)
     card = read_card(tmp_path / "judge.safetensors")
     assert card["command"] == "python -m train judge" and card["settings"][0]["steps"] == 2
     assert 0 <= card["results"]["concept"] <= 1
@@ -63,7 +64,43 @@ def test_the_second_clip_can_be_trained_and_loaded(tmp_path: Path, monkeypatch: 
     """Both towers end in the same width, so their cosines exist."""
     monkeypatch.setattr(clip, "probe", lambda image: {"concept": 0.0})
     plan = replace(scorer.PHASES[0], steps=2, batch=4, bf16=False)
-    scorer.train(tmp_path / "state", tmp_path, (plan,))
+    scorer.train(tmp_path / "state", tmp_path, (plan,), count=24)
     assert read_card(tmp_path / "score_text.safetensors")["command"] == "python -m train scorer"
     loaded: Any = clip_score.load(tmp_path)
     assert torch.isfinite(loaded.texts(["a fox", "an owl"])).all() and loaded.texts(["a fox"]).shape == (1, 192)
+
+
+# what the judge must not name
+
+
+def spoilt(n: int = 256, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, spoiled.Labels]:
+    """(pictures, their concepts, spoiled pictures, labels), from true pictures and other drawings."""
+    pool = judge.answers(n - 16, 16, "cpu")
+    x, truth = pool.at(torch.arange(n))
+    made, labels = spoiled.spoiled(x, truth["concept"], truth["background_rgb"], generator(seed, 0))
+    return x, truth["concept"], made, labels
+
+
+def test_spoiled_pictures_are_labelled_none_and_the_others_are_left_alone() -> None:
+    x, concept, made, labels = spoilt()
+    same = (made == x).flatten(1).all(dim=1)
+    assert 0.2 < 1 - float(same[:240].float().mean()) < 0.4
+    assert torch.equal(labels.whole.bool(), same & (concept != spoiled.NONE))
+    assert torch.equal(labels.concept[same], concept[same]) and (labels.concept[~same] == spoiled.NONE).all()
+    assert labels.concept_known[same].all() and labels.background_known[same].all()
+    assert 0.5 < float(labels.concept_known[~same].mean()) < 1 and (concept[240:] == spoiled.NONE).all()
+
+
+def test_a_warp_of_nothing_changes_nothing_and_moves_as_far_as_it_says() -> None:
+    x = torch.linspace(-1, 1, 64).expand(400, 1, 64, 64)
+    still = spoiled.warped(x, torch.zeros(400), generator(0, 0))
+    torch.testing.assert_close(still, x.contiguous(), atol=1e-5, rtol=0)
+    moved = spoiled.warped(x, torch.full((400,), 2.0), generator(0, 0))  # a ramp of 63 / 2 pixels per unit
+    inside = (moved - x)[..., 16:48, 16:48] * 63 / 2
+    assert float(inside.std()) == pytest.approx(2.0 * 63 / 64, rel=0.25)  # interpolation between grid points lowers it
+
+
+def test_the_colours_of_tensors_are_those_of_arrays() -> None:
+    rgb = torch.rand(3, 5, 7, 3, generator=generator(0, 0))
+    rgb[0] *= 0.05  # dark ones
+    np.testing.assert_allclose(tensor_to_lab(rgb), srgb_to_lab(rgb.double().numpy()), atol=2e-3)

@@ -83,7 +83,7 @@ def test_the_default_rate(stage: Any, base: Path) -> None:
 def test_the_end_says_where_the_adapter_is(trained: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(command(trained, base))
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"{trained / 'data'}: 16 pictures to train on, 4 held out")
+    assert said[0].startswith("adapter: ") and said[1].startswith(f"{trained / 'data'}: 16 pictures to train on, 4 held out")
     assert said[-1].startswith(f"{trained / 'out' / 'ip_adapter.safetensors'}: it has not learned to read pictures yet: on 4")
 
 
