@@ -34,9 +34,9 @@ from eval.prompts import Prompts
 from eval.tables import markdown
 from sampling.pipeline import load
 from train import checkpoint, clip, scorer
-from train.data import Pairs
 from train.judge import load_judge
 from train.loop import Plan
+from train.pairs import Pairs
 from train.randomness import generator
 from train.setting import Setting, TrainingSource
 from train.world import CONCEPT_NAMES, CONCEPTS, World

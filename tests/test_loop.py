@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from train import checkpoint, loop
 from train.checkpoint import locked
-from train.data import Cached, Data, Files, OnTheFly, Pairs, mapped, stream, tensors
+from train.data import Cached, Data, Files, OnTheFly, mapped, stream, tensors
 from train.errors import Damaged, Diverged, Interrupted, OtherRun
 from train.loop import Plan, run
+from train.pairs import Pairs
 from train.randomness import generator, seeded
 from train.step import GraphStep
 

@@ -27,8 +27,9 @@ from train import adapter, encode, loop, preview, setting
 from train import unet as unet_stage
 from train.__main__ import main, status
 from train.card import card, code_version
-from train.data import Cached, Data, OnTheFly, Pairs
+from train.data import Cached, Data, OnTheFly
 from train.errors import OtherRun
+from train.pairs import Pairs
 from train.setting import TrainingSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:these words are not")

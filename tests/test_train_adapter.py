@@ -34,11 +34,12 @@ from train import preview, setting
 from train.__main__ import main
 from train.adapter import Recipe
 from train.clip import MINI_TEXT
-from train.data import Cached, Pairs
+from train.data import Cached
 from train.encode import WorldPictures, encode_texts
 from train.gains import check_gates, held_out_losses
 from train.loop import Plan
 from train.loss import diffusion_loss, drops, images_of, min_snr, noise_for, noised
+from train.pairs import Pairs
 from train.plus import initialise_from
 from train.setting import Setting, TrainingSource
 from train.world import Says, World

@@ -18,10 +18,10 @@ from torch import Tensor
 from sampling.request import WEIGHTS
 from train import adapter, encode, gains, plus, setting
 from train.__main__ import folders, main, plans_of, source_of, status
-from train.data import Pairs
 from train.errors import Diverged, GateError, Interrupted
 from train.gains import verdict
 from train.options import STAGES, parser
+from train.pairs import Pairs
 from train.plus import PLAN as PLUS
 from train.setting import TrainingSource
 

@@ -30,10 +30,11 @@ from model.context import Context
 from sampling.request import WEIGHTS
 from train import checkpoint, preview
 from train.card import WORLD_LICENCE, card, check_free
-from train.data import Batch, Cached
+from train.data import Cached
 from train.gains import check_gates, held_out_losses, verdict
 from train.loop import Plan, autocast, run
 from train.loss import diffusion_loss, noised
+from train.pairs import Batch
 from train.randomness import seeded
 from train.setting import SAYS, Setting, TrainingSource, data_identity, encode, prepare
 from train.world import Says

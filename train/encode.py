@@ -26,8 +26,9 @@ from model.image_encoder import ImageEncoder, centre_square, normalise
 from model.text_encoder import TextEncoder
 from model.vae import VAE
 from train.captioned import Captioned
-from train.data import Data, Files, OnTheFly, Pairs, stream
+from train.data import Data, Files, OnTheFly, stream
 from train.fingerprint import digest, fingerprint
+from train.pairs import Pairs
 from train.pool import in_parts, pixels_of, scenes_of, to_unit
 from train.world import SAYS, Says, Scene, Split, World, pictures
 

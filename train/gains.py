@@ -10,9 +10,9 @@ from model.attention import Fuse, decoupled
 from model.context import Context
 from model.unet import UNet
 from sampling.schedule import Schedule
-from train.data import Pairs
 from train.errors import GateError
 from train.loss import diffusion_loss, images_of, noised
+from train.pairs import Pairs
 from train.randomness import generator
 
 

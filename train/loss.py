@@ -10,7 +10,7 @@ from torch import Tensor
 from model.context import Context
 from model.unet import UNet
 from sampling.schedule import Schedule
-from train.data import Batch
+from train.pairs import Batch
 
 DROP = 0.05  # probability of each kind of dropping (section 4.1.2)
 

@@ -19,10 +19,11 @@ from checkpoints.adapters import load_adapter
 from model.adapter import IPAdapter
 from train import adapter
 from train.adapter import Outcome, Recipe
-from train.data import Batch, Cached, Data, Pairs
+from train.data import Cached, Data
 from train.fingerprint import fingerprint
 from train.loop import Plan, run
 from train.loss import drops, images_of
+from train.pairs import Batch, Pairs
 from train.setting import Setting, TrainingSource, encode
 
 RATE = 3e-4  # at 1e-3 a Resampler forgets its initialisation

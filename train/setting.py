@@ -16,9 +16,9 @@ from model.image_projection import HEAD, ImageProjection, Projection, Resampler
 from sampling.pipeline import Pipeline, load
 from sampling.request import WEIGHTS
 from train.captioned import Captioned, captioned_files, split, summary
-from train.data import Pairs
 from train.encode import FilePictures, WorldPictures
 from train.fingerprint import digest, fingerprint
+from train.pairs import Pairs
 from train.unet import HELD_OUT, PICTURES
 from train.world import Says
 
