@@ -97,6 +97,7 @@ def test_the_judge_sees_what_the_labels_say() -> None:
     assert found["judge"]["concept, where the labels name one"] >= 75
     assert found["judge"]["background, where the labels name one"] >= 93
     assert found["judge"]["palette error"] <= 20
+    assert found["judge"]["none of these, where the labels say so"] >= 45
 
 
 def test_the_page_says_how_many_are_labelled() -> None:

@@ -57,7 +57,7 @@ def test_weights_are_small_and_licensed():
     assert {"unet", "vae", "text_encoder", "image_encoder", "ip_adapter", "ip_adapter_plus", "judge"} <= {
         f.stem for f in files
     }
-    assert sum(f.stat().st_size for f in files) < 40e6
+    assert sum(f.stat().st_size for f in files) < 48e6
     assert all("OpenMoji" in read_card(f)["licence"] for f in files)
 
 
