@@ -41,7 +41,7 @@ from train.judge import Judge, delta_e, load_judge
 from train.vae import psnr
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, caption
 
-VALIDATION = 128  # number of prompts on which lambda is chosen
+VALIDATION = 128  # lambda is chosen on at most this many prompts
 LAMBDAS = {"complementary": (0.4, 0.6, 0.8, 1.0), "conflict": (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)}
 FOLLOW = 0.9  # share of conflicting texts whose concept, and whose background, the drawings should show
 Row = dict[str, Any]
@@ -153,7 +153,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     )
     test, vae = Prompts.of_the_world(n, seed=2), measure.pipeline.vae
     repeated, through = own(test), through_the_vae(vae, test.pixels)
-    chosen, sweep = choose_lambdas(measure, VALIDATION)
+    chosen, sweep = choose_lambdas(measure, min(VALIDATION, n))
     scores = {
         "true": score(measure.judge, test.pixels, repeated),
         "reconstructed": score(measure.judge, through, repeated),

@@ -23,12 +23,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_shipped_judge_reads_true_pictures() -> None:
-    """Held-out pictures: concept and background always, the palette to CIE76 3, the placement to two pixels."""
-    scenes = [World("test")[i] for i in range(40)]
+    """Held-out pictures: 99 % of the concepts, all backgrounds, the palette to CIE76 3, the placement to two pixels."""
+    scenes = [World("test")[i] for i in range(400)]
     truth = ground_truth(scenes)
     reading = load_judge(ROOT / "weights" / "judge.safetensors").read(bytes_to_tensor(pictures(scenes)))
     score = reading.score(truth["concept"], truth["background"], truth["palette"])
-    assert (score["concept"], score["background"]) == (1, 1) and score["palette_error"] < 3
+    assert score["concept"] >= 0.99 and score["background"] == 1 and score["palette_error"] < 3
     assert (reading.placement - truth["placement"]).norm(dim=-1).mean() < 2
 
 
