@@ -87,12 +87,16 @@ def test_the_truth_is_read_as_what_it_is(bench: Bench) -> None:
     test = bench.prompts.truth
     assert test is not None
     row = bench.read("conflict", test.pixels(), form="truth")
-    right = np.array(row["concept"]) == test.concept.numpy()  # the judge names 99.6 % of true pictures
-    assert right.sum() >= len(right) - 1 and row["background"] == test.background.tolist()
+    assert mostly(row["concept"], test.concept.tolist()) and row["background"] == test.background.tolist()
     assert np.mean(row["palette_error"]) < 5
     own = bench.read("picture", bench.prompts.pixels, form="itself")
-    assert own["concept"] == [scene.concept for scene in test.scenes]
+    assert mostly(own["concept"], [scene.concept for scene in test.scenes])
     assert np.mean(own["placement_error"]) < 2 and own["drawing"] == [s.drawing for s in test.scenes]
+
+
+def mostly(found: list[int], expected: list[int]) -> bool:
+    """Whether all but one are equal: the judge names 99.6 % of true pictures."""
+    return sum(a == b for a, b in zip(found, expected, strict=True)) >= len(expected) - 1
 
 
 def test_the_nearest_drawing_is_told_among_all() -> None:
