@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from model.vae import VAE
 from sampling.embeddings import Strength
 from sampling.images import to_images
 from sampling.pipeline import Pipeline
-from train.judge import Judge, Reading, delta_e
+from train.judge import Judge, delta_e
 from train.vae import bytes_to_tensor
 from train.world import CONCEPT_NAMES, CONCEPTS, Scene, pictures
 
@@ -65,7 +65,7 @@ class Bench:
 
     def _judge(self, task: str, drawn: Tensor, truth: Truth) -> Row:
         assert self.judge is not None
-        reading, own = read(self.judge, drawn), truth.own
+        reading, own = self.judge.read(drawn), truth.own
         row: Row = {
             "concept": reading.concept.argmax(dim=1).tolist(),
             "background": reading.background.argmax(dim=1).tolist(),
@@ -122,12 +122,6 @@ def embed(pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
     batch = batch_size(device_of(pipeline.unet))
     parts = [pipeline.embed(images[first : first + batch]) for first in range(0, len(images), batch)]
     return torch.cat([part.transpose(0, 1) for part in parts])
-
-
-def read(judge: Judge, drawn: Tensor) -> Reading:
-    """Read pictures `n 3 64 64` on the judge's device. The reading is on the CPU."""
-    reading = judge.read(drawn.to(device_of(judge)))
-    return Reading(**{field.name: getattr(reading, field.name).cpu() for field in fields(reading)})
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.bench import nearest, read
+from eval.bench import nearest
 from train.judge import Judge, Reading, delta_e, ground_truth
 from train.world import CONCEPT_NAMES, CONCEPTS, SIZES, Scene, place_class, size_class
 
@@ -63,7 +63,7 @@ def places_of(placement: Tensor) -> Tensor:
 
 def score(judge: Judge, drawn: Tensor, target: Target) -> Scores:
     """Score drawings `n 3 64 64`: the shares that show what `target` names, and the mean errors."""
-    scores = score_reading(read(judge, drawn), target)
+    scores = score_reading(judge.read(drawn), target)
     several = [i for i, scene in enumerate(target.copied) if len(CONCEPTS[CONCEPT_NAMES[scene.concept]]) > 1]
     if several:
         scenes = [target.copied[i] for i in several]

@@ -49,7 +49,7 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     group.add_argument("--lr", type=rate, help="learning rate")
     group.add_argument("--seed", type=at_least(0), help="seed of the initial weights, the order of pictures and the noise")
     group.add_argument(
-        "--scale", type=at_least(1), default=1, help="for a GPU: batches this many times as large and as many fewer steps (default: 1)"
+        "--scale", type=at_least(1), default=1, help="multiply the batch and divide the steps by this, for a GPU (default: 1)"
     )
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", default="cpu", help="device to train on, such as cuda (default: cpu)")

@@ -24,7 +24,7 @@ WARM_UP = 3  # steps that run before the graph is recorded
 
 
 class Step(Generic[T]):
-    """Run optimizer steps on a CPU. `lag`: the number of steps after which the loop reads the returned scalars."""
+    """Run optimizer steps, on the device of the module. `lag`: the number of steps after which the loop reads the returned scalars."""
 
     lag, device, capturable = 1, "cpu", False
 
@@ -67,7 +67,9 @@ class Step(Generic[T]):
 
     def __call__(self, batches: Sequence[T], seeds: Sequence[int], lr: float, name: str) -> Values:
         """Run a step on batches with these seeds. Raises `Diverged`, before the weights change, if a number is not finite."""
-        values = self.gradients(batches, [torch.Generator().manual_seed(seed) for seed in seeds])
+        device = self.parameters[0].device
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        values = self.gradients(mapped(lambda x: x.to(device), tuple(batches)), generators)
         check_finite(numbers([values])[0], name)
         self.set_rate(lr)
         self.optimizer.step()

@@ -53,7 +53,7 @@ def initialise(vae: VAE) -> None:
 
 def bytes_to_tensor(images: np.ndarray[Any, Any]) -> Tensor:
     """Convert bytes `b h w 3` to `b 3 h w` in [-1, 1], channels last in memory."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_unit(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
 def vae_loss(vae: VAE, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
