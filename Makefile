@@ -26,7 +26,7 @@ test: .venv/tests
 	$(BIN)/python -m pytest -q
 
 weights: .venv/tests
-	$(BIN)/python -m train all $(if $(DEVICE),--device $(DEVICE) --scale 8)
+	$(BIN)/python -m train all $(if $(DEVICE),--device $(DEVICE) --scale 4)
 
 ablation: .venv/tests
 	$(BIN)/python -m eval ablation

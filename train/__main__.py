@@ -4,7 +4,7 @@ To resume a run that was stopped (by Ctrl-C or in any other way), give the same 
 `python -m train STAGE --help` lists the options of a stage.
 
   python -m train all                         the mini world from nothing, every stage in order (hours)
-  python -m train all --device cuda --scale 8     the same on a GPU (minutes)
+  python -m train all --device cuda --scale 4     the same on a GPU (minutes)
   python -m train adapter --data pictures     an adapter on your own pictures, with the mini weights as the base
   python -m train adapter --data pictures --base sd15.safetensors --image-encoder models/image_encoder \\
       --from ip-adapter_sd15.safetensors --batch 8 --accumulate 8 --bf16 --checkpointing --device cuda

@@ -31,7 +31,7 @@ from train.pool import Pictures, pixels_of, to_unit
 from train.randomness import seeded
 
 PHASES = (
-    Plan("vae", 30_000, 16, 2e-3, 1000, 0.8, weight_decay=0.0, betas=(0.9, 0.98), bf16=True, validate_every=3_000),
+    Plan("vae", 60_000, 8, 2e-3, 1000, 0.8, weight_decay=0.0, betas=(0.9, 0.98), bf16=True, validate_every=6_000),
 )
 PICTURES, HELD_OUT = 60_000, 256
 BETA, ABSOLUTE, AVERAGES = 2e-4, 0.5, 2.0
