@@ -65,6 +65,15 @@ def test_a_users_run_has_places_of_its_own() -> None:
         assert source_of(elsewhere, "plus", folders(elsewhere)[1]).base == Path("w")
 
 
+def test_the_mini_world_may_be_smaller(base: Path) -> None:
+    def pictures(*line: str) -> int:
+        return source_of(arguments("adapter", *line), "adapter", Path("w")).pictures
+
+    assert (pictures(), pictures("--pictures", "24")) == (60_000, 24)
+    with pytest.raises(ValueError, match="omit it with --data"):
+        pictures("--pictures", "24", "--data", "cats")
+
+
 @pytest.mark.parametrize("stage", [adapter, plus])
 def test_the_default_rate(stage: Any, base: Path) -> None:
     """The paper's where a base is named, constant; the mini world's for the mini weights; and what is given wins."""

@@ -55,11 +55,15 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
     from sampling.request import WEIGHTS
     from train.loop import has_bfloat16
     from train.setting import TrainingSource
+    from train.unet import PICTURES
 
+    if args.pictures and args.data:
+        raise ValueError("--pictures limits the pictures of the mini world: omit it with --data")
     return TrainingSource(
         args.base or (weights if args.data is None else WEIGHTS),
         args.image_encoder,
         fine=stage == "plus",
+        pictures=args.pictures or PICTURES,
         data=args.data,
         side=args.side,
         base_dtype=torch.bfloat16 if args.bf16 and has_bfloat16(args.device) else torch.float32,

@@ -66,6 +66,8 @@ def add_source(p: argparse.ArgumentParser) -> None:
         "the adapter is then written to out/adapter, and the state to runs/NAME",
     )
     data.add_argument("--side", type=at_least(1), help="size of the training pictures (default: that of the base model)")
+    world = p.add_argument_group("mini world")
+    world.add_argument("--pictures", type=at_least(1), help="pictures of the mini world to train on (default: 60,000)")
     base = p.add_argument_group("base model")
     base.add_argument("--base", type=Path, help="base model, a file or a folder (default: the mini weights)")
     base.add_argument("--image-encoder", type=Path, help="image encoder, a file or a folder (default: the one in the base folder)")
@@ -83,5 +85,5 @@ def parser(description: str) -> argparse.ArgumentParser:
         if name in ADAPTERS:
             add_source(stage)
         else:
-            stage.set_defaults(data=None, side=None, base=None, image_encoder=None, start=None, checkpointing=False)
+            stage.set_defaults(data=None, pictures=None, side=None, base=None, image_encoder=None, start=None, checkpointing=False)
     return p
