@@ -17,6 +17,7 @@ from eval.clip_score import clip_score, open_clip_scorer, scorer
 from model.image_encoder import MINI_IMAGE, ImageConfig, ImageEncoder
 from model.text_encoder import TextEncoder
 from train import clip
+from train.colour import FINE_NAMES, fine_bin, fine_colours
 
 COSINE = 1e-5
 
@@ -40,6 +41,17 @@ def test_embeddings_get_entries_of_deviation_one_and_keep_their_cosines(monkeypa
     torch.testing.assert_close(
         F.cosine_similarity(after, after[:1]), F.cosine_similarity(before, before[:1]), atol=1e-6, rtol=0
     )
+
+
+def test_targets_over_colour_names_are_a_softmax_of_linear_functions_of_the_colour() -> None:
+    """An adapter's projection is linear, and so is the layer that predicts colour names: both can be exact in CIELAB."""
+    colours = torch.from_numpy(fine_colours()) * torch.tensor([2.0, 1.0, 1.0])
+    logits = colours @ colours.T / clip.SIMILAR**2 - colours.square().sum(dim=1) / (2 * clip.SIMILAR**2)
+    torch.testing.assert_close(logits.softmax(dim=1).float(), clip.similar_names(), atol=1e-6, rtol=0)
+
+
+def test_the_middle_of_a_fine_name_has_that_name() -> None:
+    assert [fine_bin(colour) for colour in fine_colours()] == list(range(len(FINE_NAMES)))
 
 
 def test_clip_score_is_the_published_formula() -> None:

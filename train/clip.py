@@ -5,7 +5,9 @@ what captions mention and what distinguishes the pictures of a batch. Therefore
 
 - CLIP reads richer captions than the UNet: always both colours (by fine names), size and place;
 - eight pictures of a batch at a time share concept and background;
-- a second loss, as in CoCa (arXiv 2205.01917), predicts the caption's words from the image embedding with a linear layer.
+- a second loss, as in CoCa (arXiv 2205.01917), predicts the caption's words from the image embedding with a linear layer. For a colour,
+  the target is spread over similar names (`similar_names`), so that the embedding becomes linear in CIELAB: the adapter, whose
+  projection is linear, can then read the palette.
 
 The text tower learns faster than the image tower, so the second phase trains only the image tower. A linear probe of the pooled image
 embedding measures what it knows about concept, background and palette; the card records the scores to reach (`GATE`).
@@ -29,7 +31,7 @@ from checkpoints.files import check_output
 from model.image_encoder import MINI_IMAGE, ImageConfig, ImageEncoder, normalise
 from model.text_encoder import END, START, TextConfig, TextEncoder, words_of
 from train.card import WORLD_LICENCE, card
-from train.colour import ISH, NAMES
+from train.colour import ISH, NAMES, fine_colours
 from train.encode import renderer
 from train.loop import Plan, run
 from train.pool import in_parts, pixels_of, scenes_of
@@ -42,6 +44,7 @@ PHASES = (
     Plan("clip_image", 12_000, 128, 2e-3, 500, 0.8, weight_decay=0.05, bf16=True, seed=1, validate_every=6_000),
 )
 PICTURES, GROUP, WORDS = 60_000, 8, 3.0
+SIMILAR, COLOURS = 20.0, 10.0  # sigma of similar names in CIELAB; weight of the colours among the words
 GATE = {"concept": 0.995, "background": 0.995, "palette_r2": 0.96}
 
 
@@ -62,14 +65,27 @@ def vocabulary() -> tuple[int, ...]:
 MINI_TEXT = TextConfig(width=128, layers=4, heads=4, output_dim=256, vocabulary=vocabulary())
 
 
+def similar_names() -> Tensor:
+    """Return the target p(k | j) over colour names k for a colour named j, `480 480`: softmax_k of -|c_k - c_j|^2 / (2 sigma^2).
+
+    c_k is the CIELAB colour in the middle of name k, with twice its lightness, whose range is small; sigma is `SIMILAR`. The logits of
+    this softmax are c_k . c_j / sigma^2 - |c_k|^2 / (2 sigma^2), plus terms that do not depend on k: a linear function of c_j.
+    """
+    c = torch.from_numpy(fine_colours()) * torch.tensor([2, 1, 1])
+    return (-torch.cdist(c, c).square() / (2 * SIMILAR**2)).softmax(dim=1).float()
+
+
 class CLIP(nn.Module):
     """Two towers, and the linear layer that predicts caption words from image embeddings."""
+
+    similar: Tensor
 
     def __init__(self, text: TextConfig = MINI_TEXT, image: ImageConfig = MINI_IMAGE) -> None:
         super().__init__()
         self.text, self.image = TextEncoder(text), ImageEncoder(image)
         self.words = nn.Linear(image.output_dim, sum(SLOTS))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.register_buffer("similar", similar_names(), persistent=False)
         self.to(memory_format=torch.channels_last)
 
 
@@ -137,8 +153,10 @@ def clip_loss(clip: CLIP, batch: ClipBatch, _: torch.Generator) -> dict[str, Ten
     with torch.autocast(image.device.type, enabled=False):
         image = image.float()
         pairs = contrastive(image, clip.text.pooled(tokens), clip.logit_scale, same)
-        logits = clip.words(F.normalize(image, dim=-1) * image.shape[-1] ** 0.5).split(SLOTS, dim=1)
-        words = torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, slots.T, strict=True)]).mean()
+        logits = clip.words(image).split(SLOTS, dim=1)
+        first, second = (F.kl_div(logits[i].log_softmax(dim=1), clip.similar[slots[:, i]], reduction="batchmean") for i in (2, 3))
+        others = [F.cross_entropy(logits[i], slots[:, i]) for i in (0, 1, 4, 5)]
+        words = torch.stack([*others, COLOURS * first, COLOURS * second]).mean()
     return {"loss": pairs + WORDS * words, "pairs": pairs, "words": words}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,9 +26,11 @@ ISH = ("reddish", "orangish", "yellowish", "greenish", "tealish", "bluish", "pur
 SECTORS = tuple(
     f"{word} {NAMES[i]}" for i in range(8) for word in (NAMES[i - 1], ISH[i - 1], ISH[(i + 1) % 8], NAMES[(i + 1) % 8])
 )
-TONES, _TONE_EDGES = ("very dark", "dark", "", "light", "very light"), (56, 62, 68, 74)
-CHROMAS, _CHROMA_EDGES = ("dull", "", "vivid"), (45, 57)
+TONES, _TONE_EDGES, _TONE_MIDDLES = ("very dark", "dark", "", "light", "very light"), (56, 62, 68, 74), (53, 59, 65, 71, 77)
+CHROMAS, _CHROMA_EDGES, _CHROMA_MIDDLES = ("dull", "", "vivid"), (45, 57), (42, 51, 63)
+FINE_NAMES = tuple(" ".join(word for word in words if word) for words in itertools.product(TONES, CHROMAS, SECTORS))
 _EDGES = np.array(list(HUES.values()))
+_WIDTHS = np.diff(_EDGES, append=_EDGES[0] + 360)
 
 
 def srgb_to_lab(rgb: Array) -> Array:
@@ -74,16 +78,21 @@ def coarse_name(lab: Array) -> str:
     return NAMES[int(np.searchsorted(_EDGES, hue_of(lab), side="right")) - 1]
 
 
-def fine_bin(lab: Array) -> tuple[int, int, int]:
-    """Return the indices of a colour in `TONES` (by its lightness), `CHROMAS` and `SECTORS` (quarters of a coarse name's hues)."""
+def fine_bin(lab: Array) -> int:
+    """Return the index of a colour in `FINE_NAMES`, by its lightness, chroma and quarter of a coarse name's hues."""
     i = int(np.searchsorted(_EDGES, hue_of(lab), side="right")) - 1
-    start, end = _EDGES[i], _EDGES[i + 1] if 0 <= i < 7 else _EDGES[0] + 360
-    quarter = int(4 * ((hue_of(lab) - start) % 360) / ((end - start) % 360))
+    quarter = int(4 * ((hue_of(lab) - _EDGES[i]) % 360) / _WIDTHS[i])
     tone, chroma = np.searchsorted(_TONE_EDGES, lab[0]), np.searchsorted(_CHROMA_EDGES, np.hypot(lab[1], lab[2]))
-    return int(tone), int(chroma), 4 * (i % 8) + min(quarter, 3)
+    return int((tone * len(CHROMAS) + chroma) * len(SECTORS) + 4 * (i % 8) + min(quarter, 3))
 
 
 def fine_name(lab: Array) -> str:
     """Name a colour by lightness, chroma and hue, such as "very dark dull greenish teal"; only CLIP reads these names."""
-    tone, chroma, sector = fine_bin(lab)
-    return " ".join(word for word in (TONES[tone], CHROMAS[chroma], SECTORS[sector]) if word)
+    return FINE_NAMES[fine_bin(lab)]
+
+
+def fine_colours() -> Array:
+    """Return the CIELAB colour in the middle of each of `FINE_NAMES`, `480 3`."""
+    hues = np.radians((_EDGES[:, None] + _WIDTHS[:, None] * (np.arange(4) + 0.5) / 4).flatten())
+    lightness, chroma, hue = np.meshgrid(_TONE_MIDDLES, _CHROMA_MIDDLES, hues, indexing="ij")
+    return np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1).reshape(-1, 3)

@@ -17,9 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.colour import (
-    CHROMAS,
-    SECTORS,
-    TONES,
+    FINE_NAMES,
     Array,
     coarse_name,
     fine_bin,
@@ -62,8 +60,8 @@ SIZES = ("small", "medium", "large")
 SIDES = 40, 62  # smallest and largest side of a drawing in pixels
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
-# number of classes: concept, background, tone, chroma and sector of either colour, size, place
-SLOTS = (len(CONCEPTS), len(BACKGROUNDS), *2 * (len(TONES), len(CHROMAS), len(SECTORS)), len(SIZES), len(PLACES))
+# number of classes: concept, background, either colour, size, place
+SLOTS = (len(CONCEPTS), len(BACKGROUNDS), len(FINE_NAMES), len(FINE_NAMES), len(SIZES), len(PLACES))
 HELD_OUT_HUES = (196.0, 220.0)
 
 
@@ -141,8 +139,8 @@ class Scene:
     @property
     def slots(self) -> tuple[int, ...]:
         """The content of the rich caption as one class index per entry of `SLOTS`."""
-        colours = (*fine_bin(self.palette[0]), *fine_bin(self.palette[1]))
-        return (self.concept, self.background, *colours, self.size_class, self.place_class)
+        first, second = map(fine_bin, self.palette)
+        return (self.concept, self.background, first, second, self.size_class, self.place_class)
 
     @property
     def rich_caption(self) -> str:
