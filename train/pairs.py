@@ -16,7 +16,7 @@ class Batch:
     """Encoded picture-text pairs.
 
     `mean`, `std`: `b c h w`, the scaled parameters of q(z|x). `text`: the text tokens c_t, `b 77 c`. `image`: the adapter's input,
-    embeddings `b e` or fine features `b m e`. `empty`, `77 c`, replaces a dropped text; `null`, `e` or `m e`, a dropped picture.
+    embeddings `b e` or fine features `b m e`. `empty`, `77 c`: replaces dropped texts. `null`, `e` or `m e`: replaces dropped pictures.
     """
 
     mean: Tensor
@@ -42,7 +42,7 @@ class Batch:
 class Pairs:
     """All encoded pairs, in memory in half precision.
 
-    `texts`: `m 77 c`, the text tokens of the different captions, the empty caption first. `caption`: `n`, each picture's row of
+    `texts`: `m 77 c`, the text tokens of the distinct captions, the empty caption first. `caption`: `n`, each picture's row in
     `texts`. `images`, `n e` or `n m e`, and `null`, `e` or `m e`: the adapter's input, or None if there is no adapter.
     """
 
@@ -70,6 +70,6 @@ class Pairs:
         )
 
     def parts(self, device: str = "cpu", size: int = 64) -> Iterator[Batch]:
-        """Yield all pairs in order, on a device, in parts of nearly equal length of at most `size`."""
+        """Yield all pairs in order, on a device, in parts of nearly equal size, at most `size`."""
         for rows in torch.arange(len(self)).tensor_split(-(-len(self) // size)):
             yield self.at(rows).to(device)
