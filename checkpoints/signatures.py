@@ -33,7 +33,7 @@ def check_not_placeholder(path: Path) -> None:
 def check_is_weights(path: Path) -> None:
     """Raise ValueError if a file is neither weights nor an index of shards. The message says what the file is."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: give a weights file")
+        raise ValueError(f"{path} is a folder: name the file of weights in it")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     with open(path, "rb") as file:
