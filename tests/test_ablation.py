@@ -1,4 +1,4 @@
-"""The ablation: fair starts, honest reading, and everything end to end in small."""
+"""The ablation: equal starting points, correct scores, and a tiny run from end to end."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_forms_differ_in_what_is_trained(setting: Setting) -> None:
     assert abs(sizes["simple_wide"] / sizes["ip_adapter"] - 1) < 0.05
 
 
-def test_the_truth_is_read_as_what_it_is(bench: Bench) -> None:
-    """The true conflict pictures follow the text in concept and background, the picture in its palette (CIE76 below 5)."""
+def test_the_judge_reads_ideal_pictures_correctly(bench: Bench) -> None:
+    """Ideal conflict pictures have the concept and background of the text, and the palette of the image prompt (CIE76 below 5)."""
     test = bench.prompts.truth
     assert test is not None
     row = bench.read("conflict", test.pixels(), form="truth")
@@ -99,7 +99,7 @@ def mostly(found: list[int], expected: list[int]) -> bool:
     return sum(a == b for a, b in zip(found, expected, strict=True)) >= len(expected) - 1
 
 
-def test_the_nearest_drawing_is_told_among_all() -> None:
+def test_nearest_finds_the_drawing() -> None:
     many = [i for i in range(200) if len(CONCEPTS[CONCEPT_NAMES[World("val")[i].concept]]) > 1][:6]
     scenes = [World("val")[i] for i in many]
     other = [replace(s, drawing=(s.drawing + 1) % len(all_drawings(s))) for s in scenes]
@@ -107,7 +107,7 @@ def test_the_nearest_drawing_is_told_among_all() -> None:
     assert nearest(scenes, torch.stack([all_drawings(s)[s.drawing] for s in other])) == [s.drawing for s in other]
 
 
-def test_controls_are_not_the_picture(bench: Bench) -> None:
+def test_controls_differ_from_the_own_picture(bench: Bench) -> None:
     adapter = bench.pipeline.adapters[0]
     few = bench.first(3)
     rows = few.cell("conflict", adapter, FORMS["ip_adapter"].fuse, (1.0,)) + few.controls(
@@ -152,8 +152,8 @@ def results() -> Results:
     )
 
 
-def test_the_endpoint_is_read_where_text_is_followed_equally_often() -> None:
-    """Between 90 % at 40 and 70 % at 30 lies 80 % at 35 (to 0.1), and a form that is 5 worse is told so."""
+def test_the_endpoint_is_the_error_at_equal_text_following() -> None:
+    """80 % lies between 90 % at error 40 and 70 % at error 30, so the endpoint is 35 (to 0.1). A form that is 5 worse is reported so."""
     found = results()
     found.data["summary"] = said = summary(found)
     assert said["endpoint"]["ip_adapter"] == pytest.approx([35] * 3, abs=0.1)
@@ -167,8 +167,8 @@ def test_the_endpoint_is_read_where_text_is_followed_equally_often() -> None:
     assert verdict.startswith("- *the simple adapter") and "is worse than" in verdict
 
 
-def test_the_report_says_what_a_grey_scores_and_how_short_the_training_is() -> None:
-    """50 steps of 4 are an eighth of 1600 pictures; without a truth or the base's adapter nothing is said."""
+def test_the_caveat_states_the_grey_score_and_the_share_of_training() -> None:
+    """50 steps of 4 pictures are an eighth of 1600. The caveat is empty without ground truth or without the adapter of the base."""
     found = results()
     found.data["summary"] = summary(found)
     said = report.caveat(found)
@@ -184,8 +184,8 @@ def test_the_curve_of_a_form_starts_at_the_text_alone_and_follows_lambda() -> No
     assert found.error.mean(axis=-1) == pytest.approx(np.array([[60, 45, 35]] * 3), abs=0.1)
 
 
-def test_a_line_for_each_picture_knows_what_is_right() -> None:
-    """By hand: two prompts, of which the second concept has one drawing only."""
+def test_frame_of_marks_right_pictures() -> None:
+    """Compare with values by hand, for two prompts. The concept of the second has only one drawing."""
     truth = {
         "own": {"concept": [1, 2], "background": [0, 0]},
         "wanted": {"concept": [3, 2], "background": [1, 1]},
@@ -210,14 +210,14 @@ def test_a_line_for_each_picture_knows_what_is_right() -> None:
 @pytest.mark.parametrize(
     ("lam", "says"), [(0.25, "0.25"), (1 / 512, "1/512"), (1 / 8, "0.125"), (64.0, "64"), (0.0, "0")]
 )
-def test_a_lambda_is_written_as_people_do(lam: float, says: str) -> None:
+def test_lambdas_are_formatted_as_fractions(lam: float, says: str) -> None:
     assert fraction(lam) == says
 
 
 @pytest.mark.parametrize("measure", TOLERANCE)
 def test_a_cell_passes_within_the_tolerance_of_every_measure(measure: str) -> None:
-    """The stored and redrawn means and the largest difference are by hand; a mean that is off by more than the tolerance fails
-    its own line only, and one picture that is off much does not."""
+    """Compare with means and differences by hand. A mean that is off by more than the tolerance fails only its own line; a single
+    picture that is far off does not."""
     n, tolerance = 100, TOLERANCE[measure]
     shares = measure in ("concept", "background", "drawing")
     key = f"{measure}_own" if shares else measure
@@ -238,8 +238,8 @@ def test_a_cell_passes_within_the_tolerance_of_every_measure(measure: str) -> No
     assert far.index[~far["within"]].tolist() == [measure]
 
 
-def test_a_unit_is_done_once_for_its_key(tmp_path: Path) -> None:
-    """A key of settings, whose tuples JSON gives back as lists."""
+def test_a_memo_computes_each_key_once(tmp_path: Path) -> None:
+    """The key holds tuples, which become lists in JSON."""
     plan = Study().plan("simple", 0, 1e-3)
     key, memo = {"plan": asdict(plan)}, Memo(tmp_path)
     assert memo("x", key, lambda: [1]) == [1]
@@ -247,7 +247,7 @@ def test_a_unit_is_done_once_for_its_key(tmp_path: Path) -> None:
     assert memo("x", {"plan": asdict(replace(plan, seed=1))}, lambda: [3]) == [3]
 
 
-def test_work_from_a_results_file_is_not_done_again_and_does_not_replace_newer_work(tmp_path: Path) -> None:
+def test_restore_adds_cached_work_and_keeps_newer_work(tmp_path: Path) -> None:
     first, second = Memo(tmp_path / "first"), Memo(tmp_path / "second")
     assert first("x", {"a": 1}, lambda: 1) == 1 and first("y", {"a": 1}, lambda: 2) == 2
     assert second("y", {"a": 2}, lambda: 3) == 3
@@ -255,10 +255,10 @@ def test_work_from_a_results_file_is_not_done_again_and_does_not_replace_newer_w
     assert second("x", {"a": 1}, lambda: 0) == 1 and second("y", {"a": 2}, lambda: 0) == 3
 
 
-def test_a_lost_share_is_trained_again_not_taken_from_a_later_state(
+def test_a_missing_share_is_retrained_from_the_start(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The training is made up: every step adds 1 to a bias, and a state remembers how many were done."""
+    """The training is a stub: every step adds 1 to a bias, and the state stores the number of steps."""
     place, study = Place(TrainingSource(), tmp_path / "shipped", tmp_path, "weights", {"made": "up"}), replace(SMOKE, steps=8)
 
     def fit(setting: Setting, start: Any, plan: Plan, folder: Path, fuse: Any, until: int) -> Any:
@@ -282,9 +282,9 @@ def test_a_lost_share_is_trained_again_not_taken_from_a_later_state(
     train(place, study, "shared", 0, 1e-3)  # nothing is left to do
 
 
-def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
-    """Training, drawing, reading and the report. Another machine, which has the finished files alone, does nothing again and
-    gets the same digits; a cell that is drawn again has them too."""
+def test_a_tiny_study_end_to_end(tmp_path: Path) -> None:
+    """Train, draw, score and write the report. Another machine that has only the finished files repeats no work and gets the same
+    digits. So does a redrawn cell."""
 
     def call(*options: str) -> str:
         command = [sys.executable, "-m", "eval", "ablation", "--out", str(tmp_path), *options]
@@ -333,15 +333,15 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
         (["--out", "o", "--base", "b", "--data", "d"], "--scorer ViT-L-14:openai"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused_first(options: list[str], says: str) -> None:
+def test_incompatible_options_are_rejected_first(options: list[str], says: str) -> None:
     args = commands.parser().parse_args(["ablation", *options])
     with pytest.raises(ValueError, match=says):
         commands.run(args)
 
 
 @pytest.mark.parametrize("cell", ["shared:99:agreeing", "shared", "simple:0:nothing", "none:0:picture"])
-def test_a_cell_that_was_not_drawn_is_refused(cell: str, tmp_path: Path) -> None:
-    """By a made-up results file, and first where there is none."""
+def test_an_unknown_cell_is_rejected(cell: str, tmp_path: Path) -> None:
+    """First without a results file, then with a made-up one."""
     args = commands.parser().parse_args(["ablation", "--out", str(tmp_path), "--cell", cell])
     with pytest.raises(FileNotFoundError, match=r"ablation\.json is not there: run `python -m eval ablation` first"):
         commands.run(args)
@@ -351,7 +351,7 @@ def test_a_cell_that_was_not_drawn_is_refused(cell: str, tmp_path: Path) -> None
 
 
 def test_the_pictures_of_an_adapter_are_those_of_all_phases(tmp_path: Path) -> None:
-    """2 x 3 x 1 + 5 x 7 x 2 by its card; unknown without one."""
+    """2 x 3 x 1 + 5 x 7 x 2, from the card. Without a card, the number is None."""
     place = Place(TrainingSource(tmp_path), tmp_path, tmp_path, "weights")
     assert place.shipped_pictures() is None
     phases = [{"steps": 2, "batch": 3, "accumulate": 1}, {"steps": 5, "batch": 7, "accumulate": 2}]
@@ -360,7 +360,7 @@ def test_the_pictures_of_an_adapter_are_those_of_all_phases(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["nothing", "ViT-Q-99:openai"])
-def test_a_name_that_is_no_clip_is_refused(name: str) -> None:
+def test_an_unknown_clip_is_rejected(name: str) -> None:
     with pytest.raises(ValueError, match=r"does not name a CLIP|cannot load"):
         clip_score.find(name)
 

@@ -1,4 +1,4 @@
-"""Attention maps from outside: against diffusers' own scores, naive softmaxes, closed forms, and planted keys."""
+"""Attention maps, compared with diffusers' scores, naive softmaxes, closed forms, and keys with known positions."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_image_mass_of_several_sources_and_its_gate() -> None:
 
 
 def keep(found: list[Tensor], scores: Callable[..., Tensor], heads: int, *args: Any) -> Tensor:
-    """Diffusers' scores of one layer, noted as they pass."""
+    """Record diffusers' attention scores of one layer."""
     found.append(rearrange(probs := scores(*args), "(b h) n m -> b h n m", h=heads))
     return probs
 
@@ -111,7 +111,7 @@ def keep(found: list[Tensor], scores: Callable[..., Tensor], heads: int, *args: 
 @pytest.mark.parity("diffusers IPAdapterAttnProcessor, get_attention_scores", STORED)
 @pytest.mark.parametrize("size", [(65, 33), (9, 7)])
 def test_a_whole_unet_against_diffusers_scores(size: tuple[int, int]) -> None:
-    """Every map, text and two image prompts, is what diffusers' `get_attention_scores` gives; the grids are the true ones."""
+    """All maps (text and two image prompts) equal diffusers' `get_attention_scores`, and the grids are right."""
     both = unet_pair(replace(SMALL_SD15, res_blocks=1), linear=False)
     adapters = [adapter_for(both.ours, seed) for seed in (3, 4)]
     both.peer._load_ip_adapter_weights([official(adapter, both.ours) for adapter in adapters], low_cpu_mem_usage=False)
@@ -163,8 +163,8 @@ def context_for(unet: UNet, scale: Scale = 0.6, fuse: Fuse = decoupled, batch: i
 
 
 @pytest.mark.parametrize("fuse", [decoupled, concatenated])
-def test_a_planted_key_lights_its_place(unet: UNet, fuse: Fuse) -> None:
-    """Rows 2-4, columns 1-2 of a 9 x 7 picture must look at text token 3 and at image token 2; the map shows them there."""
+def test_a_planted_key_appears_at_its_position(unet: UNet, fuse: Fuse) -> None:
+    """Rows 2-4, columns 1-2 of a 9 x 7 picture are made to attend to text token 3 and image token 2. The maps show them there."""
     place = torch.zeros(9, 7, dtype=torch.bool)
     place[2:5, 1:3] = True
     planted = torch.where(place.reshape(1, 63, 1), 1.0, -1.0).double().expand(1, 63, 8)
@@ -185,7 +185,7 @@ def test_a_planted_key_lights_its_place(unet: UNet, fuse: Fuse) -> None:
         assert max_error(picture, seen * place.float().expand(2, 9, 7)) < SEVERAL
 
 
-def test_recording_changes_nothing_and_leaves_nothing(unet: UNet) -> None:
+def test_recording_does_not_change_the_output_and_removes_its_hooks(unet: UNet) -> None:
     x, context = randn(2, 4, 9, 7), context_for(unet)
     before = {name: dict(vars(module)) for name, module in unet.named_modules()}
     plain = unet(x, 500, context)
@@ -222,7 +222,7 @@ def test_rows_calls_and_timesteps_of_guided_steps(unet: UNet, guidance: float) -
             assert max_error(one.image[0], both.image[0][row][None]) < STORED
 
 
-def test_arguments_by_name_and_an_emptied_list(unet: UNet) -> None:
+def test_keyword_arguments_and_a_cleared_list(unet: UNet) -> None:
     x, context = randn(2, 4, 9, 7), context_for(unet)
     with record(unet) as maps:
         unet(x=x, t=7, context=context)
@@ -233,9 +233,9 @@ def test_arguments_by_name_and_an_emptied_list(unet: UNet) -> None:
 
 @pytest.mark.parametrize("fuse", [decoupled, concatenated])
 @pytest.mark.parametrize("scale", SCALES, ids=["1", "0.6", "0", "pictures", "mask"])
-def test_lambda_scales_what_is_read(unet: UNet, scale: Scale, fuse: Fuse) -> None:
-    """Maps and weights together give what the layer read: A_text V + sum of weight A_image V'. Lambda is in the weights of
-    `decoupled`, and leaves its maps as they are; a joint softmax has it inside."""
+def test_maps_and_weights_reproduce_the_attention_output(unet: UNet, scale: Scale, fuse: Fuse) -> None:
+    """Maps and weights reproduce the output of the attention: A_text V + sum of weight A_image V'. For `decoupled`, lambda is in
+    the weights and does not change the maps. A joint softmax includes it in the maps."""
     x, one, context = randn(2, 4, 9, 7), context_for(unet, 1.0, fuse), context_for(unet, scale, fuse)
     layer, inputs = unet.cross_attentions()[0], []
     handle = layer.to_out.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -313,7 +313,7 @@ def test_words_are_where_transformers_puts_them(prompt: str) -> None:
         assert tokenizer.decode([encoded.input_ids[place] for place in places]).strip() == word
 
 
-def test_unknown_words_have_no_place() -> None:
+def test_unknown_words_have_no_position() -> None:
     encoder = TextEncoder(replace(MINI_TEXT, width=8, layers=1, heads=2))
     with warnings.catch_warnings(record=True):
         rows = encoder.tokenize(["a marvellous fox on pink"])[0]
@@ -322,7 +322,7 @@ def test_unknown_words_have_no_place() -> None:
     assert [encoder.tokenize([word])[0, 1] for word, _ in places] == [rows[place] for _, (place,) in places]
 
 
-def test_named_maps_share_out_all_attention() -> None:
+def test_named_maps_sum_to_all_attention() -> None:
     with torch.device("meta"):
         encoder = TextEncoder()
     maps = torch.cat([randn(77, 9, 7).softmax(0), randn(4, 9, 7, seed=1).softmax(0)])
@@ -336,7 +336,7 @@ def test_named_maps_share_out_all_attention() -> None:
 
 
 def test_an_overlay_is_bright_where_the_map_is() -> None:
-    """White, so that only the heat shows: bilinear as torch's, whatever the map's largest value, and none where it is 0."""
+    """The picture is white, so that only the heat shows. It is upsampled bilinearly as in torch, and does not depend on the scale."""
     heat = torch.rand(9, 7, generator=torch.Generator().manual_seed(0))
     white, odd = Image.new("RGB", (70, 45), "white"), Image.new("RGB", (13, 29), "white")
     for picture in (white, odd):
@@ -359,8 +359,8 @@ def attention(*options: object) -> None:
         cli.main()
 
 
-def test_every_cell_of_a_sheet_is_shown_in_its_row() -> None:
-    """Each picture has a colour of its own, which the sheet shows as large as every other, from left to right, then below."""
+def test_every_cell_of_a_sheet_appears_in_its_row() -> None:
+    """Each picture has its own colour. All appear at the same size, from left to right, then in the next row."""
     colours = [(20 * i, 255 - 20 * i, 90) for i in range(COLUMNS + 2)]
     cells = [(Image.new("RGB", (30, 30), colour), f"picture {i}") for i, colour in enumerate(colours)]
     pixels = np.asarray(compose([Section("first", "a note", cells), Section("second", "", cells[:1])])).astype(int)
@@ -379,7 +379,7 @@ def rows_of(path: Path) -> int:
 
 
 def test_the_command_draws_a_sheet(weights: Path, image: Path, tmp_path: Path) -> None:
-    """A section each for what was drawn, the words and the image tokens; the same command gives the same sheet."""
+    """The sheet has three sections: drawing, words, image tokens. The same command gives the same sheet."""
     out = [tmp_path / f"{name}.png" for name in ("both", "again", "text", "image", "folder/other")]
     given = ("--checkpoint", weights, "--steps", 2)
     for path in out[:2]:
@@ -394,7 +394,7 @@ def test_the_command_draws_a_sheet(weights: Path, image: Path, tmp_path: Path) -
 
 
 def test_the_command_reads_official_files(image: Path, tmp_path: Path) -> None:
-    """A diffusers folder at its own picture size, the adapter as .bin, the encoder in transformers' layout."""
+    """The base is a diffusers folder with its own picture size, the adapter a .bin, the encoder in transformers' layout."""
     model = build(tmp_path, "sd15")
     files = ("--checkpoint", model.base, "--ip-adapter", model.adapters[0], "--image-encoder", model.encoder)
     attention(*files, "--image", image, "--prompt", "a fox", "--steps", 1, "--out", tmp_path / "out.png")

@@ -1,4 +1,4 @@
-"""The agreement of the judge with labels given by eye, against small examples by hand."""
+"""The agreement of the judge with human labels, compared with small examples by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_agreement_is_that_of_a_small_example() -> None:
     assert list(found.values()) == pytest.approx([100 * 3 / 5, 100 * 2 / 3, 100 / 2, 100 / 3, 15])
 
 
-def test_the_palette_error_takes_the_order_that_fits_better() -> None:
+def test_the_palette_error_uses_the_better_order() -> None:
     """White to black is 100; black to GREY is 50, by Pythagoras with 40 and 30."""
     assert palette_error(np.stack([WHITE, BLACK]), np.stack([GREY, WHITE])) == pytest.approx((0 + 50) / 2)
     assert palette_error(np.stack([WHITE, BLACK]), np.stack([WHITE, GREY])) == pytest.approx((0 + 50) / 2)
@@ -51,7 +51,7 @@ def test_colours_of_labels_are_cielab() -> None:
     assert labels.palette[5] == pytest.approx(np.array([[53.24, 80.09, 67.20], [32.30, 79.19, -107.86]]), abs=0.02)
 
 
-def test_the_answer_after_the_last_name_is_none() -> None:
+def test_the_class_after_the_last_name_is_none() -> None:
     logits = torch.eye(4)[[2, 0, 3, 1]]
     assert most_likely(logits, ["a", "b", "c"]) == ["c", "a", None, "b"]
     assert most_likely(logits[:, :3], ["a", "b", "c"])[:2] == ["c", "a"], "a judge without that answer always names one"
@@ -76,7 +76,7 @@ def test_every_picture_is_labelled_twice() -> None:
 
 
 def test_the_pictures_are_of_the_prompts_that_labels_json_names() -> None:
-    """8 sources, 25 pictures each; the texts are none, the conflicting one, or its background alone."""
+    """There are 8 sources with 25 pictures each. The text is empty, the conflicting one, or only its background."""
     prompts, sources = Prompts.of_the_world(200, seed=5), [each["adapter"] for each in LABELS["drawn"]]
     forms = [str(source).rpartition("-")[0] or source for source in sources]
     assert len(set(forms)) == 8 and all(forms.count(form) == 25 for form in forms)
@@ -87,8 +87,8 @@ def test_the_pictures_are_of_the_prompts_that_labels_json_names() -> None:
         assert each["text"] in ("", conflict, conflict[conflict.index("on a") :])
 
 
-def test_the_judge_sees_what_the_labels_say() -> None:
-    """The stored figures are those of the shipped judge, up to one or two pictures on another processor, and good enough."""
+def test_the_judge_agrees_with_the_labels() -> None:
+    """The stored numbers are good enough, and those of the shipped judge, up to one or two pictures on another processor."""
     stored, judge = read_json(ROOT / "results" / "calibration.json"), ROOT / "weights" / "judge.safetensors"
     assert stored["sha256"] == {judge.name: sha256(judge)}
     found = evaluate(load_judge(judge), ROOT / "results")

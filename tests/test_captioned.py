@@ -1,4 +1,4 @@
-"""A user's pictures and captions: what is read, what is refused and how, and what is held out."""
+"""A user's pictures and captions: formats, error messages, and the held-out split."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_of_a_folder_is_named(tmp_path: Path, fault: str) -> None:
+def test_each_problem_in_a_folder_is_named(tmp_path: Path, fault: str) -> None:
     for i in range(5):
         pair(tmp_path, f"{i}.png", i)
     spoil, sentence = FAULTS[fault]
@@ -94,8 +94,8 @@ ENTRIES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_each_fault_of_a_list_is_named(tmp_path: Path, entry: str) -> None:
-    """None of them is trained on as the word "None"."""
+def test_each_problem_in_a_list_is_named(tmp_path: Path, entry: str) -> None:
+    """In particular, null must not become the text "None"."""
     pair(tmp_path, "0.png", 0)
     wrong, sentence = ENTRIES[entry]
     (tmp_path / "data.json").write_text(json.dumps([{"image_file": "0.png", "text": "a"}, wrong]))
@@ -115,14 +115,14 @@ def test_each_fault_of_a_list_is_named(tmp_path: Path, entry: str) -> None:
         (None, "No such file"),
     ],
 )
-def test_a_list_that_is_none_is_refused(tmp_path: Path, content: bytes | None, sentence: str) -> None:
+def test_an_invalid_list_is_rejected(tmp_path: Path, content: bytes | None, sentence: str) -> None:
     if content is not None:
         (tmp_path / "data.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"data\.json: .*{sentence}"):
         captioned_files(tmp_path / "data.json")
 
 
-def test_all_faults_are_in_one_list(tmp_path: Path) -> None:
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     for i in range(130):
         pair(tmp_path, f"{i:03}.png", i % 3)
         if i % 10:
@@ -175,7 +175,7 @@ def test_a_copy_of_a_held_out_picture_is_not_trained_on() -> None:
     assert split(listed(*[0] * 50))[1] == []  # one picture, 50 times
 
 
-def test_pictures_are_told_apart_by_content(tmp_path: Path) -> None:
+def test_pictures_are_compared_by_content(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "a", 2)
     first, second = captioned_files(folder)
     Image.open(second.path).save(first.path)

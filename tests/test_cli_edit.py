@@ -1,4 +1,4 @@
-"""The command line with a picture to change, on a folder of tiny random weights."""
+"""Image to image and inpainting from the command line, with tiny random weights."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_samplers_differ(weights: Path, tmp_path: Path) -> None:
     assert difference(ddim, draw(weights, tmp_path / "b.png", "--steps", 5)) == 0
 
 
-def test_strength_is_how_much_changes(weights: Path, tmp_path: Path, photo: tuple[Path, Path]) -> None:
-    """The less, the nearer to the picture through the autoencoder."""
+def test_strength_controls_the_change(weights: Path, tmp_path: Path, photo: tuple[Path, Path]) -> None:
+    """With a lower strength, the result is nearer to the picture's reconstruction by the VAE."""
     options, out = ("--steps", 10, "--init-image", photo[0]), tmp_path / "a.png"
     little, much, most = (draw(weights, out, *options, "--strength", strength) for strength in (0.1, 0.8, 1))
     assert little.shape == (16, 24, 3)
@@ -71,12 +71,12 @@ def nine(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_adapter_is_not_trained_on_a_network_that_inpaints(nine: Path, tmp_path: Path) -> None:
+def test_adapters_cannot_be_trained_on_an_inpainting_model(nine: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is an inpainting model: train on the text-to-image model"):
         prepare(TrainingSource(base=nine), tmp_path)
 
 
-def test_what_is_no_adapter_is_told_before_the_base_is_read(
+def test_files_that_are_not_adapters_are_rejected_before_the_base_is_loaded(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "load_base", lambda *_: pytest.fail("the base was read"))
@@ -86,7 +86,7 @@ def test_what_is_no_adapter_is_told_before_the_base_is_read(
         load(weights, weights / "vae.safetensors")
 
 
-def test_a_network_that_inpaints(nine: Path, tmp_path: Path, photo: tuple[Path, Path], image: Path) -> None:
+def test_an_inpainting_model(nine: Path, tmp_path: Path, photo: tuple[Path, Path], image: Path) -> None:
     options = ("--init-image", photo[0], "--mask", photo[1], "--no-paste")
     drawn = draw(nine, tmp_path / "a.png", *options, "--image", image)
     assert difference(drawn, draw(nine, tmp_path / "b.png", *options)) > 1  # the image prompt shows
@@ -114,7 +114,7 @@ def test_a_network_that_inpaints(nine: Path, tmp_path: Path, photo: tuple[Path, 
         ("--init-image PHOTO --strength 0.2", "strength 0.2 of 3 steps is less than one step"),
     ],
 )
-def test_changes_that_do_not_fit_are_refused(
+def test_invalid_edits_are_rejected(
     weights: Path, tmp_path: Path, photo: tuple[Path, Path], image: Path, options: str, message: str
 ) -> None:
     Image.new("RGB", (26, 18)).save(photo[0].parent / "odd.png")
@@ -125,10 +125,10 @@ def test_changes_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L with a clear level", "P"])
-def test_what_is_transparent_in_a_mask_is_not_repainted(
+def test_transparent_parts_of_a_mask_are_not_repainted(
     weights: Path, tmp_path: Path, photo: tuple[Path, Path], image: Path, mode: str
 ) -> None:
-    """White strokes on nothing are the mask that is white there and black elsewhere, for --mask and for --image-mask."""
+    """White strokes on a transparent mask equal white strokes on a black one, for --mask and --image-mask."""
     strokes = Image.open(photo[1])  # black on the left, white on the right
     white = Image.new("L", strokes.size, 255)
     clear = photo[0].parent / "clear.png"
@@ -150,7 +150,7 @@ def test_what_is_transparent_in_a_mask_is_not_repainted(
 def test_a_picture_of_an_odd_size_is_cropped_when_asked(
     weights: Path, tmp_path: Path, photo: tuple[Path, Path]
 ) -> None:
-    """The message offers it; the mask is cut alike; the middle of the picture is what stays."""
+    """The error message suggests --crop. It crops the picture and the mask to the same centre."""
     pixels = np.random.default_rng(1).integers(0, 256, (19, 27, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "odd.png")
     mask = np.zeros((19, 27), np.uint8)

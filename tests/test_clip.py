@@ -1,4 +1,4 @@
-"""The mini CLIP's last scaling, and the paper's two measures against open_clip and the published formula."""
+"""The final scaling of the mini CLIP; CLIP-I and CLIP-T compared with open_clip and the published formula."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_embeddings_get_entries_of_deviation_one_and_keep_their_cosines(monkeypa
 
 
 def test_targets_over_colour_names_are_a_softmax_of_linear_functions_of_the_colour() -> None:
-    """An adapter's projection is linear, and so is the layer that predicts colour names: both can be exact in CIELAB."""
+    """The adapter's projection and the layer that predicts colour names are both linear, so both can represent CIELAB exactly."""
     colours = torch.from_numpy(fine_colours()) * torch.tensor([2.0, 1.0, 1.0])
     logits = colours @ colours.T / clip.SIMILAR**2 - colours.square().sum(dim=1) / (2 * clip.SIMILAR**2)
     torch.testing.assert_close(logits.softmax(dim=1).float(), clip.similar_names(), atol=1e-6, rtol=0)
@@ -61,7 +61,7 @@ def test_clip_score_is_the_published_formula() -> None:
 @pytest.mark.parity("open_clip encoders and preprocessing, float32", COSINE)
 @pytest.mark.parametrize("n", [1, 3])
 def test_any_open_clip_model_scores_as_its_own_features_say(n: int, tmp_path: Path) -> None:
-    """Through open_clip's own preprocessing, tokenizer and encoders; one picture at a time or together."""
+    """The reference uses open_clip's preprocessing, tokenizer and encoders. Pictures are scored one at a time or together."""
     vision = {"image_size": 48, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
     sizes = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": {"width": 32, "heads": 2, "layers": 2}}
     (tmp_path / "tiny-CLIP.json").write_text(json.dumps(sizes))

@@ -27,7 +27,7 @@ def denoiser(x: Tensor, t: int) -> Tensor:
 
 
 def peer_trajectory(x: Tensor, schedule: Schedule, steps: int, eta: float, exact: bool) -> list[Tensor]:
-    """diffusers' latents after every step, with noise from generators 5, 6. `exact` makes its float32 alphas double."""
+    """Return diffusers' latents after every step, with noise from generators 5, 6. With `exact`, its float32 alphas become float64."""
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -81,7 +81,7 @@ def test_trajectories_that_end_at_one(offset: int, eta: float) -> None:
     assert error(ours, peer_trajectory(x, schedule, 20, eta, exact=True)) < EXACT
 
 
-def test_states_tell_where_they_are() -> None:
+def test_states_hold_their_index_and_timestep() -> None:
     schedule = Schedule(final_one=True)
     states = list(ddim(denoiser, randn(SHAPE, generators(1)), schedule, ddim_times(schedule, 7)))
     assert [state.index for state in states] == list(range(7))
@@ -89,7 +89,7 @@ def test_states_tell_where_they_are() -> None:
     assert torch.equal(states[-1].x, states[-1].x0)  # the last step, to a = 1, is x_0 itself
 
 
-def test_every_step_asks_once_and_only_when_it_is_needed() -> None:
+def test_the_network_is_called_once_per_step_and_lazily() -> None:
     asked: list[int] = []
 
     def counting(x: Tensor, t: int) -> Tensor:
@@ -104,7 +104,7 @@ def test_every_step_asks_once_and_only_when_it_is_needed() -> None:
 
 @pytest.mark.parametrize("eta", [-0.5, 1.5])
 def test_eta_outside_its_range_is_refused(eta: float) -> None:
-    """Above 1 the direction's coefficient is the root of a negative number."""
+    """Above 1, the coefficient of eps would be the square root of a negative number."""
     with pytest.raises(ValueError, match="eta"):
         DDIM.noise(eta, generators(1))
 
@@ -116,7 +116,10 @@ def gaussian_eps(mean: float, std: float, alphas: Tensor) -> Denoiser:
 
 
 def gaussian_error(steps: int, mean: float = 2.0, std: float = 0.5) -> float:
-    """Between DDIM's map and the ODE's, which is x_T -> mean + std (x_T - sqrt(a_T) mean) / sqrt(a_T std^2 + 1 - a_T)."""
+    """Compute the difference between the maps of DDIM and of the ODE.
+
+    The ODE's map is x_T -> mean + std (x_T - sqrt(a_T) mean) / sqrt(a_T std^2 + 1 - a_T).
+    """
     schedule = Schedule(spacing="trailing", final_one=True)
     x, a = torch.linspace(-3, 3, 61, dtype=torch.float64), float(schedule.alphas[999])
     exact = mean + std * (x - a**0.5 * mean) / (a * std**2 + 1 - a) ** 0.5
@@ -125,7 +128,7 @@ def gaussian_error(steps: int, mean: float = 2.0, std: float = 0.5) -> float:
 
 
 def test_error_on_a_gaussian_falls_like_one_over_steps() -> None:
-    """Times log(steps): near t = 0 the noise level sqrt((1 - a) / a) grows like sqrt(t), so the last steps weigh most."""
+    """Up to a factor log(steps): near t = 0, the noise level sqrt((1 - a) / a) grows like sqrt(t), so the last steps dominate."""
     errors = {steps: gaussian_error(steps) for steps in (25, 50, 100, 200, 500)}
     constants = [found * steps / math.log(steps) for steps, found in errors.items()]
     assert errors[500] < 0.02 < 0.1 < errors[25], errors
@@ -133,7 +136,7 @@ def test_error_on_a_gaussian_falls_like_one_over_steps() -> None:
 
 
 def test_v_gives_the_same_map_as_epsilon() -> None:
-    """v = sqrt(a) eps - sqrt(1 - a) x_0 of the same exact denoiser."""
+    """v = sqrt(a) eps - sqrt(1 - a) x_0 is computed from the same exact denoiser."""
     eps_schedule, v_schedule = Schedule(), Schedule(prediction="v")
     eps, a = gaussian_eps(2.0, 0.5, eps_schedule.alphas), eps_schedule.alphas.double().tolist()
 
@@ -151,7 +154,7 @@ def test_v_gives_the_same_map_as_epsilon() -> None:
 
 
 def mixture_eps(weights: Tensor, means: Tensor, std: float, alphas: Tensor) -> Denoiser:
-    """The exact E[eps | x_t] of a mixture of Gaussians: the components' own, weighted by their posterior."""
+    """Compute the exact E[eps | x_t] of a mixture of Gaussians: those of the components, weighted by their posterior."""
     a = alphas.double().tolist()
 
     def eps(x: Tensor, t: int) -> Tensor:
@@ -187,7 +190,7 @@ def test_noise_of_a_picture_is_the_same_at_any_batch_size(batch: int) -> None:
     assert torch.equal(randn(SHAPE, generators(*seeds))[-1], alone)
 
 
-def test_noise_takes_type_from_its_like() -> None:
+def test_noise_has_the_dtype_of_like() -> None:
     drawn = randn(SHAPE, generators(7), torch.zeros(1, dtype=torch.float64))
     assert drawn.dtype == torch.float64 and torch.equal(drawn, randn(SHAPE, generators(7)).double())
 

@@ -54,7 +54,7 @@ def peer(schedule: Schedule, steps: int) -> Any:
 
 
 class Double:
-    """torch, but for what it calls float32."""
+    """torch, but its float32 is float64."""
 
     float32 = torch.float64
 
@@ -63,7 +63,7 @@ class Double:
 
 
 def peer_trajectory(x: Tensor, schedule: Schedule, steps: int, start: int = 0, exact: bool = False) -> list[Tensor]:
-    """diffusers' latents after every step from `start`. `exact` makes its float32 sigmas, and its casts to float32, double."""
+    """Return diffusers' latents after every step from `start`. With `exact`, its float32 sigmas and casts become float64."""
     scheduler, states = peer(schedule, steps), []
     scheduler.set_begin_index(start)
     with pytest.MonkeyPatch.context() as m:
@@ -97,7 +97,7 @@ def test_trajectories_are_those_of_diffusers(spacing: Spacing, prediction: Predi
 @pytest.mark.parametrize("start", [1, 6, 18, 19])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_a_part_of_the_schedule_is_that_of_diffusers(spacing: Spacing, start: int) -> None:
-    """Its first step is of first order, wherever it starts."""
+    """The first step that runs is of first order."""
     schedule, x = Schedule(spacing=spacing, offset=0), randn(SHAPE, generators(1, 2, 3)).double()
     ours = [state.x for state in dpm(denoiser, x, schedule, dpm_times(schedule, 20), start)]
     assert error(ours, peer_trajectory(x, schedule, 20, start, exact=True)) < EXACT
@@ -122,7 +122,7 @@ def test_steps_that_do_not_fit_are_refused(spacing: Spacing, steps: int) -> None
 
 
 def test_a_timestep_is_never_visited_twice() -> None:
-    """999 leading steps begin at 1000, which is cut to 999."""
+    """999 leading steps would start at timestep 1000, which is clipped to 999."""
     with pytest.raises(ValueError, match="999 steps are too many"):
         visits(Schedule(spacing="leading"), 999)
     assert len(visits(Schedule(spacing="trailing"), 1000)) == 1000
@@ -134,7 +134,7 @@ def test_eta_is_refused() -> None:
     assert DPM.noise(0.0, generators(1)) == {}
 
 
-def test_states_tell_where_they_are() -> None:
+def test_states_hold_their_index_and_timestep() -> None:
     states = list(dpm(denoiser, randn(SHAPE, generators(1)), Schedule(), dpm_times(Schedule(), 7), start=2))
     assert [state.index for state in states] == list(range(2, 7))
     assert [state.t for state in states] == visits(Schedule(), 7)[2:]
@@ -142,7 +142,7 @@ def test_states_tell_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("sampler", [DDIM, DPM], ids=["ddim", "dpm++"])
-def test_what_enters_a_step_is_what_it_sees(sampler: Sampler) -> None:
+def test_the_network_sees_the_latents_that_enter_returns(sampler: Sampler) -> None:
     seen: list[Tensor] = []
 
     def watching(x: Tensor, t: int) -> Tensor:
@@ -181,8 +181,8 @@ def gaussian_error(steps: int, end: int = 199, mean: float = 2.0, std: float = 0
     return float((found - exact).abs().max())
 
 
-def test_order_two() -> None:
-    """Twice the steps, a quarter of the error."""
+def test_the_order_is_two() -> None:
+    """With twice the steps, the error is a quarter."""
     errors = [gaussian_error(steps) for steps in (25, 50, 100, 200)]
     ratios = [a / b for a, b in pairwise(errors)]
     assert errors[0] < 0.01 and all(3.5 < ratio < 4.5 for ratio in ratios), (errors, ratios)

@@ -1,4 +1,4 @@
-"""Drawing in Python: a request gives the command line's picture, and one value does where several are meant."""
+"""Drawing in Python: a request gives the same picture as the command line, and single values are accepted as lists of one."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_a_request_is_the_command_lines_picture(weights: Path, pipeline: Pipelin
     assert difference(pixels(pipeline.draw(request)), drawn) == 0
 
 
-def test_one_value_does_where_several_are_meant(pipeline: Pipeline, image: Path) -> None:
-    """A string is no list of its letters."""
+def test_single_values_are_accepted_as_lists_of_one(pipeline: Pipeline, image: Path) -> None:
+    """A string is one prompt, not a list of characters."""
     several = pipeline.sample(["a fox"], [3], pipeline.embed([Image.open(image)]), ["an owl"], steps=2)
     assert torch.equal(pipeline.sample("a fox", 3, pipeline.embed(str(image)), "an owl", steps=2), several)
     assert torch.equal(pipeline.text.tokenize("a fox"), pipeline.text.tokenize(["a fox"]))
@@ -121,7 +121,7 @@ PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/drawing
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_commands_on_a_page_are_read(name: str) -> None:
-    """And the pictures of the first are shipped."""
+    """The commands can be parsed, and the pictures of the first one are shipped."""
     text = PAGES[name].replace("\\\n", " ")
     commands = [
         parse(shlex.split(line)[3:])

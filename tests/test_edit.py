@@ -24,7 +24,7 @@ LEVEL = 1  # of 255
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pipeline, Model]]:
-    """Ours and diffusers' of a small base model; "nine" is "sd15" with the UNet of an inpainting model."""
+    """Build our and diffusers' pipeline of a small base model. "nine" is "sd15" with the UNet of an inpainting model."""
     made: dict[str, tuple[Pipeline, Model]] = {}
 
     def get(name: str) -> tuple[Pipeline, Model]:
@@ -178,8 +178,8 @@ def test_a_network_that_inpaints_is_diffusers(model: Get, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("base", ["sd15", "nine"])
-def test_what_the_mask_leaves_is_the_picture_itself(model: Get, base: str) -> None:
-    """Black stays bit for bit, white is what was drawn, and grey lies between by its share."""
+def test_pasting_keeps_pixels_outside_the_mask(model: Get, base: str) -> None:
+    """Where the mask is black, pixels are unchanged; where it is white, they are those drawn; grey interpolates linearly."""
     pipeline, _ = model(base)
     ask = Ask(base, num=2, each=True)
     raw, pasted = ours(pipeline, ask, True), ours(pipeline, ask, True, paste=True)
@@ -197,8 +197,8 @@ def test_pictures_do_not_depend_on_their_batch(model: Get) -> None:
     assert difference(together[2:], ours(pipeline, Ask(eta=1.0, seed=6), True)) <= 1
 
 
-def test_white_of_strength_one_is_drawn_as_without_a_picture(model: Get) -> None:
-    """All is repainted, from noise alone: the picture shows in nothing but the generator, which its posterior moved on."""
+def test_a_white_mask_at_strength_one_ignores_the_picture(model: Get) -> None:
+    """Everything is repainted from noise alone, so the drawing does not depend on the old picture."""
     pipeline, _ = model("sd15")
     white = torch.ones(1, 1, 16, 24)
     pixels = [to_tensor(picture((16, 24), seed)) for seed in (0, 1)]
@@ -229,7 +229,7 @@ def edit(height: int, width: int, b: int = 1, masks: int = 0) -> Edit:
         ("sd15", edit(16, 24), {"sampler": DPM, "eta": 1.0}, "eta works only with DDIM"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_inputs_that_do_not_match_are_rejected(
     model: Get, base: str, given: Edit | None, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -242,7 +242,7 @@ def test_a_mask_of_another_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_levels_come_back(mode: Literal["RGB", "L"]) -> None:
+def test_grey_levels_round_trip(mode: Literal["RGB", "L"]) -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(8, 32)
     image = Image.fromarray(levels).convert(mode)
     tensor = to_tensor(image)

@@ -1,4 +1,4 @@
-"""The command line of the measurements: its help, and which module answers a command."""
+"""The command line of `python -m eval`: help, the modules of the commands, and error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 @pytest.mark.parametrize("command", ["", *MODULES])
 def test_help_imports_nothing_heavy(command: str) -> None:
-    """As the shell runs it."""
+    """Run in a new process."""
     code = f"""
 import runpy, sys
 sys.argv = ["eval", *{command.split()!r}, "--help"]
@@ -66,7 +66,7 @@ def test_trainings_are_not_measurements(command: str) -> None:
 
 
 def told(monkeypatch: pytest.MonkeyPatch, *options: object) -> str:
-    """What the command says when it refuses."""
+    """Run a command that must fail; return its error message."""
     monkeypatch.setattr("sys.argv", ["eval", *map(str, options)])
     with pytest.raises(SystemExit) as error:
         main()
@@ -77,7 +77,7 @@ def told(monkeypatch: pytest.MonkeyPatch, *options: object) -> str:
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The output is a folder, or would be in a file; nothing can be loaded here, so work would say something else."""
+    """The output is a folder, or inside a file. No weights exist here, so any work would give another error."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" if command == "ablation" else tmp_path
@@ -102,14 +102,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command", ["ablation", "world", "fine", "frechet"])
-def test_a_missing_cuda_device_is_told(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_cuda_device_is_reported(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     out = tmp_path if command == "ablation" else tmp_path / "results.json"
     assert "no CUDA device" in told(monkeypatch, command, "--device", "cuda", "--out", out)
 
 
 def test_parity_names_what_is_not_equal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A part whose error is more than twice the public one, in one precision; the numbers are written first."""
+    """One part has more than twice the public error in one dtype. The numbers are written before the error is raised."""
     parts = {
         "a": {"float32": [1e-6, 1.9e-6], "bfloat16": [0.01, 0.021]},
         "b": {"float32": [1.0, 1.0], "bfloat16": [1.0, 0.1]},
@@ -126,8 +126,8 @@ def test_a_table_is_markdown() -> None:
     assert summary({"a": 0.12345, "b": 2}) == "a 0.123, b 2.000"
 
 
-def test_two_sides_are_timed_in_turn() -> None:
-    """Sleeping is what takes the time: the ratio is that of the two sleeps, and every round warms up first."""
+def test_two_functions_are_timed_alternately() -> None:
+    """The functions only sleep, so the ratio is that of the sleeps. Every round starts with a warm-up run."""
     import time
 
     calls: list[str] = []

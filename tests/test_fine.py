@@ -1,4 +1,4 @@
-"""Global against fine-grained features: what is measured, and how it is told."""
+"""Global compared with fine-grained features: the measurement and its table."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def weights(tmp_path: Path) -> Path:
 def test_both_adapters_are_read(
     weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the command: a row each, of the image prompt alone; the files are named by their hashes."""
+    """The command writes one row per adapter, with the image prompt alone, and the hashes of the adapter files."""
     drawn: list[tuple[str, float, int]] = []
     draw = Bench.draw
 

@@ -25,7 +25,7 @@ def rotation(seed: int, n: int) -> Tensor:
 
 
 def test_independent_features() -> None:
-    """|m - m'|^2 + sum of (s - s')^2 over standard deviations; the same in any other orthonormal basis."""
+    """The distance is |m - m'|^2 + the sum of (s - s')^2 over standard deviations, in every orthonormal basis."""
     rng = np.random.default_rng(0)
     means, deviations = rng.normal(size=(2, 6)), rng.uniform(0, 3, (2, 6))
     expected = ((means[0] - means[1]) ** 2).sum() + ((deviations[0] - deviations[1]) ** 2).sum()
@@ -37,7 +37,7 @@ def test_independent_features() -> None:
 
 
 def test_dependent_features() -> None:
-    """Two covariances of 2 x 2 that do not commute: the trace of the root of M is (tr M + 2 det(M)^1/2)^1/2."""
+    """The two 2 x 2 covariances do not commute. The trace of the square root of M is (tr M + 2 det(M)^1/2)^1/2."""
     a, b = gaussian([0, 0], [[2, 1], [1, 3]]), gaussian([1, 2], [[5, -2], [-2, 1]])
     product = a[1] @ b[1]
     cross = (torch.trace(product) + 2 * torch.det(product).sqrt()).sqrt()
@@ -47,7 +47,7 @@ def test_dependent_features() -> None:
 
 
 def test_fewer_pictures_than_features() -> None:
-    """Singular covariances: the distance from itself is 0, and a shift costs its square."""
+    """The covariances are singular. The distance to itself is 0, and a shift adds its squared length."""
     x = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
     assert distance(moments(x), moments(x)) == pytest.approx(0, abs=1e-6)
     assert distance(moments(x), moments(x + 2)) == pytest.approx(4 * 20, abs=1e-4)
@@ -62,7 +62,7 @@ def test_moments_are_numpy_s() -> None:
     np.testing.assert_allclose(root(covariance) @ root(covariance), covariance, atol=1e-12)
 
 
-def test_frechet_as_the_shell_runs_it(
+def test_the_frechet_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "frechet.json"

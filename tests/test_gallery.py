@@ -1,4 +1,4 @@
-"""The gallery: every sheet is drawn, and names flags that are there."""
+"""The gallery: every sheet is drawn, and names only existing flags."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def flags(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", gallery.SHEETS)
 def test_a_sheet_is_drawn(artist: gallery.Artist, name: str) -> None:
-    """Its columns have titles, its rows notes, its notes flags that are there, and what is drawn in a row differs."""
+    """All columns have titles, all rows have notes, the notes name existing flags, and the drawings in a row differ."""
     title, draw = gallery.SHEETS[name]
     columns, rows, notes = draw(artist)
     given = len(columns[0])
@@ -66,7 +66,7 @@ def test_the_command_writes_every_sheet(
 
 
 def test_a_sheet_shows_its_pictures() -> None:
-    """At their size; a title moves them down, and makes room for itself."""
+    """Pictures appear at the right size. A title moves them down and widens the sheet if necessary."""
     pictures, colours = [Image.new("RGB", (64, 64), name) for name in ("red", "lime", "blue")], np.eye(3) * 255
     pages = [
         np.asarray(sheet([["a"], ["b", "c"]], [pictures, pictures[::-1]], ["", "note"], title=title))

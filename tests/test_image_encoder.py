@@ -1,4 +1,4 @@
-"""The image tower against transformers' CLIPVisionModelWithProjection, and preprocessing against its processor."""
+"""The image encoder against transformers' CLIPVisionModelWithProjection, and preprocessing against its processor."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_features_equal_transformers(activation: Any) -> None:
 
 @pytest.mark.parametrize(("stem_pool", "side"), [(True, 2), (False, 4)])
 def test_resnet_features(stem_pool: bool, side: int) -> None:
-    """Fine features are the last stage's grid, row by row, with the places that CLIP's attention pooling adds; of it the
-    embedding is made: the grid's mean asks, and mean and cells answer."""
+    """Fine features are the cells of the last feature map, row by row, plus the position embeddings of CLIP's attention pooling.
+    In that pooling, the query is the mean of the cells; the keys and values are the mean and the cells."""
     ours = randomise(
         ImageEncoder(
             ImageConfig("resnet", 64, width=8, layers=(1, 1, 1, 1), heads=4, output_dim=10, stem_pool=stem_pool)
@@ -97,7 +97,7 @@ def encoder(side: int) -> ImageEncoder:
         return ImageEncoder(ImageConfig(kind="resnet", image_size=side, width=8, layers=(1, 1, 1, 1), heads=4))
 
 
-def test_squash_keeps_everything_and_not_the_shape() -> None:
+def test_squash_keeps_all_pixels_but_not_the_aspect_ratio() -> None:
     picture = photo(90, 40)
     want = normalise(
         torch.from_numpy(np.array(picture.resize((64, 64), Image.Resampling.BICUBIC))).permute(2, 0, 1).float() / 255
@@ -106,8 +106,8 @@ def test_squash_keeps_everything_and_not_the_shape() -> None:
 
 
 @pytest.mark.parametrize("wide", [True, False])
-def test_pad_keeps_the_shape_and_adds_bars_of_the_mean(wide: bool) -> None:
-    """The mean colour is 0 after normalisation, so bars say nothing."""
+def test_pad_keeps_the_aspect_ratio_and_adds_bars_of_the_mean(wide: bool) -> None:
+    """The mean colour is 0 after normalisation, so the bars carry no information."""
     picture = Image.new("RGB", (128, 64) if wide else (64, 128), "white")
     pixels = encoder(64).preprocess(picture, "pad")
     pixels = pixels if wide else pixels.mT
@@ -126,7 +126,7 @@ def test_fits_agree_on_a_square() -> None:
 @pytest.mark.parity("pillow paste, resize", 0)
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (200, 60), (61, 203), (300, 1), (2, 130)])
 def test_padding_row_by_row_is_padding_first(size: tuple[int, int]) -> None:
-    """Bit for bit, by Pillow's own paste and resize of the whole square."""
+    """The results are equal bit for bit. The reference pastes into a full square and resizes it with Pillow."""
     picture, side = photo(*size), max(size)
     square = Image.new("RGB", (side, side), tuple(round(255 * m) for m in MEAN))
     square.paste(picture, ((side - size[0]) // 2, (side - size[1]) // 2))
@@ -146,7 +146,7 @@ def test_a_strip_is_cut_where_resizing_it_whole_would_cut(size: tuple[int, int])
 
 
 def test_strips_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No picture on the way is larger than 64 MB: 60000 x 1 took 12 GB when it was resized, or padded, as a whole."""
+    """No intermediate picture is larger than 64 MB. Resizing or padding 60000 x 1 as a whole would take 12 GB."""
     made, new, resize = [], Image.new, Image.Image.resize
 
     def watch(make: Any) -> Any:

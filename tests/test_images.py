@@ -1,4 +1,4 @@
-"""Pictures as people have them: every mode and rotation of Pillow's, damaged files, and settings in a PNG."""
+"""Picture files: all modes and rotations of Pillow, damaged files, and settings in a PNG."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_usual_files_are_read(tmp_path: Path, suffix: str) -> None:
 
 
 def strokes(mode: str) -> tuple[Image.Image, dict[str, Any]]:
-    """White on the left; on the right nothing: transparent where the mode can be, else black."""
+    """The left is white. The right is transparent, or black if the mode has no transparency."""
     image = Image.new("L", (8, 8), 0)
     image.paste(255, (0, 0, 4, 8))
     if mode in ("RGBA", "LA"):
@@ -217,7 +217,7 @@ OPAQUE_MODES = ["1", "L", "P", "RGB", "CMYK", "I;16", "I", "F", "YCbCr"]
 
 
 @pytest.mark.parametrize("mode", TRANSPARENT_MODES + OPAQUE_MODES)
-def test_a_mask_is_white_strokes(tmp_path: Path, mode: str) -> None:
+def test_masks_with_white_strokes(tmp_path: Path, mode: str) -> None:
     image, options = strokes(mode)
     suffix = "tiff" if mode in ("CMYK", "I", "F", "YCbCr") else "png"
     mask = read_mask(saved(image, tmp_path / f"a.{suffix}", **options))
@@ -258,7 +258,7 @@ def test_flipped_bytes_are_a_picture_or_a_value_error(tmp_path: Path, suffix: st
 
 @pytest.mark.parametrize("fourcc", [b"XXXX", b"DX10", b"\0\0\0\0"])
 def test_pixel_formats_that_pillow_does_not_know(tmp_path: Path, fourcc: bytes) -> None:
-    """Its decoders raise NotImplementedError, RuntimeError and others for them."""
+    """Pillow's decoders raise NotImplementedError, RuntimeError and others."""
     (tmp_path / "a.dds").write_bytes(encoded("dds")[:80] + struct.pack("<I", 4) + fourcc + encoded("dds")[88:])
     with pytest.raises(ValueError, match=r"a\.dds"):
         open_image(tmp_path / "a.dds")
@@ -267,7 +267,7 @@ def test_pixel_formats_that_pillow_does_not_know(tmp_path: Path, fourcc: bytes) 
 @pytest.mark.parametrize(
     "content", [b"", b"just some text\n", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"%PDF-1.4"]
 )
-def test_files_that_are_no_pictures(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_pictures(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"notes\.png"):
@@ -290,7 +290,7 @@ def test_only_regular_files_are_read(tmp_path: Path, read: Any) -> None:
             read(path)
 
 
-def test_a_strip_longer_than_any_picture(tmp_path: Path) -> None:
+def test_a_strip_that_is_too_long(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"strip\.png: more pixels"):
         open_image(saved(Image.new("1", (2**16 + 1, 1)), tmp_path / "strip.png"))
 
@@ -369,7 +369,7 @@ def test_settings_of_a_foreign_picture(tmp_path: Path, text: str | None) -> None
         read_settings(png_with(text, tmp_path / "foreign.png"))
 
 
-def test_settings_of_what_is_no_picture(tmp_path: Path) -> None:
+def test_settings_of_files_that_are_not_pictures(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("text")
     for name in ("a.png", "missing.png", ""):
         with pytest.raises(ValueError, match=name or str(tmp_path)):

@@ -1,4 +1,4 @@
-"""The judge and the second CLIP: what they read, and that their stages write what the measurements load."""
+"""The judge and the second CLIP: their accuracy, and that the measurements can load what their training writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_shipped_judge_reads_true_pictures() -> None:
-    """Held-out pictures: 99 % of the concepts, all backgrounds, the palette to CIE76 3, the placement to two pixels."""
+    """On held-out pictures: 99 % of concepts, all backgrounds, palettes within CIE76 3, placements within two pixels."""
     scenes = [World("test")[i] for i in range(400)]
     truth = ground_truth(scenes)
     reading = load_judge(ROOT / "weights" / "judge.safetensors").read(bytes_to_tensor(pictures(scenes)))
@@ -33,7 +33,7 @@ def test_the_shipped_judge_reads_true_pictures() -> None:
 
 
 def test_the_palette_is_a_mean_of_colours_that_are_there() -> None:
-    """Whatever the weights are: a picture of one colour has that colour twice, by the closed form of CIELAB."""
+    """For any weights, the palette of a picture of one colour is that colour twice, by the closed form of CIELAB."""
     torch.manual_seed(0)
     colour = np.array([0.2, 0.5, 0.7])
     x = torch.tensor(2 * colour - 1).float().view(1, 3, 1, 1).expand(2, 3, 64, 64)
@@ -61,7 +61,7 @@ def test_the_judge_can_be_trained_and_loaded(tmp_path: Path) -> None:
 
 
 def test_the_second_clip_can_be_trained_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both towers end in the same width, so their cosines exist."""
+    """Both encoders have the same output width, so their cosine is defined."""
     monkeypatch.setattr(clip, "probe", lambda image: {"concept": 0.0})
     plan = replace(scorer.PHASES[0], steps=2, batch=4, bf16=False)
     scorer.train(tmp_path / "state", tmp_path, (plan,), count=24)
@@ -74,7 +74,7 @@ def test_the_second_clip_can_be_trained_and_loaded(tmp_path: Path, monkeypatch: 
 
 
 def spoilt(n: int = 256, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, spoiled.Labels]:
-    """(pictures, their concepts, spoiled pictures, labels), from true pictures and other drawings."""
+    """Return (pictures, their concepts, spoiled pictures, labels), made from true pictures and other drawings."""
     pool = judge.answers(n - 16, 16, "cpu")
     x, truth = pool.at(torch.arange(n))
     made, labels = spoiled.spoiled(x, truth["concept"], truth["background_rgb"], generator(seed, 0))
@@ -91,7 +91,7 @@ def test_spoiled_pictures_are_labelled_none_and_the_others_are_left_alone() -> N
     assert 0.5 < float(labels.concept_known[~same].mean()) < 1 and (concept[240:] == spoiled.NONE).all()
 
 
-def test_a_warp_of_nothing_changes_nothing_and_moves_as_far_as_it_says() -> None:
+def test_a_warp_displaces_pixels_by_its_standard_deviation() -> None:
     x = torch.linspace(-1, 1, 64).expand(400, 1, 64, 64)
     still = spoiled.warped(x, torch.zeros(400), generator(0, 0))
     torch.testing.assert_close(still, x.contiguous(), atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""The `parity` marks of the tests, and the table that is made of them."""
+"""The `parity` marks of the tests, and their table."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_a_peer_without_a_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_mark_is_in_the_table() -> None:
-    """Also one that `marks` would overlook: on a class, or on a whole module."""
+    """This includes marks on a class or on a whole module, which `marks` would miss."""
     assert sum(text.count("pytest.mark.parity") for text in FILES.values()) == marks.table(ROOT).count("](../tests/")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_named_after_a_peer_is_marked(name: str) -> None:
+def test_tests_named_after_a_peer_are_marked(name: str) -> None:
     tests = {node.name for node in ast.parse(FILES[name]).body if isinstance(node, ast.FunctionDef)}
     named = {test for test in tests if test.startswith("test_") and PEER.search(test)}
     assert named <= {test for test, *_ in marks.marks(ast.parse(FILES[name]))}

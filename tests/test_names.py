@@ -1,4 +1,4 @@
-"""Each table of names is a bijection at the true size, onto the names that the other projects' own networks have."""
+"""Each table of names is a bijection, at full size, onto the names in the networks of the other projects."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def peer_vae(config: VAEConfig) -> Any:
 
 
 def check_bijection(ours: nn.Module, names: Names, theirs: nn.Module, count: int) -> None:
-    """Onto, one to one, and between tensors of one shape, but for what the table joins or turns and for 1 x 1 convolutions."""
+    """Check that names map one to one onto those of the peer, and that shapes agree.
+
+    Exceptions are concatenated and transposed tensors, and 1 x 1 convolutions.
+    """
     here, there = ours.state_dict(), theirs.state_dict()
     flat = [name for joined in names.values() for name in joined]
     assert names.keys() == here.keys()
@@ -77,14 +80,14 @@ def test_the_vae_in_diffusers() -> None:
 
 
 def marked(names: Iterable[str], prefix: str) -> dict[str, Any]:
-    """A checkpoint whose tensors are numbers, to see where a converter puts each."""
+    """Build a checkpoint whose tensors are distinct numbers, so that one can see where a converter puts each of them."""
     return {prefix + name: torch.tensor(i) for i, name in enumerate(names)}
 
 
 def check_ldm(
     ours: nn.Module, rows: list[Row], convert: Callable[[dict[str, Any]], dict[str, Any]], prefix: str
 ) -> None:
-    """diffusers' own converter, fed with the table's LDM names, gives the table's diffusers names, tensor by tensor."""
+    """Check that diffusers' converter maps the LDM name of each tensor to the diffusers name in the table."""
     state = ours.state_dict()
     ldm, diffusers = named(state, rows, LDM), named(state, rows, DIFFUSERS)
     assert ldm.keys() == diffusers.keys() == state.keys()
@@ -123,7 +126,7 @@ SMALL_UNETS = (
 
 @pytest.mark.parametrize("config", [SD15, SD21, SDXL, *SMALL_UNETS])
 def test_every_row_of_the_unet_is_used(config: UNetConfig) -> None:
-    """Only a residual block that keeps its width has no `skip`, and only SDXL has an added embedding."""
+    """The only unused rows are `skip` in residual blocks that keep their width, and the added embedding of models other than SDXL."""
     used = {name.rpartition(".")[0] for name in on_meta(UNet, config).state_dict()}
     rows = [row[0] for row in unet_rows(config)]
     left = {re.sub(r"\d+", "N", row) for row in rows if row not in used}
@@ -148,7 +151,7 @@ def test_every_row_of_the_vae_is_used(config: VAEConfig) -> None:
 @pytest.mark.parity("transformers CLIPTextModel, CLIPTextModelWithProjection", 0)
 @pytest.mark.parametrize("output_dim", [0, 768], ids=["states", "projection"])
 def test_the_text_tower_in_transformers(output_dim: int) -> None:
-    """Its own state dict has the prefix or not, by its version; files are written with it, or without."""
+    """Whether names have the prefix depends on the version of transformers."""
     config = TextConfig(output_dim=output_dim)
     kind = CLIPTextModelWithProjection if output_dim else CLIPTextModel
     peer = on_meta(kind, CLIPTextConfig(**text_settings(config)))
@@ -176,7 +179,7 @@ def adapter(config: UNetConfig) -> tuple[IPAdapter, UNet]:
 
 
 def test_the_adapters_keys() -> None:
-    """1, 3, 5, ... over diffusers' layers; the middle, layer 6 when the network runs, is its last: key 31."""
+    """The keys are 1, 3, 5, ... in diffusers' order. The middle, which is layer 6 in execution order, comes last: key 31."""
     ours, unet = adapter(SD15)
     names = adapter_names(ours.state_dict(), unet)
     assert names.keys() == ours.state_dict().keys()
@@ -212,7 +215,7 @@ def test_the_adapters_keys() -> None:
 @pytest.mark.parity("diffusers attn_processors", 0)
 @pytest.mark.parametrize("name", UNETS)
 def test_the_adapters_keys_count_diffusers_processors(name: str) -> None:
-    """Key n is the n-th of `attn_processors`; the table of the UNet says which of our layers that is."""
+    """Key n is the n-th of `attn_processors`. The table of the UNet gives the corresponding layer of ours."""
     config, _ = UNETS[name]
     ours, unet = adapter(config)
     theirs = {row[1]: row[0] for row in unet_rows(config)}

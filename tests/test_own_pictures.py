@@ -1,4 +1,4 @@
-"""Training on a user's pictures, as a command: states, caches, outputs, cards, sentences, and SIGKILL at twenty points."""
+"""Training on a user's pictures from the command line: states, caches, outputs, cards, messages, and SIGKILL at 20 points."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, and the state and result of a finished run on it. Shared: work on a copy."""
+    """A folder with data, and the state and result of a finished run on it. It is shared, so tests must use a copy."""
     folder = tmp_path_factory.mktemp("trained")
     write_pictures(folder / "data")
     main(command(folder, base))
@@ -87,7 +87,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any] | None, tuple[str, ...], str]] = 
 def test_another_runs_adapter_is_not_returned(
     trained: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """Refused before anything is encoded, with a sentence that names what differs; state and result stay as they were."""
+    """The command fails before anything is encoded and names what differs. State and result are unchanged."""
     folder, other = tmp_path / "work", write_base(tmp_path / "other", seed=1)
     shutil.copytree(trained, folder)
     edit, options, names = CHANGES[change]
@@ -104,7 +104,7 @@ def test_another_runs_adapter_is_not_returned(
     assert before == after
 
 
-def test_the_same_command_again_gives_the_same_without_a_step(
+def test_a_finished_command_is_not_trained_again(
     trained: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "work"
@@ -115,7 +115,7 @@ def test_the_same_command_again_gives_the_same_without_a_step(
 
 
 def test_a_result_of_another_run_is_not_overwritten(trained: Path, base: Path, tmp_path: Path) -> None:
-    """Whether its card is there or not."""
+    """This holds with and without its card."""
     for cards in (True, False):
         folder = tmp_path / f"cards {cards}"
         shutil.copytree(trained, folder)
@@ -147,7 +147,7 @@ def test_a_second_run_in_the_folder_is_refused(base: Path, tmp_path: Path) -> No
 
 
 def numbered(broken: int | None = None) -> tuple[Data[Tensor], list[int]]:
-    """Batches of their own number, of which one may be broken; and those that were encoded."""
+    """Return batches that contain their own index, one of which may be broken, and the list of encoded indices."""
     seen: list[int] = []
 
     def make(i: int) -> Tensor:
@@ -166,7 +166,7 @@ def count(data: Data[Tensor], seen: list[int], keys: list[str], folder: Path) ->
     return encode.encoded(data, keys, encode_, folder, workers=0)["x"]
 
 
-def test_what_is_encoded_is_kept_when_a_picture_is_broken(tmp_path: Path) -> None:
+def test_encoded_pictures_are_kept_if_a_later_one_is_broken(tmp_path: Path) -> None:
     keys = [f"k{i}" for i in range(6)]
     data, seen = numbered(broken=4)
     with pytest.raises(ValueError, match=r"^4\.png: the picture is damaged$"):
@@ -194,7 +194,7 @@ def test_a_damaged_cache_is_named_and_computed_again(
 
 
 def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures under old names never get old latents, and the other way round; nor do those of another encoder or size."""
+    """Cached latents depend on the content of a picture, not on its name, and on the encoder and the size."""
     folder = write_pictures(tmp_path / "data", 3)
     encoded: list[int] = []
     real = encode.encoded
@@ -236,7 +236,7 @@ def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypa
 def test_no_number_depends_on_what_was_cached(
     stage: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same seed gives the same weights with a full cache, a half-filled one and none, and whatever ran before."""
+    """The same seed gives the same weights with a full, a partial and no cache, whatever ran before."""
     monkeypatch.setattr(preview, "draw_captions", lambda *_: None)
     monkeypatch.setattr(unet_stage, "MINI", replace(UNET, prediction="v"))
     write_pictures(tmp_path / "data", 6)
@@ -263,7 +263,7 @@ def test_no_number_depends_on_what_was_cached(
 
 
 def test_a_run_killed_at_twenty_points_ends_in_the_same_file(base: Path, tmp_path: Path) -> None:
-    """While it encodes, writes caches, states and the result, and between any two steps: SIGKILL, then the same command."""
+    """SIGKILL while it encodes, writes caches, states and the result, and between steps; then run the same command again."""
     data = write_pictures(tmp_path / "data", 8)
     arguments = [sys.executable, "tests/kill.py", base, data, tmp_path / "work"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
@@ -279,7 +279,7 @@ def test_a_run_killed_at_twenty_points_ends_in_the_same_file(base: Path, tmp_pat
 
 @pytest.mark.parametrize(("n", "batch"), [(1, 4), (3, 8), (6, 32), (5, 5), (7, 3)])
 def test_fewer_pictures_than_the_batch_are_repeated(n: int, batch: int) -> None:
-    """Each as often as any other, within one; and every batch is full."""
+    """Every batch is full, and the counts of all pictures differ by at most one."""
     pairs = Pairs(torch.zeros(n, 1), torch.zeros(n, 1), torch.zeros(n, dtype=torch.long), torch.zeros(1, 1), None, None)
     data = Cached(pairs, batch, seed=0)
     for step in range(4):
@@ -291,7 +291,7 @@ def test_fewer_pictures_than_the_batch_are_repeated(n: int, batch: int) -> None:
 def test_six_pictures_are_enough(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the default batch of 32. That nothing is measured is said at the start and at the end."""
+    """The batch is the default, 32. The output says at the start and at the end that nothing is measured."""
     write_pictures(tmp_path / "data", 6)
     monkeypatch.chdir(tmp_path)
     main([stage, "--data", "data", "--base", str(base), "--steps", "2", "--side", "16"])
@@ -326,7 +326,7 @@ def test_a_licence_is_stated_where_it_is_known() -> None:
 
 
 def test_the_code_is_named_by_its_commit_or_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by the commit of a repository that the project was copied into."""
+    """A commit does not count if it belongs to a repository that the project was copied into."""
     from train import card as cards
 
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -344,7 +344,7 @@ def test_the_code_is_named_by_its_commit_or_version(tmp_path: Path, monkeypatch:
 
 
 def released(folder: Path, base: Path, projection: Projection, name: str) -> Path:
-    """A file in the official layout, with weights that are no longer the UNet's."""
+    """Write an adapter in the official layout, with weights that differ from those of the UNet."""
     unet = load(base, ()).unet
     known = IPAdapter(unet, projection)
     with torch.no_grad():
@@ -362,8 +362,8 @@ FORMS: dict[str, tuple[str, Callable[[], Projection]]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_from_goes_on_from_a_released_adapter(base: Path, tmp_path: Path, form: str) -> None:
-    """Its form and sizes stay, and a small step away from it is what comes out; the card names it, and no licence."""
+def test_from_continues_a_released_adapter(base: Path, tmp_path: Path, form: str) -> None:
+    """The result has the same form and sizes and nearly the same weights. The card names the original, but no licence."""
     stage, projection = FORMS[form]
     start = released(tmp_path, base, projection(), "released.safetensors")
     write_pictures(tmp_path / "data", 6)
@@ -380,7 +380,7 @@ def test_from_goes_on_from_a_released_adapter(base: Path, tmp_path: Path, form: 
 
 
 def test_every_tensor_of_a_continued_adapter_trains(base: Path, tmp_path: Path) -> None:
-    """Loaded adapters are frozen; one that is continued must not be."""
+    """Loaded adapters are frozen, but an adapter that is trained further must not be."""
     start = released(tmp_path, base, FORMS["ip_adapter"][1](), "released.safetensors")
     source = TrainingSource(base, data=write_pictures(tmp_path / "data", 4), side=16, start=start)
     own = setting.prepare(source, tmp_path / "state")

@@ -1,4 +1,4 @@
-"""The pages show what the result files say, and the files are of the shipped weights."""
+"""The pages show the numbers of the result files, and these files belong to the shipped weights."""
 
 import json
 import re
@@ -23,7 +23,7 @@ PAGE = (ROOT / "RESULTS.md").read_text()
 
 
 def test_make_docs_changes_nothing() -> None:
-    """README.md and docs/ show what the result files say."""
+    """README.md and docs/ show the numbers of the result files."""
     values = docs.inserts(ROOT)
     assert not [path.name for path in docs.pages(ROOT) if docs.filled(path.read_text(), values) != path.read_text()]
 
@@ -74,7 +74,7 @@ def first_study() -> Results:
 
 
 def test_the_page_of_the_first_ablation_says_what_its_results_say() -> None:
-    """Computed again from the rows of the commit that the page names; pandas computes the rank correlations."""
+    """The numbers are recomputed from the rows in the commit that the page names, with pandas' rank correlations."""
     found, said = first_study(), " ".join(PAGE.split())
     pictures, study = found.pictures[found.pictures["control"].isna() & (found.pictures["share"] == 1)], found.study
     d, ends = found.data["summary"]["difference"][PRIMARY], found.data["summary"]["endpoint"]
@@ -103,7 +103,7 @@ def test_the_readme_does_not_claim_what_the_first_ablation_did_not_show() -> Non
 
 
 def test_the_second_clip_is_another_than_the_adapters() -> None:
-    """No adapter ever saw it: another width, another patch size; and it tells concepts apart (the probe of its card)."""
+    """It has another width and patch size than the CLIP of the adapters, and it recognises concepts (probe in its card)."""
     found = json.loads((ROOT / "weights" / "score_image.json").read_text())["results"]
     assert found["concept"] > 0.95 and found["background"] > 0.95
     score, own = (

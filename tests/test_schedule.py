@@ -121,7 +121,7 @@ def test_impossible_steps_are_refused(spacing: Spacing, steps: int) -> None:
 @pytest.mark.parametrize("sampler", [DDIM, DPM], ids=["ddim", "dpm++"])
 @pytest.mark.parametrize(("steps", "fewer"), [(280, 250), (400, 333), (600, 500), (850, 500)])
 def test_a_late_start_is_warned_of(sampler: Sampler, steps: int, fewer: int) -> None:
-    """Leading timesteps of diffusers begin at t = steps where there are more than 500."""
+    """With more than 500 steps, diffusers' leading timesteps start at t = steps."""
     schedule = Schedule(spacing="leading")
     scheduler = peer(steps) if sampler is DDIM else DPMSolverMultistepScheduler.from_config(peer(steps).config)
     scheduler.set_timesteps(steps)

@@ -1,4 +1,4 @@
-"""Scheduler files of every kind: our samplers against the scheduler that diffusers makes of the same file."""
+"""Scheduler files of every kind: our samplers against diffusers' scheduler with the same file."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ SAMPLERS = {"ddim": (DDIM, DDIMScheduler), "dpm++": (DPM, DPMSolverMultistepSche
 
 
 def saved(name: str, folder: Path) -> dict[str, Any]:
-    """The file that a scheduler of diffusers writes, which names every setting."""
+    """Write the file of a diffusers scheduler, which contains every setting."""
     getattr(diffusers, name)(**BETAS).save_pretrained(folder)
     return json.loads((folder / "scheduler_config.json").read_text())  # type: ignore[no-any-return]
 
 
 def trajectories_differ(config: dict[str, Any], sampler: str, steps: int = 12) -> float:
-    """The largest difference between our latents and those of diffusers, after any step."""
+    """Return the largest difference between our latents and those of diffusers, over all steps."""
     ours, kind = SAMPLERS[sampler]
     scheduler = kind.from_config(
         config | {"clip_sample": False, "steps_offset": 1}
@@ -106,7 +106,7 @@ def test_karras_sigmas_are_those_of_diffusers(steps: int) -> None:
     assert trajectories_differ(config, "dpm++", steps) < FLOAT32
 
 
-def test_no_file_is_sd15() -> None:
+def test_an_empty_config_gives_sd15() -> None:
     assert schedule_of({}) == Schedule() == schedule_of(FILES["SD 1.5"])
 
 
@@ -150,7 +150,7 @@ OTHERS: list[dict[str, Any]] = [
 @pytest.mark.parity("diffusers DDIMScheduler, float32", FLOAT32)
 @pytest.mark.parametrize("settings", OTHERS, ids=lambda settings: next(iter(settings)))
 def test_settings_that_change_the_picture_are_refused_by_name(settings: dict[str, Any]) -> None:
-    """DDIM does not know them, in diffusers either."""
+    """DDIM ignores these settings, as in diffusers."""
     key, value = next(iter(settings.items()))
     with pytest.raises(ValueError, match=rf"sets .*{key} = {value}.*draw with --sampler ddim"):
         dpm_times(schedule_of(SD15 | settings), 10)

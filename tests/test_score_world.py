@@ -65,8 +65,8 @@ def test_tasks_with_pictures_are_those_with_a_lambda() -> None:
     assert tasks["scene"].target is tasks["complementary"].target and tasks["image"].target.copied
 
 
-def test_floors_are_what_their_names_say() -> None:
-    """Palettes of two prompts, 3-4-5 apart in both colours; the grey's error is that of the ablation."""
+def test_floors_equal_their_definitions() -> None:
+    """The palettes of two prompts differ by (3, 4), so by 5, in both colours. The error of grey equals that of the ablation."""
     palette = torch.tensor([[[60.0, 40, 0], [60, 0, 40]], [[60, 43, 4], [60, 3, 44]]])
     found = world.floors(palette)
     assert found["another"]["palette_error"] == pytest.approx([5, 5, 5])
@@ -93,7 +93,7 @@ def test_pictures_encoded_together_are_those_encoded_alone(name: str, monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore:these words are not in this model's vocabulary")
-def test_world_as_the_shell_runs_it(
+def test_the_world_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(world, "VALIDATION", 2)

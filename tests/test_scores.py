@@ -1,4 +1,4 @@
-"""Scores of drawings and their intervals, and the prompts whose text names another scene than the picture."""
+"""Scores of drawings, their intervals, and complementary prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scenes_of(n: int) -> list[Scene]:
 
 
 def perfect(scenes: list[Scene]) -> Reading:
-    """What a judge without errors reads; its concept has the 65th answer, "none of these"."""
+    """Return the reading of a judge without errors. Its concept has a 65th class, "none of these"."""
     true = ground_truth(scenes)
     concept, background = torch.eye(65)[true["concept"]], torch.eye(10)[true["background"]]
     return Reading(concept, background, true["palette"], true["placement"].double())
@@ -53,8 +53,8 @@ def test_a_perfect_reading_is_right_in_everything() -> None:
     assert found == {"concept": 1, "background": 1, "size": 1, "place": 1, "all": 1, **errors}
 
 
-def test_each_mistake_counts_where_it_belongs() -> None:
-    """One drawing without a concept, one on another background, and one moved by ten pixels, of ten small or medium ones."""
+def test_each_mistake_affects_only_its_own_score() -> None:
+    """Of ten small or medium drawings, one has no concept, one has another background, and one is moved by ten pixels."""
     scenes = [replace(scene, size=44, x=0, y=0) for scene in scenes_of(10)]
     reading, target = perfect(scenes), Target.of_scenes(scenes)
     reading.concept[0] = torch.eye(65)[64]
@@ -74,7 +74,7 @@ def test_a_large_drawing_may_be_anywhere() -> None:
 
 
 def test_sizes_and_places_are_those_of_the_scenes() -> None:
-    """For every drawing of whole pixels, also if the judge is a little off; and a side larger than the picture is no error."""
+    """This holds for all whole-pixel placements, also if the judge is slightly off. Sides larger than the picture are allowed."""
     scenes = [replace(scene, x=i % (65 - scene.size), y=i % 3) for i, scene in enumerate(scenes_of(100))]
     placement = ground_truth(scenes)["placement"].double()
     expected = [place_class(scene.x, scene.y, scene.size) for scene in scenes]
@@ -86,7 +86,7 @@ def test_sizes_and_places_are_those_of_the_scenes() -> None:
 
 
 def test_texts_name_another_scene_and_nothing_else() -> None:
-    """Read back from the words: background, size and place are what the target says, and never those of the picture."""
+    """Parse the texts: background, size and place are those of the target, and differ from those of the picture."""
     prompts = ScenePrompts.of_the_world(640, seed=0)
     target = prompts.target
     assert target.size is not None and target.place is not None

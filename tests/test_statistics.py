@@ -24,7 +24,7 @@ def test_the_endpoint_is_read_off_the_line_between_two_lambdas() -> None:
     )
 
 
-def test_a_larger_lambda_that_helps_nothing_does_not_hurt_the_endpoint() -> None:
+def test_a_useless_larger_lambda_does_not_change_the_endpoint() -> None:
     following, error = np.array([1.0, 0.9, 0.85, 0.2]), np.array([60.0, 30.0, 45.0, 50.0])
     assert error_at(following, error, 0.8) == pytest.approx(30)
 
@@ -43,7 +43,7 @@ def rows(error: np.ndarray) -> Curves:
     return Curves(np.ones_like(error), error)
 
 
-def test_the_interval_is_that_of_a_mean_where_a_mean_is_all_there_is() -> None:
+def test_the_interval_of_a_plain_mean() -> None:
     rng = np.random.default_rng(1)
     a, b = (rows(rng.normal(mean, 6.0, (1, 1, 400))) for mean in (30.0, 27.0))
     found = difference(a, b, resamples=4000)
@@ -53,7 +53,7 @@ def test_the_interval_is_that_of_a_mean_where_a_mean_is_all_there_is() -> None:
 
 
 def test_seeds_are_resampled_too_and_paired() -> None:
-    """Seeds that differ much, in both forms alike, leave a paired difference exact; unpaired ones make it wide."""
+    """Seeds differ strongly, but equally in both forms. The paired difference is exact; without pairing its interval is wide."""
     shift = np.random.default_rng(2).normal(0, 10, (8, 1, 1))
     level = np.zeros((8, 1, 50))
     paired = difference(rows(30 + level + shift), rows(28 + level + shift), resamples=500)
@@ -70,8 +70,8 @@ def test_holm_gives_the_values_of_r() -> None:
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
 
 
-def test_a_grey_picture_scores_what_its_colour_is_away_from_the_palettes() -> None:
-    """By the definition of CIE76; and a grey picture, read by the judge, scores the same to a tenth."""
+def test_the_error_of_a_grey_picture_is_its_distance_from_the_palettes() -> None:
+    """Compare with the definition of CIE76, and with the judge's score of a grey picture, to 0.1."""
     palettes = np.stack([random_palette(np.random.default_rng(i)) for i in range(50)])
     each = [math.dist(colour, (65, 0, 0)) for palette in palettes for colour in palette]
     assert grey_error(palettes) == grey_error(palettes.reshape(50, 6)) == pytest.approx(np.mean(each))

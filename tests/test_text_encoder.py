@@ -1,4 +1,4 @@
-"""The text tower against transformers' CLIPTextModel, and the tokeniser against open_clip's and known ids."""
+"""The text encoder against transformers' CLIPTextModel, and the tokenizer against open_clip's and known ids."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_forward_reads_what_the_config_says() -> None:
 @pytest.mark.parity("transformers CLIPTextModelWithProjection", TOLERANCE)
 @pytest.mark.parametrize("vocabulary", [(), (*range(48), START, END)], ids=["whole", "small"])
 def test_pooled_equals_transformers(vocabulary: tuple[int, ...]) -> None:
-    """Read at the first end token, by a projection that open_clip stores transposed."""
+    """The embedding is read at the first end token. open_clip stores the projection transposed."""
     peer, ours = pair("gelu", output_dim=OUTPUT, vocabulary=vocabulary)
     ids = torch.tensor([[48, 3, 9, 49, 49, 49], [48, 3, 9, 7, 1, 49]]) if vocabulary else tokens()
     assert max_error(ours.pooled(ids), peer(ids).text_embeds) < TOLERANCE
@@ -127,7 +127,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_names_the_words() -> None:
 
 
 def test_a_small_vocabulary_leaves_out_unknown_words_and_names_them() -> None:
-    """Its rows are in the order of `vocabulary`; the end token is the last, where a pooled embedding is read."""
+    """Rows are in the order of `vocabulary`. The end token, where the pooled embedding is read, is the last."""
     small = encoder(vocabulary=(320, 2368, 539, START, END))
     with pytest.warns(UserWarning, match="left out: photo, zebra$"):
         rows = small.tokenize(["a photo of a cat zebra"])
@@ -140,9 +140,9 @@ def test_a_small_vocabulary_leaves_out_unknown_words_and_names_them() -> None:
     ("config", "parameters", "keys"), [(SD15_TEXT, 123_060_480, 148), (SD21_TEXT, 352_984_064, 292)]
 )
 def test_official_sizes(config: TextConfig, parameters: int, keys: int) -> None:
-    """As many parameters as transformers counts, in four tensors a layer less, because q, k and v are one.
+    """The number of parameters is that of transformers. There are four tensors fewer per layer, because q, k and v are joined.
 
-    SD 2 leaves its last layer unread, but it is there.
+    SD 2 does not use the last layer, but the layer exists.
     """
     with torch.device("meta"):
         ours, peer = TextEncoder(config), CLIPTextModel(CLIPTextConfig(**text_settings(config)))

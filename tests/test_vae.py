@@ -65,7 +65,7 @@ def test_the_log_variance_is_clamped_as_in_diffusers(bias: float, limit: float) 
 
 
 def test_the_scale_cancels() -> None:
-    """Decode divides by what encode multiplies with, so another scale changes the latents and not the picture."""
+    """`decode` divides by the scale and `encode` multiplies by it, so another scale changes the latents but not the picture."""
     x, pictures = randn(1, 3, 8, 8), []
     for scale in (0.18215, 0.13025):
         vae = randomise(VAE(VAEConfig(channels=(8, 8), groups=2, scale=scale)))
