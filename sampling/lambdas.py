@@ -137,7 +137,7 @@ def layer_weights(layers: str | Blocks | Sequence[float] | None, config: UNetCon
         each = weight if isinstance(weight, list | tuple) else [weight]
         attentions = 1 + max(a for p, b, a in found if (p, b) == (part, block))
         if len(each) not in (1, attentions) or not all(isinstance(weight, int | float) for weight in each):
-            raise ValueError(f"{part} {block} has {attentions} attentions: give one number or {attentions}, not {weight}")
+            raise ValueError(f"{part} {block} has {attentions} attentions: give one number, or a list of {attentions}, not {weight}")
         weights.append(float(each[attention if len(each) > 1 else 0]))
     return weights
 
