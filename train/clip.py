@@ -44,7 +44,7 @@ PHASES = (
     Plan("clip_image", 12_000, 128, 2e-3, 500, 0.8, weight_decay=0.05, bf16=True, seed=1, validate_every=6_000),
 )
 PICTURES, GROUP, WORDS = 60_000, 8, 3.0
-SIMILAR, COLOURS = 20.0, 10.0  # sigma of similar names in CIELAB; weight of the colours among the words
+SIMILAR, COLOURS = 20.0, 4.0  # sigma of similar names in CIELAB; weight of the colours among the words
 GATE = {"concept": 0.995, "background": 0.995, "palette_r2": 0.96}
 
 
