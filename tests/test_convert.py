@@ -40,7 +40,7 @@ from checkpoints.single_file import load_single
 from checkpoints.stable_diffusion import load_base, load_unet, load_vae, save_diffusers, unet_config
 from model.adapter import IPAdapter
 from model.context import Context
-from model.image_encoder import ImageConfig
+from model.image_encoder import VIT_H, ImageConfig
 from model.image_projection import ImageProjection
 from model.text_encoder import END, START, TextConfig, vocabulary
 from model.unet import UNet, UNetConfig
@@ -478,7 +478,7 @@ Adapters = dict[str, tuple[UNetPair, Official]]
 def test_adapters_there_and_back(adapters: Adapters, tmp_path: Path, name: str, form: str) -> None:
     both, adapter = adapters[name]
     path = write_adapter(adapter, both.peer, tmp_path / "adapter", form)
-    found = load_adapter(path, both.ours, IMAGE_DIM)
+    found = load_adapter(path, both.ours, replace(IMAGE, output_dim=IMAGE_DIM))
     assert found.own_projections and (found.image_projection.tokens, found.image_projection.image_dim) == (4, IMAGE_DIM)
     assert not any(p.is_meta or p.requires_grad for p in found.parameters()) and not found.training
     save_adapter(found, both.ours, tmp_path / "back.safetensors", {"a": 1}, dtype=None)
@@ -547,6 +547,7 @@ MEASURE = """
 import sys, threading
 from pathlib import Path
 from checkpoints.single_file import load_single
+from model.image_encoder import VIT_H, VIT_H
 
 def anonymous():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
@@ -874,7 +875,7 @@ def test_adapters_for_others_are_refused(tiny: UNet, tmp_path: Path, case: str) 
     save_file(layers(**({"count": 4} | changes)), tmp_path / "a.safetensors")
     before = copy.deepcopy(tiny.state_dict())
     with pytest.raises(ValueError, match=sentence):
-        load_adapter(tmp_path / "a.safetensors", tiny, 1024)
+        load_adapter(tmp_path / "a.safetensors", tiny, VIT_H)
     assert all(torch.equal(t, before[k]) for k, t in tiny.state_dict().items())
 
 

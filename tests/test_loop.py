@@ -434,7 +434,7 @@ def test_processes_share_one_stream(tmp_path: Path, data: str) -> None:
     """Two processes see in a step what one sees in two steps."""
     for i in range(5):
         Image.new("L", (4, 4), 50 * i).save(tmp_path / f"{i}.png")
-    pairs = Pairs(torch.arange(5.0), torch.zeros(5), torch.zeros(5, dtype=torch.long), torch.zeros(1, 1), None, None)
+    pairs = Pairs(torch.arange(5.0), torch.zeros(5), torch.zeros(5, dtype=torch.long), torch.zeros(1, 1), None)
     kinds: dict[str, Data[Any]] = {
         "on the fly": OnTheFly(float),
         "files": Files(sorted(tmp_path.iterdir()), lambda image: torch.tensor(float(image.getpixel((0, 0))[0]))),

@@ -143,7 +143,7 @@ FUSE = {"step": attention.decoupled}  # how a step combines text and picture
 
 def step(s: Stack, weight: float = GUIDANCE) -> Tensor:
     """One guided step from prompt, negative prompt and two pictures, with the adapter read from its file."""
-    adapter = adapters.load_adapter(s.adapter, s.pipeline.unet, IMAGE.output_dim, dtype=None)
+    adapter = adapters.load_adapter(s.adapter, s.pipeline.unet, IMAGE, dtype=None)
     pipeline = replace(s.pipeline, adapters=(adapter,))
     embedding = pipeline.image(s.pixels)[None]  # type: ignore[misc]
     uncond, cond = pipeline.contexts(PROMPTS[1:], PROMPTS[:1], embedding, LAMBDA, FUSE["step"])

@@ -222,8 +222,8 @@ def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypa
     fresh = encode.FilePictures(TrainingSource(base, data=folder).files()[0], 16)  # type: ignore[index]
     pipeline = load(base, ())
     again = fresh.pairs(pipeline.vae, pipeline.text, pipeline.image, tmp_path / "another cache")
-    assert torch.equal(again.mean, second.mean) and again.images is not None and second.images is not None
-    assert torch.equal(again.images, second.images)
+    assert torch.equal(again.mean, second.mean) and again.features and second.features
+    assert torch.equal(again.features.pictures, second.features.pictures)
     (folder / "00.png").rename(folder / "x.png")
     (folder / "02.png").rename(folder / "00.png")
     (folder / "x.png").rename(folder / "02.png")
@@ -280,7 +280,7 @@ def test_a_run_killed_at_twenty_points_ends_in_the_same_file(base: Path, tmp_pat
 @pytest.mark.parametrize(("n", "batch"), [(1, 4), (3, 8), (6, 32), (5, 5), (7, 3)])
 def test_fewer_pictures_than_the_batch_are_repeated(n: int, batch: int) -> None:
     """Each as often as any other, within one; and every batch is full."""
-    pairs = Pairs(torch.zeros(n, 1), torch.zeros(n, 1), torch.zeros(n, dtype=torch.long), torch.zeros(1, 1), None, None)
+    pairs = Pairs(torch.zeros(n, 1), torch.zeros(n, 1), torch.zeros(n, dtype=torch.long), torch.zeros(1, 1), None)
     data = Cached(pairs, batch, seed=0)
     for step in range(4):
         counts = torch.bincount(data.rows(step), minlength=n)

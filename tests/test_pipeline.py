@@ -378,7 +378,7 @@ def test_what_could_be_misread_is_refused(options: str, message: str) -> None:
 
 def test_a_pipeline_wants_an_embedding_for_each_adapter(model: Get) -> None:
     base = model("sd15")
-    pipeline, e = load(base.base, base.adapters, base.encoder), torch.zeros(1, 1, 20)
+    pipeline, e = load(base.base, base.adapters, base.encoder), torch.zeros(1, 1, 1, 20)
     assert len(pipeline.contexts([""], [""], [e, e])[1].image) == 2
     for embedding, scale in ((e, 1.0), ([e], [1.0]), ([e, e], [1.0]), ([e, e, e], 1.0)):
         with pytest.raises(ValueError, match="has 2 adapters, but"):

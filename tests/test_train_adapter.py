@@ -20,6 +20,7 @@ from checkpoints.adapters import load_adapter
 from model.adapter import IPAdapter
 from model.attention import attention, concatenated, decoupled
 from model.context import Context
+from model.features import FINE, GLOBAL, Features
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.image_projection import ImageProjection, Resampler
 from model.source import Source
@@ -38,7 +39,7 @@ from train.data import Cached
 from train.encode import WorldPictures, encode_texts
 from train.gains import check_gates, held_out_losses
 from train.loop import Plan
-from train.loss import diffusion_loss, drops, images_of, min_snr, noise_for, noised
+from train.loss import diffusion_loss, drops, min_snr, noise_for, noised
 from train.pairs import Pairs
 from train.plus import initialise_from
 from train.setting import Setting, TrainingSource
@@ -68,8 +69,7 @@ def pairs() -> Pairs:
         0.1 * torch.ones(n, 4, 8, 8),
         torch.arange(n) % 3,
         randn(3, 5, 8, seed=2),
-        randn(n, EMBEDDING, seed=3),
-        torch.zeros(EMBEDDING),
+        Features(randn(n, 1, 1, EMBEDDING, seed=3), torch.zeros(1, 1, 1, EMBEDDING)),
     )
 
 
@@ -259,8 +259,9 @@ def test_held_out_losses_are_what_they_say(pairs: Pairs) -> None:
 
 def fine_of(pairs: Pairs) -> Pairs:
     """The same pictures as fine features, which the embedding is a linear function of."""
-    spread = randn(EMBEDDING, 3 * 12, seed=4)
-    return replace(pairs, images=(pairs.images @ spread).view(-1, 3, 12), null=torch.zeros(3, 12))
+    assert pairs.features is not None
+    fine = (pairs.features.pictures @ randn(EMBEDDING, 3 * 12, seed=4)).view(-1, 1, 3, 12)
+    return replace(pairs, features=Features(fine, torch.zeros(1, 1, 3, 12)))
 
 
 def plus_of(unet: UNet, tokens: int) -> IPAdapter:
@@ -294,7 +295,7 @@ def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pa
         for drop in (none, ~none):
             with torch.no_grad():
                 contexts = [
-                    each(Context(batch.text), images_of(source.at(rows), drop), scale=2.0)
+                    each(Context(batch.text), source.at(rows).images(drop), scale=2.0)
                     for each, source in ((known, pairs), (adapter, fine))
                 ]
                 wanted, own = (unet(batch.x0, batch.t, context) for context in contexts)
@@ -302,7 +303,8 @@ def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pa
     assert errors["plus"] < 0.05 * errors["fresh"], errors
     explained = [json.loads(row) for row in (tmp_path / "begin.jsonl").read_text().splitlines()][-1]["explained"]
     with torch.no_grad():
-        goal, own = known.tokens(pairs.images).repeat(1, 3, 1), plus.tokens(fine.images)
+        assert pairs.features and fine.features
+        goal, own = known.tokens(pairs.features.pictures).repeat(1, 3, 1), plus.tokens(fine.features.pictures)
     share = 1 - float((own - goal).square().mean() / (goal - goal.mean(dim=0)).square().mean())
     assert explained == pytest.approx(share, abs=1e-5) and share > 0.99
 
@@ -372,12 +374,13 @@ def test_captions_are_encoded_once_each_the_empty_one_first() -> None:
 def test_pairs_of_the_world_and_their_cache(tmp_path: Path) -> None:
     encoders, cache = tiny_encoders(), tmp_path / "new"  # the folder of a fresh run isn't there yet
     found = WorldPictures("val", 3).pairs(*encoders, cache)
-    assert found.mean.shape == (3, 4, 16, 16) and found.images is not None and found.images.shape == (3, 12)
+    assert found.mean.shape == (3, 4, 16, 16) and found.features and found.features.pictures.shape == (3, 1, 1, 12)
     captions = [World("val")[i].caption for i in range(3)]
     texts, rows = encode_texts(encoders[1], captions)
     assert torch.equal(found.texts, texts) and torch.equal(found.caption, rows)
     again = WorldPictures("val", 3).pairs(*encoders, cache)
-    assert torch.equal(again.mean, found.mean) and torch.equal(again.images, found.images)
+    assert torch.equal(again.mean, found.mean) and again.features
+    assert torch.equal(again.features.pictures, found.features.pictures)
     assert [path.suffix for path in cache.rglob("*") if path.is_file()] == [".safetensors"] * 2
 
 
@@ -386,14 +389,15 @@ def test_no_picture_is_a_zero_embedding_or_zero_pixels(tmp_path: Path) -> None:
     """What a dropped picture is: zeros for the base form (section 3.2.3), the features of zero pixels for Plus."""
     encoders, drop = tiny_encoders(), torch.tensor([True, False])
     with torch.no_grad():
-        wanted = {False: torch.zeros(12), True: encoders[2].fine(torch.zeros(1, 3, 64, 64))[0]}
-    for fine, null in wanted.items():
-        pairs = WorldPictures("val", 2).pairs(*encoders, tmp_path, fine=fine)
-        assert pairs.null is not None and torch.equal(pairs.null, null) and pairs.images is not None
+        wanted = {GLOBAL: torch.zeros(1, 12), FINE: encoders[2].fine(torch.zeros(1, 3, 64, 64))[0]}
+    for reads, null in wanted.items():
+        pairs = WorldPictures("val", 2).pairs(*encoders, tmp_path, reads)
+        assert pairs.features and torch.equal(pairs.features.null[0, 0], null)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loss_module, "drops", lambda n, g: (~drop, drop))
             batch = noised(pairs.at(torch.arange(2)), torch.Generator().manual_seed(0), dropping=True)
-        assert torch.equal(batch.image[0], null) and torch.equal(batch.image[1], pairs.images[1].float())
+        assert torch.equal(batch.image[0, 0], null)
+        assert torch.equal(batch.image[1], pairs.features.pictures[1].float())
         assert torch.equal(batch.text[1], pairs.texts[0].float())
 
 
@@ -414,8 +418,8 @@ def test_every_phase_has_its_own_captions(tmp_path: Path, monkeypatch: pytest.Mo
     adapter_stage.train(tmp_path, tmp_path, phases, TrainingSource(Path("weights"), pictures=24))
     (first, before), (second, after) = seen
     assert len(first.pairs.texts) < 10 <= len(second.pairs.texts)  # no caption but colours; all kinds of captions
-    assert first.pairs.images is not None and second.pairs.images is not None
-    assert torch.equal(first.pairs.images, second.pairs.images) and not torch.equal(before, after)
+    assert first.pairs.features and second.pairs.features and not torch.equal(before, after)
+    assert torch.equal(first.pairs.features.pictures, second.pairs.features.pictures)
     card = json.loads((tmp_path / "ip_adapter.json").read_text())
     assert [tuple(each["says"].values()) for each in card["settings"]] == [(0, 0, 0, 0), (1, 1, 0, 0)]
 

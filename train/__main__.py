@@ -52,6 +52,7 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
     """Return the base model and the pictures that the options name."""
     import torch
 
+    from model.features import FINE, GLOBAL
     from sampling.request import WEIGHTS
     from train.loop import has_bfloat16
     from train.setting import TrainingSource
@@ -62,7 +63,7 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
     return TrainingSource(
         args.base or (weights if args.data is None else WEIGHTS),
         args.image_encoder,
-        fine=stage == "plus",
+        reads=FINE if stage == "plus" else GLOBAL,
         pictures=args.pictures or PICTURES,
         data=args.data,
         side=args.side,
