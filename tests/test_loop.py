@@ -578,7 +578,7 @@ def test_a_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:
 class Replayed(GraphStep[Any]):
     """A recorded step without a GPU: replaying runs the recorded function on whatever the recorded batch holds by then."""
 
-    device, capturable = "cpu", False
+    capturable = False
 
     def _warm_up(self) -> Tensor:
         self.warm += 1
