@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from own_pictures import ENVIRONMENT, command, write_base, write_pictures
+from own_pictures import ENVIRONMENT, base, command, nothing_encoded, trained, write_pictures
 from torch import Tensor
 
 from model.features import FINE, GLOBAL, Features
@@ -26,25 +26,9 @@ from train.pairs import Pairs
 from train.plus import PLAN as PLUS
 from train.setting import TrainingSource
 
+__all__ = ["base", "trained"]  # fixtures
+
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:these words are not")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, and the state and result of a finished run on it. Shared: work on a copy."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_pictures(folder / "data")
-    main(command(folder, base))
-    return folder
-
-
-def nothing_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "encoded", lambda *_: pytest.fail("pictures were encoded"))
 
 
 # where things are read and written
