@@ -42,8 +42,7 @@ from train.loss import diffusion_loss
 def _inputs(dtype: torch.dtype, batch: int = 2) -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(1)
     shapes = (batch, 4, 64, 64), (batch, 77, 768), (batch, 1024)
-    x, text, image = (torch.randn(*shape, generator=g).to(dtype) for shape in shapes)
-    return x, text, image
+    return tuple(torch.randn(*shape, generator=g).to(dtype) for shape in shapes)
 
 
 def _ours(folder: Path, dtype: torch.dtype) -> tuple[UNet, IPAdapter]:
@@ -70,25 +69,13 @@ def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = Fa
     return times | {"limit": counter.get_total_flops() / peak(dtype)}
 
 
-def _their_pipeline(folder: Path, text: Any) -> Any:
-    """Build diffusers' pipeline with the adapter; `text` is the text encoder of transformers."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    unet, vae = official.peer_unet(folder, torch.float32), official.peer_vae(folder, torch.float32)
-    theirs: Any = StableDiffusionPipeline(vae, text, None, unet, scheduler, None, None, requires_safety_checker=False)
-    theirs.set_progress_bar_config(disable=True)
-    return theirs
-
-
 def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Row:
     """Time the whole pipeline: text and image prompt, 512 x 512, 50 steps, guidance 7.5. Extrapolate from two short runs each."""
     base = load_single(folder / official.SINGLE, torch.float32)
     adapter = load_adapter(folder / official.ADAPTER, base.unet, VIT_H, torch.float32)
     ours = Pipeline(base.unet, base.vae, base.text, Schedule(), None, (adapter,))
     text = official.peer_text(folder, torch.float32)
-    theirs = _their_pipeline(folder, text)
+    theirs = official.peer_pipeline(folder, text)
     image, tokens = torch.randn(1, 1, 1024), base.text.tokenize(["", "a fox"])
 
     def their_picture(n: int) -> Any:
