@@ -28,6 +28,7 @@ from checkpoints.reader import File
 from checkpoints.single_file import load_single, single_kind
 from checkpoints.skeletons import image_skeleton, text_skeleton
 from checkpoints.stable_diffusion import as_ldm_vae, load_unet, load_vae
+from model.features import GLOBAL
 
 _SKELETONS: dict[str, Callable[..., nn.Module]] = {  # loaders of the networks; the CLIP encoders as skeletons, without open_clip
     "unet": load_unet,
@@ -98,7 +99,7 @@ def _describe_adapter(path: Path) -> list[str]:
     file = adapter_file(path)
     projection, count = projection_of(file), adapter_sizes(file).get("tokens")
     tokens = f"{count} tokens" if count else "one token per feature"
-    context_dim, reads = projection.context_dim, encoder_name(projection, projection.image_dim)
+    context_dim, reads = projection.context_dim, encoder_name(projection.reads, projection.image_dim)
     layers = [int(m[1]) for name in file if (m := re.match(r"ip_adapter\.(\d+)\.to_k_ip\.weight$", name))]
     lines = [
         f"{adapter_kind(file)} for {display_name(BASES, context_dim)}, reads {reads}, {tokens}",
@@ -160,5 +161,5 @@ def inspect(path: Path) -> list[str]:
     if kind == "unet":
         what = f"UNet for {display_name(BASES, config['context_dim'])}"
     if kind == "image_encoder":
-        what = f"CLIP image encoder, {display_name(ENCODERS, config['output_dim'])}"
+        what = f"CLIP image encoder, {display_name(ENCODERS[GLOBAL], config['output_dim'])}"
     return [f"{what}, {_size(module.state_dict().values())}", ", ".join(f"{k} {v}" for k, v in config.items())]

@@ -1,4 +1,4 @@
-"""The device that measurements run on: is it there, how many pictures fit at a time, and which dtype draws."""
+"""The device that measurements run on: how many pictures fit at a time, and which dtype draws."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import torch
 from torch import nn
 
 from train.loop import Plan, autocast
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError for a CUDA device on a machine that has none."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch finds no CUDA device on this machine; omit it to use the CPU")
 
 
 def device_of(module: nn.Module) -> str:

@@ -18,6 +18,7 @@ from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.context import Context
+from model.features import Features, as_features
 from model.image_encoder import Fit, ImageEncoder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
@@ -53,7 +54,7 @@ class Pipeline:
 
     @torch.no_grad()
     def embed(self, pictures: Given | Sequence[Given], fit: Fit = "crop", adapter: int = 0) -> Tensor:
-        """Encode the pictures of one prompt for an adapter: embeddings `1 k e`, or fine features `1 k m e`.
+        """Encode the pictures of one prompt for an adapter: features `1 k m e`, with m = 1 for a global embedding.
 
         A picture is an RGB Pillow image, a picture file, or a file of `save_embedding`.
         """
@@ -68,21 +69,15 @@ class Pipeline:
         seen: Iterator[Tensor] = iter(())
         if self.image is not None and images:
             pixels = torch.stack([self.image.preprocess(image, fit) for image in images])
-            read = self.image.fine if projection.fine else self.image
-            seen = iter(read(pixels.to(next(self.image.parameters())))[None].split(1, dim=1))
+            features = projection.reads(self.image, pixels.to(next(self.image.parameters())))
+            seen = iter(features[None].split(1, dim=1))
         return torch.cat(
             [load_embedding(one, projection).to(like) if isinstance(one, Path) else next(seen) for one in opened], dim=1
         )
 
     def null(self, adapter: IPAdapter, like: Tensor) -> Tensor:
-        """The null image (section 3.2.3) in the form of `like`: zeros, `1 1 e`, or the fine features of zero pixels, `1 1 m e`."""
-        if not adapter.image_projection.fine:
-            return torch.zeros_like(like[:1, :1])
-        if self.image is None:
-            raise ValueError("to leave its picture out, an adapter of fine features needs the image encoder too")
-        size = self.image.config.image_size
-        pixels = torch.zeros(1, 3, size, size).to(next(self.image.parameters()))
-        return self.image.fine(pixels)[None].to(like)
+        """The features of the null image (section 3.2.3), `1 1 m e`, of the width, dtype and device of `like`."""
+        return adapter.image_projection.reads.null(self.image, like.shape[-1]).to(like)
 
     @torch.no_grad()
     def contexts(
@@ -96,7 +91,7 @@ class Pipeline:
         against: Sequence[Tensor | None] | None = None,
         weights: Sequence[PictureWeights] | None = None,
     ) -> tuple[Context, Context]:
-        """(uncond, cond) for b prompts. `embedding`: as `embed` gives it, or `b k ...`; the unconditional side has the null image.
+        """(uncond, cond) for b prompts. `embedding`: as `embed` gives it, or `b k m e`; the unconditional side has the null image.
 
         With several adapters `embedding` is a sequence, one for each, and `scale` is one for all or a sequence too. `grid` is
         (height, width) of the latents, for a mask. `against` has for each adapter embeddings that the unconditional side reads
@@ -118,11 +113,12 @@ class Pipeline:
             raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {given} are given")
         grid = grid or (self.unet.config.sample_size, self.unet.config.sample_size)
         for adapter, pictures, no, lam, each in zip(self.adapters, embeddings, against, scales, weights, strict=True):
-            no = self.null(adapter, pictures) if no is None else no
-            for part in parts(pictures, no, lam, each, self.unet.config, grid):
-                one = part.embedding.expand(len(prompts), *part.embedding.shape[1:])
-                uncond = set_lambda(adapter(uncond, part.against.expand_as(one)), part.levels)
-                cond = set_lambda(weigh_tokens(adapter(cond, one), part.weights), part.levels)
+            pictures = as_features(pictures)
+            features = Features(pictures, self.null(adapter, pictures) if no is None else as_features(no))
+            for part in parts(features, lam, each, self.unet.config, grid):
+                one = part.features.expand(len(prompts))
+                uncond = set_lambda(adapter(uncond, one.null), part.levels)
+                cond = set_lambda(weigh_tokens(adapter(cond, one.pictures), part.weights), part.levels)
         return uncond, cond
 
     def draw(self, request: Request) -> Image.Image:
@@ -250,8 +246,7 @@ def load(
         adapter_sizes(adapter_file(file))
     base = load_base(checkpoint, dtype, prediction, Path(vae) if vae else None)
     image = load_image_encoder(encoder, dtype) if encoder else None
-    widths = (image.config.output_dim, image.config.fine_dim) if image else (None, None)
-    adapters = tuple(load_adapter(file, base.unet, widths[0], dtype, widths[1]) for file in files)
+    adapters = tuple(load_adapter(file, base.unet, image.config if image else None, dtype) for file in files)
     for part in (base.unet, base.vae, base.text, image, *adapters):
         if part is not None:
             part.to(device)

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints.cards import read_card
+from model.features import FINE
 from train import adapter, clip, judge, plus, preview, probe, scorer, setting, step, unet, vae
 from train.data import tensors
 from train.setting import TrainingSource
@@ -71,7 +72,7 @@ def test_every_stage_trains_and_its_steps_wait_for_nothing(tmp_path: Path, monke
     stage = "adapter"
     adapter.train(state, weights, tiny(adapter.PHASES), source)
     stage = "plus"
-    plus.train(state, weights, tiny(plus.PHASES), replace(source, fine=True))
+    plus.train(state, weights, tiny(plus.PHASES), replace(source, reads=FINE))
     stage = "judge"
     judge.train(state, weights, tiny(judge.PHASES), count=24, unknown=8)
     stage = "scorer"

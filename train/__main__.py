@@ -28,17 +28,12 @@ if TYPE_CHECKING:
     from train.setting import TrainingSource
 
 
-def check_device(device: str) -> None:
-    """Prepare `device` for fast training. Raises ValueError if torch cannot compute on it."""
+def allow_fast_kernels() -> None:
+    """Let a GPU choose the fastest convolutions, and compute float32 products in TF32."""
     import torch
 
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # float32 products on a GPU may use TF32
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device} can't be used here ({reason}); omit it to use the CPU") from None
+    torch.set_float32_matmul_precision("high")
 
 
 def folders(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -52,6 +47,7 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
     """Return the base model and the pictures that the options name."""
     import torch
 
+    from model.features import FINE, GLOBAL
     from sampling.request import WEIGHTS
     from train.loop import has_bfloat16
     from train.setting import TrainingSource
@@ -62,7 +58,7 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
     return TrainingSource(
         args.base or (weights if args.data is None else WEIGHTS),
         args.image_encoder,
-        fine=stage == "plus",
+        reads=FINE if stage == "plus" else GLOBAL,
         pictures=args.pictures or PICTURES,
         data=args.data,
         side=args.side,
@@ -88,10 +84,12 @@ def cost(plan: Plan) -> str:
 
 def run(args: argparse.Namespace, command: str) -> None:
     """Train the chosen stage, or all of them, and print the outcome."""
+    from sampling.device import check_device
     from train.checkpoint import locked
 
     state, weights = folders(args)
     check_device(args.device)
+    allow_fast_kernels()
     with locked(state):
         for name in STAGES if args.stage == "all" else (args.stage,):
             stage = importlib.import_module(f"train.{name}")

@@ -63,12 +63,6 @@ class Noised:
     image: Tensor
 
 
-def images_of(batch: Batch, drop: Tensor) -> Tensor:
-    """Return the adapter's input for these pictures, replaced by the null input where `drop` is true."""
-    assert batch.image is not None and batch.null is not None
-    return torch.where(drop.view(-1, *[1] * batch.null.ndim), batch.null, batch.image)
-
-
 def noised(batch: Batch, g: torch.Generator, dropping: bool = False) -> Noised:
     """Draw latents, timesteps and noise for the pairs. With `dropping`, some lose their text, picture, or both."""
     x0 = batch.latents(g)
@@ -76,4 +70,4 @@ def noised(batch: Batch, g: torch.Generator, dropping: bool = False) -> Noised:
     none = torch.zeros(len(batch), dtype=torch.bool, device=g.device)
     drop_text, drop_image = drops(len(batch), g) if dropping else (none, none)
     text = torch.where(drop_text.view(-1, 1, 1), batch.empty, batch.text)
-    return Noised(x0, t, eps, text, images_of(batch, drop_image))
+    return Noised(x0, t, eps, text, batch.images(drop_image))
