@@ -105,14 +105,18 @@ def _open_diffusers(path: Path, file: File, kind: str) -> Opened:
     return Opened(control, file, named(control.state_dict(), rows_of(control), 1), f"{kind[2:]} of its config.json")
 
 
-def load_control(path: Path, unet: UNetConfig | None = None, dtype: torch.dtype | None = torch.float32) -> Control:
-    """Load a control. `unet`: the config of the UNet that it will act on; None skips this check.
+def load_control(
+    path: Path, unet: UNetConfig | None = None, dtype: torch.dtype | None = torch.float32, factor: int | None = None
+) -> Control:
+    """Load a control. `unet`: the config of the UNet that it will act on; `factor`: that of the VAE. None skips a check.
 
     Raises ValueError when the file is not a supported control, or is for another base model.
     """
     opened = open_control(path)
     if unet is not None:
         check_fit(opened.control, unet, path)
+    if factor is not None and (needed := opened.control.config.factor) != factor:
+        raise ValueError(f"{path} is a control for latents {needed} times smaller than the picture, but those here are {factor} times")
     return assemble(opened.control, opened.names, opened.file, opened.what, dtype)
 
 
