@@ -25,6 +25,7 @@ from model.image_projection import ImageProjection
 from model.unet import Residuals
 from sampling.control import Hint, bind, ladder, to_pixels, total, weighted
 from sampling.guidance import guided
+from sampling.inputs import read_inputs
 from sampling.options import parse
 from sampling.request import HintFile, Model, Request, from_json, to_json
 
@@ -170,6 +171,27 @@ def test_pixels_are_diffusers(pictures: list[Path], size: tuple[int, int]) -> No
         assert torch.equal(to_pixels(image, 1, size), _preprocess_adapter_image(image.convert("L"), *size))
     pixels = to_pixels(Image.fromarray(np.array([[0, 255]], np.uint8)), 1, (1, 2))
     assert pixels.flatten().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
+def test_hints_of_any_mode_and_size(mode: str, tmp_path: Path) -> None:
+    """Black and white in every mode are the same pixels; what is transparent is black."""
+    levels = np.zeros((31, 57), np.uint8)
+    levels[5:20, 8:30] = 255
+    image = Image.fromarray(levels)
+    if mode in ("I;16", "F"):
+        image = Image.fromarray(levels.astype(np.uint16) * 257 if mode == "I;16" else levels / np.float32(255))
+    else:
+        image = image.convert("RGB").convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(levels))
+    path = tmp_path / ("hint.tiff" if mode in ("CMYK", "F") else "hint.png")
+    image.save(path)
+    (hint,) = read_inputs(Request(hints=(HintFile(path),))).hints
+    assert isinstance(hint.picture, Image.Image)
+    for channels in (1, 3):
+        want = to_pixels(Image.fromarray(levels), channels, (24, 40))
+        assert max_error(to_pixels(hint.picture, channels, (24, 40)), want) <= 1 / 255
 
 
 def test_what_does_not_fit_is_refused() -> None:

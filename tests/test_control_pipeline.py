@@ -88,7 +88,7 @@ class Ask:
     prompted: bool = False  # by a picture too
     masked: bool = False  # the picture acts in a region
     guidance: float = 4.0
-    steps: int = 5
+    steps: int = 4
     num: int = 1
 
 
@@ -168,18 +168,18 @@ EDGES, DEPTH, SHUFFLE = Use(), Use("depth", "grey.png", 1.2), Use("shuffle", sca
 ASKS = {
     "one": Ask(),
     "several pictures": Ask(num=3, guidance=1.0),
-    "start and end": Ask((replace(EDGES, start=0.2, end=0.7),), steps=10),
+    "start and end": Ask((replace(EDGES, start=0.2, end=0.7),), steps=7),
     "two, each with its range": Ask((EDGES, replace(DEPTH, start=0.4)), num=2),
-    "guess mode": Ask((replace(EDGES, guess=True),), steps=6),
+    "guess mode": Ask((replace(EDGES, guess=True),)),
     "guess mode, guidance 1": Ask((replace(EDGES, guess=True),), guidance=1.0),
     "shuffle": Ask((SHUFFLE,)),
     "with an image prompt": Ask(prompted=True, num=2),
     "with an image prompt in a region": Ask(prompted=True, masked=True),
     "two, and an image prompt": Ask((EDGES, DEPTH), prompted=True),
-    "image to image": Ask(edit="img2img", prompted=True, steps=6),
+    "image to image": Ask(edit="img2img", prompted=True),
     "image to image, a range": Ask((replace(EDGES, end=0.5),), edit="img2img", steps=10, num=2),
-    "inpainting": Ask(edit="inpaint", prompted=True, masked=True, steps=6),
-    "inpainting, two": Ask((EDGES, DEPTH), edit="inpaint", steps=6),
+    "inpainting": Ask(edit="inpaint", prompted=True, masked=True),
+    "inpainting, two": Ask((EDGES, DEPTH), edit="inpaint"),
 }
 
 
@@ -273,24 +273,6 @@ def test_again_with_controls(files: Files, tmp_path: Path) -> None:
     assert difference(np.asarray(Image.open(tmp_path / "b.png")).astype(int)[None], first) == 0
     with pytest.raises(ValueError, match="leave out --control, --hint"):
         cli.run(["--again", str(tmp_path / "a.png"), "--control", "x", "--hint", "y"])
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
-def test_hints_of_any_mode_and_size(files: Files, mode: str, tmp_path: Path) -> None:
-    """Grey steps in every mode draw one picture, but for what a mode can't hold."""
-    levels = np.zeros((31, 57), np.uint8)
-    levels[5:20, 8:30] = 255
-    image = Image.fromarray(levels)
-    if mode in ("I;16", "F"):
-        image = Image.fromarray(levels.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(levels / np.float32(255))
-    else:
-        image = image.convert("RGB").convert(mode)
-    suffix = {"CMYK": ".tiff", "F": ".tiff"}.get(mode, ".png")
-    image.save(tmp_path / f"hint{suffix}")
-    Image.fromarray(levels).save(tmp_path / "plain.png")
-    names = tmp_path / f"hint{suffix}", tmp_path / "plain.png"
-    one, two = (ours(files, Ask((Use(hint=str(name)),), steps=2), tmp_path / "out.png") for name in names)
-    assert difference(one, two) <= LEVEL
 
 
 MISTAKES = {
