@@ -21,11 +21,12 @@ from test_names import check_bijection, check_ldm, on_meta
 from torch import Tensor
 
 from checkpoints.cards import save
-from checkpoints.control_configs import controlnet_diffusers, official_t2i, t2i_diffusers
+from checkpoints.control_configs import controlnet_diffusers, ldm_controlnet, official_t2i, t2i_diffusers
 from checkpoints.control_names import controlnet_rows, t2i_rows
 from checkpoints.controls import Control, load_control, open_control, save_control_diffusers
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect, kind_of
+from checkpoints.ldm import Settings
 from checkpoints.names import named
 from checkpoints.single_file import load_single
 from checkpoints.stable_diffusion import load_base
@@ -195,9 +196,10 @@ def test_a_yaml_beside_a_controlnet_gives_its_heads(control: ControlNet, tmp_pat
     unet = {"unet_config": {"params": {"num_heads": -1, "num_head_channels": 16}}}
     path.with_suffix(".yaml").write_text(json.dumps({"model": {"params": unet}}))
     assert load_control(path).config.heads == (2, 4)  # type: ignore[union-attr]
-    wide = ControlNet(ControlNetConfig.of(replace(UNET, channels=(64, 128), depth=(1, 0), heads=(1, 2), context_dim=1024), (4, 6)))
-    found = load_control(write(official(wide), tmp_path / "wide.pth"))
-    assert found.config == wide.config
+    wide = ControlNetConfig.of(replace(UNET, channels=(64, 128), heads=(1, 2), context_dim=1024), (4, 6))
+    state = on_meta(ControlNet, wide).state_dict()
+    names = named(state, controlnet_rows(wide), 2)
+    assert ldm_controlnet({names[k][0]: tuple(t.shape) for k, t in state.items()}, Settings()) == wide
 
 
 # What is refused.

@@ -18,10 +18,9 @@ from checkpoints.cards import read_card
 from checkpoints.controls import load_control
 from checkpoints.describe import kind_of
 from checkpoints.stable_diffusion import load_unet
-from model.controlnet import ControlNet
 from model.t2i import T2IAdapter
 from sampling.pipeline import load
-from train import control, structure, t2i
+from train import control, loop, structure, t2i
 from train.drawings import drawing, recolour
 from train.errors import GateError
 from train.options import SHIPPED, STAGES
@@ -133,32 +132,46 @@ def test_early_steps_are_drawn_more_often() -> None:
         assert abs(float((t < s).double().mean()) - (1 - (1 - s / 1000) ** (1 / 3))) < 0.012
 
 
-def test_training_resumes_and_writes_what_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run stopped half-way ends with the same weights, bit for bit; the files load as controls of the base."""
-    monkeypatch.setattr(structure, "HELD_OUT", 8)
-    runs = {}
-    for name, stage in (("control", control), ("t2i", t2i)):
-        plan = replace(stage.PHASES[0], steps=3, batch=4, warmup=1, validate_every=3)
-        for part in ("whole", "again"):
-            weights = tmp_path / part / "weights"
-            weights.mkdir(parents=True, exist_ok=True)
-            for file in (ROOT / "weights").iterdir():
-                if not (weights / file.name).exists():
-                    (weights / file.name).symlink_to(file)
-            if part == "again":
-                with monkeypatch.context() as patch:
-                    patch.setattr(structure, "run", partial(structure.run, until=2))
-                    stage.train(tmp_path / part, weights, (plan,), pictures=16)
-            stage.train(tmp_path / part, weights, (plan,), pictures=16)
-            runs[name, part] = load_file(weights / stage.KIND.file)
-        a, b = runs[name, "whole"], runs[name, "again"]
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        file = tmp_path / "whole" / "weights" / stage.KIND.file
-        card = read_card(file)
-        assert card["results"].keys() >= {"held_out", "gain_none", "gain_shuffled"} and "licence" in card
-        found = load_control(file, load_unet(ROOT / "weights" / "unet.safetensors").config, factor=4)
-        assert isinstance(found, ControlNet if name == "control" else T2IAdapter)
-        assert kind_of(file) == {"control": "controlnet", "t2i": "t2i"}[name]
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with links to the shipped base model."""
+    folder = tmp_path_factory.mktemp("base")
+    for name in ("unet", "vae", "text_encoder"):
+        for end in (".safetensors", ".json"):
+            (folder / f"{name}{end}").symlink_to(ROOT / "weights" / f"{name}{end}")
+    return folder
+
+
+def tiny(stage: Any) -> tuple[Any]:
+    return (replace(stage.PHASES[0], steps=3, batch=4, warmup=1, validate_every=3),)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_training_resumes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped ends with the same weights, bit for bit."""
+    monkeypatch.setattr(structure, "HELD_OUT", 4)
+    ended = []
+    for name, stops in (("whole", [None]), ("again", [2, None])):
+        for until in stops:
+            monkeypatch.setattr(structure, "run", partial(loop.run, until=until))
+            control.train(tmp_path / name, base, tiny(control), pictures=8)
+        ended.append(load_file(base / control.KIND.file))
+        (tmp_path / "again").mkdir(exist_ok=True)
+        if name == "whole":
+            (tmp_path / "whole" / "cache").rename(tmp_path / "again" / "cache")
+    assert all(torch.equal(tensor, ended[1][key]) for key, tensor in ended[0].items())
+    assert any(ended[0]["zero_mid.weight"].flatten())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_what_is_written_loads_as_a_control_of_the_base(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structure, "HELD_OUT", 4)
+    t2i.train(tmp_path, base, tiny(t2i), pictures=8)
+    file = base / t2i.KIND.file
+    card = read_card(file)
+    assert card["results"].keys() >= {"held_out", "gain_none", "gain_shuffled"} and "licence" in card
+    found = load_control(file, load_unet(base / "unet.safetensors").config, factor=4)
+    assert isinstance(found, T2IAdapter) and kind_of(file) == "t2i"
 
 
 def test_all_trains_what_ships() -> None:
