@@ -23,6 +23,7 @@ from checkpoints.adapters import (
     projection_of,
 )
 from checkpoints.clip import load_image_encoder, load_text_encoder
+from checkpoints.controls import OWN, open_control
 from checkpoints.files import printable, read_json_if_there, short_list
 from checkpoints.reader import File
 from checkpoints.single_file import load_single, single_kind
@@ -36,6 +37,7 @@ _SKELETONS: dict[str, Callable[..., nn.Module]] = {  # loaders of the networks; 
     "text_encoder": partial(load_text_encoder, build=text_skeleton),
     "image_encoder": partial(load_image_encoder, build=image_skeleton),
 }
+_CONTROLS = {"a ControlNet": "controlnet", "a T2I-Adapter": "t2i"}
 _CLASSES = {
     "UNet2DConditionModel": "unet",
     "AutoencoderKL": "vae",
@@ -43,13 +45,15 @@ _CLASSES = {
     "CLIPTextModelWithProjection": "text_encoder",
     "CLIPVisionModelWithProjection": "image_encoder",
     "CLIPModel": "image_encoder",
+    "ControlNetModel": "controlnet",
+    "T2IAdapter": "t2i",
 }
-# An entry that occurs only in the config of this network.
-_CONFIG_ENTRIES = {"prediction": "unet", "scale": "vae", "vocabulary": "text_encoder", "patch": "image_encoder"}
+# An entry that occurs only in the config of this network. (A ControlNet's config holds that of a UNet.)
+_CONFIG_ENTRIES = OWN | {"prediction": "unet", "scale": "vae", "vocabulary": "text_encoder", "patch": "image_encoder"}
 
 
 def kind_of(path: Path) -> str:
-    """Detect what `path` holds: "base", "adapter", "unet", "vae", "text_encoder" or "image_encoder".
+    """Detect what `path` holds: "base", "adapter", "controlnet", "t2i", "unet", "vae", "text_encoder" or "image_encoder".
 
     Raises FileNotFoundError, and ValueError when it is none of these.
     """
@@ -71,7 +75,7 @@ def kind_of(path: Path) -> str:
     if any(name.startswith(("image_proj.", "image_proj_model.")) for name in file):
         return "adapter"
     if (kind := single_kind(file)) != "not a base model":
-        return "base"
+        return _CONTROLS.get(kind, "base")
     if kind := _kind_of_folder(path.parent) or ("vae" if as_ldm_vae(file) else ""):
         return kind
     origin = f" (made by `{printable(str(card['command']))}`)" if "command" in card else ""
@@ -132,6 +136,15 @@ def _describe_single(path: Path) -> list[str]:
     return lines
 
 
+def _describe_control(path: Path) -> list[str]:
+    control, file, names, _ = open_control(path)
+    config, size = asdict(control.config), _size(file[name] for (name,) in names.values())
+    settings = ", ".join(f"{k} {v}" for k, v in config.items() if k not in ("out_channels", "prediction", "sample_size"))
+    if "context_dim" in config:
+        return [f"ControlNet for {display_name(BASES, config['context_dim'])}, {size}", settings]
+    return [f"T2I-Adapter, {size}", settings]
+
+
 def inspect(path: Path) -> list[str]:
     """Describe a file or folder of weights: what it is, its sizes and dtypes, and what is missing or odd.
 
@@ -155,6 +168,8 @@ def inspect(path: Path) -> list[str]:
             elif name != "image_encoder":
                 lines.append(f"odd: it has no {name}")
         return lines
+    if kind in _CONTROLS.values():
+        return _describe_control(path)
     module: Any = _SKELETONS[kind](path, dtype=None)
     config = {k: v for k, v in asdict(module.config).items() if k != "vocabulary"}
     what = kind.replace("_", " ")

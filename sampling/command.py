@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints.adapters import adapter_file, projection_of
+from checkpoints.controls import check_fit, open_control
 from checkpoints.files import check_output
 from checkpoints.stable_diffusion import unet_config
 from sampling.device import check_device
@@ -74,11 +75,17 @@ def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callab
 def load_model(model: Model, device: str) -> Pipeline:
     """The pipeline of a Model."""
     adapters, dtype = model.adapters or None, getattr(torch, model.dtype)
-    return load(model.checkpoint, adapters, model.image_encoder, dtype, device, model.prediction, model.vae)
+    return load(
+        model.checkpoint, adapters, model.image_encoder, dtype, device, model.prediction, model.vae, model.controls
+    )
 
 
 def check_model(inputs: Inputs, model: Model) -> None:
-    """Reject image prompts that the model can't read, from the headers of its files, before loading the weights."""
+    """Reject image prompts and hints that the model can't read, from the headers of its files, before loading the weights."""
+    for path, hint in zip(model.controls, inputs.hints, strict=True):
+        network = open_control(path).control
+        check_fit(network, unet_config(model.checkpoint), path)
+        hint.check(network)
     prompts = inputs.image_prompts
     adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
     pictures = [one for prompt in prompts for one in (*prompt.pictures, *prompt.negatives)]

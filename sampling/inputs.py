@@ -7,11 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from sampling.control import Hint
 from sampling.edit import Edit
 from sampling.embeddings import PictureWeights
 from sampling.images import open_image, read_mask, to_tensor
 from sampling.lambdas import Lambda
-from sampling.request import ImagePrompt, Request
+from sampling.request import HintFile, ImagePrompt, Request
 
 Picture = Image.Image | Path  # opened, or the file of a saved embedding, which is read for its adapter
 
@@ -33,11 +34,13 @@ class Inputs:
     request: Request
     image_prompts: tuple[PromptInputs, ...]
     edit: Edit | None
+    hints: tuple[Hint, ...] = ()
 
 
 def read_inputs(request: Request) -> Inputs:
     """Open every file of a request. Raises ValueError for a file that is missing, damaged or does not fit, before any weights are read."""
-    return Inputs(request, tuple(_image_prompt(prompt) for prompt in request.image_prompts), _edit(request))
+    prompts, hints = tuple(map(_image_prompt, request.image_prompts)), tuple(map(_hint, request.hints))
+    return Inputs(request, prompts, _edit(request), hints)
 
 
 def open_picture(path: Path) -> Picture:
@@ -50,6 +53,11 @@ def _image_prompt(prompt: ImagePrompt) -> PromptInputs:
     mask = read_mask(prompt.mask)[0, 0] if prompt.mask else None
     lam = Lambda(prompt.scale, prompt.layers, prompt.start, prompt.end, mask)
     return PromptInputs(pictures, PictureWeights(prompt.weights, prompt.rule), negatives, lam)
+
+
+def _hint(hint: HintFile) -> Hint:
+    """A hint's transparent parts are black, where nothing was drawn."""
+    return Hint(open_image(hint.picture, behind="black"), hint.scale, hint.start, hint.end, hint.guess)
 
 
 def _edit(request: Request) -> Edit | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
 from checkpoints.clip import load_image_encoder
+from checkpoints.controls import Control, load_control, open_control
 from checkpoints.files import naming
 from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
 from model.adapter import IPAdapter
@@ -24,11 +25,12 @@ from model.text_encoder import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
 from sampling.batch import check_finite, groups, rows_of
+from sampling.control import Hint, bind
 from sampling.ddim import DDIM
 from sampling.dpm import DPM
 from sampling.edit import Edit, begin
 from sampling.embeddings import PictureWeights, Strength, load_embedding, of_prompts, parts, weigh_tokens
-from sampling.guidance import guided
+from sampling.guidance import Side, guided
 from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
 from sampling.lambdas import moving, set_lambda
@@ -43,7 +45,7 @@ Given = Picture | str  # where an image prompt is meant
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A base model and, for image prompts, an image encoder and adapters. Immutable: its modules are never changed."""
+    """A base model; for image prompts an image encoder and adapters; and controls. Immutable: its modules are never changed."""
 
     unet: UNet
     vae: VAE
@@ -51,6 +53,7 @@ class Pipeline:
     schedule: Schedule
     image: ImageEncoder | None = None
     adapters: tuple[IPAdapter, ...] = ()
+    controls: tuple[Control, ...] = ()
 
     @torch.no_grad()
     def embed(self, pictures: Given | Sequence[Given], fit: Fit = "crop", adapter: int = 0) -> Tensor:
@@ -156,6 +159,7 @@ class Pipeline:
                 image_guidance=request.image_guidance,
                 against=against or None,
                 weights=[prompt.weights for prompt in prompts] or None,
+                hints=inputs.hints,
             )
             yield from to_images(drawn)
 
@@ -183,13 +187,15 @@ class Pipeline:
         image_guidance: float | None = None,
         against: Sequence[Tensor | None] | None = None,
         weights: Sequence[PictureWeights] | None = None,
+        hints: Sequence[Hint] = (),
     ) -> Tensor:
         """A batch of pictures, one for each prompt and seed: `b 3 H W`, about [-1, 1]. `draw` is this for one Request.
 
         `guidance` is w (Eq. 7), of the text alone where the picture has its `image_guidance`. `size` is (height, width) in
         pixels, multiples of the VAE's factor. The noise of picture i comes from a CPU generator of its own, seeded with
         `seeds[i]`. `watch` is called after every step. `sampler` is `DDIM` or `DPM`. `edit` is a picture to change, which sets
-        the size. The rest is as in `contexts`. Raises ValueError where arguments do not fit, or the result is not finite.
+        the size. `hints` has one for each control. The rest is as in `contexts`. Raises ValueError where arguments do not fit, or
+        the result is not finite.
         """
         prompts, seeds, negatives = rows_of(prompts, seeds, negatives)
         size = size or (edit.size if edit else self.native_size)
@@ -200,8 +206,11 @@ class Pipeline:
         grid = x.shape[-2], x.shape[-1]
         uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights)
         lambdas = scale if isinstance(scale, Sequence) else [scale] * len(self.adapters)
-        move = moving(of_prompts(lambdas, weights) if cond.image else [], [step.t for step in times[canvas.start :]])
-        denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move))
+        running = [step.t for step in times[canvas.start :]]
+        move = moving(of_prompts(lambdas, weights) if cond.image else [], running)
+        sides: dict[Side, Context] = {"uncond": uncond, "image": uncond, "cond": cond}
+        control = bind(self.controls, hints, self.unet.config, sides, size, running)
+        denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move, control))
         for state in sampler.draw(denoise, x, self.schedule, times, start=canvas.start, enter=canvas.enter, **noise):
             x = check_finite(state.x, dtype)
             if watch is not None:
@@ -230,11 +239,13 @@ def load(
     device: str = "cpu",
     prediction: Prediction | None = None,
     vae: Path | str | None = None,
+    controls: Sequence[Path | str] = (),
 ) -> Pipeline:
     """The pipeline of a base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
 
     Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
-    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder. Raises
+    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `controls` are
+    ControlNets and T2I-Adapters. Raises
     FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
     checkpoint = Path(checkpoint)
@@ -244,14 +255,17 @@ def load(
         schedule = schedule_of(config)
     for file in files:  # reject files that are not adapters before loading the base model
         adapter_sizes(adapter_file(file))
+    for path in controls:
+        open_control(Path(path))
     base = load_base(checkpoint, dtype, prediction, Path(vae) if vae else None)
     image = load_image_encoder(encoder, dtype) if encoder else None
     adapters = tuple(load_adapter(file, base.unet, image.config if image else None, dtype) for file in files)
-    for part in (base.unet, base.vae, base.text, image, *adapters):
+    networks = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
+    for part in (base.unet, base.vae, base.text, image, *adapters, *networks):
         if part is not None:
             part.to(device)
     schedule = replace(schedule, prediction=base.unet.config.prediction)
-    return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters)
+    return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks)
 
 
 def prompt_files(

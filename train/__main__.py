@@ -3,7 +3,7 @@
 To resume a run that was stopped (by Ctrl-C or in any other way), give the same command again; the result is the same.
 `python -m train STAGE --help` lists the options of a stage.
 
-  python -m train all                         the mini world from nothing, every stage in order (hours)
+  python -m train all                         the mini world from nothing, every network that ships (hours)
   python -m train all --device cuda --scale 4     the same on a GPU (minutes)
   python -m train adapter --data pictures     an adapter on your own pictures, with the mini weights as the base
   python -m train adapter --data pictures --base sd15.safetensors --image-encoder models/image_encoder \\
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import Diverged, GateError, Interrupted
-from train.options import ADAPTERS, SETTINGS, STAGES, parser
+from train.options import ADAPTERS, SETTINGS, SHIPPED, parser
 
 if TYPE_CHECKING:
     from train.loop import Plan
@@ -83,7 +83,7 @@ def cost(plan: Plan) -> str:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Train the chosen stage, or all of them, and print the outcome."""
+    """Train the chosen stage, or all whose weights ship, and print the outcome."""
     from sampling.device import check_device
     from train.checkpoint import locked
 
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     check_device(args.device)
     allow_fast_kernels()
     with locked(state):
-        for name in STAGES if args.stage == "all" else (args.stage,):
+        for name in SHIPPED if args.stage == "all" else (args.stage,):
             stage = importlib.import_module(f"train.{name}")
             source = source_of(args, name, weights) if name in ADAPTERS else None
             plans = plans_of(args, stage.phases_for(source) if source else stage.PHASES)
