@@ -31,8 +31,8 @@ How the layouts correspond (the full tables are in checkpoints/names.py; tests/t
   to_k.i, to_v.i (layer i)    ip_adapter.n.to_k_ip, to_v_ip: n = 1, 3, 5, ...  adapter_modules.n.*, or unet.*.processor.*
                               in the order down, up, mid
 
-The project's own format is a safetensors file with the names in the first column, and a JSON card beside it. Loading is strict: a
-tensor that is missing, unknown, not finite or of the wrong shape is an error. Only tensors are ever unpickled.
+The project's own format is a safetensors file with the names of the first column, and a JSON card beside it. Loading is strict: a
+tensor that is missing, unknown, not finite or of the wrong shape is an error. Only tensors are unpickled.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True)
     description = "Describe each file or folder of weights, and list what is missing or odd."
     i = commands.add_parser("inspect", help="describe files", description=description)
-    i.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a file or folder of weights")
+    i.add_argument("files", type=Path, nargs="+", metavar="FILE", help="weights, a file or a folder")
     description = "Convert an adapter to the official layout; a base model, one of its networks or a control to this project's format."
     c = commands.add_parser("convert", help="convert weights to another layout", description=description)
     c.add_argument("source", type=Path, help="a file or folder of weights")
@@ -60,8 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--diffusers",
         action="store_true",
         help="write a UNet, ControlNet or T2I-Adapter in diffusers' layout, config.json and diffusion_pytorch_model.safetensors, "
-        "to the folder TARGET "
-        "(diffusers stores whether it predicts v in the pipeline's scheduler, not here)",
+        "to the folder TARGET (diffusers stores the prediction type, epsilon or v, in the config of the scheduler, not in this folder)",
     )
     description = "Compare two checkpoints of any layout, tensor by tensor. Exits with 1 if they differ."
     v = commands.add_parser("verify", help="compare two checkpoints", description=description)
@@ -71,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def inspect_all(files: list[Path]) -> None:
-    """Describe every file, also after one that is not supported; then exit with what is wrong, if anything is."""
+    """Describe all files. If some are not supported, describe the others, then exit with the errors."""
     from checkpoints.describe import inspect
 
     errors = []

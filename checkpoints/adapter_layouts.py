@@ -1,4 +1,4 @@
-"""Map other adapter layouts to the official names: that of the official trainer, and that of Plus in diffusers."""
+"""Map two other adapter layouts to the official names: the checkpoints of the official trainer, and Plus in diffusers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ _PROCESSOR = re.compile(r"(unet\.(?:down|up|mid)_block.*\.processor)\.to_[kv]_ip
 
 
 def _trainer_names(file: File) -> dict[str, str]:
-    """{official name: name} for a checkpoint of the official trainer, which holds the whole model.
+    """Return {official name: name in the file} for a checkpoint of the official trainer, which contains the whole model.
 
-    Leaves out the UNet's own weights.
-
-    The projection is under `image_proj_model.`, and the layers are under `adapter_modules.<n>.`. When accelerate has
-    dropped the latter as duplicates, the layers are in the UNet, as `...attn2.processor.`.
+    The projection has the prefix `image_proj_model.`, and the layers have `adapter_modules.<n>.`. If accelerate dropped the
+    latter as duplicates, the layers are inside the UNet, as `...attn2.processor.`. The UNet's own weights are omitted.
     """
     parts = (("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter."))
     names = {new + name.removeprefix(old): name for old, new in parts for name in file if name.startswith(old)}
@@ -37,7 +35,7 @@ def _trainer_names(file: File) -> dict[str, str]:
 
 
 def _processor_order(layer: str) -> tuple[bool, bool, list[int]]:
-    """Sort key for the order of processors in diffusers: down, up, mid."""
+    """Return a sort key for the order of attention processors in diffusers: down, up, mid."""
     return "mid_block" in layer, "up_blocks" in layer, [int(n) for n in re.findall(r"\d+", layer)]
 
 
@@ -49,7 +47,10 @@ _PLUS_LAYER = re.compile(r"(image_proj\.layers\.\d+)\.(.+)\.(weight|bias)$")
 
 
 def _diffusers_names(file: File) -> dict[str, str | tuple[str, ...]]:
-    """{official name: name} for diffusers' Plus: layers are `layers.N.attn.*`, with K and V in one matrix or two."""
+    """Return {official name: name in the file} for Plus in diffusers.
+
+    Its layers are `layers.N.attn.*`, with K and V in one matrix or in two.
+    """
     names: dict[str, str | tuple[str, ...]] = {}
     for name in file:
         layer = _PLUS_LAYER.match(name)

@@ -1,4 +1,4 @@
-"""This project's own format: a safetensors file with this project's tensor names, and a JSON card beside it."""
+"""Read and write this project's own format: a safetensors file with our tensor names, and a JSON card beside it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from checkpoints.reader import File
 def save(module: nn.Module, path: Path, card: dict[str, Any], dtype: torch.dtype | None = torch.float16) -> None:
     """Save a module to `path` (safetensors) and its card, which includes the module's config, beside it (`.json`).
 
-    Writes both files or neither. `dtype=None` keeps each tensor's dtype. Raises OSError when they can't be written, and
-    ValueError when a value is too large for `dtype`.
+    Writes both files or neither. `dtype=None` keeps each tensor's dtype. Raises OSError if the files cannot be written,
+    and ValueError if a value is too large for `dtype`.
     """
     config = getattr(module, "config", None)
     with replacing_in(path.parent) as part:
@@ -28,17 +28,17 @@ def save(module: nn.Module, path: Path, card: dict[str, Any], dtype: torch.dtype
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """Read the card beside a file of weights. Raises FileNotFoundError when either is missing."""
+    """Read the card beside a weights file. Raises FileNotFoundError if either file is missing."""
     card = path.with_suffix(".json")
     if not path.exists() or not card.exists():
-        raise FileNotFoundError(f"{path} and its card {card.name} are not there; `make weights` trains them")
+        raise FileNotFoundError(f"{path} or its card {card.name} is missing: run `make weights` to train the network")
     return read_json(card)
 
 
 def module_from_card(path: Path, module: Callable[..., M], config: type[Any] | None) -> M:
     """Build the module that the card beside `path` describes, on the meta device.
 
-    Raises ValueError when the card is wrong.
+    Raises ValueError if the card does not describe a network.
     """
     card = read_card(path)
     with torch.device("meta"), naming(path.with_suffix(".json"), "does not describe a network"):

@@ -1,4 +1,4 @@
-"""Load CLIP's text and image encoders from transformers' layout, and the padding token from a tokenizer's folder."""
+"""Load CLIP's text and image encoders, and read the padding token from a tokenizer's folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def load_text_encoder(
 ) -> TextEncoder:
     """Load a text encoder from a file in this project's own format, or from a folder in transformers' layout.
 
-    In transformers' layout, the tokenizer's folder is expected beside it. `build` makes the module from its config.
+    In transformers' layout, the folder `tokenizer` must be beside it unless the padding token is CLIP's. `build` makes the
+    module from its config.
     """
     if not has_config(path):
         return load(path, build, TextConfig, dtype)
@@ -34,7 +35,7 @@ def load_text_encoder(
 
 
 def assemble_text(text: TextEncoder, file: File, what: str, dtype: torch.dtype | None) -> TextEncoder:
-    """Fill a text encoder with tensors under transformers' names, with or without the prefix `text_model.`.
+    """Fill a text encoder with tensors that have transformers' names, with or without the prefix `text_model.`.
 
     Ignores the image encoder of a full CLIP model, and the text projection if `text` has none.
     """
@@ -46,7 +47,7 @@ def assemble_text(text: TextEncoder, file: File, what: str, dtype: torch.dtype |
 
 
 def padding_token(tokenizer: Path) -> int:
-    """The padding token from a tokenizer's folder; CLIP's end token if there is no such folder."""
+    """Read the padding token from a tokenizer's folder. It is CLIP's end token if there is no such folder."""
     with naming(tokenizer, "is not a supported tokenizer"):
         words = None
         if (tokenizer / "vocab.json").exists():
@@ -64,7 +65,7 @@ def load_image_encoder(
 ) -> ImageEncoder:
     """Load an image encoder from a file in this project's own format, or from a folder in transformers' layout.
 
-    The folder may hold a full CLIP model, and `path` may name the file of weights in it. `build` makes the module from
+    The folder may contain a full CLIP model, and `path` may also be a weights file in it. `build` makes the module from
     its config.
     """
     if not has_config(path):

@@ -1,7 +1,7 @@
 """Convert a `config.json` of diffusers or transformers, given as a dict, to this project's configs.
 
-The functions raise ValueError when a config needs something that these modules do not support, and KeyError when an
-entry is missing. Nothing here reads a file.
+The functions raise ValueError if a config needs a feature that our modules do not support, and KeyError if an entry is
+missing. They do not read files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from model.text_encoder import END, TextConfig, vocabulary
 from model.unet import UNetConfig
 from model.vae import VAEConfig
 
-# The only supported values of settings that these modules do not implement as options.
+# Settings with a single supported value, because our modules do not implement alternatives.
 _UNET_SUPPORTED: dict[str, Any] = {
     "act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
     "downsample_padding": 1, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "time_embedding_type": "positional",
@@ -41,7 +41,7 @@ _ALIASES = {"swish": "silu"}  # activations with two names
 
 
 def _single_value(value: Any) -> Any:
-    """Reduce a list of equal values, one per level, to one value."""
+    """Reduce a list of equal values, one per level, to a single value."""
     if isinstance(value, (list, tuple)) and value and all(each == value[0] for each in value):
         return value[0]
     return value
@@ -55,7 +55,7 @@ def _check(config: Mapping[str, Any], supported: dict[str, Any]) -> None:
 
 
 def _per_level(value: Any, levels: int) -> tuple[int, ...]:
-    """Expand a setting that is given as one number, or as one number per level."""
+    """Expand a single number to one number per level. Lists are returned as tuples."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
 
 
@@ -78,11 +78,11 @@ def check_values(config: Any) -> None:
                 type(n) is int and 0 <= n <= _MAXIMA.get(name, n) for n in numbers
             )
         if not good:
-            raise ValueError(f"its {name} is {value!r}")
+            raise ValueError(f"its {name} is {value!r}, which is not a valid value")
 
 
 def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig:
-    """The config of diffusers' `UNet2DConditionModel`. `prediction` is the `prediction_type` of the scheduler's config."""
+    """Convert the config of diffusers' `UNet2DConditionModel`. `prediction`: the `prediction_type` of the scheduler's config."""
     encoder = encoder_config(c)
     if list(c["up_block_types"]) != [f"{'CrossAttnUp' if depth else 'Up'}Block2D" for depth in reversed(encoder["depth"])]:
         raise ValueError(f"it has blocks that are not supported: {c['down_block_types']!r}, {c['up_block_types']!r}")
@@ -97,7 +97,7 @@ def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig
 
 
 def encoder_config(c: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config of diffusers says of the encoder half, as entries of UNetConfig.
+    """Read the encoder half from a config of diffusers, as entries of UNetConfig.
 
     `attention_head_dim` is the number of heads, despite its name.
     """
@@ -123,7 +123,7 @@ def encoder_config(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def diffusers_config(c: UNetConfig) -> dict[str, Any]:
-    """The `config.json` of a UNet, as diffusers' `UNet2DConditionModel` writes it: the inverse of `unet_config`.
+    """Return the `config.json` of a UNet in the format of diffusers' `UNet2DConditionModel`. Inverse of `unet_config`.
 
     As in SD 1.x, the projections around the transformers are 1x1 convolutions when all levels have the same number of
     heads; otherwise they are linear layers. Raises ValueError for depths that diffusers can't describe.
@@ -155,7 +155,7 @@ def diffusers_config(c: UNetConfig) -> dict[str, Any]:
 
 
 def vae_config(c: Mapping[str, Any]) -> VAEConfig:
-    """The config of diffusers' `AutoencoderKL`."""
+    """Convert the config of diffusers' `AutoencoderKL`."""
     _check(c, _VAE_SUPPORTED)
     return VAEConfig(
         channels=tuple(c["block_out_channels"]),
@@ -167,9 +167,7 @@ def vae_config(c: Mapping[str, Any]) -> VAEConfig:
 
 
 def vocab_size(rows: int) -> int:
-    """Check and return the number of rows of a token embedding.
-
-    Raises ValueError when it is smaller than CLIP's vocabulary.
+    """Return the number of rows of a token embedding. Raises ValueError if it is smaller than CLIP's vocabulary.
     """
     if rows <= END:
         raise ValueError(f"it has rows for {rows} tokens, but CLIP's vocabulary has {END + 1}")
@@ -177,13 +175,13 @@ def vocab_size(rows: int) -> int:
 
 
 def mlp_ratio(width: int, inner: int) -> float:
-    """The ratio for which open_clip's int(width * ratio), the hidden width of the MLPs, is exactly `inner`."""
+    """Return the ratio for which int(width * ratio), the hidden width of open_clip's MLPs, is exactly `inner`."""
     ratio = inner / width
     return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 def text_config(c: Mapping[str, Any], pad: int = END) -> TextConfig:
-    """The config of transformers' `CLIPTextModel`, with or without projection.
+    """Convert the config of transformers' `CLIPTextModel`, with or without projection.
 
     `pad` is the tokenizer's padding token.
     """
@@ -202,7 +200,7 @@ def text_config(c: Mapping[str, Any], pad: int = END) -> TextConfig:
 
 
 def image_config(c: Mapping[str, Any]) -> ImageConfig:
-    """The config of transformers' `CLIPVisionModelWithProjection`, or of a full `CLIPModel`."""
+    """Convert the config of transformers' `CLIPVisionModelWithProjection`, or of a full `CLIPModel`."""
     if "vision_config" in c:  # a full CLIP model, whose config leaves out transformers' defaults
         c = _VISION_DEFAULTS | c["vision_config"] | {"projection_dim": c.get("projection_dim", 512)}
     _check(c, _CLIP_SUPPORTED | {"hidden_act": _activation(c)})
@@ -232,11 +230,11 @@ def _fingerprint(words: Mapping[str, int]) -> str:
 
 
 def pad_token(words: Mapping[str, int] | None, settings: Mapping[str, Any], special: Mapping[str, Any]) -> int:
-    """The padding token of a tokenizer, from its vocabulary (None for CLIP's) and the contents of two files.
+    """Return the padding token of a tokenizer, given its vocabulary (None means CLIP's) and the contents of two files.
 
     `settings`: `tokenizer_config.json`. `special`: `special_tokens_map.json`, which takes precedence unless `settings`
-    has an `added_tokens_decoder`, as in transformers. Raises ValueError when the vocabulary is not CLIP's, and KeyError
-    when it lacks the padding token.
+    has an `added_tokens_decoder`, as in transformers. Raises ValueError if the vocabulary is not CLIP's, and KeyError if
+    it lacks the padding token.
     """
     if words is not None and _fingerprint(words) != _CLIP_VOCABULARY:
         raise ValueError("its vocabulary is not CLIP's, and no other is supported")

@@ -37,9 +37,9 @@ def convert(
 ) -> None:
     """Convert an adapter to the official layout, and a base model, one of its networks or a control to this project's format.
 
-    `ema` takes the EMA copy of the UNet from a single file. `diffusers` writes a UNet or a control as a diffusers folder.
-    `dtype=None` keeps every tensor bit for bit. Raises ValueError for bad input, and OSError when the target can't be
-    written; both leave existing files unchanged.
+    `ema`: use the EMA copy of the UNet in a single file. `diffusers`: write a UNet or a control as a diffusers folder.
+    `dtype=None` keeps every tensor bit for bit. Raises ValueError for invalid input, and OSError if the target cannot be
+    written. In both cases, existing files are unchanged.
     """
     kind, card = kind_of(source), {"converted_from": source.name}
     one_file = kind != "base" and not diffusers
@@ -71,7 +71,7 @@ def convert(
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under this project's names, or for an adapter under the official names."""
+    """Read the tensors of a checkpoint, under this project's names. Adapters keep the official names."""
     kind = kind_of(path)
     if kind == "adapter":
         return dict(adapter_file(path))
@@ -86,9 +86,9 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def verify(a: Path, b: Path) -> list[str]:
-    """Compare two checkpoints of any layout tensor by tensor.
+    """Compare two checkpoints of any layout, tensor by tensor.
 
-    Returns the differences, or [] when they are equal bit for bit.
+    Return a list of differences, which is empty if they are equal bit for bit.
     """
     one, two = tensors_of(a), tensors_of(b)
     lines = [

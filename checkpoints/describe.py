@@ -1,4 +1,4 @@
-"""Detect what a file or folder of weights is, and describe it in words."""
+"""Detect and describe the content of a file or folder of weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from checkpoints.skeletons import image_skeleton, text_skeleton
 from checkpoints.stable_diffusion import as_ldm_vae, load_unet, load_vae
 from model.features import GLOBAL
 
-_SKELETONS: dict[str, Callable[..., nn.Module]] = {  # loaders of the networks; the CLIP encoders as skeletons, without open_clip
+_SKELETONS: dict[str, Callable[..., nn.Module]] = {  # loaders of the networks; CLIP encoders are loaded as skeletons, without open_clip
     "unet": load_unet,
     "vae": load_vae,
     "text_encoder": partial(load_text_encoder, build=text_skeleton),
@@ -48,14 +48,14 @@ _CLASSES = {
     "ControlNetModel": "controlnet",
     "T2IAdapter": "t2i",
 }
-# An entry that occurs only in the config of this network. (A ControlNet's config holds that of a UNet.)
+# For each network, an entry that occurs only in its config. (A ControlNet's config also has the entries of a UNet's.)
 _CONFIG_ENTRIES = OWN | {"prediction": "unet", "scale": "vae", "vocabulary": "text_encoder", "patch": "image_encoder"}
 
 
 def kind_of(path: Path) -> str:
-    """Detect what `path` holds: "base", "adapter", "controlnet", "t2i", "unet", "vae", "text_encoder" or "image_encoder".
+    """Detect the content of `path`: "base", "adapter", "controlnet", "t2i", "unet", "vae", "text_encoder" or "image_encoder".
 
-    Raises FileNotFoundError, and ValueError when it is none of these.
+    Raises FileNotFoundError if `path` does not exist, and ValueError if it is none of these.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there")
@@ -85,14 +85,14 @@ def kind_of(path: Path) -> str:
 
 
 def _kind_of_folder(folder: Path) -> str:
-    """The network that the `config.json` of a folder names; "" if there is none, or it is not supported."""
+    """Return the kind of network in a folder, from its `config.json`; "" if there is none or it is not supported."""
     config = read_json_if_there(folder / "config.json")
     classes = config.get("_class_name") or config.get("architectures")
     return _CLASSES.get(str(classes[0] if isinstance(classes, list) and classes else classes), "")
 
 
 def _size(tensors: Iterable[Tensor]) -> str:
-    """The number of parameters and tensors, and their dtypes, in words."""
+    """Describe the number of parameters and tensors, and their dtypes."""
     sizes = [(str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in tensors]
     count = {dtype: sum(n for kind, n in sizes if kind == dtype) for dtype, _ in sizes}
     kinds = ", ".join(count) if len(count) == 1 else ", ".join(f"{n:,} {dtype}" for dtype, n in count.items())
@@ -146,9 +146,9 @@ def _describe_control(path: Path) -> list[str]:
 
 
 def inspect(path: Path) -> list[str]:
-    """Describe a file or folder of weights: what it is, its sizes and dtypes, and what is missing or odd.
+    """Describe a file or folder of weights: its kind, sizes and dtypes, and anything missing or unusual.
 
-    Raises FileNotFoundError, and ValueError when it is not supported.
+    Raises FileNotFoundError if it does not exist, and ValueError if it is not supported.
     """
     kind = kind_of(path)
     if kind == "adapter":

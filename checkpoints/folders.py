@@ -1,4 +1,4 @@
-"""Read and write folders of diffusers and transformers, which hold a `config.json` and weights."""
+"""Read and write folders in the layout of diffusers and transformers: a `config.json` and weights."""
 
 from __future__ import annotations
 
@@ -23,40 +23,41 @@ def module_from_config(
 ) -> M:
     """Build the module that a folder's `config.json` describes, on the meta device.
 
-    Raises ValueError when it is not supported.
+    Raises ValueError if the config is not supported.
     """
     with naming(folder / "config.json", f"is not a supported config of {what}"):
         return empty_module(module, config(read_json(folder / "config.json")))
 
 
 def has_config(path: Path) -> bool:
-    """Whether `path` is a folder of diffusers or transformers, or a file of weights in one, rather than a file with its
-    own card.
+    """Whether `path` is a folder in the layout of diffusers or transformers, or a weights file in such a folder.
+
+    False for a weights file that has its own card.
     """
     has_card = path.is_file() and path.with_suffix(".json").is_file() and path.suffix != ".json"
     return path.is_dir() or (not has_card and (path.parent / "config.json").is_file())
 
 
 def folder_of(path: Path) -> Path:
-    """`path` itself if it is a folder, otherwise the folder that it is in."""
+    """Return `path` if it is a folder, otherwise its parent."""
     return path if path.is_dir() else path.parent
 
 
 def weights_in(path: Path) -> File:
-    """Open the weights in a folder, or the file of weights that `path` names.
+    """Open a weights file, or the weights in a folder.
 
-    Prefers safetensors to pickles, and full weights to variants (`.fp16`, `.non_ema`). The weights may be sharded, with
-    an index. Raises FileNotFoundError when there are none.
+    Prefers safetensors to pickles, and full weights to variants (`.fp16`, `.non_ema`). Sharded weights need their index.
+    Raises FileNotFoundError if there are no weights.
     """
     if path.is_file():
         return File(path)
     for file in _candidates(path):
         return File(file)
-    raise FileNotFoundError(f"{path} holds no weights: no {_STEMS[0]}.safetensors, {_STEMS[1]}.safetensors or .bin")
+    raise FileNotFoundError(f"{path} holds no weights: it needs {_STEMS[0]}.safetensors, {_STEMS[1]}.safetensors or the same as .bin")
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """The files of weights in a folder, in order of preference."""
+    """Yield the weights files in a folder, in order of preference."""
     for end in (".safetensors", ".bin"):
         for stem in _STEMS:
             yield from (

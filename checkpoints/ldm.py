@@ -20,27 +20,27 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that can't be inferred from the shapes in a single file. The defaults are those of Stable Diffusion 1.x.
+    """Settings that cannot be inferred from the shapes in a single file. The defaults are those of Stable Diffusion 1.x.
 
     `scheduler`: the noise schedule in the format of diffusers' `scheduler_config.json`; {} if there is no `.yaml`.
     """
 
     prediction: Literal["epsilon", "v"] = "epsilon"
     heads: int = 8
-    head_width: int = 0  # width of each head; if it is not 0, it replaces the number of heads
+    head_width: int = 0  # width of each head; if it is not 0, it determines the number of heads instead of `heads`
     scale: float = 0.18215
     scheduler: Mapping[str, Any] = field(default_factory=dict)
 
 
 def yaml_beside(path: Path) -> Path | None:
-    """The `.yaml` or `.yml` with the same name as a single file, if there is one."""
+    """Return the `.yaml` or `.yml` file beside a single file, with the same name, or None."""
     return next((file for end in (".yaml", ".yml") if (file := path.with_suffix(end)).is_file()), None)
 
 
 def settings_beside(path: Path) -> Settings:
     """Read the settings from the LDM `.yaml` beside a single file, or return the defaults if there is none.
 
-    Raises ValueError when the `.yaml` is not an LDM config, or sets something that is not supported.
+    Raises ValueError if the `.yaml` is not an LDM config or has unsupported settings.
     """
     file = yaml_beside(path)
     if file is None:
@@ -68,22 +68,22 @@ def settings_beside(path: Path) -> Settings:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """Count the distinct indices matched by the pattern's group, at the start of a name."""
+    """Count the distinct values of the pattern's group, matched at the start of each name."""
     return len({m[1] for name in shapes if (m := re.match(pattern, name))})
 
 
 def ldm_unet(shapes: Shapes, settings: Settings) -> UNetConfig:
-    """The config of the UNet in a single file. Raises KeyError when the shapes are not those of a UNet."""
+    """Infer the config of the UNet in a single file. Raises KeyError if the shapes are not those of a UNet."""
     return UNetConfig(
         **ldm_encoder(shapes, settings), out_channels=shapes["out.2.weight"][0], prediction=settings.prediction
     )
 
 
 def ldm_encoder(shapes: Shapes, settings: Settings) -> dict[str, Any]:
-    """What the shapes say of the encoder half of a UNet, or of a ControlNet, as entries of UNetConfig.
+    """Infer the encoder half of a UNet or a ControlNet, as entries of UNetConfig.
 
-    LDM numbers the stages: the residual blocks of a level, then its `op`, which halves the size. The number of heads
-    can't be inferred from the weights, so it comes from `settings`. Raises KeyError when the shapes are not those of one.
+    LDM numbers the stages: the residual blocks of a level, then its `op`, which halves the resolution. The number of
+    heads cannot be inferred from the weights, so it comes from `settings`. Raises KeyError if the shapes are those of neither.
     """
     channels, blocks, depth, i = [], [], [], 1
     while (res := f"input_blocks.{i}.0.out_layers.3.weight") in shapes:
@@ -110,7 +110,7 @@ def ldm_encoder(shapes: Shapes, settings: Settings) -> dict[str, Any]:
 
 
 def ldm_vae(shapes: Shapes, settings: Settings) -> VAEConfig:
-    """The config of the VAE in a single file. Raises KeyError when the shapes are not those of a VAE."""
+    """Infer the config of the VAE in a single file. Raises KeyError if the shapes are not those of a VAE."""
     levels = count(shapes, r"encoder\.down\.(\d+)\.block")
     return VAEConfig(
         channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
@@ -121,9 +121,9 @@ def ldm_vae(shapes: Shapes, settings: Settings) -> VAEConfig:
 
 
 def ldm_text(shapes: Shapes) -> TextConfig:
-    """The config of the CLIP text encoder in a single file, given names without `text_model.`.
+    """Infer the config of the CLIP text encoder in a single file. The names must not have the prefix `text_model.`.
 
-    Its heads are 64 wide.
+    Each head is assumed to be 64 wide.
     """
     rows, width = shapes["embeddings.token_embedding.weight"]
     inner, _ = shapes["encoder.layers.0.mlp.fc1.weight"]

@@ -1,7 +1,7 @@
-"""Tables of names that map this project's modules to those of diffusers, transformers, LDM and official adapters.
+"""Map the tensor names of this project to those of diffusers, transformers, LDM and official adapters.
 
-A table is a list of rows, one for each module with weights; `named` turns it into a map of tensors. tests/test_names.py
-checks that each map is a bijection. Nothing here reads a file.
+A table is a list of rows, one per module with weights. `named` converts a table to a map of tensor names.
+tests/test_names.py checks that each map is a bijection. These functions do not read files.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from model.text_encoder import TextConfig
 from model.unet import UNet, UNetConfig
 from model.vae import VAEConfig
 
-Row = tuple[str, str, str]  # the names of a module: here, in diffusers or transformers, in LDM
-Names = dict[str, tuple[str, ...]]  # {our tensor: the file's tensors, concatenated along their first axis}
+Row = tuple[str, str, str]  # names of a module: ours, that of diffusers or transformers, that of LDM
+Names = dict[str, tuple[str, ...]]  # {our tensor: tensors in the file, which are concatenated along their first axis}
 
 _RES: tuple[Row, ...] = (
     ("norm1", "norm1", "in_layers.0"),
@@ -62,7 +62,7 @@ _PERCEIVER: tuple[Row, ...] = (
     *((f"ff.{i}", f"1.{i}", "") for i in (0, 1, 3)),
 )
 _LAYER = re.compile(r"(to_[kv])\.(\d+)\.weight$")
-TRANSPOSED = ("text_projection.weight", "visual_projection.weight")  # in open_clip, relative to transformers
+TRANSPOSED = ("text_projection.weight", "visual_projection.weight")  # open_clip stores these transposed relative to transformers
 
 
 def _inside(outer: Row, rows: Iterable[Row]) -> list[Row]:
@@ -71,9 +71,9 @@ def _inside(outer: Row, rows: Iterable[Row]) -> list[Row]:
 
 
 def named(ours: Iterable[str], rows: Iterable[Row], column: int, prefix: str = "") -> Names:
-    """Map our tensors to another layout, the given column of a table: 1 = diffusers or transformers, 2 = LDM.
+    """Map our tensor names to those in the given column of a table: 1 = diffusers or transformers, 2 = LDM.
 
-    Tensors of modules that are not in the table are left out.
+    Tensors of modules that are not in the table are omitted.
     """
     theirs = {row[0]: row[column] for row in rows}
     split = {tensor: tensor.rpartition(".") for tensor in ours}
@@ -93,9 +93,9 @@ def _attn_rows(ours: str, block: str, i: int, ldm: str, depth: int) -> list[Row]
 
 
 def unet_rows(config: UNetConfig) -> list[Row]:
-    """Rows for the UNet.
+    """Return the rows for a UNet.
 
-    LDM numbers all stages, starting with conv_in; diffusers numbers levels, and the layers in each.
+    LDM numbers all stages consecutively, starting with conv_in. diffusers numbers the levels, and the layers of each level.
     """
     rows: list[Row] = [
         ("time_embed.0", "time_embedding.linear_1", "time_embed.0"),
@@ -132,7 +132,7 @@ def unet_rows(config: UNetConfig) -> list[Row]:
 
 
 def vae_rows(config: VAEConfig) -> list[Row]:
-    """Rows for the VAE. LDM numbers the decoder's levels from the largest resolution to the smallest."""
+    """Return the rows for a VAE. LDM numbers the decoder's levels from the largest resolution to the smallest."""
     rows: list[Row] = [(name, name, name) for name in ("quant_conv", "post_quant_conv")]
     levels, n = len(config.channels), config.res_blocks
     for part in ("encoder", "decoder"):
@@ -160,9 +160,9 @@ def vae_rows(config: VAEConfig) -> list[Row]:
 def clip_names(
     ours: Iterable[str], layers: int, prefix: str, modules: dict[str, str], tensors: dict[str, str]
 ) -> Names:
-    """Map a CLIP encoder to transformers' layout, which has separate q, k and v.
+    """Map the names of a CLIP encoder to transformers' layout, which stores q, k and v separately.
 
-    `modules` and `tensors` are those outside the layers.
+    `modules`, `tensors`: names outside the transformer layers, {ours: theirs}.
     """
     rows: list[Row] = [(f"clip.{a}", f"{prefix}{b}", "") for a, b in modules.items()]
     names: Names = {
@@ -178,7 +178,7 @@ def clip_names(
 
 
 def text_names(ours: Iterable[str], config: TextConfig, prefix: str = "text_model.") -> Names:
-    """Map CLIP's text encoder to transformers' layout. transformers 5 writes it without the prefix."""
+    """Map the names of a text encoder to transformers' layout. transformers 5 writes no prefix."""
     modules = {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
     tensors = {"positional_embedding": "embeddings.position_embedding.weight"}
     projection = {"text_projection": "text_projection.weight"} if config.output_dim else {}
@@ -186,7 +186,7 @@ def text_names(ours: Iterable[str], config: TextConfig, prefix: str = "text_mode
 
 
 def image_names(ours: Iterable[str], config: ImageConfig) -> Names:
-    """Map CLIP's image encoder (a ViT) to transformers' layout, where `pre_layrnorm` is really spelled like this."""
+    """Map the names of an image encoder (a ViT) to transformers' layout. `pre_layrnorm` is the spelling in transformers."""
     modules = {"conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
     tensors = {
         "class_embedding": "embeddings.class_embedding",
@@ -197,9 +197,9 @@ def image_names(ours: Iterable[str], config: ImageConfig) -> Names:
 
 
 def projection_names(ours: Iterable[str]) -> Names:
-    """Map an image projection of any kind to the official names.
+    """Map the names of an image projection of any kind to the official names.
 
-    Names that don't begin with `image_projection.` are left out.
+    Names that do not start with `image_projection.` are omitted.
     """
     ours, queries, rows = list(ours), "image_projection.queries", list(_PROJECTION)
     for i in range(sum(name.endswith(".to_kv.weight") for name in ours)):
@@ -208,9 +208,9 @@ def projection_names(ours: Iterable[str]) -> Names:
 
 
 def adapter_names(ours: Iterable[str], unet: UNet) -> Names:
-    """Map an adapter to the official names.
+    """Map the names of an adapter to the official names.
 
-    The keys 1, 3, 5, ... follow diffusers' order of processors: down, up, **mid last**.
+    The layers have the numbers 1, 3, 5, ... in the order of diffusers' attention processors: down, up, **mid last**.
     """
     mid = {module.layer for module in unet.mid.modules() if isinstance(module, CrossAttention)}
     order = sorted((layer.layer for layer in unet.cross_attentions()), key=lambda layer: (layer in mid, layer))

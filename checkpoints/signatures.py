@@ -1,4 +1,4 @@
-"""Recognise files that are not weights by their first bytes, such as Git LFS pointers, web pages and images."""
+"""Recognise files that are not weights, such as Git LFS pointers, web pages and images, by their first bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OTHER_FORMATS = {
 
 
 def check_not_placeholder(path: Path) -> None:
-    """Raise ValueError when a Git LFS pointer or a web page was downloaded in place of the file."""
+    """Raise ValueError if the file is a Git LFS pointer or a web page instead of the intended download."""
     with open(path, "rb") as file:
         start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for first, problem in _PLACEHOLDERS.items():
@@ -31,9 +31,7 @@ def check_not_placeholder(path: Path) -> None:
 
 
 def check_is_weights(path: Path) -> None:
-    """Raise ValueError, which says what the file is, when it is neither a file of weights nor the index of a sharded
-    one.
-    """
+    """Raise ValueError if a file is neither weights nor an index of shards. The message says what the file is."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file of weights in it")
     if path.exists() and not path.is_file():
@@ -53,5 +51,5 @@ def check_is_weights(path: Path) -> None:
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file has the name of an index of shards, such as `model.safetensors.index.json`."""
+    """Whether the name of a file is that of an index of shards, such as `model.safetensors.index.json`."""
     return ".index." in path.name and path.suffix == ".json"

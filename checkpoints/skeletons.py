@@ -1,6 +1,6 @@
-"""CLIP's encoders as bare names and shapes.
+"""Modules with the tensor names and shapes of CLIP's encoders, but no code.
 
-With them, files can be inspected without importing open_clip, which takes seconds.
+They allow files to be inspected without importing open_clip, which takes seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def text_skeleton(config: TextConfig) -> Any:
-    """A module without `forward` whose state dict has the names and shapes of `TextEncoder(config)`."""
+    """Build a module without `forward` whose state dict has the names and shapes of `TextEncoder(config)`."""
     width, rows = config.width, len(config.vocabulary) or config.vocab_size
     shapes = _transformer(width, config.layers, int(width * config.mlp_ratio)) | _norm("ln_final", width)
     shapes |= {"token_embedding.weight": (rows, width), "positional_embedding": (config.context_length, width)}
@@ -26,7 +26,7 @@ def text_skeleton(config: TextConfig) -> Any:
 
 
 def image_skeleton(config: ImageConfig) -> Any:
-    """A module without `forward` whose state dict has the names and shapes of `ImageEncoder(config)`."""
+    """Build a module without `forward` whose state dict has the names and shapes of `ImageEncoder(config)`."""
     return _module(_vit(config) if config.kind == "vit" else _resnet(config), config)
 
 
@@ -77,8 +77,7 @@ def _convolution(conv: str, norm: str, out_channels: int, in_channels: int, size
 
 
 def _resnet(config: ImageConfig) -> Shapes:
-    """CLIP's ModifiedResNet: a stem of three convolutions, bottleneck blocks with expansion 4, and attention pooling.
-    """
+    """Return the shapes of CLIP's ModifiedResNet: three stem convolutions, bottleneck blocks (expansion 4), attention pooling."""
     width, dim = config.width, 32 * config.width
     shapes = _convolution("conv1", "bn1", width // 2, 3, 3) | _convolution("conv2", "bn2", width // 2, width // 2, 3)
     shapes |= _convolution("conv3", "bn3", width, width // 2, 3)

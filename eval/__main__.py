@@ -23,7 +23,7 @@ MODULES = {
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the chosen command. Import its module only here, so that `--help` and errors in the options are fast."""
+    """Run the chosen command. Its module is imported only here, so that `--help` and errors in the options are fast."""
     import_module(MODULES[args.command]).run(args)
 
 

@@ -1,7 +1,7 @@
-"""Record the attention maps of all cross-attention layers, without changes to the model.
+"""Record the attention maps of all cross-attention layers, without changing the model.
 
-`record` hooks these layers and recomputes their maps from their inputs (x, Context). Axes: `b h n m`, with n queries (positions in the
-picture) and m keys (tokens). A guidance batch is [uncond, cond].
+`record` hooks these layers and recomputes their maps from their inputs (x, Context). Maps are `b h n m`, with n queries (positions in
+the picture) and m keys (tokens). A guidance batch is [uncond, cond].
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def record(unet: UNet) -> Iterator[list[LayerMaps]]:
 
 
 def word_positions(encoder: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:
-    """List the words of a prompt with the positions of their tokens. Words that `encoder.tokenize` drops or truncates are omitted."""
+    """List the words of a prompt with the positions of their tokens, without words that `encoder.tokenize` drops or cuts off."""
     words, end = [], 1
     for word, pieces in words_of(prompt):
         if not encoder.rows or all(piece in encoder.rows for piece in pieces):
@@ -144,8 +144,8 @@ Named = list[tuple[str, Tensor]]
 def name_maps(encoder: TextEncoder, prompt: str, maps: Tensor) -> tuple[Named, Named]:
     """Name maps `m y x` over all tokens. Return (text, image).
 
-    Text: one map for each word, and one for all other positions (start, end, padding). Image: one map for each image token. The maps of
-    a word's tokens are summed, so the mean of a word's map is its share of the attention.
+    Text: one map per word, and one for all other positions (start, end, padding). Image: one map per image token. The maps of a word's
+    tokens are summed, so the mean of a word's map is its share of the attention to the text.
     """
     length, words = encoder.config.context_length, word_positions(encoder, prompt)
     rest = sorted(set(range(length)) - {place for _, places in words for place in places})

@@ -63,7 +63,7 @@ def draw_with_maps(
 
 
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """Overlay a map `y x` in colour on the picture in dim grey. The map is divided by its maximum and upsampled bilinearly."""
+    """Overlay a map `y x`, in colour, on the picture, in dim grey. The map is divided by its maximum and upsampled bilinearly."""
     small = Image.fromarray((heat / heat.max().clamp(min=1e-12)).float().numpy())
     alpha = np.asarray(small.resize(picture.size, Image.Resampling.BILINEAR))
     grey = np.asarray(picture.convert("L").convert("RGB")) * 0.4

@@ -1,4 +1,4 @@
-"""Draw the prompts of a task and score the pictures. All measurements are built on this.
+"""Draw the prompts of a task and score the drawings. All measurements use this module.
 
 In the mini world, a judge network compares the drawings with the ground truth (train/judge.py). A user's pictures have no ground truth,
 so only CLIP scores them.
@@ -48,8 +48,11 @@ class Bench:
         return replace(self, prompts=self.prompts.first(n))
 
     def read(self, task: str, drawn: Tensor, **cell: Any) -> Row:
-        """Score the pictures, one entry per prompt: CLIP-I, and CLIP-T if the task has a text (cosines). In the mini world, also
-        the judge's concept, background, palette error and placement error."""
+        """Score the pictures, one entry per prompt. `cell` is copied into the row.
+
+        The scores are CLIP-I, and CLIP-T if the task has a text (cosines). In the mini world, they include the judge's concept,
+        background, palette error and placement error.
+        """
         row = {"task": task, **cell}
         if self.prompts.truth is not None:
             row |= self._judge(task, drawn, self.prompts.truth)
@@ -79,7 +82,7 @@ class Bench:
         return embed(replace(self.pipeline, adapters=(adapter,)), self.prompts.images)
 
     def null(self, adapter: IPAdapter) -> Tensor:
-        """Return the adapter's null input, once per prompt, `n 1 m e`."""
+        """Return the adapter's null image, repeated for each prompt, `n 1 m e`."""
         like = self.embedding(adapter)
         return replace(self.pipeline, adapters=(adapter,)).null(adapter, like).expand_as(like)
 
@@ -118,7 +121,7 @@ class Bench:
 
 
 def embed(pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
-    """Encode pictures for the pipeline's adapter, each as a prompt of its own, `n 1 m e`, on the pipeline's device."""
+    """Encode pictures for the pipeline's adapter, `n 1 m e`, on its device. Each picture is a separate image prompt."""
     batch = batch_size(device_of(pipeline.unet))
     parts = [pipeline.embed(images[first : first + batch]) for first in range(0, len(images), batch)]
     return torch.cat([part.transpose(0, 1) for part in parts])
@@ -141,7 +144,7 @@ def draw_prompts(
     name: str,
     fuse: Fuse = decoupled,
 ) -> Tensor:
-    """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1, in bfloat16 if the device supports it. They are on the CPU.
+    """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1, in bfloat16 if the device supports it. The result is on the CPU.
 
     `embedding`: the encoded image prompts, `n 1 m e`, or None. `scale`: lambda. `name`: the label of the progress bar.
     """
@@ -161,7 +164,7 @@ def all_drawings(scene: Scene) -> Tensor:
 
 
 def nearest(scenes: list[Scene], drawn: Tensor) -> list[int]:
-    """Find which drawing of its concept each picture shows: the one with the smallest mean squared pixel error."""
+    """Return, for each picture, the index of the drawing of its concept with the smallest mean squared pixel error."""
     pairs = zip(scenes, drawn, strict=True)
     return [int((all_drawings(scene) - x).square().mean(dim=(1, 2, 3)).argmin()) for scene, x in pairs]
 

@@ -5,10 +5,10 @@ model, IP-Adapter and Plus, and with the adapters of its ablation. Later weights
 results/labels.json holds:
 
 - `drawn`, per picture: the adapter (null for the text alone), lambda, text, what the image prompt shows, and the seed i of the noise. The
-  image prompt is picture i of Prompts.of_the_world(200, seed=5).
-- `labels`, by two labellers who worked independently, from the pictures alone. `concept` and `background` are null for none of these,
-  more than one, or too unclear to name. `palette` gives the two main colours of 40 drawings, or null if a drawing does not show two clear
-  colours.
+  image prompt is image i of Prompts.of_the_world(200, seed=5).
+- `labels`, by two labellers who worked independently and saw only the pictures. `concept` and `background` are null if the picture shows
+  none of the classes or more than one, or is too unclear to name. `palette` gives the two main colours of 40 drawings, or null if a
+  drawing does not show two clear colours.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ Answers = Sequence[str | None]
 
 @dataclass(frozen=True)
 class Labels:
-    """What somebody, or the judge, sees in each picture: a concept and a background, or None, and for some pictures the two main
-    colours, CIELAB `2 3`, by the number of the picture."""
+    """The labels that a person or the judge gives to the pictures.
+
+    `concept`, `background`: a name or None for each picture. `palette`: the two main colours of some pictures, {index of the picture:
+    CIELAB `2 3`}.
+    """
 
     concept: Answers
     background: Answers
@@ -46,7 +49,7 @@ class Labels:
 
     @classmethod
     def of(cls, data: dict[str, Any]) -> Labels:
-        """Read one labelling of labels.json."""
+        """Convert one entry of `labels` in labels.json."""
         rgb = {int(i): [hex_to_rgb(colour) for colour in pair] for i, pair in data["palette"].items() if pair}
         return cls(data["concept"], data["background"], {i: srgb_to_lab(np.array(pair) / 255) for i, pair in rgb.items()})
 
@@ -60,7 +63,7 @@ def tiles_of(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def most_likely(logits: Tensor, names: Sequence[str]) -> Answers:
-    """Name the largest of the logits `b c`. Index len(names), if there is one, is the answer "none of these": None."""
+    """Return the name of the largest logit in each row of `b c`. Class len(names), if it exists, is "none of these": None."""
     return [names[i] if i < len(names) else None for i in logits.argmax(dim=1).tolist()]
 
 
@@ -78,18 +81,18 @@ def share(answers: Answers, labels: Answers) -> float:
 
 
 def share_of(answers: Answers, labels: Answers, named: bool) -> float:
-    """`share` of the entries that the labels name, or of those that they leave as None."""
+    """Return `share` over the entries where the label is a name, or (with named=False) where it is None."""
     kept = [pair for pair in zip(answers, labels, strict=True) if (pair[1] is not None) == named]
     return share([answer for answer, _ in kept], [label for _, label in kept])
 
 
 def palette_error(a: Array, b: Array) -> float:
-    """Compute the CIE76 difference of two palettes `2 3`, averaged over the two colours, in the order of colours that fits better."""
+    """Compute the CIE76 difference of two palettes `2 3`, averaged over the two colours, for the better of both orders."""
     return float(min(np.linalg.norm(a - other, axis=-1).mean() for other in (b, b[::-1])))
 
 
 def agreement(seen: Labels, labels: Labels) -> dict[str, float]:
-    """Compare with one labelling: agreement in percent, and the mean palette error over the pictures that both give two colours."""
+    """Compare with one set of labels: agreement in percent, and the mean palette error where both give two colours."""
     both = seen.palette.keys() & labels.palette.keys()
     return {
         "concept, or none of these": share(seen.concept, labels.concept),
@@ -101,7 +104,7 @@ def agreement(seen: Labels, labels: Labels) -> dict[str, float]:
 
 
 def evaluate(judge: Judge, folder: Path) -> dict[str, dict[str, float]]:
-    """Return the `agreement` of the labellers with each other, and that of the judge with both, averaged."""
+    """Return the `agreement` of the two labellers with each other, and that of the judge with each labeller, averaged."""
     first, second = (Labels.of(data) for data in read_json(folder / "labels.json")["labels"])
     judged = read(judge, tiles_of(folder / "labels.png"))
     pairs = {"labellers": ((second, first), (first, second)), "judge": ((judged, first), (judged, second))}

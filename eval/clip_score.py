@@ -2,7 +2,7 @@
 
 CLIP-I is the cosine similarity between a drawing and its image prompt. CLIP-T is the cosine similarity between a drawing and its
 caption; the paper reports CLIPScore (arXiv 2104.08718), which is 2.5 max(cos, 0). The mini world is scored by a second CLIP, which no
-adapter reads (train/scorer.py).
+adapter uses (train/scorer.py).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def clip_score(cosine: Tensor) -> Tensor:
-    """2.5 max(cos, 0)  (arXiv 2104.08718, Eq. 1)."""
+    """Compute CLIPScore, 2.5 max(cos, 0)  (arXiv 2104.08718, Eq. 1)."""
     return 2.5 * cosine.clamp(min=0)
 
 

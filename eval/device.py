@@ -1,4 +1,4 @@
-"""The device that measurements run on: how many pictures fit at a time, and which dtype draws."""
+"""The device of a measurement: its batch size and dtype."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Insert generated tables into README.md and docs/.  `python -m eval docs`
 
-A page marks a place with the lines `<!-- insert: NAME -->` and `<!-- end -->`. The text between them is generated.
+The text between the lines `<!-- insert: NAME -->` and `<!-- end -->` of a page is generated.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ def inserts(root: Path) -> dict[str, str]:
 
 
 def filled(page: str, values: dict[str, str]) -> str:
-    """Regenerate all marked places of a page. Raises ValueError for an unknown name."""
+    """Regenerate all generated texts of a page. Raises ValueError for an unknown name."""
 
     def fill(place: re.Match[str]) -> str:
         if place[2] not in values:
-            raise ValueError(f"unknown insert {place[2]!r}; the known ones are {', '.join(values)}")
+            raise ValueError(f"unknown insert {place[2]!r}: use one of {', '.join(values)}")
         return f"{place[1]}{values[place[2]]}\n{place[3]}"
 
     return PLACE.sub(fill, page)
 
 
 def pages(root: Path) -> list[Path]:
-    """List the pages that may hold generated parts."""
+    """List the pages that may contain generated texts."""
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def write(root: Path) -> list[Path]:
-    """Regenerate all pages in `root`; return those that changed."""
+    """Regenerate all pages in `root`; return the paths of those that changed."""
     values, changed = inserts(root), []
     for path in pages(root):
         old = path.read_text()

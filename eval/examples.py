@@ -12,7 +12,7 @@ from train.world import CONCEPT_NAMES, Scene, World, pictures
 
 
 def examples(folder: Path, n: int = 12) -> None:
-    """Write the first test pictures of n different concepts; each file is named after its concept."""
+    """Write the first test pictures that show n different concepts. Each file is named after its concept."""
     chosen: dict[str, Scene] = {}
     for i in range(1000):
         scene = World("test")[i]

@@ -1,7 +1,7 @@
 """Compare global with fine-grained image features (Figure 11).  `python -m eval fine`
 
-The image prompt is the only prompt (empty text, lambda 1); the scores show how much of it the drawing reproduces. The adapters are
-compared as shipped, not at equal training: Plus started from the global adapter and was trained further.
+The image prompt is the only prompt (empty text, lambda 1). The scores show how well the drawing reproduces it. The shipped adapters do
+not have equal amounts of training: Plus started from the global adapter and was trained further.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = {
 
 
 def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, device: str) -> dict[str, Any]:
-    """Draw n held-out image prompts with both adapters, score the drawings, and write `out` (JSON; rows as in the ablation's).
+    """Draw n held-out image prompts with both adapters, score the drawings, and write `out` (JSON; rows have the format of the ablation).
 
     Raises FileNotFoundError if an adapter is missing; the message names the command that trains it.
     """

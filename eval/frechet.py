@@ -1,10 +1,10 @@
-"""Compute the Fréchet distance of drawings from held-out pictures.  `python -m eval frechet`
+"""Compute the Fréchet distance between drawings and held-out pictures.  `python -m eval frechet`
 
-The distance compares the means and covariances of features, as FID does (arXiv 1706.08500), but in the image features of the mini
-world's second CLIP, which no other network reads. It is 0 only if both are equal. Measured are
+Like FID (arXiv 1706.08500), it compares means and covariances of image features. The features come from the mini world's second CLIP,
+which no other network uses. The distance is 0 only if both moments are equal. We measure three sets of pictures:
 
 - `another`: other held-out pictures, the floor for this number of pictures;
-- `reconstructed`: the held-out pictures through the VAE;
+- `reconstructed`: the held-out pictures, encoded and decoded by the VAE;
 - `drawn`: drawings of the held-out pictures' captions, with seeds 0 .. n-1, without image prompts.
 """
 
@@ -63,7 +63,7 @@ def features(scorer: Scorer, x: Tensor) -> Tensor:
 
 
 def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, device: str) -> dict[str, Any]:
-    """Measure the distances with n pictures, and write `out` (JSON). Raises ValueError if n is 1, which has no covariance."""
+    """Measure the distances with n pictures, and write `out` (JSON). Raises ValueError if n is 1, because one picture has no covariance."""
     if n < 2:
         raise ValueError("the Fréchet distance needs at least 2 pictures: give a larger --n")
     check_output(out)

@@ -1,6 +1,6 @@
-"""The prompts of a measurement, and their ground truth.
+"""The prompts of a measurement and their ground truth.
 
-There are three tasks, with the same image prompts:
+There are three tasks with the same image prompts:
 
 - `picture`: the image prompt alone;
 - `agreeing`: the image prompt with a caption that names its concept and background;
@@ -60,7 +60,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Prompts:
-    """n image prompts, each with its own caption (`own`) and a conflicting one (`other`); in the mini world also the ground truth."""
+    """n image prompts, each with its caption (`own`) and a conflicting one (`other`). `truth` is None for a user's pictures."""
 
     images: list[Image.Image]
     own: list[str]

@@ -1,7 +1,7 @@
-"""Complementary prompts: the picture is the subject, and the text names its scene.
+"""Complementary prompts: the image prompt gives the subject, and the text describes the scene.
 
-The text is like "small on a pink background, top left". It names a background, a size and a place, all other than those of the image
-prompt. The drawing should take concept and palette from the picture and the rest from the text. A text with "large" names no place.
+A text is, for example, "small on a pink background, top left". Its background, size and place differ from those of the image prompt. The
+drawing should take concept and palette from the image prompt and the rest from the text. Texts with "large" name no place.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ from train.world import (
 
 @dataclass(frozen=True)
 class ScenePrompts:
-    """n image prompts with texts that name another scene. `target`: concept and palette of the pictures, and what the texts name."""
+    """n image prompts with texts that describe another scene.
+
+    `target`: concept and palette of the image prompts; background, size and place of the texts.
+    """
 
     scenes: list[Scene]
     target: Target
 
     @classmethod
     def of_the_world(cls, n: int, seed: int) -> ScenePrompts:
-        """Draw n prompts. They cover all concepts evenly; what a text names is drawn evenly from what the picture does not show."""
+        """Draw n prompts that cover all concepts evenly. Each text gets a uniform background, size and place unlike the picture's."""
         rng = np.random.default_rng((918, seed))
         order = np.concatenate([rng.permutation(len(CONCEPTS)) for _ in range(-(-n // len(CONCEPTS)))])[:n]
         scenes = [random_scene(rng, int(concept), int(rng.integers(len(BACKGROUNDS)))) for concept in order]
@@ -54,7 +57,7 @@ class ScenePrompts:
         return [Image.fromarray(picture) for picture in pictures(self.scenes)]
 
     def texts(self, subject: bool = False) -> list[str]:
-        """Write the texts; with `subject` they name the picture's concept too: "a small fox on a pink background, top left"."""
+        """Write the texts. With `subject`, they also name the concept: "a small fox on a pink background, top left"."""
         target = self.target
         assert target.size is not None and target.place is not None
         rows = torch.stack([target.concept, target.background, target.size, target.place], dim=1).tolist()
@@ -67,5 +70,5 @@ class ScenePrompts:
 
 
 def another(rng: np.random.Generator, index: Tensor, classes: int) -> Tensor:
-    """Draw, for each class index `n`, one of the other classes, evenly."""
+    """Draw a different class, uniformly, for each class index in `index`, `n`."""
     return (index + torch.from_numpy(rng.integers(1, classes, len(index)))) % classes

@@ -1,6 +1,6 @@
-"""Score drawings against what they should show. Every score has a 95 % interval over prompts.
+"""Score drawings against their targets. Every score has a 95 % interval over prompts.
 
-A score is `[value, low, high]`. The interval of a share of drawings is Wilson's (1927); that of a mean is the normal one.
+A score is `[value, low, high]`. Shares of drawings have Wilson's interval (1927), means have the normal interval.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from train.world import CONCEPT_NAMES, CONCEPTS, SIZES, Scene, place_class, size
 
 Scores = dict[str, list[float]]
 Z = 1.959964  # 97.5 % quantile of the normal distribution
-ANYWHERE = -1  # the place of a drawing that may be anywhere: a large one fills the picture
+ANYWHERE = -1  # index of "any place is right", for large drawings, which fill the picture
 LARGE = SIZES.index("large")
 LARGEST = 62  # side in pixels of the largest drawings of the mini world
 
 
 @dataclass(frozen=True)
 class Target:
-    """What n drawings should show.
+    """The target of n drawings.
 
-    `concept`, `background`: class indices `n`; `palette`: `n 2 3`, CIELAB. `size`, `place`: indices `n` in `SIZES` and `PLACES`, or
-    None if they are not scored; with the place `ANYWHERE`, every place is right. `copied`: the scenes of the image prompts, if
-    drawings should repeat them; then the drawing and its placement are scored too.
+    `concept`, `background`: class indices `n`. `palette`: `n 2 3`, CIELAB. `size`, `place`: indices `n` in `SIZES` and `PLACES`, or
+    None if they are not scored; if the place is `ANYWHERE`, every place is right. `copied`: the scenes of the image prompts, if the
+    drawings should reproduce them; then the OpenMoji drawing and its placement are scored too.
     """
 
     concept: Tensor
@@ -40,7 +40,7 @@ class Target:
 
     @classmethod
     def of_scenes(cls, scenes: list[Scene]) -> Target:
-        """Build the target of pictures that should repeat these scenes."""
+        """Build the target of drawings that should reproduce these scenes."""
         true = ground_truth(scenes)
         size, place = sizes_of(true["placement"]), places_of(true["placement"])
         place = place.where(size != LARGE, ANYWHERE)
@@ -55,14 +55,14 @@ def sizes_of(placement: Tensor) -> Tensor:
 def places_of(placement: Tensor) -> Tensor:
     """Return the index in `PLACES` of each placement `n 3` (centre x, centre y, side): `n`.
 
-    Drawings lie on whole pixels, so corners are rounded; sides are cut off at `LARGEST`.
+    Drawings lie on whole pixels, so corners are rounded. Sides are clipped to `LARGEST`.
     """
     rows = [(x, y, min(side, LARGEST)) for x, y, side in placement.tolist()]
     return torch.tensor([place_class(round(x - side / 2), round(y - side / 2), round(side)) for x, y, side in rows])
 
 
 def score(judge: Judge, drawn: Tensor, target: Target) -> Scores:
-    """Score drawings `n 3 64 64`: the shares that show what `target` names, and the mean errors."""
+    """Score drawings `n 3 64 64`: the shares that are right in each attribute of `target`, and the mean errors."""
     scores = score_reading(judge.read(drawn), target)
     several = [i for i, scene in enumerate(target.copied) if len(CONCEPTS[CONCEPT_NAMES[scene.concept]]) > 1]
     if several:
@@ -73,9 +73,9 @@ def score(judge: Judge, drawn: Tensor, target: Target) -> Scores:
 
 
 def score_reading(reading: Reading, target: Target) -> Scores:
-    """Score what the judge read, as `score` does, except for the drawing.
+    """Score a reading of the judge, as `score` does, but without the share of right OpenMoji drawings.
 
-    `all` is the share of drawings with the right concept, background, size and place; it needs the last two.
+    `all`: the share of drawings with the right concept, background, size and place, if the target has a size and a place.
     """
     hits = {
         "concept": reading.concept.argmax(dim=1) == target.concept,

@@ -1,17 +1,17 @@
 """Score the shipped mini weights against the ground truth.  `python -m eval world`
 
-The prompts cover all concepts, with one drawing each and seeds 0 .. n-1; nothing is selected. The judge scores
+The prompts cover all concepts. Each prompt is drawn once, with seeds 0 .. n-1; nothing is selected. The judge scores
 
-- `true`, `reconstructed`: held-out pictures, and the same pictures through the VAE, the ceiling for all drawings;
+- `true`, `reconstructed`: held-out pictures, and the same pictures through the VAE, an upper limit for all drawings;
 - `text`: "a fox on a pink background"; no colour is named, so the palette error is at chance level;
-- `scene`: "a small fox on a pink background, top left", the scene of a complementary prompt in text alone;
+- `scene`: "a small fox on a pink background, top left": the scene of a complementary prompt, given by text alone;
 - `colour`: "a teal fox on a pink background", with the coarse name of the image prompt's first colour;
 - `image`: the image prompt alone (empty text, lambda 1);
 - `complementary`: the image prompt with a text that names another background, size and place (eval/scenes.py);
 - `conflict`: the image prompt with a text that names another concept and background, a stress test.
 
-The last two use the lambda that is best on validation prompts, in all layers. For comparison, `grey` and `another` are the palette
-errors of a uniform grey and of another image prompt's palette.
+The last two use the lambda, equal in all layers, that is best on validation prompts. For comparison, `grey` and `another` are the
+palette errors of a uniform grey and of another image prompt's palette.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, caption
 
 VALIDATION = 128  # lambda is chosen on at most this many prompts
 LAMBDAS = {"complementary": (0.4, 0.6, 0.8, 1.0), "conflict": (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)}
-FOLLOW = 0.9  # share of conflicting texts whose concept, and whose background, the drawings should show
+FOLLOW = 0.9  # required share of drawings with the concept of the conflicting text, and with its background
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """n texts, what their drawings should show, and the image prompts, if there are any."""
+    """n texts, the target of their drawings, and the image prompts, if there are any."""
 
     texts: Sequence[str]
     target: Target
@@ -83,13 +83,13 @@ def wanted(prompts: Prompts) -> Target:
 
 
 def own(prompts: Prompts) -> Target:
-    """Build the target of drawings that should repeat the image prompts."""
+    """Build the target of drawings that should reproduce the image prompts."""
     assert prompts.truth is not None
     return Target.of_scenes(prompts.truth.scenes)
 
 
 def tasks_of(n: int, seed: int) -> dict[str, Task]:
-    """Build all tasks that draw, with n prompts each."""
+    """Build all tasks, with n prompts each."""
     prompts, scenes = Prompts.of_the_world(n, seed), ScenePrompts.of_the_world(n, seed)
     return {
         "text": Task(prompts.other, wanted(prompts)),
@@ -111,14 +111,14 @@ def texts_with_colour(prompts: Prompts) -> list[str]:
 
 
 def best_scene(rows: Sequence[Row]) -> Row:
-    """Choose the lambda with the largest share of drawings that are right in all four."""
+    """Return the row with the largest share of drawings whose concept, background, size and place are all right."""
     return max(rows, key=lambda row: float(row["all"][0]))
 
 
 def best_conflict(rows: Sequence[Row]) -> Row:
-    """Choose the lowest palette error where concept and background follow the text as often as `FOLLOW` requires.
+    """Return the row with the lowest palette error among those where concept and background each reach the share `FOLLOW`.
 
-    If they never do, choose the lambda at which the lesser of the two shares is largest.
+    If there is none, return the row where the smaller of the two shares is largest.
     """
 
     def follows(row: Row) -> float:
@@ -132,7 +132,7 @@ CHOOSE: dict[str, Callable[[Sequence[Row]], Row]] = {"complementary": best_scene
 
 
 def choose_lambdas(measure: Measure, n: int) -> tuple[dict[str, float], dict[str, list[Row]]]:
-    """Choose lambda for each task of `LAMBDAS` on n validation prompts. Return (choices, all scores)."""
+    """Choose lambda for each task in `LAMBDAS` on n validation prompts. Return (chosen lambdas, scores at all lambdas)."""
     tasks, sweep = tasks_of(n, seed=1), dict[str, list[Row]]()
     for key, scales in LAMBDAS.items():
         sweep[key] = [{"lambda": lam, **measure.draw(tasks[key], lam, f"{key}, lambda {lam:g}")} for lam in scales]

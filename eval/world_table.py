@@ -1,4 +1,4 @@
-"""The table of docs/world.md that shows the scores of `python -m eval world`."""
+"""Make the table of docs/world.md from the scores of `python -m eval world`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ERRORS = {"palette_error": "palette error", "placement_error": "placement error"
 
 
 def table(results: dict[str, Any]) -> str:
-    """Make the table: a line for each entry of `results["scores"]`, with ± half of the 95 % interval."""
+    """Make the table: one line per entry of `results["scores"]`, as value ± half of the 95 % interval."""
     lam = {key: f"λ = {value:g}" for key, value in results["lambda"].items()}
     names = {
         "true": "held-out pictures",
@@ -39,7 +39,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def line(scores: dict[str, list[float]]) -> dict[str, str]:
-    """Format scores by their column titles: "93.8 ± 1.5 %", "31.5 ± 0.9"."""
+    """Format scores as {column title: text}, such as "93.8 ± 1.5 %" or "31.5 ± 0.9"."""
     cells = {}
     for key, (value, low, high) in scores.items():
         half = (high - low) / 2

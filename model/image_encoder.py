@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
 
 Fit = Literal["crop", "squash", "pad"]
-LONG = 256  # crop images with a larger aspect ratio than this before resizing them
-ROWS = 64  # rows that `padded_square` resizes at a time
+LONG = 256  # images with a larger aspect ratio are cropped before they are resized
+ROWS = 64  # number of rows that `padded_square` resizes at once
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -28,23 +28,22 @@ def normalise(rgb: Tensor) -> Tensor:
 def centre_square(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
     """Resize the short side to `size`, then crop the centre square, with left and top margins rounded down.
 
-    If the aspect ratio is above LONG, only the middle of the image is resized, so a strip of 60000 x 1 needs little
-    memory.
+    If the aspect ratio is above LONG, only the middle of the image is resized. Otherwise an image of 60000 x 1 would need
+    gigabytes of memory.
     """
     short, long = min(image.size), max(image.size)
     if long > LONG * short:
-        kept = LONG * short + (long - LONG * short) % 2  # crop an even number of pixels, so that the centre stays the same
+        kept = LONG * short + (long - LONG * short) % 2  # crop an even number of pixels, to keep the centre
         image = _middle(image, min(image.width, kept), min(image.height, kept))
     image = image.resize((int(size * image.width / short), int(size * image.height / short)), resample)
     return _middle(image, size, size)
 
 
 def padded_square(image: Image.Image, size: int) -> Image.Image:
-    """Pad an RGB image to a square with bars of CLIP's mean colour, then resize it to `size` with bicubic
-    interpolation.
+    """Pad an RGB image to a square with CLIP's mean colour, then resize it to `size` with bicubic interpolation.
 
-    The result is bit for bit that of padding the whole image first, but memory is size x side pixels, not side x side.
-    Pillow resizes the rows before the columns, so rows can be padded and resized a few at a time.
+    The result equals that of padding the whole image first, bit for bit, but needs memory for size x side pixels instead of
+    side x side. Pillow resizes rows before columns, so a few rows at a time can be padded and resized.
     """
     side, colour = max(image.size), tuple(round(255 * m) for m in MEAN)
     left, top = (side - image.width) // 2, (side - image.height) // 2
@@ -75,7 +74,7 @@ class ImageConfig:
     mlp_ratio: float = 4.0
     activation: Literal["quick_gelu", "gelu"] = "gelu"
     output_dim: int = 1024
-    stem_pool: bool = True  # average-pool after a ResNet's stem; without pooling, the grid has twice the resolution
+    stem_pool: bool = True  # whether a ResNet's stem ends with average pooling; without it, the grid has twice the resolution
 
     @property
     def fine_dim(self) -> int:
@@ -115,24 +114,23 @@ class ImageEncoder(nn.Module):
                 act_layer=act,
             )
         else:
-            size = config.image_size * (1 if config.stem_pool else 2)  # with pooling, this size would give the same grid
+            size = config.image_size * (1 if config.stem_pool else 2)  # the size that gives the same grid with pooling
             self.clip = ModifiedResNet(list(config.layers), config.output_dim, config.heads, size, config.width)
             if not config.stem_pool:
                 self.clip.avgpool = nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """The global image embedding, `b e`, **not** normalised.
+        """Compute the global image embedding, `b e`, **not** normalised.
 
-        For a ViT it is the class token after the final norm and projection; for a ResNet, the output of the attention
-        pooling.
+        ViT: the class token after the final norm and projection. ResNet: the output of the attention pooling.
         """
         return self.clip(pixels)
 
     def fine(self, pixels: Tensor) -> Tensor:
-        """Fine-grained features, `b n e`.
+        """Compute the fine-grained features, `b n e`.
 
-        For a ViT they are all tokens of the penultimate layer, without the final norm. For a ResNet they are the cells
-        of the last feature map plus the position embeddings of the attention pooling.
+        ViT: all tokens of the penultimate layer, class token first, without the final norm. ResNet: the cells of the last
+        feature map, plus the position embeddings of the attention pooling.
         """
         if self.config.kind == "resnet":
             grid: Tensor = self.clip.forward_intermediates(pixels, indices=1, intermediates_only=True)[
@@ -155,8 +153,8 @@ class ImageEncoder(nn.Module):
     def preprocess(self, image: Image.Image, fit: Fit = "crop") -> Tensor:
         """Convert an image to pixels `3 s s`, exactly as CLIP's image processor does.
 
-        `crop` (official) resizes the short side to s with bicubic interpolation, then crops the centre square. `squash`
-        resizes to a square. `pad` first pads to a square with bars of the mean colour, so that nothing is cropped.
+        `crop` (official): resize the short side to s with bicubic interpolation, then crop the centre square. `squash`:
+        resize to a square. `pad`: pad to a square with the mean colour, then resize.
         """
         image, size = image.convert("RGB"), self.config.image_size
         if fit == "squash":

@@ -1,8 +1,7 @@
 """CLIP's text encoder, built from open_clip's modules. It maps prompts to text tokens c_t.
 
-Stable Diffusion attends to all 77 positions, including the padding, so the choice of padding token is part of the
-model. A model with a reduced vocabulary keeps only some of CLIP's tokens: `vocabulary[i]` is the CLIP token of
-embedding row i.
+Stable Diffusion attends to all 77 positions, including the padding, so the padding token affects the output. A model
+with a reduced vocabulary has embeddings for only some of CLIP's tokens: `vocabulary[i]` is the CLIP token of row i.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class TextConfig:
     pad: int = END  # padding token; 0 in SD 2 and in SDXL's OpenCLIP
     skip: int = 0  # number of final layers to skip: 1 = read the penultimate layer (SD 2, SDXL)
     final_norm: bool = True
-    vocabulary: tuple[int, ...] = ()  # CLIP tokens of a reduced vocabulary; () = CLIP's whole vocabulary
+    vocabulary: tuple[int, ...] = ()  # CLIP tokens of a reduced vocabulary; () = the full vocabulary
 
 
 SD15_TEXT = TextConfig()
@@ -52,13 +51,12 @@ def _tokenizer() -> SimpleTokenizer:
 
 
 def vocabulary() -> dict[str, int]:
-    """CLIP's vocabulary: {piece of a word: token}."""
+    """Return CLIP's vocabulary: {piece of a word: token}."""
     return dict(_tokenizer().encoder)
 
 
 def words_of(text: str) -> list[tuple[str, list[int]]]:
-    """Split a prompt into words, each with its CLIP tokens, as CLIP's tokenizer does (lower case, byte-pair encoding).
-    """
+    """Split a prompt into words, and each word into CLIP tokens, by CLIP's rules (lower case, byte-pair encoding)."""
     tokenizer, words, pieces = _tokenizer(), [], []
     for token in tokenizer.encode(text):
         pieces.append(token)
@@ -88,14 +86,14 @@ class TextEncoder(nn.Module):
             output_dim=config.output_dim or None,
             act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
         )
-        self.clip.attn_mask = None  # as a non-persistent buffer, it would stay on the meta device; `hidden` makes the mask
+        self.clip.attn_mask = None  # `hidden` makes the mask; a non-persistent buffer would stay on the meta device
         self.rows = {token: row for row, token in enumerate(config.vocabulary)}
 
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
         """Tokenize one or more prompts to `b 77`: start, words, end, padding.
 
-        Warns about words that are not in a reduced vocabulary, which are left out, and about words beyond 77 tokens,
-        which are cut off.
+        Words that are not in a reduced vocabulary are omitted, and prompts longer than 77 tokens are truncated. Both
+        raise a warning that lists the words.
         """
         length = self.config.context_length
         rows = []
@@ -110,11 +108,11 @@ class TextEncoder(nn.Module):
                     tokens += pieces
             if unknown:
                 warnings.warn(
-                    f"these words are not in this model's vocabulary and are left out: {', '.join(unknown)}",
+                    f"this model's vocabulary does not contain these words, so they are left out: {', '.join(unknown)}",
                     stacklevel=2,
                 )
             if cut:
-                warnings.warn(f"the prompt is longer than {length - 2} tokens; cut off: {' '.join(cut)}", stacklevel=2)
+                warnings.warn(f"the prompt is longer than {length - 2} tokens; these words are cut off: {' '.join(cut)}", stacklevel=2)
             tokens = [*tokens[: length - 1], END]
             rows.append(tokens + [self.config.pad] * (length - len(tokens)))
         if self.rows:
@@ -122,9 +120,9 @@ class TextEncoder(nn.Module):
         return torch.tensor(rows)
 
     def hidden(self, tokens: Tensor, skip: int = 0, final_norm: bool = True) -> Tensor:
-        """Hidden states `b n c` of tokens `b n`, after all but the last `skip` layers.
+        """Compute the hidden states `b n c` of tokens `b n`, without the last `skip` layers.
 
-        Attention is causal, so a state does not depend on the tokens after it.
+        Attention is causal, so a state does not depend on later tokens.
         """
         n = tokens.shape[1]
         x = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:n]
@@ -134,11 +132,11 @@ class TextEncoder(nn.Module):
         return self.clip.ln_final(x) if final_norm else x
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Text tokens c_t, `b 77 c`, for tokens `b 77`: the hidden state that the base model's UNet reads."""
+        """Compute the text tokens c_t, `b 77 c`, of tokens `b 77`: the hidden states that the UNet reads."""
         return self.hidden(tokens, self.config.skip, self.config.final_norm)
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """CLIP's text embedding, `b e`: the projected hidden state of the end token, not normalised."""
+        """Compute CLIP's text embedding, `b e`: the projected hidden state of the first end token, not normalised."""
         x = self.hidden(tokens)
         end = len(self.config.vocabulary) - 1 if self.rows else END
         at = x[torch.arange(len(x), device=x.device), (tokens == end).int().argmax(dim=-1)]

@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion: it maps images in [-1, 1] to scaled latents, and back.
+"""The autoencoder of latent diffusion. It maps images in [-1, 1] to scaled latents, and back.
 
 The architecture follows LDM's `diffusionmodules/model.py`. tests/test_vae.py compares it with diffusers'
 `AutoencoderKL`.
@@ -30,7 +30,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along each side."""
+        """The downsampling factor: side of the image / side of the latents."""
         return int(2 ** (len(self.channels) - 1))
 
 
@@ -60,7 +60,7 @@ def _middle(width: int, groups: int) -> list[nn.Module]:
 
 
 class Encoder(nn.Module):
-    """Images `b 3 H W` -> mean and log variance of q(z|x), `b 2c h w`."""
+    """Maps images `b 3 H W` to the mean and log variance of q(z|x), `b 2c h w`."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z, `b c h w` -> images, `b 3 H W`. Each level has one residual block more than in the encoder."""
+    """Maps z, `b c h w`, to images `b 3 H W`. Each level has one residual block more than in the encoder."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -110,10 +110,8 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """The encoder q(z|x) = N(mean, std) and the decoder p(x|z).
 
-    `encode` and `decode` apply the scale factor, so nothing else has to.
-
-    It uses the default memory format, because channels-last is no faster here and has rounding errors several times
-    larger.
+    `encode` and `decode` apply the scale factor; no other code does. Tensors have the default memory format, because
+    channels-last is no faster here and its rounding errors are several times larger.
     """
 
     def __init__(self, config: VAEConfig = SD_VAE) -> None:
@@ -124,18 +122,19 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance (clamped to [-30, 20]) of q(z|x), unscaled, for images `b 3 H W` in [-1, 1]."""
+        """Compute the mean and log variance (clamped to [-30, 20]) of q(z|x), unscaled, for images `b 3 H W` in [-1, 1]."""
         mean, logvar = self.quant_conv(self.encoder(x.contiguous())).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images in [-1, 1] -> latents `b c h w` of about unit variance: the mean of q(z|x), or a sample if `noise` is
-        given.
+        """Encode images in [-1, 1] to latents `b c h w` of about unit variance.
+
+        Return the mean of q(z|x), or a sample if N(0, 1) `noise` is given.
         """
         mean, logvar = self.moments(x)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         return z * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images `b 3 H W`, approximately in [-1, 1]."""
+        """Decode latents to images `b 3 H W`, approximately in [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents.contiguous() / self.config.scale))

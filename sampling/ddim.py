@@ -1,4 +1,4 @@
-"""DDIM (arXiv 2010.02502): a generator over a denoiser."""
+"""DDIM (arXiv 2010.02502), as a generator that yields the state after each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sampling.schedule import Schedule
 
 
 def ddim_times(schedule: Schedule, steps: int) -> list[Step]:
-    """The steps as diffusers' `DDIMScheduler` places them. Raises ValueError unless 1 <= steps <= T."""
+    """Choose the steps as diffusers' `DDIMScheduler` does. Raises ValueError unless 1 <= steps <= T."""
     return [Step(*pair) for pair in schedule.pairs(steps)]
 
 
@@ -27,12 +27,14 @@ def ddim(
     start: int = 0,
     enter: Enter = as_is,
 ) -> Iterator[State]:
-    """Eq. 12: x_{t-1} = sqrt(a_prev) x_0 + sqrt(1 - a_prev - s^2) eps + s z,  with s of Eq. 16:
+    """Run DDIM and yield the state after each step (Eq. 12, with s from Eq. 16):
+
+    x_{t-1} = sqrt(a_prev) x_0 + sqrt(1 - a_prev - s^2) eps + s z,
     s = eta sqrt((1 - a_prev) / (1 - a_t)) sqrt(1 - a_t / a_prev).  eta = 0 is deterministic, eta = 1 is DDPM.
 
-    `model(x, t)` is the prediction that `schedule.prediction` names; `x` starts as N(0, 1) noise; `times` are the steps. Matches
-    diffusers' `DDIMScheduler` without clipping. With eta > 0, `generators` holds one for each picture. The first `start`
-    steps are left out; `enter` may change x before each step.
+    `model(x, t)`: the network; it predicts what `schedule.prediction` names. `x`: N(0, 1) noise. `times`: the steps.
+    `generators`: one per picture; only needed if eta > 0. `start`: the number of first steps to skip. `enter`: called before
+    each step; it may replace x. Matches diffusers' `DDIMScheduler` without clipping.
     """
     for index, (t, a, a_prev) in islice(enumerate(times), start, None):
         x = enter(index, a, x)

@@ -1,4 +1,4 @@
-"""DPM-Solver++(2M) (arXiv 2211.01095): a generator of second order, from one pass of the network a step."""
+"""DPM-Solver++(2M) (arXiv 2211.01095): a second-order sampler with one call of the network per step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from sampling.schedule import Schedule
 
 
 def dpm_times(schedule: Schedule, steps: int) -> list[Step]:
-    """The steps as diffusers' `DPMSolverMultistepScheduler` places them. The last ends at a = 1, where no timestep is.
+    """Choose the steps as diffusers' `DPMSolverMultistepScheduler` does. The last step ends at a = 1, beyond the timesteps.
 
-    Raises ValueError unless they are `steps` different ones, or where the scheduler's file asks for another solver.
+    Raises ValueError if there are too many steps to visit different timesteps, or if the scheduler file has settings that are
+    not supported.
     """
     if schedule.not_dpm:
         raise ValueError(
-            f"the scheduler's file sets {', '.join(schedule.not_dpm)}, which DPM-Solver++ here does not follow: "
-            "draw with --sampler ddim, or take these settings out of the file"
+            f"the scheduler file sets {', '.join(schedule.not_dpm)}, which this DPM-Solver++ does not support: "
+            "draw with --sampler ddim, or remove these settings from the file"
         )
     found = _karras(schedule, steps) if schedule.karras else _visits(schedule, steps)
     after = [a for _, a in found[1:]] + [1.0]
@@ -30,22 +31,23 @@ def dpm_times(schedule: Schedule, steps: int) -> list[Step]:
 
 
 def _visits(schedule: Schedule, steps: int) -> list[tuple[int, float]]:
-    """(t, a_t) of each step. Leading and linspace take the timesteps of one step more, without the last."""
+    """Return (t, a_t) for each step. Leading and linspace spacing place one step more and drop the last."""
     if schedule.spacing is None:
         schedule = replace(schedule, spacing="linspace")
     visits = schedule.visits(steps)
     if schedule.spacing in ("leading", "linspace"):
         visits = schedule.visits(min(steps + 1, schedule.timesteps))[:-1]
     if len(set(visits)) < max(steps, len(visits)):
-        raise ValueError(f"{steps} steps are too many for DPM-Solver++: it would visit a timestep twice; take fewer")
+        raise ValueError(f"{steps} steps are too many for DPM-Solver++: it would visit a timestep twice; use fewer steps")
     schedule.warn_of_late_start(steps, visits[0])
     alphas = schedule.alphas.double()
     return [(t, float(alphas[t])) for t in visits]
 
 
 def _karras(schedule: Schedule, steps: int, rho: float = 7.0) -> list[tuple[int, float]]:
-    """Eq. 5 of arXiv 2206.00364: sigma^(1/rho) falls linearly from the largest to the smallest sigma, which is
-    sqrt((1 - a) / a) here. t is the timestep whose log sigma is nearest, by linear interpolation.
+    """Return (t, a) for each step, by Eq. 5 of arXiv 2206.00364: sigma^(1/rho) falls linearly from the largest to the smallest.
+
+    Here sigma = sqrt((1 - a) / a). t is linearly interpolated in log sigma, then rounded.
     """
     alphas = schedule.alphas.double().numpy()
     table = np.sqrt((1 - alphas) / alphas)
@@ -58,14 +60,14 @@ def _karras(schedule: Schedule, steps: int, rho: float = 7.0) -> list[tuple[int,
 def dpm(
     model: Denoiser, x: Tensor, schedule: Schedule, times: Sequence[Step], start: int = 0, enter: Enter = as_is
 ) -> Iterator[State]:
-    """Algorithm 2, from timestep s to t, with alpha = sqrt(a), sigma = sqrt(1 - a) and lambda = log(alpha / sigma):
+    """Run Algorithm 2. A step from timestep s to t, with alpha = sqrt(a), sigma = sqrt(1 - a), lambda = log(alpha / sigma), is
 
     x_t = (sigma_t / sigma_s) x_s - alpha_t (e^-h - 1) D,    h = lambda_t - lambda_s,
     D = x_0 + (x_0 - x_0') / 2r,    r = h' / h,
 
-    where x_0' and h' are those of the step before. The first step has none, and the last ends at sigma = 0: there D = x_0.
-    The arguments are those of `ddim`, without its noise. Matches diffusers' `DPMSolverMultistepScheduler` of order 2 with
-    "midpoint" and final sigmas "zero", with Karras sigmas or without.
+    where x_0' and h' belong to the previous step. In the first step, which has no previous one, and in the last, which ends at
+    sigma = 0, D = x_0. The arguments are as in `ddim`, without noise. Matches diffusers' `DPMSolverMultistepScheduler` of
+    order 2 with "midpoint" and final sigmas "zero", with or without Karras sigmas.
     """
     lam = [0.5 * math.log(step.a / (1 - step.a)) for step in times]
     before = x
@@ -75,7 +77,7 @@ def dpm(
         d = x0
         if start < i < len(times) - 1:
             d = x0 + (x0 - before) * (lam[i + 1] - lam[i]) / (2 * (lam[i] - lam[i - 1]))
-        ratio = ((1 - after) / (1 - a)) ** 0.5  # alpha_t e^-h is alpha_s times this, 0 in the last step
+        ratio = ((1 - after) / (1 - a)) ** 0.5  # alpha_t e^-h = alpha_s * ratio; 0 in the last step
         x = ratio * x + (after**0.5 - ratio * a**0.5) * d
         before = x0
         yield State(i, t, x, x0)

@@ -1,6 +1,6 @@
-"""Drawing from a picture: image to image (SDEdit, arXiv 2108.01073) and inpainting.
+"""Image to image (SDEdit, arXiv 2108.01073) and inpainting.
 
-The samplers know nothing of it: they run from step `start`, and ask `enter` for the latents with which each step begins.
+The samplers do not know about editing. They run from step `start`, and call `enter` for the latents at the start of each step.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from sampling.schedule import noised
 
 @dataclass(frozen=True)
 class Edit:
-    """A picture to change, `b 3 H W` in [-1, 1], or `1 3 H W` for a whole batch.
+    """A picture to change, `b 3 H W` in [-1, 1], or `1 3 H W` for the whole batch.
 
-    Run only the last `strength` fraction of the steps, above 0 and at most 1. `mask`, `b 1 H W` or `1 1 H W` in [0, 1], is 1
-    where to repaint; the latents are repainted where it is at least 0.5. With `paste` the old pixels are put back where the
-    mask is 0, and blended in between. Raises ValueError for a strength out of its range, or a mask of another size.
+    `strength`, in (0, 1]: run only this fraction of the steps, the last ones. `mask`, `b 1 H W` or `1 1 H W` in [0, 1]: 1 where
+    to repaint; latents are repainted where it is at least 0.5. `paste`: put the old pixels back where the mask is 0, and blend
+    where it is between 0 and 1. Raises ValueError if the strength is out of range, or the mask and picture differ in size.
     """
 
     picture: Tensor
@@ -46,10 +46,10 @@ class Edit:
         return height, width
 
     def cropped(self, size: tuple[int, int]) -> Edit:
-        """Crop the picture and its mask to their centre, `size` (height, width). Raises ValueError when they are smaller."""
+        """Crop the picture and its mask to their centre, `size` (height, width). Raises ValueError if they are smaller than that."""
         (height, width), (old_height, old_width) = size, self.size
         if height > old_height or width > old_width or min(size) < 1:
-            raise ValueError(f"a picture of {old_width} x {old_height} can't be cropped to {width} x {height}")
+            raise ValueError(f"a picture of {old_width} x {old_height} can't be cropped to {width} x {height}: choose a smaller size")
         top, left = (old_height - height) // 2, (old_width - width) // 2
 
         def middle(pixels: Tensor) -> Tensor:
@@ -58,14 +58,14 @@ class Edit:
         return replace(self, picture=middle(self.picture), mask=None if self.mask is None else middle(self.mask))
 
     def start(self, steps: int) -> int:
-        """Number of steps to leave out, rounded up as in diffusers. Raises ValueError when no step would run."""
+        """Return the number of steps to skip, rounded up as in diffusers. Raises ValueError if no step would run."""
         run = int(steps * self.strength)
         if run < 1:
-            raise ValueError(f"strength {self.strength} of {steps} steps is less than one step: raise one of them")
+            raise ValueError(f"strength {self.strength} of {steps} steps is less than one step: increase --strength or --steps")
         return steps - run
 
     def finish(self, drawn: Tensor) -> Tensor:
-        """Paste the drawn picture, `b 3 H W`, where the mask is. A pixel with mask 0 keeps its old value exactly."""
+        """Paste the drawn picture, `b 3 H W`, into the old one with the mask. Pixels with mask 0 keep their exact old values."""
         if self.mask is None or not self.paste:
             return drawn
         old, mask = self.picture.to(drawn.device), self.mask.to(drawn.device)
@@ -74,10 +74,11 @@ class Edit:
 
 @dataclass(frozen=True)
 class Canvas:
-    """What a sampler starts from: N(0, 1) noise `b c h w` and, when a picture is edited, its latents and mask.
+    """The input of a sampler: N(0, 1) noise `b c h w` and, for an edit, the picture's latents and mask.
 
-    `latents` are the picture's, and SDEdit begins with them, unless `pure`. `mask`, `1 1 h w`, is 1 where an ordinary UNet
-    repaints. `extra`, `b c+1 h w`, is what an inpainting UNet also reads: the mask, and latents of the picture without what it covers.
+    `start`: index of the first step that runs. `pure`: start from the noise alone, rather than from the noised `latents`.
+    `mask`, `b 1 h w` or `1 1 h w`: 1 where to repaint, for an ordinary UNet. `extra`, `b c+1 h w`: the additional input of an
+    inpainting UNet, which is the mask and the latents of the masked picture.
     """
 
     noise: Tensor
@@ -88,12 +89,15 @@ class Canvas:
     extra: Tensor | None = None
 
     def denoiser(self, denoise: Denoiser) -> Denoiser:
-        """The denoiser for the sampler: an inpainting UNet also reads `extra`, after the latents."""
+        """Wrap the denoiser for the sampler: concatenate `extra` to the latents if the UNet is for inpainting."""
         extra = self.extra
         return denoise if extra is None else lambda x, t: denoise(torch.cat([x, extra], dim=1), t)
 
     def enter(self, index: int, a: float, x: Tensor) -> Tensor:
-        """The first step begins with x_t = sqrt(a) z_0 + sqrt(1 - a) eps, each later one with m x + (1 - m) x_t."""
+        """Return the latents at the start of a step, from the sampler's latents x and the mask m.
+
+        The first step starts at x_t = sqrt(a) z_0 + sqrt(1 - a) eps (at x if `pure`), later steps at m x + (1 - m) x_t.
+        """
         if self.latents is None:
             return x
         known = noised(self.latents, self.noise, self.latents.new_tensor(a))
@@ -102,7 +106,7 @@ class Canvas:
         return x if self.mask is None else known.lerp(x, self.mask)
 
     def leave(self, x: Tensor) -> Tensor:
-        """After the last step: m x + (1 - m) z_0."""
+        """Return the final latents, m x + (1 - m) z_0."""
         return x if self.latents is None or self.mask is None else self.latents.lerp(x, self.mask)
 
 
@@ -114,11 +118,11 @@ def begin(
     generators: Sequence[torch.Generator],
     size: tuple[int, int],
 ) -> Canvas:
-    """The canvas for pictures of `size` (height, width) and a UNet with `channels` input channels: 4, or 9 for inpainting.
+    """Build the canvas for pictures of `size` (height, width) and a UNet with `channels` input channels: 4, or 9 for inpainting.
 
-    From each picture's own generator come, in diffusers' order: a sample of the VAE's posterior, the noise, and with a mask
-    a sample of the masked picture's posterior. As in `StableDiffusionInpaintPipeline`, strength 1 with a mask is noise alone.
-    Raises ValueError when the sizes do not fit, or an inpainting UNet lacks a picture or a mask.
+    Each picture's generator draws, in diffusers' order: a sample of the VAE's posterior, the noise and, with a mask, a sample of
+    the masked picture's posterior. As in `StableDiffusionInpaintPipeline`, strength 1 with a mask starts from noise alone.
+    Raises ValueError if sizes do not match, or if the UNet is for inpainting and there is no picture or no mask.
     """
     like, inpaints = next(vae.parameters()), channels > vae.config.latent_channels
     shape = vae.config.latent_channels, *(side // vae.config.factor for side in size)
@@ -140,7 +144,7 @@ def begin(
     mask = (edit.mask >= 0.5).float()
     small = F.interpolate(mask, shape[1:]).to(like.device)
     if not inpaints:
-        noise()  # diffusers samples the masked picture for any UNet
+        noise()  # advance the generators: diffusers encodes the masked picture for every UNet
         return replace(canvas, mask=small)
     masked = sample(edit.picture * (1 - mask))
     return replace(canvas, extra=torch.cat([small.expand(len(masked), -1, -1, -1), masked], dim=1))
@@ -151,7 +155,7 @@ def _check(edit: Edit | None, inpaints: bool, factor: int, batch: int, size: tup
     check_size(width, height)
     if height % factor or width % factor or min(size) <= 0:
         crop = f"{width - width % factor} x {height - height % factor}"
-        offer = f": add --crop to use its middle, {crop}" if edit and edit.size == size and min(size) >= factor else ""
+        offer = f": add --crop to crop the picture to its centre, {crop}" if edit and edit.size == size and min(size) >= factor else ""
         raise ValueError(f"width and height must be positive multiples of {factor}, not {width} x {height}{offer}")
     if inpaints and (edit is None or edit.mask is None):
         raise ValueError("this base model is for inpainting: it needs both a picture and a mask (--init-image, --mask)")
@@ -159,9 +163,9 @@ def _check(edit: Edit | None, inpaints: bool, factor: int, batch: int, size: tup
         return
     if edit.size != size:
         asked, has = f"{width} x {height}", f"{edit.size[1]} x {edit.size[0]}"
-        raise ValueError(f"{asked} is asked for, but the picture to change is {has}: make it that size, or add --crop")
+        raise ValueError(f"the size is {asked}, but the picture to change is {has}: resize the picture, or add --crop")
     for tensor in (edit.picture, edit.mask):
         if tensor is not None and len(tensor) not in (1, batch):
             raise ValueError(
-                f"{len(tensor)} pictures or masks to change do not fit {batch} prompts: give one, or {batch}"
+                f"{len(tensor)} pictures or masks to change do not match {batch} prompts: give 1 or {batch}"
             )

@@ -14,17 +14,18 @@ from torch import Tensor
 from checkpoints.files import check_output, replacing
 
 KEY = "ip-adapter"  # the PNG text chunk that holds a picture's settings
-LONGEST = 1 << 16  # pixels of a picture's longer side; JPEG's own limit
+LONGEST = 1 << 16  # largest accepted side of a picture in pixels, the limit of JPEG
 
 
 def open_image(path: Path | str, behind: Literal["white", "black"] = "white") -> Image.Image:
-    """Open a picture file as upright RGB: apply the EXIF rotation, lay transparency over `behind`, convert CMYK, grey and deep levels.
+    """Open a picture file as upright 8-bit RGB.
 
-    Raises ValueError with one sentence for a file that is missing, not a picture, damaged, or too large.
+    Apply the EXIF rotation, composite transparent pixels over the colour `behind`, and convert CMYK, grey and more than 8 bits.
+    Raises ValueError if the file is missing, not a picture, damaged, or too large.
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a picture in it")
+        raise ValueError(f"{path} is a folder: give a picture file")
     if not path.is_file():
         raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}")
     try:
@@ -34,19 +35,19 @@ def open_image(path: Path | str, behind: Literal["white", "black"] = "white") ->
             file.load()
             return to_rgb(ImageOps.exif_transpose(file), behind)
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture that Pillow can read (PNG, JPEG, WebP, ... are fine)") from None
+        raise ValueError(f"{path}: Pillow cannot read this file as a picture: use a PNG, JPEG or WebP file") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{path}: more pixels than any picture needs; make it smaller first") from None
+        raise ValueError(f"{path}: more pixels than can be read safely: make the picture smaller") from None
     except Exception as error:  # the decoders of damaged pictures raise errors of any kind
         raise ValueError(
-            f"{path}: the picture is damaged or cut short ({str(error) or type(error).__name__})"
+            f"{path}: the picture is damaged or truncated ({str(error) or type(error).__name__})"
         ) from None
 
 
 def to_rgb(image: Image.Image, behind: Literal["white", "black"] = "white") -> Image.Image:
-    """Convert any Pillow mode to 8-bit RGB, over a white or black background where the picture is transparent."""
+    """Convert a picture of any Pillow mode to 8-bit RGB. Composite transparent pixels over the colour `behind`."""
     if image.mode == "F" or image.mode.startswith("I"):
-        clear = image.info.get("transparency")  # of a 16-bit PNG: one level
+        clear = image.info.get("transparency")  # the grey level that is transparent in a 16-bit PNG
         grey = Image.fromarray(_grey(image))
         if clear is not None:
             grey.putalpha(Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8)))
@@ -60,8 +61,8 @@ def to_rgb(image: Image.Image, behind: Literal["white", "black"] = "white") -> I
 def _grey(image: Image.Image) -> np.ndarray:
     """Convert 16-bit, 32-bit or float levels to 8-bit grey, `h w`; NaN becomes black.
 
-    The file of 32-bit or float levels does not say which level is white: it is the first of 1 (floats), 255, 65535 and
-    2^31 - 1 that the largest value does not exceed. A float picture may exceed 1 by a factor of 16, as highlights do.
+    Files with 32-bit or float levels do not record the level of white. We choose the first of 1 (only for floats), 255, 65535 and
+    2^31 - 1 that is not below the largest value. In a float picture, highlights up to 16 still count as white = 1.
     """
     values = np.asarray(image).astype(np.float32)
     largest = values.max(initial=0, where=np.isfinite(values))
@@ -74,27 +75,27 @@ def _grey(image: Image.Image) -> np.ndarray:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A Pillow picture to `1 c h w` in [-1, 1], c = 3 of RGB and 1 of grey; `to_images` gives it back."""
+    """Convert a Pillow picture to `1 c h w` in [-1, 1]: c = 3 for RGB, 1 for grey. `to_images` is the inverse for RGB."""
     levels = np.atleast_3d(np.asarray(image, dtype=np.float32))
     return torch.from_numpy(levels / 127.5 - 1).permute(2, 0, 1)[None]
 
 
 def read_mask(path: Path | str) -> Tensor:
-    """Read a mask file as `1 1 h w` in [0, 1]. White is 1; black and transparent are 0, since nothing was painted there."""
+    """Read a mask file as `1 1 h w` in [0, 1]. White is 1; black and transparent pixels are 0."""
     return to_tensor(open_image(path, behind="black").convert("L")) / 2 + 0.5
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:
-    """`b 3 h w` in [-1, 1] to Pillow pictures: clipped, rounded to the nearest of 256 levels."""
+    """Convert `b 3 h w` in [-1, 1] to Pillow pictures: clip, and round to the nearest of 256 levels."""
     levels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(level.permute(1, 2, 0).cpu().numpy()) for level in levels]
 
 
 def check_png(path: Path) -> None:
-    """Raises ValueError or OSError if `save_image` cannot write to `path`."""
+    """Raise ValueError or OSError if `save_image` cannot write to `path`."""
     check_output(path)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"{path}: pictures are written as PNG, which keeps their settings: name it {path.stem}.png")
+        raise ValueError(f"{path}: pictures are written as PNG, which stores their settings: use the name {path.stem}.png")
 
 
 def save_image(image: Image.Image, path: Path | str, settings: dict[str, Any]) -> None:
@@ -107,9 +108,9 @@ def save_image(image: Image.Image, path: Path | str, settings: dict[str, Any]) -
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
-    """Read the settings that `save_image` wrote into a PNG. Raises ValueError when there are none.
+    """Read the settings that `save_image` wrote into a PNG. Raises ValueError if there are none.
 
-    Do not trust them: anyone may have written them.
+    Do not trust the settings: the file may come from anyone.
     """
     path = Path(path)
     try:
@@ -125,6 +126,6 @@ def read_settings(path: Path | str) -> dict[str, Any]:
             raise TypeError
     except (TypeError, ValueError, RecursionError):
         raise ValueError(
-            f"{path}: this picture holds no settings (it was not drawn by this program, or another one saved it again)"
+            f"{path}: this picture stores no settings: it was not drawn by this program, or another program saved it again"
         ) from None
     return settings

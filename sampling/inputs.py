@@ -1,4 +1,4 @@
-"""A Request after its files are read: opened pictures, masks as tensors, lambda as a Lambda."""
+"""Read the files of a Request: pictures, masks as tensors, and lambda as a Lambda."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sampling.images import open_image, read_mask, to_tensor
 from sampling.lambdas import Lambda
 from sampling.request import HintFile, ImagePrompt, Request
 
-Picture = Image.Image | Path  # opened, or the file of a saved embedding, which is read for its adapter
+Picture = Image.Image | Path  # an opened picture, or the path of a saved embedding, which is read later
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PromptInputs:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A request, and what its files hold."""
+    """A request and the contents of its files. `edit`: the picture to change, if there is one."""
 
     request: Request
     image_prompts: tuple[PromptInputs, ...]
@@ -38,13 +38,16 @@ class Inputs:
 
 
 def read_inputs(request: Request) -> Inputs:
-    """Open every file of a request. Raises ValueError for a file that is missing, damaged or does not fit, before any weights are read."""
+    """Open all files of a request, before any weights are loaded.
+
+    Raises ValueError if a file is missing or damaged, or if it does not fit the request.
+    """
     prompts, hints = tuple(map(_image_prompt, request.image_prompts)), tuple(map(_hint, request.hints))
     return Inputs(request, prompts, _edit(request), hints)
 
 
 def open_picture(path: Path) -> Picture:
-    """Open a picture; a saved embedding (.safetensors) stays a path."""
+    """Open a picture. Return the path of a saved embedding (.safetensors) as it is."""
     return path if path.suffix == ".safetensors" else open_image(path)
 
 
@@ -69,9 +72,10 @@ def _edit(request: Request) -> Edit | None:
 
 
 def size_of(inputs: Inputs, native: tuple[int, int], factor: int) -> tuple[Edit | None, tuple[int, int]]:
-    """The picture to change, cropped if the request says so, and the size (height, width) to draw.
+    """Return the picture to change, cropped if the request asks for it, and the size (height, width) of the drawing.
 
-    `native` is the size that the base model was trained at; drawn sizes are multiples of `factor`.
+    `native`: the size that the base model was trained at. `factor`: the VAE's downsampling factor; cropping rounds the size
+    down to a multiple of it.
     """
     request, edit = inputs.request, inputs.edit
     height, width = edit.size if edit else native

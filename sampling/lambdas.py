@@ -1,6 +1,6 @@
-"""lambda of Eq. 8 as data: how strongly an image prompt acts, by layer, by step and by region.
+"""lambda of Eq. 8 as data: the strength of an image prompt for each layer, step and region.
 
-Nothing is stored on a module: a Lambda gives the scales of a Context, and for steps that differ a new Context with others.
+Lambda is not stored in the modules. It sets the scales of a Context; if it varies over steps, each step gets its own Context.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from model.unet import UNetConfig
 from sampling.request import Preset
 
 Blocks = Mapping[str, Any]  # the dict of diffusers' `set_ip_adapter_scale`
-Level = float | Tensor  # lambda of one layer, as Source has it
-Move = Callable[[Context, int], Context]  # a Context to that of timestep t
+Level = float | Tensor  # lambda of one layer (`Source.scale`)
+Move = Callable[[Context, int], Context]  # (context, t) -> the Context of timestep t
 
 
 @dataclass(frozen=True)
 class Lambda:
-    """lambda(i, l, p) = scale_i layers_l mask_p: in step i, cross-attention layer l, at place p of the picture (Eq. 8).
+    """lambda(i, l, p) = scale_i layers_l mask_p, for step i, cross-attention layer l and position p in the picture (Eq. 8).
 
-    `scale` is a number, or one for each step that runs. `layers` is what `layer_weights` reads. `mask`, `H W` in [0, 1], is
-    where the image prompt acts, soft values allowed; it is stretched over the picture, and averaged over each query's area.
+    `scale`: a number, or one number per step that runs. `layers`: see `layer_weights`. `mask`: the strength at each position,
+    `H W` in [0, 1]; it is stretched to the size of the picture and averaged over the area of each query.
 
-    Step i of the n that run (from 0) is on where all of it lies in the range: start <= i / n and (i + 1) / n <= end; else
-    lambda is 0. So end = 0.5 of 10 steps is steps 0 to 4, start = 0.5 steps 5 to 9. That is the rule of the official SDXL
-    pipeline and of diffusers' `control_guidance_start`, `control_guidance_end`. diffusers' `IPAdapterScaleCutoffCallback(r)`
-    acts after step int(n r), which is thus still on: one step more, end = (int(n r) + 1) / n.
-    Raises ValueError for a range or a mask that is none.
+    Lambda is 0 outside the range [start, end]. Step i of n (i from 0) is inside if start <= i / n and (i + 1) / n <= end. For
+    example, with 10 steps, end = 0.5 keeps steps 0 to 4, and start = 0.5 keeps steps 5 to 9. The official SDXL pipeline and
+    diffusers' `control_guidance_start`, `control_guidance_end` use the same rule. diffusers' `IPAdapterScaleCutoffCallback(r)`
+    keeps one step more, because it runs after step int(n r); this corresponds to end = (int(n r) + 1) / n.
+
+    Raises ValueError if the range or the mask is invalid.
     """
 
     scale: float | tuple[float, ...] = 1.0
@@ -45,39 +46,42 @@ class Lambda:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(
-                f"an image prompt acts from start to end, 0 <= start < end <= 1, not {self.start} to {self.end}"
+                f"start and end of an image prompt must satisfy 0 <= start < end <= 1, not {self.start} and {self.end}"
             )
         if self.mask is not None and (self.mask.ndim != 2 or not 0 <= self.mask.min() <= self.mask.max() <= 1):
-            raise ValueError(f"the mask of an image prompt is `H W` in [0, 1], not of shape {tuple(self.mask.shape)}")
+            raise ValueError(f"the mask of an image prompt must be `H W` in [0, 1]; its shape is {tuple(self.mask.shape)}")
 
     @property
     def still(self) -> bool:
-        """Every step has the same lambda."""
+        """Whether lambda is the same in every step."""
         return isinstance(self.scale, int | float) and (self.start, self.end) == (0, 1)
 
     def at(self, step: int, steps: int) -> float:
-        """The factor of `by_layer` in step `step` of `steps`."""
+        """Return the factor that multiplies `by_layer` in step `step` of `steps`."""
         if not isinstance(self.scale, int | float) and len(self.scale) != steps:
-            raise ValueError(f"{len(self.scale)} values of lambda for {steps} steps: give one for each step that runs")
+            raise ValueError(f"{len(self.scale)} values of lambda for {steps} steps: give one value per step that runs")
         if step / steps < self.start or (step + 1) / steps > self.end:
             return 0.0
         return 1.0 if isinstance(self.scale, int | float) else self.scale[step]
 
     def by_layer(self, config: UNetConfig, grid: tuple[int, int], weight: float = 1.0) -> list[Level]:
-        """What all steps share, times `weight`, for each layer of a UNet whose latents are `grid`: numbers, with a mask maps."""
+        """Return the part of lambda that is the same in all steps, times `weight`, for each layer of a UNet.
+
+        `grid`: (h, w) of the latents. The entries are numbers, or maps if there is a mask.
+        """
         scale = weight * (self.scale if isinstance(self.scale, int | float) else 1.0)
         weights = [scale * each for each in layer_weights(self.layers, config)]
         if self.mask is None:
             return list(weights)
         maps, depth = pyramid(self.mask, *grid, len(config.channels)), len(config.channels) - 1
-        # the level of a layer: a block's own on the way down, counted backwards on the way up, the deepest in the middle
+        # the level of a layer: down blocks count from the finest level, up blocks from the deepest; the middle is the deepest
         blocks = [(part, int(block.removeprefix("block_") or 0)) for part, block, _ in places(config)]
         levels = [i if part == "down" else depth - i for part, i in blocks]
         return [each * maps[level] if each else 0.0 for each, level in zip(weights, levels, strict=True)]
 
 
 def places(config: UNetConfig) -> list[tuple[str, str, int]]:
-    """(part, block, attention) of each cross-attention layer in execution order, by diffusers' names: ("up", "block_1", 0)."""
+    """List (part, block, attention) of each cross-attention layer in execution order, with diffusers' names: ("up", "block_1", 0)."""
 
     def side(part: str, depths: Sequence[int], attentions: int) -> list[tuple[str, str, int]]:
         return [(part, f"block_{i}", a) for i, n in enumerate(depths) for a in range(attentions) for _ in range(n)]
@@ -87,12 +91,13 @@ def places(config: UNetConfig) -> list[tuple[str, str, int]]:
 
 
 def preset(name: str, config: UNetConfig) -> Blocks:
-    """Blocks that a picture acts in: InstantStyle's two (arXiv 2404.02733), of the deepest level with cross-attention, or the finest's.
+    """Return the blocks of a preset: "style" or "layout" of InstantStyle (arXiv 2404.02733), or "finest". Other blocks get 0.
 
-    In SDXL, from the paper, the second attention alone: style is `up block_0 [0, 1, 0]`, layout `down block_2 [0, 1]`. For
-    SD 1.5 the rule is InvokeAI's: style is all of `up block_1`, layout all of `down block_2` and the middle. Its layers in
-    the same place of SD 2.1 and of the mini UNet (`up block_1`, and `down block_1` with the middle) are ours by analogy.
-    "finest" is ours: all of the finest level with cross-attention, down and up, which in the mini world carries the colours.
+    InstantStyle uses the deepest level with cross-attention. SDXL, as in the paper, uses only the second attention of a block:
+    style is `up block_0 [0, 1, 0]`, layout is `down block_2 [0, 1]`. SD 1.5 follows InvokeAI: style is all of `up block_1`,
+    layout is all of `down block_2` and the middle. We extend this rule to SD 2.1 and to the mini UNet, whose layout block is
+    `down block_1`. "finest" is our own preset: the finest level with cross-attention, down and up. In the mini world, it
+    carries the colours.
     """
     levels = [level for level, depth in enumerate(config.depth) if depth]
     if name == "finest":
@@ -105,23 +110,23 @@ def preset(name: str, config: UNetConfig) -> Blocks:
 
 
 def layer_weights(layers: str | Blocks | Sequence[float] | None, config: UNetConfig) -> list[float]:
-    """A weight for each cross-attention layer in execution order: all 1 for None, or a list of them, or by blocks.
+    """Return the weight of each cross-attention layer, in execution order.
 
-    Blocks are as diffusers' `set_ip_adapter_scale` reads them: {"down" | "up": a number, or a list with one for each attention
-    of every block, or {"block_i": either}, "mid": a number}. What is not named is 0. A preset is `preset`'s blocks.
-    Raises ValueError when they do not fit this UNet.
+    `layers`: None (all weights are 1), one number per layer, the name of a `preset`, or a dict in the format of diffusers'
+    `set_ip_adapter_scale`: {"down" | "up": x or {"block_i": x}, "mid": x}, where x is a number, or a list with one number per
+    attention of a block. Blocks that are not named get 0. Raises ValueError if `layers` does not fit this UNet.
     """
     found = places(config)
     if layers is None:
         return [1.0] * len(found)
     if isinstance(layers, str):
         if layers not in get_args(Preset):
-            raise ValueError(f"layers are {', '.join(get_args(Preset))}, or weights in JSON, not {layers}")
+            raise ValueError(f"layers must be {', '.join(get_args(Preset))}, or weights in JSON, not {layers}")
         layers = preset(layers, config)
     if not isinstance(layers, Mapping):
         if len(layers) != len(found) or not all(isinstance(weight, int | float) for weight in layers):
             raise ValueError(
-                f"this UNet has {len(found)} cross-attention layers: give one number for each, not {layers}"
+                f"this UNet has {len(found)} cross-attention layers: give one number per layer, not {layers}"
             )
         return [float(weight) for weight in layers]
     _check(layers, found)
@@ -132,30 +137,31 @@ def layer_weights(layers: str | Blocks | Sequence[float] | None, config: UNetCon
         each = weight if isinstance(weight, list | tuple) else [weight]
         attentions = 1 + max(a for p, b, a in found if (p, b) == (part, block))
         if len(each) not in (1, attentions) or not all(isinstance(weight, int | float) for weight in each):
-            raise ValueError(f"{part} {block} has {attentions} attentions: give it a number or that many, not {weight}")
+            raise ValueError(f"{part} {block} has {attentions} attentions: give one number or {attentions}, not {weight}")
         weights.append(float(each[attention if len(each) > 1 else 0]))
     return weights
 
 
 def _check(blocks: Blocks, found: Sequence[tuple[str, str, int]]) -> None:
-    """Raises ValueError for names of blocks that this UNet does not have. (diffusers ignores some.)"""
+    """Raise ValueError if a named block does not exist in this UNet. (diffusers ignores some of these names.)"""
     for part, value in blocks.items():
         known = {block for p, block, _ in found if p == part}
         strange = set(value) - known if isinstance(value, Mapping) else set()
         if not known or strange:
             named = part if not known else f"{part} {min(strange)}"
-            raise ValueError(f"this UNet has no cross-attention in {named}: it has {sorted({p[:2] for p in found})}")
+            raise ValueError(f"this UNet has no cross-attention in {named}, only in {sorted({p[:2] for p in found})}")
 
 
 def unmoved(context: Context, t: int) -> Context:
-    """Every timestep reads the same Context."""
+    """Return the same Context for every timestep."""
     return context
 
 
 def moving(lambdas: Sequence[object], times: Sequence[int]) -> Move:
-    """The Context of each timestep of `times`: lambda of each image prompt, times `Lambda.at` of its own of `lambdas`.
+    """Return a function that computes the Context of a timestep. It multiplies lambda of image prompt i by `lambdas[i].at`.
 
-    A factor that varies is a tensor, also where it is 0 or 1, so a compiled UNet is one graph for all of them.
+    `times`: the timesteps of all steps, in order. Factors that vary over steps are always tensors, even if they are 0 or 1, so
+    that a compiled UNet needs only one graph.
     """
     step = {t: i for i, t in enumerate(times)}
     varying = [lam if isinstance(lam, Lambda) and not lam.still else None for lam in lambdas]
@@ -169,7 +175,7 @@ def moving(lambdas: Sequence[object], times: Sequence[int]) -> Move:
 
 
 def set_lambda(context: Context, levels: Sequence[Level]) -> Context:
-    """Set the lambda of each layer for the last image prompt of a Context. Raises ValueError unless there is one for each layer."""
+    """Set the lambda of each layer for the last image prompt of a Context. Raises ValueError unless there is one per layer."""
     *others, last = context.image
     if len(levels) != len(last):
         raise ValueError(f"{len(levels)} scales for {len(last)} cross-attention layers")

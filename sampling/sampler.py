@@ -1,4 +1,4 @@
-"""What the samplers share: the denoiser, the steps that they take, the state after each step, and noise."""
+"""Types and functions that all samplers share: the denoiser, the steps, the state after each step, and noise."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from sampling.schedule import Schedule
 
 Denoiser = Callable[[Tensor, int], Tensor]
-Enter = Callable[[int, float, Tensor], Tensor]  # (index, a_t, x): the latents with which that step begins
+Enter = Callable[[int, float, Tensor], Tensor]  # (index, a_t, x) -> the latents at which this step starts
 
 
 class Step(NamedTuple):
-    """One step: the timestep t that the network reads, a_t, and `after`, the value of a at which the step ends."""
+    """One step: the timestep t that the network reads, a_t, and `after`, the value of a at the end of the step."""
 
     t: int
     a: float
@@ -25,7 +25,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """After a step: its index and timestep, the latents x_{t-1}, and the x_0 that the network saw in x_t."""
+    """The state after a step: its index and timestep, the latents x_{t-1}, and the x_0 that the network predicted from x_t."""
 
     index: int
     t: int
@@ -35,7 +35,10 @@ class State:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler: which steps it takes of a schedule, and how it takes them. `noisy`: it also takes `eta` and `generators`."""
+    """A sampler: `times` chooses the steps on a schedule, and `draw` runs them.
+
+    `noisy`: `draw` also takes `eta` and `generators`.
+    """
 
     name: str
     times: Callable[[Schedule, int], list[Step]]
@@ -43,20 +46,23 @@ class Sampler:
     noisy: bool = False
 
     def noise(self, eta: float, generators: Sequence[torch.Generator]) -> dict[str, Any]:
-        """The arguments of `draw` that ask for noise. Raises ValueError for an eta that the sampler does not take."""
+        """Return the arguments of `draw` that control its noise. Raises ValueError if the sampler does not support this eta."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {eta}")
         if eta and not self.noisy:
-            raise ValueError(f"eta is DDIM's: {self.name} adds no noise, so leave it at 0, not {eta}")
+            raise ValueError(f"eta works only with DDIM: {self.name} adds no noise, so eta must be 0, not {eta}")
         return {"eta": eta, "generators": generators} if self.noisy else {}
 
 
 def randn(shape: Sequence[int], generators: Sequence[torch.Generator], like: Tensor | None = None) -> Tensor:
-    """Normal noise `b ...`, picture i from its own CPU generator, so it does not depend on device or batch size."""
+    """Draw N(0, 1) noise `b ...`. Each picture has its own CPU generator, so its noise depends on neither device nor batch size.
+
+    The result has the dtype and device of `like`, if it is given.
+    """
     noise = torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
     return noise if like is None else noise.to(like)
 
 
 def as_is(index: int, a: float, x: Tensor) -> Tensor:
-    """Every step begins with what the one before it left."""
+    """Return the latents unchanged."""
     return x

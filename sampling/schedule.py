@@ -1,6 +1,6 @@
-"""The noise schedule: alpha-bar, which timesteps to visit, and what epsilon and v mean.
+"""The noise schedule: alpha-bar, the timesteps that a sampler visits, and epsilon and v prediction.
 
-Written a_t here for the cumulative product alpha-bar_t; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps.
+We write a_t for the cumulative product alpha-bar_t: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Spacing = Literal["leading", "trailing", "linspace", "ldm"]
 
 
 def noised(x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, where `a` broadcasts to x_0."""
+    """Compute x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps; `a` broadcasts to x_0."""
     return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
 
@@ -27,10 +27,10 @@ def noised(x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
 class Schedule:
     """Stable Diffusion's schedule; the default is SD 1.5's.
 
-    `spacing` places the timesteps: the three of arXiv 2305.08891, Table 2, as diffusers rounds them, or the original LDM's;
-    None takes the sampler's own, leading for DDIM and linspace for DPM-Solver++. `offset` is added to leading timesteps.
-    `final_one` (DDIM): after the last step a = 1 instead of a_0. `karras` (DPM-Solver++): the noise levels of arXiv 2206.00364.
-    `not_dpm` names settings of the scheduler's file that our DPM-Solver++ doesn't follow; it refuses to draw where there are any.
+    `spacing`: how timesteps are chosen, by one of the rules of arXiv 2305.08891, Table 2, rounded as in diffusers, or by that of
+    LDM. None is the sampler's default: leading for DDIM, linspace for DPM-Solver++. `offset` is added to leading timesteps.
+    `final_one` (DDIM): the last step ends at a = 1 instead of a_0. `karras` (DPM-Solver++): use the noise levels of arXiv
+    2206.00364. `not_dpm`: settings of the scheduler file that our DPM-Solver++ does not support; if there are any, it raises.
     """
 
     timesteps: int = 1000
@@ -45,16 +45,16 @@ class Schedule:
 
     @property
     def alphas(self) -> Tensor:
-        """a_0 .. a_{T-1}, float32: beta is linear in its square root ("scaled linear")."""
+        """a_0 .. a_{T-1}, float32. The square root of beta is linear in t ("scaled linear")."""
         betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, dtype=torch.float32) ** 2
         return torch.cumprod(1 - betas, dim=0)
 
     def at(self, t: Tensor) -> Tensor:
-        """a_t for timesteps of any shape, float32, on their device."""
+        """Return a_t for timesteps of any shape, float32, on the same device."""
         return _alphas_on(self, t.device)[t]
 
     def visits(self, steps: int) -> list[int]:
-        """The timesteps that `steps` steps visit, from noise to picture. LDM's rule visits more if steps do not divide T.
+        """Return the timesteps to visit, from noise to picture. LDM's rule gives more than `steps` if `steps` does not divide T.
 
         Raises ValueError unless 1 <= steps <= T.
         """
@@ -72,7 +72,7 @@ class Schedule:
         return [min(int(t), total - 1) for t in grid[::-1]]
 
     def pairs(self, steps: int) -> list[tuple[int, float, float]]:
-        """(t, a_t, a_prev) of each step. a_prev belongs to t - T // steps (diffusers), or to the next visit (LDM)."""
+        """Return (t, a_t, a_prev) for each step. a_prev is a at timestep t - T // steps (diffusers), or at the next visited one (LDM)."""
         alphas, visits = self.alphas.double(), self.visits(steps)
         self.warn_of_late_start(steps, visits[0])
         final = 1.0 if self.final_one else float(alphas[0])
@@ -82,28 +82,31 @@ class Schedule:
         ]
 
     def warn_of_late_start(self, steps: int, first: int) -> None:
-        """Warn if many leading steps begin below 0.9 T, where x_t is no longer noise, because T / steps is rounded down."""
+        """Warn if leading spacing with many steps starts below 0.9 T, where x_t should not be pure noise.
+
+        This happens because T / steps is rounded down.
+        """
         fewer = self.timesteps // (self.timesteps // steps + 1)
         if self.spacing in ("leading", None) and 10 * steps > self.timesteps and first < 0.9 * self.timesteps:
             warnings.warn(
-                f"{steps} steps with leading spacing begin at timestep {first} of {self.timesteps}, as in diffusers, and give a "
-                f"washed-out picture: take {fewer} steps",
+                f"{steps} steps with leading spacing start at timestep {first} of {self.timesteps}, as in diffusers, which gives a "
+                f"washed-out picture: use {fewer} steps",
                 stacklevel=3,
             )
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t for a batch of timesteps `b`; `x0` and `eps` are `b ...`."""
+        """Compute x_t for a batch of timesteps `b`; `x0` and `eps` are `b ...`."""
         return noised(x0, eps, self.at(t).to(x0).view(-1, *[1] * (x0.ndim - 1)))
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network predicts: eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) x_0."""
+        """Return the training target of the network: eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) x_0."""
         if self.prediction == "epsilon":
             return eps
         a = self.at(t).to(x0).view(-1, *[1] * (x0.ndim - 1))
         return a.sqrt() * eps - (1 - a).sqrt() * x0
 
     def split(self, x: Tensor, output: Tensor, a: float) -> tuple[Tensor, Tensor]:
-        """(eps, x_0) from a network's output at x_t: the one boundary between epsilon and v."""
+        """Return (eps, x_0), computed from the network's output at x_t. Only this function and `target` depend on `prediction`."""
         if self.prediction == "epsilon":
             return output, (x - (1 - a) ** 0.5 * output) / a**0.5
         return a**0.5 * output + (1 - a) ** 0.5 * x, a**0.5 * x - (1 - a) ** 0.5 * output

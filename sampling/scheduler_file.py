@@ -1,4 +1,4 @@
-"""The schedule that a diffusers `scheduler_config.json` describes."""
+"""Convert a diffusers `scheduler_config.json` to a Schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from sampling.schedule import Schedule
 
-# Settings that would change the schedule for every sampler, with the only values that are read.
+# Settings that affect every sampler, with their supported values.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("scaled_linear",),
     "trained_betas": (None,),
@@ -20,9 +20,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
 }
-# Settings of diffusers' `DPMSolverMultistepScheduler`, with the values that mean what `sampling.dpm` does. It takes the
-# names of other schedulers' solvers ("logrho", "bh1", "bh2") for "midpoint". `lower_order_final` and `euler_at_final` change
-# nothing where the last step ends at sigma = 0.
+# Settings of diffusers' `DPMSolverMultistepScheduler`, with the values for which it equals `sampling.dpm`. It treats the
+# solver types of other schedulers ("logrho", "bh1", "bh2") as "midpoint". `lower_order_final` and `euler_at_final` have no
+# effect if the last step ends at sigma = 0.
 _DPM: dict[str, tuple[Any, ...]] = {
     "solver_order": (2,),
     "algorithm_type": ("dpmsolver++",),
@@ -51,20 +51,19 @@ _POSSIBLE: dict[str, Callable[[Any], bool]] = {
 
 
 def schedule_of(config: Mapping[str, Any]) -> Schedule:
-    """The schedule of a diffusers `scheduler_config.json`, whichever scheduler it names; {} gives SD 1.5's.
+    """Convert a diffusers `scheduler_config.json`, of any scheduler class, to a Schedule. {} gives the schedule of SD 1.5.
 
-    As in diffusers' pipeline, `steps_offset` is 1 and samples are never clipped, whatever the file says; a missing entry
-    takes the default of the sampler that draws. Raises ValueError for impossible values, and for schedules that are not
-    Stable Diffusion's.
+    As in diffusers' pipeline, `steps_offset` is always 1 and samples are never clipped. Missing entries get the defaults of
+    the sampler. Raises ValueError for invalid values, and for schedules that Stable Diffusion does not use.
     """
     if config:
         config = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "set_alpha_to_one": True, **config}
     for key, is_possible in _POSSIBLE.items():
         if key in config and not is_possible(config[key]):
-            raise ValueError(f"its {key} is {config[key]!r}")
+            raise ValueError(f"its {key} is {config[key]!r}, which is not a valid value")
     for key, values in _FIXED.items():
         if key in config and not _is_one_of(config[key], values):
-            raise ValueError(f"its {key} is {config[key]!r}; only {' and '.join(map(str, values))} can be read")
+            raise ValueError(f"its {key} is {config[key]!r}, but only {' or '.join(map(str, values))} is supported")
     default = Schedule()
     schedule = Schedule(
         timesteps=config.get("num_train_timesteps", default.timesteps),
@@ -83,7 +82,7 @@ def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
 
 
 def _not_dpm(config: Mapping[str, Any], schedule: Schedule) -> tuple[str, ...]:
-    """The settings that our DPM-Solver++ does not follow."""
+    """List the settings that our DPM-Solver++ does not support."""
     others = [key for key, values in _DPM.items() if key in config and not _is_one_of(config[key], values)]
     if config.get("variance_type") in ("learned", "learned_range"):
         others.append("variance_type")

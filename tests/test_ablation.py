@@ -327,8 +327,8 @@ def test_everything_end_to_end_in_small(tmp_path: Path) -> None:
     [
         (["--smoke"], "choose another folder with --out"),
         (["--steps", "100"], "choose another folder with --out"),
-        (["--out", "o", "--steps", "3"], "4 or more"),
-        (["--seeds", "0"], "more than 0"),
+        (["--out", "o", "--steps", "3"], "at least 4"),
+        (["--seeds", "0"], "must be positive"),
         (["--out", "o", "--data", "d"], "must be given together"),
         (["--base", "sd15.safetensors"], "must be given together"),
         (["--out", "o", "--base", "b", "--data", "d"], "--scorer ViT-L-14:openai"),

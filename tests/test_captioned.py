@@ -58,9 +58,9 @@ def broken_png(path: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "cut": (broken_png, r"3\.png: the picture is damaged or cut short"),
+    "cut": (broken_png, r"3\.png: the picture is damaged or truncated"),
     "empty": (lambda path: path.write_bytes(b""), r"3\.png: the file is empty"),
-    "text": (lambda path: path.write_text("hello"), r"3\.png: not a picture"),
+    "text": (lambda path: path.write_text("hello"), r"3\.png: Pillow cannot read this file as a picture"),
     "no caption": (lambda path: path.with_suffix(".txt").unlink(), r"3\.png: it has no caption file; write 3\.txt"),
     "latin-1": (lambda path: path.with_suffix(".txt").write_bytes(b"F\xfcchse"), r"3\.txt: the caption is not UTF-8"),
     "utf-16": (lambda path: path.with_suffix(".txt").write_bytes("fox".encode("utf-16")), r"3\.txt: the caption is not"),

@@ -110,7 +110,7 @@ def test_a_network_that_inpaints(nine: Path, tmp_path: Path, photo: tuple[Path, 
         ("--init-image PHOTO --mask none.png", r"none\.png: there is no such file"),
         ("--sampler dpm++ --eta 1", "eta is DDIM's"),
         ("--init-image ODD", "multiples of 4, not 26 x 18"),
-        ("--init-image PHOTO --width 32", "32 x 16 is asked for, but the picture to change is 24 x 16"),
+        ("--init-image PHOTO --width 32", "the size is 32 x 16, but the picture to change is 24 x 16"),
         ("--init-image PHOTO --strength 0.2", "strength 0.2 of 3 steps is less than one step"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_picture_of_an_odd_size_is_cropped_when_asked(
     mask[:, :15] = 255
     Image.fromarray(mask).save(tmp_path / "odd_mask.png")
     options = ("--init-image", tmp_path / "odd.png", "--mask", tmp_path / "odd_mask.png")
-    with pytest.raises(ValueError, match="multiples of 4, not 27 x 19: add --crop to use its middle, 24 x 16"):
+    with pytest.raises(ValueError, match="multiples of 4, not 27 x 19: add --crop to crop the picture to its centre, 24 x 16"):
         draw(weights, tmp_path / "a.png", *options)
     drawn = draw(weights, tmp_path / "a.png", *options, "--crop")
     assert drawn.shape == (16, 24, 3) and difference(drawn[:, 14:], pixels[1:17, 15:25].astype(int)) == 0

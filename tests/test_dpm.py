@@ -129,7 +129,7 @@ def test_a_timestep_is_never_visited_twice() -> None:
 
 
 def test_eta_is_refused() -> None:
-    with pytest.raises(ValueError, match="eta is DDIM's"):
+    with pytest.raises(ValueError, match="eta works only with DDIM"):
         DPM.noise(0.5, generators(1))
     assert DPM.noise(0.0, generators(1)) == {}
 

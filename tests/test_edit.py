@@ -220,13 +220,13 @@ def edit(height: int, width: int, b: int = 1, masks: int = 0) -> Edit:
     ("base", "given", "options", "message"),
     [
         ("sd15", edit(15, 24), {}, "multiples of 2, not 24 x 15"),
-        ("sd15", edit(16, 24), {"size": (24, 16)}, "16 x 24 is asked for, but the picture to change is 24 x 16"),
+        ("sd15", edit(16, 24), {"size": (24, 16)}, "the size is 16 x 24, but the picture to change is 24 x 16"),
         ("sd15", edit(16, 24), {"steps": 1}, "strength 0.5 of 1 steps is less than one step"),
-        ("sd15", edit(16, 24, b=3), {}, "3 pictures or masks to change do not fit 2 prompts"),
-        ("sd15", edit(16, 24, masks=3), {}, "3 pictures or masks to change do not fit 2 prompts"),
+        ("sd15", edit(16, 24, b=3), {}, "3 pictures or masks to change do not match 2 prompts"),
+        ("sd15", edit(16, 24, masks=3), {}, "3 pictures or masks to change do not match 2 prompts"),
         ("nine", None, {}, "for inpainting: it needs both a picture and a mask"),
         ("nine", edit(16, 24), {}, "for inpainting: it needs both a picture and a mask"),
-        ("sd15", edit(16, 24), {"sampler": DPM, "eta": 1.0}, "eta is DDIM's"),
+        ("sd15", edit(16, 24), {"sampler": DPM, "eta": 1.0}, "eta works only with DDIM"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -331,7 +331,7 @@ def test_saving_over_a_picture_replaces_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.jpeg", "a.webp", "a", "a.png.gif", "a.safetensors"])
 def test_other_formats_are_not_written(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"written as PNG, which keeps their settings: name it a\.?[a-z]*\.png"):
+    with pytest.raises(ValueError, match=r"written as PNG, which stores their settings: use the name a\.?[a-z]*\.png"):
         save_image(four_colours(), tmp_path / name, {})
     assert not list(tmp_path.iterdir())
 

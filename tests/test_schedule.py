@@ -125,7 +125,7 @@ def test_a_late_start_is_warned_of(sampler: Sampler, steps: int, fewer: int) -> 
     schedule = Schedule(spacing="leading")
     scheduler = peer(steps) if sampler is DDIM else DPMSolverMultistepScheduler.from_config(peer(steps).config)
     scheduler.set_timesteps(steps)
-    with pytest.warns(UserWarning, match=rf"{steps} steps .* at timestep {max(scheduler.timesteps)} .*: take {fewer}"):
+    with pytest.warns(UserWarning, match=rf"{steps} steps .* at timestep {max(scheduler.timesteps)} .*: use {fewer}"):
         sampler.times(schedule, steps)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

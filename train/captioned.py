@@ -1,4 +1,4 @@
-"""A user's pictures and captions: read them, check all of them before training, and hold some out."""
+"""Read a user's pictures and captions, check them before training, and split off a held-out set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from sampling.images import open_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-MIN_PICTURES = 20  # hold out nothing below this number of different pictures
+MIN_PICTURES = 20  # with fewer different pictures than this, none are held out
 MAX_LISTED = 100  # list at most this many problems
 Pair = tuple[Path, str]
 
@@ -27,7 +27,7 @@ class Captioned:
 
 
 def captioned_files(data: Path) -> list[Captioned]:
-    """Open and check all pictures and captions of a user's data.
+    """Open and check all pictures and captions in a user's data.
 
     `data` is a folder of pictures with a `.txt` beside each, or the official trainer's JSON list
     `[{"image_file": ..., "text": ...}]`, with paths relative to the list. Captions are UTF-8. Raises ValueError with a list of all
@@ -35,7 +35,7 @@ def captioned_files(data: Path) -> list[Captioned]:
     """
     pairs, problems = _in_folder(data) if data.is_dir() else _in_list(data)
     if not pairs and not problems:
-        raise ValueError(f"{data}: no pictures found")
+        raise ValueError(f"{data}: no pictures found: add pictures ({', '.join(PICTURES)}) and their captions")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = list(pool.map(_hash, [path for path, _ in pairs]))
     problems += dict.fromkeys(problem for _, problem in checked if problem)
@@ -47,7 +47,7 @@ def captioned_files(data: Path) -> list[Captioned]:
 
 
 def skipped(data: Path) -> list[Path]:
-    """List what a folder of pictures holds but training ignores: other files, folders, hidden files, captions without a picture."""
+    """List the entries of a folder that training ignores: other files, folders, hidden files, captions without a picture."""
     if not data.is_dir():
         return []
     pictures = set(_pictures_in(data))
@@ -56,10 +56,10 @@ def skipped(data: Path) -> list[Path]:
 
 
 def split(files: list[Captioned]) -> tuple[list[Captioned], list[Captioned]]:
-    """Split into (training, held out). Hold out a twentieth of n >= 20 different pictures, at least 4; hold out none of fewer.
+    """Split into (training, held out). Of n >= 20 different pictures, hold out n // 20, but at least 4; of fewer, hold out none.
 
-    Pictures are compared by content, so copies of a held-out picture are dropped from training too. The choice depends only on the
-    content of each picture, so it hardly changes when pictures are added.
+    Pictures are compared by content, so copies of a held-out picture are not trained on either. The choice depends only on the
+    content of the pictures, so it changes little if pictures are added.
     """
     different = sorted({file.digest for file in files})
     if len(different) < MIN_PICTURES:
@@ -106,13 +106,13 @@ def _in_list(data: Path) -> tuple[list[Pair], list[str]]:
     try:
         entries = json.loads(data.read_text("utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"{data}: {error.strerror}; name {wanted}") from None
+        raise ValueError(f"{data}: {error.strerror}; give {wanted}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{data}: the file is not UTF-8; name {wanted}, saved as UTF-8") from None
+        raise ValueError(f"{data}: the file is not UTF-8; give {wanted}, saved as UTF-8") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{data}: not JSON ({error}); name {wanted}") from None
+        raise ValueError(f"{data}: not JSON ({error}); give {wanted}") from None
     if not isinstance(entries, list):
-        raise ValueError(f"{data}: not a list; name {wanted}")
+        raise ValueError(f"{data}: not a list; give {wanted}")
     pairs, problems = list[Pair](), list[str]()
     for i, entry in enumerate(entries):
         values = {key: entry.get(key) for key in ("image_file", "text")} if isinstance(entry, dict) else {}

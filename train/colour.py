@@ -22,7 +22,7 @@ _EPS, _KAPPA = 216 / 24389, 24389 / 27
 HUES = {"red": 15, "orange": 50, "yellow": 82, "green": 112, "teal": 165, "blue": 230, "purple": 290, "pink": 330}
 NAMES = tuple(HUES)
 ISH = ("reddish", "orangish", "yellowish", "greenish", "tealish", "bluish", "purplish", "pinkish")
-# the four quarters of a coarse name's hues: the first two lean to the name before, the last two to the name after
+# each coarse name is split into four quarters: the first two lean towards the previous name, the last two towards the next
 SECTORS = tuple(
     f"{word} {NAMES[i]}" for i in range(8) for word in (NAMES[i - 1], ISH[i - 1], ISH[(i + 1) % 8], NAMES[(i + 1) % 8])
 )
@@ -79,7 +79,7 @@ def coarse_name(lab: Array) -> str:
 
 
 def fine_bin(lab: Array) -> int:
-    """Return the index of a colour in `FINE_NAMES`, by its lightness, chroma and quarter of a coarse name's hues."""
+    """Return the index of a colour in `FINE_NAMES`, by its lightness, its chroma and its quarter of a coarse name."""
     i = int(np.searchsorted(_EDGES, hue_of(lab), side="right")) - 1
     quarter = int(4 * ((hue_of(lab) - _EDGES[i]) % 360) / _WIDTHS[i])
     tone, chroma = np.searchsorted(_TONE_EDGES, lab[0]), np.searchsorted(_CHROMA_EDGES, np.hypot(lab[1], lab[2]))
@@ -87,12 +87,12 @@ def fine_bin(lab: Array) -> int:
 
 
 def fine_name(lab: Array) -> str:
-    """Name a colour by lightness, chroma and hue, such as "very dark dull greenish teal"; only CLIP reads these names."""
+    """Name a colour by lightness, chroma and hue, such as "very dark dull greenish teal". Only CLIP's captions use these names."""
     return FINE_NAMES[fine_bin(lab)]
 
 
 def fine_colours() -> Array:
-    """Return the CIELAB colour in the middle of each of `FINE_NAMES`, `480 3`."""
+    """Return the CIELAB colour at the centre of each bin of `FINE_NAMES`, `480 3`."""
     hues = np.radians((_EDGES[:, None] + _WIDTHS[:, None] * (np.arange(4) + 0.5) / 4).flatten())
     lightness, chroma, hue = np.meshgrid(_TONE_MIDDLES, _CHROMA_MIDDLES, hues, indexing="ij")
     return np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1).reshape(-1, 3)

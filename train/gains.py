@@ -1,4 +1,4 @@
-"""Measure whether an adapter learns, by held-out losses with the right picture, none, and another; and checks before training."""
+"""Check an adapter before training, and measure whether it learns: held-out losses with the right, no and another picture."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from train.randomness import generator
 def losses_of(
     unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse, device: str, seed: int = 1
 ) -> dict[str, list[Tensor]]:
-    """Return the unweighted losses of each pair with its `own` picture, with `none`, and with `another`, as lists of parts.
+    """Return the unweighted losses of each pair with its `own` picture, with `none` and with `another`, as lists of batches.
 
-    All three share the noise and timesteps, which depend only on `seed`, so their differences are paired.
+    All three use the same noise and timesteps, which depend only on `seed`, so their differences are paired.
     """
     losses: dict[str, list[Tensor]] = {"own": [], "none": [], "another": []}
     for i, part in enumerate(pairs.parts(device)):
@@ -37,16 +37,17 @@ def losses_of(
 def held_out_losses(
     unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu"
 ) -> dict[str, float]:
-    """Return the mean loss with the right picture, and how much higher it is with a zero image and with another picture."""
+    """Return the mean loss with the right picture, and its increase with the null image and with another picture."""
     losses = losses_of(unet, adapter, schedule, pairs, fuse, device)
     own, none, another = (sum(float(part.sum()) for part in losses[k]) / len(pairs) for k in ("own", "none", "another"))
     return {"held_out": own, "gain_zero": none - own, "gain_shuffled": another - own}
 
 
 def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, device: str) -> str:
-    """Say in a sentence whether the right picture lowers the held-out loss by more than twice the standard error over pictures.
+    """Write a sentence about whether the adapter learned.
 
-    If there are few pictures, average over several noises and timesteps.
+    It did if the right picture lowers the held-out loss by more than twice the standard error over pictures. If there are few
+    pictures, the loss is averaged over several noises and timesteps.
     """
     rounds = range(100, 100 + max(1, 64 // len(pairs)))
     losses = [losses_of(unet, adapter, schedule, pairs, decoupled, device, seed) for seed in rounds]
@@ -64,7 +65,8 @@ def check_gates(
 ) -> None:
     """Raise `GateError` if an adapter cannot be trained as it should.
 
-    At scale 0 the output must equal the base's bit for bit. Every trainable tensor must get a gradient, and no frozen one.
+    At scale 0, the output must equal that of the base model bit for bit. Every trainable tensor must get a gradient, and no frozen
+    tensor may get one.
     """
     batch = noised(pairs.at(torch.arange(min(4, len(pairs)))).to(device), generator(0, 0, device))
     text = Context(batch.text, fuse=fuse)

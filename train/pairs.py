@@ -17,7 +17,7 @@ class Batch:
     """Encoded picture-text pairs.
 
     `mean`, `std`: `b c h w`, the scaled parameters of q(z|x). `text`: the text tokens c_t, `b 77 c`. `empty`, `77 c`,
-    replaces a dropped text. `features`: the adapter's input, one picture each, or None if there is no adapter.
+    replaces dropped texts. `features`: the adapter's input, one picture each, or None without an adapter.
     """
 
     mean: Tensor
@@ -47,7 +47,7 @@ class Batch:
 class Pairs:
     """All encoded pairs, in memory in half precision.
 
-    `texts`: `m 77 c`, the text tokens of the different captions, the empty caption first. `caption`: `n`, each picture's row of
+    `texts`: `m 77 c`, the text tokens of the distinct captions, the empty caption first. `caption`: `n`, each picture's row in
     `texts`. `features`: the adapter's input, one picture each, or None if there is no adapter.
     """
 
@@ -72,6 +72,6 @@ class Pairs:
         return Batch(self.mean[rows].float(), self.std[rows].float(), text, empty, features)
 
     def parts(self, device: str = "cpu", size: int = 64) -> Iterator[Batch]:
-        """Yield all pairs in order, on a device, in parts of nearly equal length of at most `size`."""
+        """Yield all pairs in order, on a device, in parts of nearly equal size, at most `size`."""
         for rows in torch.arange(len(self)).tensor_split(-(-len(self) // size)):
             yield self.at(rows).to(device)

@@ -1,4 +1,4 @@
-"""The scenes and pictures of the mini world in memory, made once by all processor cores."""
+"""Make scenes and pictures of the mini world, in parallel on all cores, and cache them in memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from train.data import OnTheFly, stream
 from train.world import SAYS, Says, Scene, Split, World, pictures
 
 T = TypeVar("T")
-PART = 100  # scenes that a worker makes at a time
-ALONE = 1000  # make fewer scenes than this without workers
+PART = 100  # number of scenes that a worker makes at once
+ALONE = 1000  # fewer scenes than this are made without workers
 
 
 def in_parts(make: Callable[[range], T], count: int, first: int, name: str) -> list[T]:
-    """Call make(range of indices) for the indices first .. first + count - 1, in parts of `PART`, in parallel."""
+    """Call make(range) in parallel, for ranges of `PART` indices that cover first .. first + count - 1. Return the results in order."""
     parts = [range(i, min(i + PART, first + count)) for i in range(first, first + count, PART)]
     workers = 0 if count < ALONE else os.cpu_count() or 0
     made = stream(OnTheFly(lambda i: make(parts[i])), range(len(parts)), workers)
@@ -53,7 +53,7 @@ def to_unit(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A pool of pictures `n 3 h w`, kept as bytes; a batch is in [-1, 1], channels last in memory."""
+    """A pool of pictures `n 3 h w`, stored as bytes. Batches are in [-1, 1], channels last in memory."""
 
     pixels: Tensor
 

@@ -1,4 +1,4 @@
-"""Draw fixed prompts at every validation, since the loss alone does not show how good the pictures are."""
+"""Draw fixed prompts at every validation, because the loss alone does not show the quality of the pictures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw_captions(pipeline: Pipeline, path: Path) -> None:
 
 
 def draw_image_prompts(pipeline: Pipeline, path: Path) -> None:
-    """Draw a row for each image prompt: the prompt, two variations, and lambda 0.4, 0.6, 0.8, 1 with a text."""
+    """Draw one row per image prompt: the prompt, two variations, and drawings with a text at lambda 0.4, 0.6, 0.8 and 1."""
     scales, cells = [1.0, 1.0, 0.4, 0.6, 0.8, 1.0], []
     for i in range(ROWS):
         prompt = Image.fromarray(pictures([World("val")[i]])[0])

@@ -1,4 +1,4 @@
-"""Linear probes: what an image embedding knows about concept, background and palette."""
+"""Linear probes: measure how well an image embedding predicts concept, background and palette."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from model.image_encoder import ImageEncoder, normalise
 from train.pool import pixels_of, scenes_of
 from train.world import Split
 
-FIRST = 10_000_000  # index of the first scene that probes are fitted on
+FIRST = 10_000_000  # index of the first training scene of the probes
 
 
 @functools.cache
 def probe_data(device: str, train: int = 6000, test: int = 1500) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Return the pixels of training and then held-out pictures, their ground truth, and the number of training pictures."""
+    """Return (pixels, ground truth, number of training pictures). Training pictures come first, then held-out ones."""
     sets: tuple[tuple[Split, int, int], ...] = (("train", train, FIRST), ("val", test, 0))
     scenes = [scene for each in sets for scene in scenes_of(*each)]
     truth = {
@@ -58,7 +58,7 @@ def regress(x: Tensor, y: Tensor, train: int, ridge: float = 1.0) -> float:
 
 @torch.no_grad()
 def probe(image: ImageEncoder) -> dict[str, float]:
-    """Score linear probes of the pooled embedding on held-out pictures."""
+    """Fit linear probes on the pooled embedding; return their scores on held-out pictures."""
     image.eval()
     pixels, truth, train = probe_data(str(next(image.parameters()).device))
     x = torch.cat([image(part.contiguous(memory_format=torch.channels_last)) for part in pixels.split(250)])

@@ -1,7 +1,7 @@
-"""Pictures that show none of the mini world's concepts, made to teach the judge to say so. No model draws any of them.
+"""Make pictures that show none of the mini world's concepts, to train the judge to recognise them. No model draws them.
 
-There are five kinds: another drawing of OpenMoji; two pictures blended evenly; two pictures joined along a random curve; a drawing with
-most of it erased; and a drawing warped so far that it melts. A picture that is only half spoiled has no label.
+There are five kinds: a drawing of OpenMoji that is not a concept; two pictures blended evenly; two pictures joined along a random
+curve; a drawing that is mostly erased; and a strongly warped drawing. Pictures that are only partly spoiled have no concept label.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from train.pool import in_parts
 from train.world import CONCEPTS, Scene, render
 
 NONE = len(CONCEPTS)  # the index of "none of these"
-SHARE = 0.3  # of the pictures that are spoiled
+SHARE = 0.3  # share of the pictures that are spoiled
 OTHERS = [
     "1F431", "1F436", "1F438", "1F428", "1F435", "1F984", "1F432", "1F417", "1F99D", "1F994", "1F987", "1F985", "1F9A2", "1F99A",
     "1F9A9", "1F40A", "1F98E", "1F40D", "1F988", "1F42C", "1F991", "1F990", "1F99E", "1F98B", "1F41B", "1F41C", "1F577", "1F982",
@@ -32,9 +32,10 @@ OTHERS = [
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of a batch after spoiling, all `b`: the concept or `NONE`, and 1 or 0 for each label that can be taught.
+    """The labels of a batch after spoiling; all fields are `b`.
 
-    `whole` is 1 for pictures that were not spoiled and whose drawing is one of the concepts.
+    `concept`: index of the concept, or `NONE`. `concept_known`, `background_known`: 1 if the label may be used in training, else 0.
+    `whole`: 1 for pictures that are not spoiled and show a concept, else 0.
     """
 
     concept: Tensor
@@ -44,7 +45,7 @@ class Labels:
 
 
 def strangers(scenes: list[Scene], seed: int) -> Tensor:
-    """Render scenes with other drawings in place of their concepts, `n 3 64 64`, bytes."""
+    """Render scenes with drawings from `OTHERS` instead of their concepts, `n 3 64 64`, bytes."""
     codes = np.random.default_rng(seed).choice(OTHERS, len(scenes))
 
     def make(part: range) -> Tensor:
@@ -54,13 +55,13 @@ def strangers(scenes: list[Scene], seed: int) -> Tensor:
 
 
 def smooth(n: int, channels: int, size: int, side: int, g: torch.Generator) -> Tensor:
-    """Draw smooth noise, `n channels side side`: normal on a coarse grid of `size` x `size`, interpolated."""
+    """Draw smooth noise, `n channels side side`: N(0, 1) on a `size` x `size` grid, interpolated."""
     coarse = torch.randn(n, channels, size, size, generator=g, device=g.device)
     return F.interpolate(coarse, side, mode="bicubic", align_corners=True)
 
 
 def warped(x: Tensor, pixels: Tensor, g: torch.Generator) -> Tensor:
-    """Displace pixels smoothly; `pixels`, `b`, is the standard deviation of the displacement in pixels."""
+    """Displace pixels smoothly. `pixels`: standard deviation of the displacement in pixels, `b`."""
     n, side = len(x), x.shape[-1]
     move = smooth(n, 2, 7, side, g) * (2 * pixels / side).view(-1, 1, 1, 1)
     line = torch.linspace(-1, 1, side, device=x.device)
@@ -82,7 +83,7 @@ def uniform(n: int, low: float, high: float, g: torch.Generator) -> Tensor:
 def spoiled(x: Tensor, concept: Tensor, background: Tensor, g: torch.Generator) -> tuple[Tensor, Labels]:
     """Spoil `SHARE` of the pictures `b 3 h w`, a quarter of these in each of four ways. Return the pictures and their labels.
 
-    `concept`: `b`, may be `NONE`; `background`: `b 3`, the colour behind each drawing.
+    `concept`: `b`, indices, or `NONE`. `background`: `b 3`, the colour behind each drawing.
     """
     n, plain = len(x), background[..., None, None].expand_as(x)
     other, differs = x.roll(1, dims=0), concept != concept.roll(1)
@@ -105,7 +106,7 @@ def spoiled(x: Tensor, concept: Tensor, background: Tensor, g: torch.Generator) 
 
 
 def degraded(x: Tensor, g: torch.Generator) -> Tensor:
-    """Warp, blur and noise pictures a little, as a model's drawings may be."""
+    """Warp, blur and add noise to pictures slightly, to imitate the flaws of a model's drawings."""
     n = len(x)
     x = warped(x, uniform(n, 0.0, 1.2, g), g)
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)

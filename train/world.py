@@ -1,11 +1,11 @@
 """The mini world: OpenMoji drawings in two colours on a plain background, with captions and ground truth.
 
-A picture is a **concept** (one of 64, some with two drawings) painted with a **palette** (two CIELAB colours) on a
-**background** (one of ten), at a **size** and **place**. The caption usually names the concept and the background, for half of the
-pictures the coarse name of the first colour, and for some the size and place. Only an image prompt can carry the exact palette.
+A picture shows a **concept** (one of 64, some with two drawings) in a **palette** (two CIELAB colours) on a **background** (one of
+ten), at a **size** and **place**. Most captions name the concept and the background, half of them the coarse name of the first colour,
+and some the size or the place. Only an image prompt can convey the exact palette.
 
-`world[i]` is a pure function of (split, i), so nothing is stored and a run can resume at any step. Training never uses the splits `val`
-and `test`, palettes with a hue in `HELD_OUT_HUES`, or, for each concept, one background (`held_out_pair`).
+`world[i]` depends only on the split and i, so nothing is stored and a run can resume at any step. Training never uses the splits `val`
+and `test`, palettes with a hue in `HELD_OUT_HUES`, or the held-out background of each concept (`held_out_pair`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SIZES = ("small", "medium", "large")
 SIDES = 40, 62  # smallest and largest side of a drawing in pixels
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
-# number of classes: concept, background, either colour, size, place
+# number of classes: concept, background, first colour, second colour, size, place
 SLOTS = (len(CONCEPTS), len(BACKGROUNDS), len(FINE_NAMES), len(FINE_NAMES), len(SIZES), len(PLACES))
 HELD_OUT_HUES = (196.0, 220.0)
 
@@ -90,12 +90,12 @@ def held_out_hue(hue: float) -> bool:
 
 
 def size_class(side: float) -> int:
-    """Return the index in `SIZES` of a drawing of this side, in pixels: three classes of equal width."""
+    """Return the index in `SIZES` of a drawing with this side in pixels. The three classes have equal widths."""
     return min(max(int(3 * (side - SIDES[0]) / (SIDES[1] + 1 - SIDES[0])), 0), 2)
 
 
 def place_class(x: float, y: float, side: float) -> int:
-    """Return the index in `PLACES` of a drawing whose top left corner is at (x, y): its cell in a 3 x 3 grid of all positions."""
+    """Return the index in `PLACES` of a drawing with its top left corner at (x, y): its cell in a 3 x 3 grid over all positions."""
     across, down = (min(max(int(3 * at / (SIZE - side + 1)), 0), 2) for at in (x, y))
     return 3 * down + across
 
@@ -138,13 +138,13 @@ class Scene:
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """The content of the rich caption as one class index per entry of `SLOTS`."""
+        """The content of the rich caption: one class index for each entry of `SLOTS`."""
         first, second = map(fine_bin, self.palette)
         return (self.concept, self.background, first, second, self.size_class, self.place_class)
 
     @property
     def rich_caption(self) -> str:
-        """The caption that only CLIP reads: it names everything, both colours by their fine names."""
+        """The caption that only CLIP reads. It names every attribute, with the fine names of both colours."""
         first, second = (fine_name(colour) for colour in self.palette)
         name = f"{CONCEPT_NAMES[self.concept]} in {first} and {second}"
         background, size, place = BACKGROUND_NAMES[self.background], SIZES[self.size_class], PLACES[self.place_class]
@@ -169,9 +169,9 @@ def caption(
 
 
 def render(scene: Scene, code: str | None = None) -> NDArray[np.uint8]:
-    """Render the picture of a scene, `64 64 3`, or the same with another drawing.
+    """Render a scene, `64 64 3`, optionally with another OpenMoji drawing, `code`.
 
-    A colour channel differs by at most 4 of 255 from that of the recoloured SVG.
+    Colour channels differ by at most 4 of 255 from those of a rendering of the recoloured SVG.
     """
     code = code or CONCEPTS[CONCEPT_NAMES[scene.concept]][scene.drawing]
     fills, outlines, transparency = layers(code, scene.size)
@@ -188,7 +188,7 @@ def placed(scene: Scene, drawn: Array, canvas: Array) -> Array:
 
 
 def random_palette(rng: np.random.Generator, wedge: bool = False) -> Array:
-    """Draw two colours with hues at least 50 degrees apart, outside `HELD_OUT_HUES`; with `wedge` the first is inside."""
+    """Draw two colours with hues at least 50 degrees apart and outside `HELD_OUT_HUES`. With `wedge`, the first hue is inside."""
 
     def colour(hue: float) -> Array:
         return lch(rng.uniform(50, 80), rng.uniform(40, 70), hue)
@@ -206,7 +206,7 @@ def random_palette(rng: np.random.Generator, wedge: bool = False) -> Array:
 def random_scene(
     rng: np.random.Generator, concept: int, background: int, wedge: bool = False, says: Says = SAYS
 ) -> Scene:
-    """Draw a scene of this concept and background; everything else is random."""
+    """Draw a random scene with this concept and background."""
     size = int(rng.integers(SIDES[0], SIDES[1] + 1))
     jitter = lab_to_srgb(srgb_to_lab(np.array(BACKGROUNDS[BACKGROUND_NAMES[background]]) / 255) + rng.normal(0, 2, 3))
     return Scene(
@@ -228,9 +228,9 @@ def random_scene(
 
 
 class World:
-    """An endless list of scenes. `world[i]` is the same on every machine; the split `train` has no held-out pair or hue.
+    """An endless list of scenes. `world[i]` is the same on every machine.
 
-    `says` does not change the pictures.
+    No split has a palette with a hue in `HELD_OUT_HUES`. Only `test` has held-out pairs. `says` changes the captions only.
     """
 
     def __init__(self, split: Split = "train", says: Says = SAYS) -> None:

@@ -23,7 +23,7 @@ from eval.prompts import TASKS
 from sampling.device import check_device
 from train.setting import TrainingSource
 
-STUDY_OPTIONS = ("smoke", "data", "steps", "batch", "prompts", "rates")  # options that make another study than the default
+STUDY_OPTIONS = ("smoke", "data", "steps", "batch", "prompts", "rates")  # options that change the study
 # Largest accepted difference between a redrawn and a stored mean. Processors round differently or lack bfloat16, so pictures differ
 # slightly. In the first study, on a processor without bfloat16, ip_adapter:0:picture differed in 2 of 128 concepts and 1 drawing; the
 # means of the other measures differed by 0, 0.28, 0.03 and 0.0006.
@@ -78,8 +78,8 @@ def redraw(place: Place, out: Path, name: str) -> pd.DataFrame:
     form, seed, task = (*name.split(":"), "", "")[:3]
     if form not in study.forms or seed not in map(str, range(study.seeds)) or task not in TASKS:
         raise ValueError(
-            f"there is no cell {name}: give FORM:SEED:TASK, where FORM is one of {', '.join(study.forms)}; SEED is below "
-            f"{study.seeds}; TASK is one of {', '.join(TASKS)}"
+            f"there is no cell {name}: give FORM:SEED:TASK, with FORM one of {', '.join(study.forms)}; SEED from 0 to "
+            f"{study.seeds - 1}; TASK one of {', '.join(TASKS)}"
         )
     torch.set_num_threads(1)  # as in the stored run
     bench = place.bench(study)
@@ -93,7 +93,7 @@ def redraw(place: Place, out: Path, name: str) -> pd.DataFrame:
 
 
 def compare(stored: pd.DataFrame, redrawn: pd.DataFrame, whose: str) -> pd.DataFrame:
-    """Compare means for each lambda and measure: stored, redrawn, largest difference of a single picture, within `TOLERANCE` or not.
+    """Tabulate for each lambda and measure: the stored and redrawn mean, the largest difference of a picture, and `TOLERANCE`.
 
     `whose`: score concept, background and drawing against the text ("wanted") or the image prompt ("own").
     """
@@ -118,7 +118,7 @@ def place_of(args: Namespace) -> Place:
     """Choose the files of the study. Raises ValueError if options cannot be combined."""
     changed = [name for name in STUDY_OPTIONS if getattr(args, name)] + ["device"] * (args.device != "cpu")
     if changed and args.out == Path("."):
-        raise ValueError(f"--{changed[0]} makes another study than the default: choose another folder with --out")
+        raise ValueError(f"--{changed[0]} changes the study: choose another folder with --out, to keep the default results")
     if (args.base is None) != (args.data is None):
         raise ValueError("--base and --data must be given together: the mini world's pictures need the mini world's base")
     if args.data is not None and args.scorer is None:

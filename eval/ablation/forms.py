@@ -17,8 +17,8 @@ class Form:
     """One form of image attention.
 
     `own`: train W'_k and W'_v, instead of using the text's W_k and W_v. `fuse`: separate softmaxes or a joint one. `lambdas`: the
-    values to draw with; `few`: those drawn before the end of training. `wide`: add tokens until the projection has as many extra
-    parameters as W'_k and W'_v.
+    values of lambda to draw with after training. `few`: those to draw with after parts of the training. `wide`: add image tokens, so
+    that the larger projection has as many additional parameters as W'_k and W'_v.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Measure the share of a joint softmax that goes to the picture: 1 - g of `concatenated`, by layer, head and timestep.
 
-In a joint softmax, 77 text keys compete with a few image keys, so this share limits what the form can learn. It is measured with all 77
-text keys and with as many as the longest text has, for the prompt's own picture and for the null image, which also receives attention.
-`decoupled` has no such gate: it has (1, lambda) in place of (g, 1 - g).
+In a joint softmax, 77 text keys compete with a few image keys, so this share limits what the form can learn. We measure it with all 77
+text keys and with only as many as the longest text has; and for the prompt's own picture and for the null image, which also receives
+attention. `decoupled` has no such gate: its weights are (1, lambda) instead of (g, 1 - g).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TIMES = (981, 801, 601, 401, 201, 21)
 
 @torch.no_grad()
 def image_mass(bench: Bench, adapter: IPAdapter) -> list[Row]:
-    """Average 1 - g over pictures and queries. Return a list over heads for each layer, timestep, number of text keys and picture."""
+    """Average 1 - g over pictures and queries. Return a row per layer, timestep, number of text keys and picture (own or null)."""
     pipeline, device = bench.pipeline, next(bench.pipeline.unet.parameters()).device
     tokens = pipeline.text.tokenize(bench.prompts.other)
     longest = int(tokens.argmax(dim=1).max()) + 1  # <|endoftext|> has the largest number in the vocabulary

@@ -1,4 +1,4 @@
-"""Cache finished work in files, so that nothing is computed twice."""
+"""Cache finished results in files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Memo:
         return value
 
     def restore(self, entries: Mapping[str, Any]) -> None:
-        """Write the missing entries, such as those stored in a results file."""
+        """Write those entries, for example from a results file, that are not cached yet."""
         for name in entries:
             if not self.path(name).exists():
                 write_json(self.path(name), entries[name])

@@ -46,7 +46,7 @@ def plot_curves(results: Results, path: Path) -> None:
 
 
 def plot_gains(results: Results, path: Path) -> None:
-    """Plot the gain during training: the held-out loss with another picture minus the loss with the right one."""
+    """Plot the gain during training: the held-out loss with another picture minus that with the right one."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for form, logs in results.data["gains"].items():
         mean = pd.concat(pd.DataFrame(log) for log in logs).groupby("step")["gain_shuffled"].mean()

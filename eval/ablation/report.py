@@ -28,8 +28,10 @@ NUMBERS = {
 
 
 def measures(pictures: pd.DataFrame) -> dict[str, str]:
-    """Format the mean of each measure over pictures; a missing measure is empty. For `conflict`, concept and background show two
-    shares: as in the text / as in the image prompt."""
+    """Format the mean of each measure over pictures; missing measures are empty.
+
+    For `conflict`, concept and background show two shares: as in the text / as in the image prompt.
+    """
 
     def mean(key: str, form: str) -> str:
         values = pictures[key].dropna() if key in pictures else pd.Series(dtype=float)
@@ -93,7 +95,7 @@ def verdict(results: Results) -> str:
 
 
 def caveat(results: Results) -> str:
-    """State the limits of the endpoint: the score of a constant grey, and how short the training is. Empty without ground truth."""
+    """Describe the limits of the endpoint: the score of a constant grey, and the short training. Empty without ground truth."""
     shipped, study = results.data.get("shipped_pictures"), results.study
     if results.truth is None or not shipped:
         return ""

@@ -1,4 +1,4 @@
-"""Read a results file into data frames, with one line per drawn picture or image mass."""
+"""Read a results file into data frames, with one line per picture or image mass."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def frame_of(rows: Sequence[Row], truth: Mapping[str, Any] | None) -> pd.DataFra
     - `concept_wanted`, `background_wanted`: 1 if the picture shows what the conflicting text names, otherwise 0; NaN if unknown;
     - `concept_own`, `background_own`, `drawing_own`: the same for what the image prompt shows;
     - `error`: the palette error; without ground truth, 100 (1 - CLIP-I);
-    - `follows`: how well the picture follows the conflicting text: `concept_wanted`; without ground truth, its CLIP-T relative to the
-      mean CLIP-T of drawings from the text alone.
+    - `follows`: how well the picture follows the conflicting text, which is `concept_wanted`; without ground truth, it is CLIP-T
+      divided by the mean CLIP-T of drawings from the text alone.
     """
     parts = [pd.DataFrame({"prompt": range(len(row["clip_i"])), **row}) for row in rows]
     frame = pd.concat(parts, ignore_index=True)
@@ -62,7 +62,7 @@ def frame_of(rows: Sequence[Row], truth: Mapping[str, Any] | None) -> pd.DataFra
 
 
 def _matches(frame: pd.DataFrame, key: str, values: Sequence[int | None]) -> pd.Series[float]:
-    """Return 1 where the column `key` equals its prompt's value and 0 elsewhere; NaN where either is missing."""
+    """Return 1 where the column `key` equals the value of its prompt, 0 where it differs, and NaN where either is missing."""
     wanted = pd.Series(np.array(values, float)[frame["prompt"]])
     return (frame[key] == wanted).astype(float).where(frame[key].notna() & wanted.notna())
 

@@ -2,7 +2,7 @@
 
 All forms are trained with the recipe of train/adapter.py, from the same initial projection, on the same pictures in the same order with
 the same noise; only `fuse` and `own` differ. (The simple adapter with as many parameters has more tokens, so its initial projection
-differs.)
+differs from that of the other forms.)
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Study:
 
     def __post_init__(self) -> None:
         if self.steps < 4 or min(self.seeds, self.prompts, self.batch, *self.rates) <= 0:
-            raise ValueError("--steps must be 4 or more; --seeds, --prompts, --batch and --rates must be more than 0")
+            raise ValueError("--steps must be at least 4; --seeds, --prompts, --batch and --rates must be positive")
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Study:
@@ -87,8 +87,8 @@ SMOKE = Study(
 class Place:
     """The inputs of a study and the locations of its files.
 
-    `source`: base model and pictures. `shipped`: folder of the finished adapters. `state`: folder of everything else, with a
-    subfolder for each value of `made_from`. `scorer`: a CLIP as `clip_score.find` takes it.
+    `source`: base model and pictures. `shipped`: folder of the finished adapters. `state`: folder of all other files, with one
+    subfolder per value of `made_from`. `scorer`: the name of a CLIP (`clip_score.find`). `made_from`: see `fingerprinted`.
     """
 
     source: TrainingSource
@@ -108,12 +108,12 @@ class Place:
         return self.shipped / f"{name}.safetensors" if share == 1 else self.work / f"{name}-{share:g}.safetensors"
 
     def card(self, form: str, seed: int, share: float = 1.0) -> dict[str, Any]:
-        """Return the card of that file, or an empty one if there is none."""
+        """Return the card of an adapter after a share of its training, or {} if the adapter does not exist."""
         path = self.adapter(form, seed, share)
         return read_json(path.with_suffix(".json")) if path.exists() else {}
 
     def bench(self, study: Study) -> Bench:
-        """Build the bench that draws and scores. For a user's pictures, the prompts are those that training holds out."""
+        """Build the bench that draws and scores. For a user's pictures, the prompts are the held-out pictures."""
         source, judge = self.source, None
         pipeline = load(source.base, (), source.image_encoder, device=study.device)
         if source.data is None:
@@ -138,7 +138,7 @@ class Place:
         return _prepare_once(self.source, self.state, study.device)
 
     def shipped_pictures(self) -> int | None:
-        """Read from its card on how many pictures the adapter in the base folder was trained."""
+        """Return the number of pictures that the adapter in the base folder was trained on, from its card; None if unknown."""
         card = self.source.base / "ip_adapter.json"
         phases = read_json(card).get("settings") if card.is_file() else None
         return sum(phase["steps"] * phase["batch"] * phase["accumulate"] for phase in phases) if phases else None
@@ -157,7 +157,7 @@ def untrained_adapter(setting: Setting, form: Form, seed: int) -> IPAdapter:
 
 
 def _as_many_parameters(setting: Setting) -> int:
-    """Return the number of tokens for which a projection alone has about as many parameters as IP-Adapter."""
+    """Return the number of tokens for which the projection has about as many parameters as all of IP-Adapter."""
 
     def size(own: bool, tokens: int | None = None) -> int:
         return sum(p.numel() for p in setting.adapter(own, tokens).parameters())

@@ -15,8 +15,10 @@ from train import checkpoint
 
 
 def try_rate(place: Place, study: Study, form: str, rate: float) -> float | None:
-    """Return `gain_shuffled` (train/adapter.py) after a short training at this rate with seed 1000. None if the loss was not
-    finite."""
+    """Return `gain_shuffled` (train/adapter.py) after a short training at this rate, with seed 1000.
+
+    None if the loss was not finite.
+    """
     plan = study.rate_plan(form, rate)
 
     def make() -> float | None:
@@ -35,12 +37,12 @@ def best_rate(gains: Mapping[float, float | None], form: str) -> float:
     """Return the rate with the highest gain. Raises ValueError if no loss was finite."""
     finite = {rate: gain for rate, gain in gains.items() if gain is not None}
     if not finite:
-        raise ValueError(f"the loss of {form} is not finite at any rate: give lower --rates")
+        raise ValueError(f"the loss of {form} is not finite at any learning rate: use lower --rates")
     return max(finite, key=finite.__getitem__)
 
 
 def train(place: Place, study: Study, form: str, seed: int, rate: float) -> None:
-    """Train one adapter and write it after each share of its steps, if that file is missing or was made with other settings."""
+    """Train one adapter. Write it after each share of its steps, unless that file exists with the same settings."""
     plan, fuse = study.plan(form, seed, rate), FORMS[form].fuse
     settings, state = settings_of(place, study, form, seed, rate), place.work / f"{plan.name}.pt"
     missing = [share for share in SHARES if place.card(form, seed, share).get("settings") != settings]

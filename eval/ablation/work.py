@@ -1,7 +1,7 @@
 """The work of an ablation: train, draw and score, in parallel single-threaded processes.
 
-With one thread per process, no number depends on the number of cores. All results are cached in a `Memo` and stored in
-results/ablation.json, from which another machine can continue.
+Each process has one thread, so results do not depend on the number of cores. All results are cached in a `Memo` and stored in
+results/ablation.json, so that another machine can continue.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MASS_PROMPTS = 32
 
 
 def _key(study: Study, form: str, seed: int, rate: float) -> dict[str, Any]:
-    """Return everything that the rows of an adapter depend on, apart from `made_from`."""
+    """Return all settings that the rows of an adapter depend on, except `made_from`."""
     lambdas = (FORMS[form].lambdas, FORMS[form].few)
     return {"plan": asdict(study.plan(form, seed, rate)), **_drawing(study), "lambdas": lambdas}
 
@@ -50,7 +50,7 @@ def _load_trained(place: Place, study: Study, bench: Bench, form: str, seed: int
 
 
 def rows(place: Place, study: Study, form: str, seed: int, rate: float) -> list[Row]:
-    """Train an adapter and draw all tasks with it; draw `conflict` also after parts of the training."""
+    """Train an adapter and draw all tasks with it. Draw `conflict` after parts of the training too."""
 
     def make() -> list[Row]:
         train(place, study, form, seed, rate)
@@ -65,7 +65,7 @@ def rows(place: Place, study: Study, form: str, seed: int, rate: float) -> list[
 
     memo, name = Memo(place.work), f"rows-{form}-{seed}"
     if place.card(form, seed).get("settings") != settings_of(place, study, form, seed, rate):
-        memo.path(name).unlink(missing_ok=True)  # nobody could check rows of an adapter that is gone
+        memo.path(name).unlink(missing_ok=True)  # drop cached rows if their adapter is gone, because they could not be checked
     return memo(name, _key(study, form, seed, rate), make)
 
 
@@ -114,7 +114,7 @@ def _run(pool: ProcessPoolExecutor, work: Mapping[str, Callable[[], T]], what: s
 
 
 def evaluate(place: Place, study: Study, bench: Bench, jobs: int) -> dict[str, Any]:
-    """Do all missing work; return the content of the results file, apart from the summary."""
+    """Compute all missing results; return the content of the results file, except the summary."""
     joint = [form for form in study.forms if FORMS[form].fuse is concatenated]
     pairs = list(itertools.product(range(study.seeds), study.forms))  # all forms of a seed first
     tried = {

@@ -168,7 +168,7 @@ def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> 
     Raises ValueError for an unknown row.
     """
     if unknown := [name for name in only if name not in ROWS]:
-        raise ValueError(f"the benchmark has no row {unknown[0]!r}: its rows are {'; '.join(ROWS)}")
+        raise ValueError(f"the benchmark has no row {unknown[0]!r}: use one of {'; '.join(ROWS)}")
     check_output(out)
     results: dict[str, Any] = {"command": "python -m eval benchmark", "machine": machine(), "torch": torch.__version__}
     official.write(folder)

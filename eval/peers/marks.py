@@ -1,7 +1,7 @@
-"""The tests that compare this code with public code, as a table: read from their `parity` marks, without running them.
+"""Make a table of the tests that compare this code with public code, from their `parity` marks. The tests do not run.
 
-A mark is `@pytest.mark.parity(peer, error)`. The first word of `peer` is a package of constraints.txt, or of RESTATED. `error` is the
-largest error that the test allows: a number, the name of one in the same file, or a sentence. 0 means that both are equal.
+A mark is `@pytest.mark.parity(peer, error)`. The first word of `peer` is a package in constraints.txt or in RESTATED. `error` is the
+largest error that the test allows: a number, the name of a constant in the same file, or a text. 0 means equal.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import pandas as pd
 from eval.tables import markdown
 
 RELEASED_AS = {"open_clip": "open_clip_torch"}
-RESTATED = {"LDM", "IP-Adapter"}  # not on PyPI: the test states what they do
+RESTATED = {"LDM", "IP-Adapter"}  # not on PyPI: the test reimplements their rule
 
 
 def versions(constraints: str) -> dict[str, str]:
-    """Version of each package in a constraints file."""
+    """Return the version of each package in a constraints file."""
     lines = (line.split("==") for line in constraints.splitlines() if "==" in line)
     return {name.lower(): version for name, version in lines}
 
 
 def marks(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
-    """(test, peer, error) of every marked test of a file. Raises ValueError for a mark that cannot be read."""
+    """Yield (test, peer, error) for every marked test in a file. Raises ValueError if a mark has arguments that are not literals."""
     assigned = (node for node in tree.body if isinstance(node, ast.Assign))
     named = {ast.unparse(node.targets[0]): node.value for node in assigned}
     for test in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
@@ -35,13 +35,13 @@ def marks(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
             try:
                 peer, error = (ast.literal_eval(named.get(ast.unparse(value), value)) for value in mark.args)
             except ValueError as e:
-                raise ValueError(f"{test.name}: write its mark as parity(peer, error), with plain values") from e
+                raise ValueError(f"{test.name}: write its mark as parity(peer, error), with literals or names of constants") from e
             bound = f"{error:.0e}" if isinstance(error, float) else str(error)
             yield test.name, peer, "equal" if error == 0 else bound
 
 
 def table(root: Path) -> str:
-    """What is compared, with which release of what, and how far apart the two may be."""
+    """Make the table of docs/parity.md: test, peer, version of the peer, largest error allowed."""
     released, rows = versions((root / "constraints.txt").read_text()), []
     for path in sorted((root / "tests").glob("test_*.py")):
         for test, peer, error in marks(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Random full-size weights in the official layouts, and the public networks loaded from them, for parity and benchmark.
+"""Write random full-size weights in the official layouts, and load the public networks from them, for parity and benchmark.
 
 Our loaders read our networks; diffusers' conversion functions (`convert_ldm_unet_checkpoint` and so on) and transformers read the public
 networks from the same files. The weights have peaky attention and are stored in half precision, 3.4 GB in all.
@@ -34,7 +34,7 @@ _CONV = re.compile(r"(attn\.proj_(in|out)|mid\.1\.attn\.\w+)\.weight$")  # 1 x 1
 
 
 def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Draw a random tensor scaled to keep activations near one. Queries and keys are twice as large, to make attention peaky."""
+    """Draw a random tensor, scaled to keep activations near 1. Query and key weights are doubled, to make attention peaky."""
     noise = torch.randn(shape, generator=generator)
     if len(shape) < 2:
         return (1.0 if _NORM.search(name) else 0.0) + 0.3 * noise
@@ -51,7 +51,7 @@ def _tensors(module: nn.Module, names: Names, prefix: str, generator: torch.Gene
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """Write the base model, the adapter and the image encoder, unless they exist."""
+    """Write the base model, the adapter and the image encoder, unless they exist already."""
     if (folder / ENCODER / "config.json").exists():
         return
     g = torch.Generator().manual_seed(seed)
@@ -75,7 +75,7 @@ def write(folder: Path, seed: int = 0) -> None:
 
 
 def vision_settings(config: ImageConfig) -> dict[str, Any]:
-    """The image tower's settings under the names of transformers' `CLIPVisionConfig`."""
+    """Convert the config of an image encoder to the entries of transformers' `CLIPVisionConfig`."""
     return {
         "hidden_size": config.width,
         "intermediate_size": round(config.width * config.mlp_ratio),
@@ -89,7 +89,7 @@ def vision_settings(config: ImageConfig) -> dict[str, Any]:
 
 
 def text_settings(config: TextConfig) -> dict[str, Any]:
-    """The text tower's settings under the names of transformers' `CLIPTextConfig`, without its vocabulary."""
+    """Convert the config of a text encoder to the entries of transformers' `CLIPTextConfig`, without the vocabulary."""
     return {
         "hidden_size": config.width,
         "intermediate_size": round(config.width * config.mlp_ratio),

@@ -1,8 +1,8 @@
 """Compare our outputs with those of the public implementations at full size.  `python -m eval parity`
 
-The weights are random, with peaky attention, in the official layouts. The error is max |a - b| / max |b| against the public network in
-float64. Summation in a different order changes the last bits, and a deep network amplifies these differences. Our error may therefore
-be at most twice the public network's own error, in float32 and in bfloat16.
+The weights are random, with peaky attention, in the official layouts. The error is max |a - b| / max |b|, where b is the output of the
+public network in float64. Another order of summation changes the last bits, and a deep network amplifies these differences. We therefore
+allow at most twice the error of the public network itself, in float32 and in bfloat16.
 """
 
 from __future__ import annotations

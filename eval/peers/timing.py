@@ -1,4 +1,4 @@
-"""Time functions, alone and in pairs."""
+"""Time a function, or two functions alternately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws labelled sheets from the mini weights.
+"""Draw labelled sheets of pictures with the mini weights.
 
 python -m sampling.sheets demo --seed 0 --out out/demo.png
 python -m sampling.sheets gallery --seed 0 --out out/gallery
@@ -19,15 +19,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about, out in (
-        ("demo", "Draw the contact sheet: image prompts alone, with text, and as lambda grows.", "out/demo.png"),
-        ("gallery", "Draw a sheet for each way to steer a drawing.", "out/gallery"),
+        ("demo", "Draw the contact sheet: image prompts alone, with a text, and at increasing lambda.", "out/demo.png"),
+        ("gallery", "Draw a sheet for each way to control a drawing.", "out/gallery"),
     ):
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--seed", type=int, default=0, help="Seed of the first picture. Default 0.")
-        command.add_argument("--out", type=Path, default=Path(out), help=f"Where to write. Default {out}.")
+        command.add_argument("--out", type=Path, default=Path(out), help=f"File or folder to write. Default {out}.")
     args = parser.parse_args(argv)
     began = time.time()
-    from sampling.sheets import demo, gallery  # imports torch, which takes seconds: only once the arguments are read
+    from sampling.sheets import demo, gallery  # imported after the arguments are parsed, because torch takes seconds
 
     try:
         written = {"demo": demo, "gallery": gallery}[args.command].write(args.seed, args.out)

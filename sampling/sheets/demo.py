@@ -1,4 +1,4 @@
-"""Draw the contact sheet of `make demo`: an image prompt alone, in scenes that a text names, and as lambda grows."""
+"""Draw the contact sheet of `make demo`: image prompts alone, with a text that names a scene, and at increasing lambda."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sampling.sheets.layout import sheet
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS, GUIDANCE, STEPS = 4, 4.0, 20
 SCENES = ("pink", "white", "yellow")
-SCENE = 0.8  # lambda beside a text that names a scene
+SCENE = 0.8  # lambda if the text names a scene
 LAMBDAS = (0.0, 0.4, 0.8, 1.5)
 CONFLICT, CONFLICT_LAMBDAS = "a cupcake on a yellow background", (0.3, 0.8)
 COLUMNS = (
@@ -29,12 +29,12 @@ COLUMNS = (
 
 
 def scene(colour: str) -> str:
-    """A text that names the background alone."""
+    """Write a text that names only the background."""
     return f"on a {colour} background"
 
 
 def cells() -> list[tuple[str, int, float]]:
-    """(text, what is added to the seed, lambda) of each drawing in a row."""
+    """Return (text, offset of the seed, lambda) for each drawing in a row."""
     variations = [("", 0, 1.0), ("", 1, 1.0)]
     scenes = [(scene(colour), 0, SCENE) for colour in SCENES]
     growing = [(scene(SCENES[0]), 0, scale) for scale in LAMBDAS]
@@ -42,7 +42,7 @@ def cells() -> list[tuple[str, int, float]]:
 
 
 def draw_row(pipeline: Pipeline, prompt: Image.Image, seed: int, bar: tqdm[None]) -> list[Image.Image]:
-    """The image prompt, and what is drawn from it."""
+    """Draw one row: the image prompt, followed by its drawings."""
     texts, seeds, scales = zip(*cells(), strict=True)
     drawn = pipeline.sample(
         texts,
@@ -57,7 +57,7 @@ def draw_row(pipeline: Pipeline, prompt: Image.Image, seed: int, bar: tqdm[None]
 
 
 def write(seed: int, out: Path) -> str:
-    """Draw the sheet; returns a sentence that says what was written. The seed determines the image prompts and the noise."""
+    """Draw the sheet; return a summary of what was written. The seed determines the image prompts and the noise."""
     check_png(out)
     pictures, pipeline = random.Random(seed).sample(sorted(EXAMPLES.glob("*.png")), ROWS), load()
     with tqdm(total=STEPS * ROWS, desc="drawing", unit="step", disable=None) as bar:

@@ -1,4 +1,4 @@
-"""Draw a labelled sheet for each way to steer a drawing, titled with the options of `python -m sampling` that do it."""
+"""Draw a labelled sheet for each way to control a drawing; its title names the options of `python -m sampling`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sampling.request import WEIGHTS, ImagePrompt, Preset, Request, Rule, Sample
 from sampling.sheets.demo import EXAMPLES, GUIDANCE, STEPS
 from sampling.sheets.layout import sheet
 
-Cells = tuple[list[list[str]], list[list[Image.Image]], list[str]]  # titles in groups, rows, a note for each row
-PROMPTS = {  # pictures, and texts that ask for something else
+Cells = tuple[list[list[str]], list[list[Image.Image]], list[str]]  # column titles in groups, rows of pictures, one note per row
+PROMPTS = {  # image prompts, and texts that name something else
     "mouse": "a cupcake on a white background",
     "pig": "a turtle on a blue background",
     "owl": "a rocket on a pink background",
@@ -36,12 +36,12 @@ class Artist:
     steps: int = STEPS
 
     def draw(self, *prompts: ImagePrompt, text: str = "", num: int = 1, **options: Any) -> list[Image.Image]:
-        """`num` pictures, picture i from seed + i."""
+        """Draw `num` pictures; picture i has seed + i."""
         options = {"guidance": GUIDANCE, "steps": self.steps, "seed": self.seed} | options
         return list(self.pipeline.series(read_inputs(Request(text, prompts, **options)), num))
 
     def mask(self, left: int, top: int, right: int, bottom: int) -> Path:
-        """A mask of 64 x 64, white in a box."""
+        """Write a 64 x 64 mask that is white inside a box; return its path."""
         path, mask = self.folder / f"mask-{left}-{top}-{right}-{bottom}.png", Image.new("L", (64, 64))
         mask.paste(255, (left, top, right, bottom))
         mask.save(path)
@@ -53,7 +53,7 @@ def example(name: str) -> Path:
 
 
 def prompt(*names: str, **options: Any) -> ImagePrompt:
-    """An image prompt of example pictures."""
+    """Build an image prompt from example pictures."""
     return ImagePrompt(tuple(example(name) for name in names), **options)
 
 
@@ -62,7 +62,7 @@ def shown(*names: str) -> list[Image.Image]:
 
 
 def shown_mask(path: Path) -> Image.Image:
-    """A mask with a thin frame, because paper is white too."""
+    """Open a mask and add a thin frame, because the sheet is white too."""
     return ImageOps.expand(open_image(path), 1, "grey")
 
 
@@ -159,7 +159,7 @@ def fine_grained(artist: Artist) -> Cells:
     return [["image prompt"], ["global: 4 tokens", "", ""], ["fine-grained: 16 tokens", "", ""]], rows, [""] * 4
 
 
-SHEETS: dict[str, tuple[str, Callable[[Artist], Cells]]] = {  # by its file's name: what is seen, what draws it
+SHEETS: dict[str, tuple[str, Callable[[Artist], Cells]]] = {  # file name -> (title, function that draws the cells)
     "image_to_image": ("From a picture: the stronger, the less of it stays (--init-image, --strength)", image_to_image),
     "inpainting": ("White is painted anew from the image prompt, black stays (--init-image, --mask)", inpainting),
     "several_pictures": (
@@ -177,7 +177,7 @@ SHEETS: dict[str, tuple[str, Callable[[Artist], Cells]]] = {  # by its file's na
 
 
 def write(seed: int, out: Path) -> str:
-    """Draw every sheet into a folder; returns a sentence that says what was written."""
+    """Draw all sheets into a folder; return a summary of what was written."""
     check_png(out / "sheet.png")
     pipeline, settings = load(), {"command": f"python -m sampling.sheets gallery --seed {seed}"}
     with TemporaryDirectory() as folder:

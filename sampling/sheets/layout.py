@@ -1,4 +1,4 @@
-"""Labelled sheets of pictures."""
+"""Lay out pictures on a labelled sheet."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def sheet(
     note_at: int = 0,
     title: str = "",
 ) -> Image.Image:
-    """Rows of pictures, each shown at CELL x CELL, under the titles of their columns, with a note below each row.
+    """Draw rows of pictures, resized to CELL x CELL, with a title above each column and a note below each row.
 
-    `columns` come in groups that stand apart; notes begin at column `note_at`. `title` is a line above it all.
+    `columns`: the titles, in groups that are set apart. `note_at`: the column where notes start. `title`: a line at the top.
     """
     large, font, small = (ImageFont.load_default(size) for size in (20, 17, 14))
     titles = [(group, text) for group, texts in enumerate(columns) for text in texts]
