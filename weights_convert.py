@@ -3,7 +3,7 @@
   python weights_convert.py inspect FILE              describe a file
   python weights_convert.py convert SOURCE TARGET     convert an adapter to the official .safetensors file, or a base model to a
                                                       folder in this project's own format
-  python weights_convert.py convert --diffusers UNET TARGET     convert a UNet to the folder of a diffusers UNet2DConditionModel
+  python weights_convert.py convert --diffusers UNET TARGET     convert a UNet, ControlNet or T2I-Adapter to a diffusers folder
   python weights_convert.py verify A B                compare two checkpoints of any layout, tensor by tensor
 
 How the layouts correspond (the full tables are in checkpoints/names.py; tests/test_names.py checks that each is a bijection):
@@ -19,6 +19,12 @@ How the layouts correspond (the full tables are in checkpoints/names.py; tests/t
   TextEncoder   text_encoder/, tokenizer/          cond_stage_model.transformer.*    config.json, or the shapes
     attn.in_proj  q_proj, k_proj, v_proj             the same                        three matrices become one
   ImageEncoder  image_encoder/                     -                                 config.json
+
+  ControlNet    controlnet/                        control_model.*, or without it   config.json, or the shapes
+    its encoder   as the UNet's                       as the UNet's
+    hint.n        controlnet_cond_embedding.*         input_hint_block.n
+    zero.n        controlnet_down_blocks.n            zero_convs.n.0
+  T2IAdapter    adapter.body.i.resnets.j            body.n (official file)           config.json, or the shapes
 
   here                        the official adapter, and diffusers'             the official trainer
   image_projection.*          image_proj.*                                     image_proj_model.*
@@ -44,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     description = "Describe each file or folder of weights, and list what is missing or odd."
     i = commands.add_parser("inspect", help="describe files", description=description)
     i.add_argument("files", type=Path, nargs="+", metavar="FILE", help="weights, a file or a folder")
-    description = "Convert an adapter to the official layout, or a base model or one of its networks to this project's own format."
+    description = "Convert an adapter to the official layout; a base model, one of its networks or a control to this project's format."
     c = commands.add_parser("convert", help="convert weights to another layout", description=description)
     c.add_argument("source", type=Path, help="a file or folder of weights")
     c.add_argument("target", type=Path, help="TARGET.safetensors, or a folder for a base model")
@@ -53,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--diffusers",
         action="store_true",
-        help="write a UNet in diffusers' layout, config.json and diffusion_pytorch_model.safetensors, to the folder TARGET "
-        "(diffusers stores the prediction type, epsilon or v, in the config of the scheduler, not in this folder)",
+        help="write a UNet, ControlNet or T2I-Adapter in diffusers' layout, config.json and diffusion_pytorch_model.safetensors, "
+        "to the folder TARGET (diffusers stores the prediction type, epsilon or v, in the config of the scheduler, not in this folder)",
     )
     description = "Compare two checkpoints of any layout, tensor by tensor. Exits with 1 if they differ."
     v = commands.add_parser("verify", help="compare two checkpoints", description=description)

@@ -15,13 +15,17 @@ from checkpoints.names import adapter_names, projection_names
 from checkpoints.reader import File
 from checkpoints.single_file import single_kind
 from model.adapter import IPAdapter
+from model.features import FINE, GLOBAL, Embedder
+from model.image_encoder import ImageConfig
 from model.image_projection import HEAD, ImageProjection, MLPProjection, Projection, Resampler
 from model.unet import UNet
 
-# Names by width: of the text tokens, of the global image embedding, and of the fine-grained features.
+# Names by width: of the text tokens, and of the image encoder's features.
 BASES = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2.1", 2048: "Stable Diffusion XL"}
-ENCODERS = {1024: "ViT-H", 1280: "ViT-bigG", 768: "ViT-L"}
-FINE = {1280: "ViT-H", 1664: "ViT-bigG", 1024: "ViT-L"}
+ENCODERS: dict[Embedder, dict[int, str]] = {
+    GLOBAL: {1024: "ViT-H", 1280: "ViT-bigG", 768: "ViT-L"},
+    FINE: {1280: "ViT-H", 1664: "ViT-bigG", 1024: "ViT-L"},
+}
 PROJECTIONS: dict[str, type[Projection]] = {
     "IP-Adapter": ImageProjection,
     "IP-Adapter Plus": Resampler,
@@ -110,35 +114,31 @@ def projection_of(file: File) -> Projection:
         return PROJECTIONS[adapter_kind(file)](**adapter_sizes(file))
 
 
-def encoder_name(projection: Projection, width: int) -> str:
-    """The name of the image encoder whose output, as this projection reads it, has this width."""
-    return f"the fine features of {display_name(FINE, width)}" if projection.fine else display_name(ENCODERS, width)
+def encoder_name(reads: Embedder, width: int) -> str:
+    """The name of the image encoder whose features have this width; it says when they are the fine ones."""
+    name = display_name(ENCODERS[reads], width)
+    return name if reads == GLOBAL else f"the {reads.name} of {name}"
 
 
 def load_adapter(
-    path: Path,
-    unet: UNet,
-    image_dim: int | None = None,
-    dtype: torch.dtype | None = torch.float32,
-    fine_dim: int | None = None,
+    path: Path, unet: UNet, encoder: ImageConfig | None = None, dtype: torch.dtype | None = torch.float32
 ) -> IPAdapter:
     """Load an adapter for this UNet.
 
     The kind of adapter and its sizes are inferred from the weights. If the file has no W'_k and W'_v, the adapter
-    shares those of the UNet. `image_dim` and `fine_dim` are the widths of the image encoder's embedding and fine
-    features; None skips this check. Raises ValueError when the file is not a supported adapter, or is for another base
-    model or image encoder.
+    shares those of the UNet. `encoder`: the sizes of the image encoder; None skips this check. Raises ValueError when
+    the file is not a supported adapter, or is for another base model or image encoder.
     """
     file = adapter_file(path)
     projection = projection_of(file)
-    context_dim, encoder_dim = projection.context_dim, fine_dim if projection.fine else image_dim
+    context_dim, image_dim = projection.context_dim, projection.image_dim
     if context_dim != unet.config.context_dim:
         needed, given = display_name(BASES, context_dim), display_name(BASES, unet.config.context_dim)
         raise ValueError(
             f"{path} is an adapter for {needed}, but you gave a base model of {given}: use an adapter made for this base model"
         )
-    if encoder_dim is not None and projection.image_dim != encoder_dim:
-        needed, given = encoder_name(projection, projection.image_dim), encoder_name(projection, encoder_dim)
+    if encoder is not None and (width := projection.reads.width(encoder)) != image_dim:
+        needed, given = encoder_name(projection.reads, image_dim), encoder_name(projection.reads, width)
         raise ValueError(
             f"{path} needs {needed}, but you gave {given}: pass that encoder as --image-encoder, or use another adapter"
         )

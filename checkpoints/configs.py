@@ -82,35 +82,44 @@ def check_values(config: Any) -> None:
 
 
 def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig:
-    """Convert the config of diffusers' `UNet2DConditionModel`. `prediction`: the `prediction_type` of the scheduler's config.
+    """Convert the config of diffusers' `UNet2DConditionModel`. `prediction`: the `prediction_type` of the scheduler's config."""
+    encoder = encoder_config(c)
+    if list(c["up_block_types"]) != [f"{'CrossAttnUp' if depth else 'Up'}Block2D" for depth in reversed(encoder["depth"])]:
+        raise ValueError(f"it has blocks that are not supported: {c['down_block_types']!r}, {c['up_block_types']!r}")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"its prediction_type is {prediction!r}, but only epsilon and v_prediction are supported")
+    return UNetConfig(
+        **encoder,
+        out_channels=c["out_channels"],
+        prediction="v" if prediction == "v_prediction" else "epsilon",
+        sample_size=c.get("sample_size") or 64,
+    )
+
+
+def encoder_config(c: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the encoder half from a config of diffusers, as entries of UNetConfig.
 
     `attention_head_dim` is the number of heads, despite its name.
     """
     _check(c, _UNET_SUPPORTED)
     kinds = [{"CrossAttnDownBlock2D": True, "DownBlock2D": False}.get(k) for k in c["down_block_types"]]
-    ups = [{"CrossAttnUpBlock2D": True, "UpBlock2D": False}.get(k) for k in c["up_block_types"]]
-    if None in kinds or ups != kinds[::-1]:
-        raise ValueError(f"it has blocks that are not supported: {c['down_block_types']!r}, {c['up_block_types']!r}")
+    if None in kinds:
+        raise ValueError(f"it has blocks that are not supported: {c['down_block_types']!r}")
     if c.get("addition_embed_type") not in (None, "text_time"):
         raise ValueError(f"it sets addition_embed_type = {c['addition_embed_type']!r}, but only text_time is supported")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise ValueError(f"its prediction_type is {prediction!r}, but only epsilon and v_prediction are supported")
     depth = _per_level(c.get("transformer_layers_per_block", 1), len(kinds))
-    return UNetConfig(
-        in_channels=c["in_channels"],
-        out_channels=c["out_channels"],
-        channels=tuple(c["block_out_channels"]),
-        depth=tuple(d if cross else 0 for d, cross in zip(depth, kinds, strict=True)),
-        mid_depth=depth[-1],
-        heads=_per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8), len(kinds)),
-        res_blocks=_single_value(c.get("layers_per_block", 2)),
-        context_dim=_single_value(c["cross_attention_dim"]),
-        groups=c.get("norm_num_groups", 32),
-        added_dim=c.get("projection_class_embeddings_input_dim") or 0,
-        added_time_dim=c.get("addition_time_embed_dim") or 256,
-        prediction="v" if prediction == "v_prediction" else "epsilon",
-        sample_size=c.get("sample_size") or 64,
-    )
+    return {
+        "in_channels": c["in_channels"],
+        "channels": tuple(c["block_out_channels"]),
+        "depth": tuple(d if cross else 0 for d, cross in zip(depth, kinds, strict=True)),
+        "mid_depth": depth[-1],
+        "heads": _per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8), len(kinds)),
+        "res_blocks": _single_value(c.get("layers_per_block", 2)),
+        "context_dim": _single_value(c["cross_attention_dim"]),
+        "groups": c.get("norm_num_groups", 32),
+        "added_dim": c.get("projection_class_embeddings_input_dim") or 0,
+        "added_time_dim": c.get("addition_time_embed_dim") or 256,
+    }
 
 
 def diffusers_config(c: UNetConfig) -> dict[str, Any]:

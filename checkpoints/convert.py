@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from checkpoints.adapters import adapter_file, problems
 from checkpoints.cards import save
 from checkpoints.clip import load_image_encoder, load_text_encoder
+from checkpoints.controls import load_control, save_control_diffusers
 from checkpoints.describe import kind_of
 from checkpoints.files import replacing_in, short_list, write_json, write_tensors
 from checkpoints.single_file import load_single
@@ -21,17 +22,24 @@ _LOADERS: dict[str, Callable[..., nn.Module]] = {
     "vae": load_vae,
     "text_encoder": load_text_encoder,
     "image_encoder": load_image_encoder,
+    "controlnet": load_control,
+    "t2i": load_control,
+}
+_DIFFUSERS: dict[str, Callable[..., None]] = {
+    "unet": save_diffusers,
+    "controlnet": save_control_diffusers,
+    "t2i": save_control_diffusers,
 }
 
 
 def convert(
     source: Path, target: Path, dtype: torch.dtype | None = None, ema: bool = False, diffusers: bool = False
 ) -> None:
-    """Convert an adapter to the official layout, or a base model or one of its networks to this project's format.
+    """Convert an adapter to the official layout, and a base model, one of its networks or a control to this project's format.
 
-    `ema`: use the EMA copy of the UNet in a single file. `diffusers`: write a UNet as a diffusers folder. `dtype=None`
-    keeps every tensor bit for bit. Raises ValueError for invalid input, and OSError if the target cannot be written. In
-    both cases, existing files are unchanged.
+    `ema`: use the EMA copy of the UNet in a single file. `diffusers`: write a UNet or a control as a diffusers folder.
+    `dtype=None` keeps every tensor bit for bit. Raises ValueError for invalid input, and OSError if the target cannot be
+    written. In both cases, existing files are unchanged.
     """
     kind, card = kind_of(source), {"converted_from": source.name}
     one_file = kind != "base" and not diffusers
@@ -39,13 +47,13 @@ def convert(
         raise ValueError(f"{source} converts to one file: name TARGET.safetensors, not {target}")
     if ema and (kind != "base" or source.is_dir()):
         raise ValueError(f"{source} is not a base model in a single file, so it has no EMA copy: leave out --ema")
-    if diffusers and kind != "unet":
-        raise ValueError(f"{source} is not a UNet but {kind}: leave out --diffusers, which only writes UNets")
+    if diffusers and kind not in _DIFFUSERS:
+        raise ValueError(f"{source} is not a UNet or a control but {kind}: leave out --diffusers, which writes no other")
     if target.exists() and one_file == target.is_dir():
         there, needed = ("folder", "file") if one_file else ("file", "folder")
         raise ValueError(f"{target} is a {there}: name a {needed} to write")
     if diffusers:
-        save_diffusers(load_unet(source, dtype=None), target, dtype)
+        _DIFFUSERS[kind](_LOADERS[kind](source, dtype=None), target, dtype)
     elif kind == "adapter":
         file = adapter_file(source)
         if found := problems(file):

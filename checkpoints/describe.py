@@ -23,11 +23,13 @@ from checkpoints.adapters import (
     projection_of,
 )
 from checkpoints.clip import load_image_encoder, load_text_encoder
+from checkpoints.controls import OWN, open_control
 from checkpoints.files import printable, read_json_if_there, short_list
 from checkpoints.reader import File
 from checkpoints.single_file import load_single, single_kind
 from checkpoints.skeletons import image_skeleton, text_skeleton
 from checkpoints.stable_diffusion import as_ldm_vae, load_unet, load_vae
+from model.features import GLOBAL
 
 _SKELETONS: dict[str, Callable[..., nn.Module]] = {  # loaders of the networks; CLIP encoders are loaded as skeletons, without open_clip
     "unet": load_unet,
@@ -35,6 +37,7 @@ _SKELETONS: dict[str, Callable[..., nn.Module]] = {  # loaders of the networks; 
     "text_encoder": partial(load_text_encoder, build=text_skeleton),
     "image_encoder": partial(load_image_encoder, build=image_skeleton),
 }
+_CONTROLS = {"a ControlNet": "controlnet", "a T2I-Adapter": "t2i"}
 _CLASSES = {
     "UNet2DConditionModel": "unet",
     "AutoencoderKL": "vae",
@@ -42,13 +45,15 @@ _CLASSES = {
     "CLIPTextModelWithProjection": "text_encoder",
     "CLIPVisionModelWithProjection": "image_encoder",
     "CLIPModel": "image_encoder",
+    "ControlNetModel": "controlnet",
+    "T2IAdapter": "t2i",
 }
-# For each network, an entry that occurs only in its config.
-_CONFIG_ENTRIES = {"prediction": "unet", "scale": "vae", "vocabulary": "text_encoder", "patch": "image_encoder"}
+# For each network, an entry that occurs only in its config. (A ControlNet's config also has the entries of a UNet's.)
+_CONFIG_ENTRIES = OWN | {"prediction": "unet", "scale": "vae", "vocabulary": "text_encoder", "patch": "image_encoder"}
 
 
 def kind_of(path: Path) -> str:
-    """Detect the content of `path`: "base", "adapter", "unet", "vae", "text_encoder" or "image_encoder".
+    """Detect the content of `path`: "base", "adapter", "controlnet", "t2i", "unet", "vae", "text_encoder" or "image_encoder".
 
     Raises FileNotFoundError if `path` does not exist, and ValueError if it is none of these.
     """
@@ -70,7 +75,7 @@ def kind_of(path: Path) -> str:
     if any(name.startswith(("image_proj.", "image_proj_model.")) for name in file):
         return "adapter"
     if (kind := single_kind(file)) != "not a base model":
-        return "base"
+        return _CONTROLS.get(kind, "base")
     if kind := _kind_of_folder(path.parent) or ("vae" if as_ldm_vae(file) else ""):
         return kind
     origin = f" (made by `{printable(str(card['command']))}`)" if "command" in card else ""
@@ -98,7 +103,7 @@ def _describe_adapter(path: Path) -> list[str]:
     file = adapter_file(path)
     projection, count = projection_of(file), adapter_sizes(file).get("tokens")
     tokens = f"{count} tokens" if count else "one token per feature"
-    context_dim, reads = projection.context_dim, encoder_name(projection, projection.image_dim)
+    context_dim, reads = projection.context_dim, encoder_name(projection.reads, projection.image_dim)
     layers = [int(m[1]) for name in file if (m := re.match(r"ip_adapter\.(\d+)\.to_k_ip\.weight$", name))]
     lines = [
         f"{adapter_kind(file)} for {display_name(BASES, context_dim)}, reads {reads}, {tokens}",
@@ -131,6 +136,15 @@ def _describe_single(path: Path) -> list[str]:
     return lines
 
 
+def _describe_control(path: Path) -> list[str]:
+    control, file, names, _ = open_control(path)
+    config, size = asdict(control.config), _size(file[name] for (name,) in names.values())
+    settings = ", ".join(f"{k} {v}" for k, v in config.items() if k not in ("out_channels", "prediction", "sample_size"))
+    if "context_dim" in config:
+        return [f"ControlNet for {display_name(BASES, config['context_dim'])}, {size}", settings]
+    return [f"T2I-Adapter, {size}", settings]
+
+
 def inspect(path: Path) -> list[str]:
     """Describe a file or folder of weights: its kind, sizes and dtypes, and anything missing or unusual.
 
@@ -154,11 +168,13 @@ def inspect(path: Path) -> list[str]:
             elif name != "image_encoder":
                 lines.append(f"odd: it has no {name}")
         return lines
+    if kind in _CONTROLS.values():
+        return _describe_control(path)
     module: Any = _SKELETONS[kind](path, dtype=None)
     config = {k: v for k, v in asdict(module.config).items() if k != "vocabulary"}
     what = kind.replace("_", " ")
     if kind == "unet":
         what = f"UNet for {display_name(BASES, config['context_dim'])}"
     if kind == "image_encoder":
-        what = f"CLIP image encoder, {display_name(ENCODERS, config['output_dim'])}"
+        what = f"CLIP image encoder, {display_name(ENCODERS[GLOBAL], config['output_dim'])}"
     return [f"{what}, {_size(module.state_dict().values())}", ", ".join(f"{k} {v}" for k, v in config.items())]

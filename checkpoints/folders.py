@@ -1,13 +1,18 @@
-"""Read folders in the layout of diffusers and transformers: a `config.json` and weights."""
+"""Read and write folders in the layout of diffusers and transformers: a `config.json` and weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoints.files import naming, read_json
+import torch
+from torch import nn
+
+from checkpoints.files import naming, read_json, replacing_in, write_json, write_tensors
 from checkpoints.fill import M, empty_module
+from checkpoints.names import Row, named
 from checkpoints.reader import File
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -61,3 +66,21 @@ def _candidates(folder: Path) -> Iterator[Path]:
         for stem in _STEMS:
             single = (file for file in folder.glob(f"{stem}.*{end}") if "-of-" not in file.name)
             yield from sorted([*single, *folder.glob(f"{stem}{end}.index.*.json")])
+
+
+_PROJ = re.compile(r"attn\.proj_(in|out)\.weight$")
+
+
+def write_diffusers(
+    module: nn.Module, rows: Iterable[Row], config: dict[str, Any], folder: Path, dtype: torch.dtype | None
+) -> None:
+    """Write a network under diffusers' names, the second column of a table, and its `config.json`.
+
+    The linear layers around transformers become 1x1 convolutions unless the config says `use_linear_projection`.
+    """
+    state, conv = module.state_dict(), config.get("use_linear_projection") is False
+    names = named(state, rows, 1)
+    tensors = {names[k][0]: v[:, :, None, None] if conv and _PROJ.search(k) else v for k, v in state.items()}
+    with replacing_in(folder) as part:
+        write_tensors(part / "diffusion_pytorch_model.safetensors", tensors, dtype)
+        write_json(part / "config.json", config)

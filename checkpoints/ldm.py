@@ -73,10 +73,17 @@ def count(shapes: Shapes, pattern: str) -> int:
 
 
 def ldm_unet(shapes: Shapes, settings: Settings) -> UNetConfig:
-    """Infer the config of the UNet in a single file. Raises KeyError if the shapes are not those of a UNet.
+    """Infer the config of the UNet in a single file. Raises KeyError if the shapes are not those of a UNet."""
+    return UNetConfig(
+        **ldm_encoder(shapes, settings), out_channels=shapes["out.2.weight"][0], prediction=settings.prediction
+    )
 
-    LDM numbers the stages: the residual blocks of a level, then its `op`, which halves the resolution. The number of heads
-    cannot be inferred from the weights, so it comes from `settings`.
+
+def ldm_encoder(shapes: Shapes, settings: Settings) -> dict[str, Any]:
+    """Infer the encoder half of a UNet or a ControlNet, as entries of UNetConfig.
+
+    LDM numbers the stages: the residual blocks of a level, then its `op`, which halves the resolution. The number of
+    heads cannot be inferred from the weights, so it comes from `settings`. Raises KeyError if the shapes are those of neither.
     """
     channels, blocks, depth, i = [], [], [], 1
     while (res := f"input_blocks.{i}.0.out_layers.3.weight") in shapes:
@@ -89,19 +96,17 @@ def ldm_unet(shapes: Shapes, settings: Settings) -> UNetConfig:
         i += 1
     if len(set(blocks)) != 1:
         raise KeyError(f"input_blocks.{i}.0.out_layers.3.weight")
-    return UNetConfig(
-        in_channels=shapes["input_blocks.0.0.weight"][1],
-        out_channels=shapes["out.2.weight"][0],
-        channels=tuple(channels),
-        depth=tuple(depth),
-        mid_depth=count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
-        heads=tuple(c // settings.head_width for c in channels)
+    return {
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "channels": tuple(channels),
+        "depth": tuple(depth),
+        "mid_depth": count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
+        "heads": tuple(c // settings.head_width for c in channels)
         if settings.head_width
         else (settings.heads,) * len(channels),
-        res_blocks=blocks[0],
-        context_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
-        prediction=settings.prediction,
-    )
+        "res_blocks": blocks[0],
+        "context_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+    }
 
 
 def ldm_vae(shapes: Shapes, settings: Settings) -> VAEConfig:

@@ -21,16 +21,19 @@ from model.vae import VAE
 
 LDM = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
 _COMPLETE = "a complete Stable Diffusion 1.x checkpoint"
+_T2I = re.compile(r"(adapter\.)?body\.0\.(block1|body\.0|resnets\.0)\.|style_embedding$")
 
 
 def single_kind(file: File) -> str:
     """The kind of model in a single file, by the names of its tensors."""
+    if any(name.startswith(("control_model.", "controlnet_", "input_hint_block.")) for name in file):
+        return "a ControlNet"
+    if any(_T2I.match(name) for name in file):
+        return "a T2I-Adapter"
     if any(name.startswith("conditioner.embedders.") for name in file):
         return "Stable Diffusion XL"
     if any(name.startswith("cond_stage_model.model.") for name in file):
         return "Stable Diffusion 2.x"
-    if any(name.startswith(("control_model.", "controlnet_")) for name in file):
-        return "a ControlNet"
     if 2 * sum("lora" in name.lower() for name in file) > len(file):
         return "a LoRA"
     return "Stable Diffusion 1.x" if any(name.startswith(LDM["unet"]) for name in file) else "not a base model"

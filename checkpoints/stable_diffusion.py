@@ -13,9 +13,9 @@ from checkpoints import configs, ldm
 from checkpoints.base import Base
 from checkpoints.cards import load, module_from_card
 from checkpoints.clip import load_text_encoder
-from checkpoints.files import read_json_if_there, replacing_in, write_json, write_tensors
+from checkpoints.files import read_json_if_there
 from checkpoints.fill import assemble
-from checkpoints.folders import folder_of, has_config, module_from_config, weights_in
+from checkpoints.folders import folder_of, has_config, module_from_config, weights_in, write_diffusers
 from checkpoints.names import named, unet_rows, vae_rows
 from checkpoints.reader import File
 from checkpoints.single_file import LDM, load_ldm_vae, load_single, single_unet_config
@@ -130,9 +130,6 @@ def _check_fit(base: Base, path: Path) -> None:
         )
 
 
-_PROJ = re.compile(r"attn\.proj_(in|out)\.weight$")
-
-
 def save_diffusers(unet: UNet, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Save a UNet's config and weights to a folder that diffusers' `UNet2DConditionModel.from_pretrained` can load.
 
@@ -140,10 +137,4 @@ def save_diffusers(unet: UNet, folder: Path, dtype: torch.dtype | None = None) -
     Raises OSError when a file can't be written, and ValueError when a value is too large for `dtype` or diffusers has
     no such UNet.
     """
-    config, state = configs.diffusers_config(unet.config), unet.state_dict()
-    names = named(state, unet_rows(unet.config), 1)
-    conv = not config["use_linear_projection"]
-    tensors = {names[k][0]: v[:, :, None, None] if conv and _PROJ.search(k) else v for k, v in state.items()}
-    with replacing_in(folder) as part:
-        write_tensors(part / "diffusion_pytorch_model.safetensors", tensors, dtype)
-        write_json(part / "config.json", config)
+    write_diffusers(unet, unet_rows(unet.config), configs.diffusers_config(unet.config), folder, dtype)

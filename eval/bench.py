@@ -78,11 +78,11 @@ class Bench:
         return row if task == "conflict" else row | {"drawing": nearest(truth.scenes, drawn)}
 
     def embedding(self, adapter: IPAdapter) -> Tensor:
-        """Encode the image prompts for the adapter, `n 1 ...`."""
+        """Encode the image prompts for the adapter, `n 1 m e`."""
         return embed(replace(self.pipeline, adapters=(adapter,)), self.prompts.images)
 
     def null(self, adapter: IPAdapter) -> Tensor:
-        """Return the adapter's null image, repeated for each prompt, `n 1 ...`."""
+        """Return the adapter's null image, repeated for each prompt, `n 1 m e`."""
         like = self.embedding(adapter)
         return replace(self.pipeline, adapters=(adapter,)).null(adapter, like).expand_as(like)
 
@@ -121,7 +121,7 @@ class Bench:
 
 
 def embed(pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
-    """Encode pictures for the pipeline's adapter, `n 1 ...`, on its device. Each picture is a separate image prompt."""
+    """Encode pictures for the pipeline's adapter, `n 1 m e`, on its device. Each picture is a separate image prompt."""
     batch = batch_size(device_of(pipeline.unet))
     parts = [pipeline.embed(images[first : first + batch]) for first in range(0, len(images), batch)]
     return torch.cat([part.transpose(0, 1) for part in parts])
@@ -146,7 +146,7 @@ def draw_prompts(
 ) -> Tensor:
     """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1, in bfloat16 if the device supports it. The result is on the CPU.
 
-    `embedding`: the encoded image prompts, `n 1 ...`, or None. `scale`: lambda. `name`: the label of the progress bar.
+    `embedding`: the encoded image prompts, `n 1 m e`, or None. `scale`: lambda. `name`: the label of the progress bar.
     """
     drawn, device = [], device_of(pipeline.unet)
     for rows in tqdm(torch.arange(len(prompts)).split(batch_size(device)), desc=name, unit="batch"):

@@ -1,4 +1,4 @@
-"""The device of a measurement: check that it exists, and choose its batch size and dtype."""
+"""The device of a measurement: its batch size and dtype."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import torch
 from torch import nn
 
 from train.loop import Plan, autocast
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError for a CUDA device on a machine that has none."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch finds no CUDA device on this machine; omit --device to use the CPU")
 
 
 def device_of(module: nn.Module) -> str:

@@ -18,10 +18,11 @@ from eval import clip_score
 from eval.ablation.report import measures
 from eval.ablation.rows import frame_of
 from eval.bench import Bench, through_the_vae
-from eval.device import check_device, dtype
+from eval.device import dtype
 from eval.prompts import Prompts
 from eval.tables import markdown
 from model.attention import decoupled
+from sampling.device import check_device
 from sampling.pipeline import load
 from train.judge import load_judge
 

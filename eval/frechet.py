@@ -22,8 +22,9 @@ from checkpoints.files import check_output, sha256, write_json
 from eval import clip_score
 from eval.bench import draw_prompts, through_the_vae
 from eval.clip_score import Scorer
-from eval.device import check_device, dtype
+from eval.device import dtype
 from eval.tables import markdown
+from sampling.device import check_device
 from sampling.images import to_images
 from sampling.pipeline import load
 from train.vae import bytes_to_tensor

@@ -29,12 +29,13 @@ from torch import Tensor
 from checkpoints.files import check_output, sha256, write_json
 from eval.ablation.endpoint import GREY
 from eval.bench import draw_prompts, embed, through_the_vae
-from eval.device import check_device, device_of, dtype
+from eval.device import device_of, dtype
 from eval.prompts import Prompts
 from eval.scenes import ScenePrompts
 from eval.scores import Scores, Target, mean, score, values_of
 from eval.tables import summary
 from eval.world_table import table
+from sampling.device import check_device
 from sampling.pipeline import Pipeline, load
 from train.colour import coarse_name
 from train.judge import Judge, delta_e, load_judge

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from model.context import Context
+from model.features import as_features
 from model.image_projection import Projection
 from model.source import Source
 from model.unet import UNet
@@ -57,24 +58,24 @@ class IPAdapter(nn.Module):
         """(W'_k, W'_v) of each cross-attention layer, in execution order."""
         return list(zip(self.to_k, self.to_v, strict=True)) if self.own_projections else list(self.shared)
 
-    def tokens(self, embedding: Tensor) -> Tensor:
+    def tokens(self, features: Tensor) -> Tensor:
         """Image tokens c_i, `b n c`. The tokens of several images are concatenated and share one softmax.
 
-        `embedding`: global embeddings `b e`, or `b k e` for k images; fine features `b m e`, or `b k m e`.
+        `features`: `b k m e`, for k images, or global embeddings `b e`.
         """
-        pictures = embedding if embedding.ndim == 3 + self.image_projection.fine else embedding[:, None]
+        pictures = as_features(features)
         tokens = self.image_projection(pictures.flatten(0, 1))
         return rearrange(tokens, "(b k) n c -> b (k n) c", b=len(pictures))
 
-    def forward(self, context: Context, embedding: Tensor, scale: float | Tensor = 1.0) -> Context:
+    def forward(self, context: Context, features: Tensor, scale: float | Tensor = 1.0) -> Context:
         """Return `context` with one more image prompt.
 
-        `embedding`: as in `tokens`. `scale`: lambda for all layers, as in Source.
+        `features`: as in `tokens`. `scale`: lambda for all layers, as in Source.
 
-        The null image has a zero embedding (section 3.2.3), so its tokens are LayerNorm(bias), not zeros. For fine
-        features, the null image is an image of zero pixels, run through the encoder.
+        A dropped picture has the features of the null image (`Features`). The tokens of a zero embedding are
+        LayerNorm(bias), not zeros.
         """
-        tokens = self.tokens(embedding)
+        tokens = self.tokens(features)
 
         def split(x: Tensor, heads: int) -> Tensor:
             return rearrange(x, "b m (h d) -> b h m d", h=heads)

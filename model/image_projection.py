@@ -11,19 +11,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from model.attention import attention
+from model.features import FINE, GLOBAL, Embedder
 
 HEAD = 64  # of the Resampler's heads; it can't be inferred from the weights
 
 
 class Projection(nn.Module):
-    """Maps the features of an image, `image_dim` wide, to tokens `context_dim` wide.
+    """Maps the features of an image, `m` vectors `image_dim` wide, to tokens `context_dim` wide.
 
-    `fine`: whether it reads the fine-grained features of `ImageEncoder.fine`, `b n e`, rather than the global
-    embedding, `b e`. The null image is a zero embedding or, for fine features, an image of zero pixels run through the
-    encoder.
+    `reads`: how a picture is read with the image encoder.
     """
 
-    fine: ClassVar[bool]
+    reads: ClassVar[Embedder]
 
     def __init__(self, image_dim: int, context_dim: int) -> None:
         super().__init__()
@@ -31,12 +30,11 @@ class Projection(nn.Module):
 
     def check(self, features: Tensor) -> None:
         """Raise ValueError when the features are of the wrong kind or have the wrong width."""
-        name = "fine features" if self.fine else "image embeddings"
-        if features.ndim != 2 + self.fine:
-            raise ValueError(f"this adapter reads {name}, a {'matrix' if self.fine else 'vector'} for each picture")
+        if not self.reads.accepts(features.shape[1]):
+            raise ValueError(f"this adapter reads {self.reads.name}, {self.reads.per_picture} for each picture")
         if features.shape[-1] != self.image_dim:
             raise ValueError(
-                f"this adapter reads {name} of width {self.image_dim}, but the image encoder gives "
+                f"this adapter reads {self.reads.name} of width {self.image_dim}, but the image encoder gives "
                 f"{features.shape[-1]}: use the encoder that it was trained with"
             )
 
@@ -46,7 +44,7 @@ class ImageProjection(Projection):
     Figure 2.
     """
 
-    fine = False
+    reads = GLOBAL
 
     def __init__(self, image_dim: int = 1024, context_dim: int = 768, tokens: int = 4) -> None:
         super().__init__(image_dim, context_dim)
@@ -54,16 +52,16 @@ class ImageProjection(Projection):
         self.proj = nn.Linear(image_dim, tokens * context_dim)
         self.norm = nn.LayerNorm(context_dim)
 
-    def forward(self, embedding: Tensor) -> Tensor:
-        """`b e` -> `b n c`. Raises ValueError when `check` does."""
-        self.check(embedding)
-        return self.norm(rearrange(self.proj(embedding), "b (n c) -> b n c", n=self.tokens))
+    def forward(self, features: Tensor) -> Tensor:
+        """`b 1 e` -> `b n c`. Raises ValueError when `check` does."""
+        self.check(features)
+        return self.norm(rearrange(self.proj(features[:, 0]), "b (n c) -> b n c", n=self.tokens))
 
 
 class MLPProjection(Projection):
     """IP-Adapter Full: c_i = LayerNorm(W_2 GELU(W_1 x + b_1) + b_2), one token for each token of the image encoder."""
 
-    fine = True
+    reads = FINE
 
     def __init__(self, image_dim: int = 1280, context_dim: int = 768) -> None:
         super().__init__(image_dim, context_dim)
@@ -72,7 +70,7 @@ class MLPProjection(Projection):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """`b n e` -> `b n c`. Raises ValueError when `check` does."""
+        """`b m e` -> `b m c`. Raises ValueError when `check` does."""
         self.check(features)
         return self.proj(features)
 
@@ -111,7 +109,7 @@ class Perceiver(nn.Module):
 class Resampler(Projection):
     """IP-Adapter Plus: N learned queries attend to the fine features in `depth` layers, and become the tokens c_i."""
 
-    fine = True
+    reads = FINE
 
     def __init__(
         self,
@@ -131,7 +129,7 @@ class Resampler(Projection):
         self.norm_out = nn.LayerNorm(context_dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`b n e` -> `b N c`. Raises ValueError when `check` does."""
+        """`b m e` -> `b n c`. Raises ValueError when `check` does."""
         self.check(features)
         x, z = self.proj_in(features), self.queries.expand(len(features), -1, -1)
         for layer in self.layers:

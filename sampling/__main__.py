@@ -3,6 +3,7 @@
 python -m sampling --image cat.png --prompt "on a pink background" --scale 0.7 --seed 0 --out out.png
 python -m sampling --ip-adapter a.bin --image x.png --scale 0.5 --ip-adapter b.bin --image y.png --scale 0.8
 python -m sampling --init-image photo.png --mask mask.png --prompt "a red hat" --out out.png
+python -m sampling --control canny.safetensors --hint edges.png --control-scale 0.8 --control-end 0.8 --image cat.png
 python -m sampling --again out.png --out same.png
 """
 

@@ -14,8 +14,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints.adapters import adapter_file, projection_of
+from checkpoints.controls import check_fit, open_control
 from checkpoints.files import check_output
 from checkpoints.stable_diffusion import unet_config
+from sampling.device import check_device
 from sampling.embeddings import load_embedding, save_embedding
 from sampling.images import check_png, save_image
 from sampling.inputs import Inputs, read_inputs
@@ -40,7 +42,9 @@ def run(command: Command) -> None:
         check_output(command.save_embedding)
     inputs = read_inputs(request)
     check_model(inputs, model)
-    check_device(command)
+    device = check_device(command.device)
+    if command.compile:
+        check_compiler(device)
     pipeline = load_model(model, command.device)
     if command.compile:
         pipeline = replace(pipeline, unet=compiled(pipeline.unet))
@@ -71,11 +75,17 @@ def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callab
 def load_model(model: Model, device: str) -> Pipeline:
     """The pipeline of a Model."""
     adapters, dtype = model.adapters or None, getattr(torch, model.dtype)
-    return load(model.checkpoint, adapters, model.image_encoder, dtype, device, model.prediction, model.vae)
+    return load(
+        model.checkpoint, adapters, model.image_encoder, dtype, device, model.prediction, model.vae, model.controls
+    )
 
 
 def check_model(inputs: Inputs, model: Model) -> None:
-    """Reject image prompts that the model can't read, from the headers of its files, before loading the weights."""
+    """Reject image prompts and hints that the model can't read, from the headers of its files, before loading the weights."""
+    for path, hint in zip(model.controls, inputs.hints, strict=True):
+        network = open_control(path).control
+        check_fit(network, unet_config(model.checkpoint), path)
+        hint.check(network)
     prompts = inputs.image_prompts
     adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
     pictures = [one for prompt in prompts for one in (*prompt.pictures, *prompt.negatives)]
@@ -93,12 +103,8 @@ def check_model(inputs: Inputs, model: Model) -> None:
                 load_embedding(path, projection)
 
 
-def check_device(command: Command) -> None:
-    """Raises ValueError for a missing device, and for --compile without a compiler."""
-    try:
-        device = torch.empty(0, device=command.device).device.type
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {command.device}: {str(error).splitlines()[0]}") from None
+def check_compiler(device: str) -> None:
+    """Raises ValueError if the compiler is missing that --compile needs for this kind of device."""
     compilers = [os.environ.get("CXX", "g++")] if device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
-    if command.compile and not any(map(shutil.which, compilers)):
+    if not any(map(shutil.which, compilers)):
         raise ValueError(f"--compile needs {compilers[0]}, which is not there: install it, or leave out --compile")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from checkpoints.files import replacing
 from model.context import Context
+from model.features import Features
 from model.image_projection import Projection
 from model.unet import UNetConfig
 from sampling.lambdas import Lambda, Level, places
@@ -50,43 +51,38 @@ def of_prompts(lambdas: Sequence[Strength], weights: Sequence[PictureWeights] | 
 
 @dataclass(frozen=True)
 class Part:
-    """One image prompt: embeddings `1 k e` or `b k e`, those of the unconditional side, lambda of each layer, and token weights."""
+    """One image prompt of a Context: features, lambda of each layer, and token weights."""
 
-    embedding: Tensor
-    against: Tensor
+    features: Features
     levels: Sequence[Level]
     weights: tuple[float, ...] = ()
 
 
 def parts(
-    embedding: Tensor,
-    against: Tensor,
-    lam: Strength,
-    weights: PictureWeights,
-    config: UNetConfig,
-    grid: tuple[int, int],
+    features: Features, lam: Strength, weights: PictureWeights, config: UNetConfig, grid: tuple[int, int]
 ) -> list[Part]:
     """The image prompts of one adapter: one, or with the rule "output" one for each picture.
 
-    `against`, negative pictures or the null image, has as many as `embedding`, or one for all of them; only the rule "output"
-    weighs them too, as in diffusers. Raises ValueError when weights or pictures are not as many. `config` and `grid` are
-    those of `Lambda.by_layer`.
+    There are as many null images or negative pictures as pictures, or one for all of them; only the rule "output" weighs
+    them too, as in diffusers. Raises ValueError when weights or pictures are not as many. `config` and `grid` are those of
+    `Lambda.by_layer`.
     """
-    pictures = embedding.shape[1]
-    if against.shape[1] not in (1, pictures):
-        raise ValueError(f"{against.shape[1]} negative images for {pictures} images: give one, or {pictures}")
+    pictures, negatives = features.pictures.shape[1], features.null.shape[1]
+    if negatives not in (1, pictures):
+        raise ValueError(f"{negatives} negative images for {pictures} images: give one, or {pictures}")
     if weights.values and len(weights.values) != pictures:
         raise ValueError(f"{len(weights.values)} image weights for {pictures} images: give each its own")
     if weights.values and weights.rule == "output":
-        each = embedding.split(1, dim=1), against.expand(-1, pictures, *against.shape[2:]).split(1, dim=1)
+        each = features.pictures.split(1, dim=1), features.null.expand(-1, pictures, -1, -1).split(1, dim=1)
         return [
-            Part(one, no, levels_of(lam, config, grid, weight))
+            Part(Features(one, no), levels_of(lam, config, grid, weight))
             for one, no, weight in zip(*each, weights.values, strict=True)
         ]
     levels = levels_of(lam, config, grid)
     if weights.rule == "embedding":
-        return [Part(weigh_embedding(embedding, weights.values), against, levels)]
-    return [Part(embedding, against, levels, weights.values)]
+        weighed = weigh_embedding(features.pictures, weights.values)
+        return [Part(replace(features, pictures=weighed), levels)]
+    return [Part(features, levels, weights.values)]
 
 
 def levels_of(lam: Strength, config: UNetConfig, grid: tuple[int, int], weight: float = 1.0) -> list[Level]:
@@ -98,13 +94,13 @@ def levels_of(lam: Strength, config: UNetConfig, grid: tuple[int, int], weight: 
 
 
 def weigh_embedding(embedding: Tensor, weights: Sequence[float]) -> Tensor:
-    """e'_j = w_j e_j of `b k e` or `b k m e`, before the projection: the rule "embedding", ComfyUI_IPAdapter_plus's.
+    """e'_j = w_j e_j of `b k m e`, before the projection: the rule "embedding", ComfyUI_IPAdapter_plus's.
 
     The LayerNorm that ends the projection divides w away again but for the bias and its epsilon; w = 0 is the null image.
     """
     if not weights:
         return embedding
-    return embedding * embedding.new_tensor(weights).reshape(-1, *[1] * (embedding.ndim - 2))
+    return embedding * embedding.new_tensor(weights).reshape(-1, 1, 1)
 
 
 def weigh_tokens(context: Context, weights: Sequence[float]) -> Context:
@@ -129,8 +125,8 @@ def save_embedding(embedding: Tensor, path: Path | str) -> None:
         save_file({"embedding": embedding.cpu().contiguous()}, part)
 
 
-def load_embedding(path: Path | str, reads: Projection) -> Tensor:
-    """Read a file of `save_embedding` for an adapter's projection: `1 k e`, or `1 k m e` for fine features.
+def load_embedding(path: Path | str, projection: Projection) -> Tensor:
+    """Read a file of `save_embedding` for an adapter's projection: `1 k m e`. Older files hold global embeddings as `1 k e`.
 
     Raises ValueError when it is something else, was made for another adapter, or is not finite.
     """
@@ -144,11 +140,10 @@ def load_embedding(path: Path | str, reads: Projection) -> Tensor:
     embedding = tensors.get("embedding")
     if embedding is None or embedding.dtype not in FLOATS or 0 in embedding.shape or embedding.shape[:1] != (1,):
         raise ValueError(f"{path}: holds no image embedding; --save-embedding writes such files")
-    if embedding.ndim != 3 + reads.fine or embedding.shape[-1] != reads.image_dim:
-        shape = f"1 k {'m ' * reads.fine}{reads.image_dim}"
-        raise ValueError(
-            f"{path}: is {tuple(embedding.shape)}, but this adapter reads `{shape}`: it was made for another"
-        )
+    shape, embedding = tuple(embedding.shape), embedding[:, :, None] if embedding.ndim == 3 else embedding
+    if embedding.ndim != 4 or not projection.reads.accepts(embedding.shape[2]) or embedding.shape[3] != projection.image_dim:
+        needed = f"{projection.reads.name}, {projection.reads.per_picture} of width {projection.image_dim} for each picture"
+        raise ValueError(f"{path}: is {shape}, but this adapter reads {needed}: it was made for another")
     if not embedding.isfinite().all():
         raise ValueError(f"{path}: not all of its numbers are finite; make it again with --save-embedding")
     return embedding

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from sampling.control import Hint
 from sampling.edit import Edit
 from sampling.embeddings import PictureWeights
 from sampling.images import open_image, read_mask, to_tensor
 from sampling.lambdas import Lambda
-from sampling.request import ImagePrompt, Request
+from sampling.request import HintFile, ImagePrompt, Request
 
 Picture = Image.Image | Path  # an opened picture, or the path of a saved embedding, which is read later
 
@@ -33,6 +34,7 @@ class Inputs:
     request: Request
     image_prompts: tuple[PromptInputs, ...]
     edit: Edit | None
+    hints: tuple[Hint, ...] = ()
 
 
 def read_inputs(request: Request) -> Inputs:
@@ -40,7 +42,8 @@ def read_inputs(request: Request) -> Inputs:
 
     Raises ValueError if a file is missing or damaged, or if it does not fit the request.
     """
-    return Inputs(request, tuple(_image_prompt(prompt) for prompt in request.image_prompts), _edit(request))
+    prompts, hints = tuple(map(_image_prompt, request.image_prompts)), tuple(map(_hint, request.hints))
+    return Inputs(request, prompts, _edit(request), hints)
 
 
 def open_picture(path: Path) -> Picture:
@@ -53,6 +56,11 @@ def _image_prompt(prompt: ImagePrompt) -> PromptInputs:
     mask = read_mask(prompt.mask)[0, 0] if prompt.mask else None
     lam = Lambda(prompt.scale, prompt.layers, prompt.start, prompt.end, mask)
     return PromptInputs(pictures, PictureWeights(prompt.weights, prompt.rule), negatives, lam)
+
+
+def _hint(hint: HintFile) -> Hint:
+    """A hint's transparent parts are black, where nothing was drawn."""
+    return Hint(open_image(hint.picture, behind="black"), hint.scale, hint.start, hint.end, hint.guess)
 
 
 def _edit(request: Request) -> Edit | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from sampling.request import DtypeName, Fit, ImagePrompt, Model, Request, Rule, SamplerName, check_number
+from sampling.following import Following, FollowingControl, flag, following
+from sampling.request import DtypeName, Fit, HintFile, ImagePrompt, Model, Request, Rule, SamplerName, check_number
 
 # The options of an image prompt, and so of each --ip-adapter, with the field of ImagePrompt that each fills.
 PROMPT = {
@@ -22,6 +23,13 @@ PROMPT = {
     "image_start": "start",
     "image_end": "end",
     "image_mask": "mask",
+}
+CONTROL = {  # the options of each --control, with the field of HintFile that each fills
+    "hint": "picture",
+    "control_scale": "scale",
+    "control_start": "start",
+    "control_end": "end",
+    "guess": "guess",
 }
 REPEATED = ("image", "image_weight", "negative_image")  # those that may be given more than once for one adapter
 
@@ -43,10 +51,6 @@ class Command:
     compile: bool = False
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Command:
     """Parse arguments into a Command. Raises ValueError when they contradict each other."""
     given = vars(parser(about).parse_args(argv))
@@ -57,11 +61,13 @@ def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Comman
     adapters = given.pop("ip_adapter", [])
     if prompts := image_prompts(given, adapters):
         given["image_prompts"] = prompts
+    controls = given.pop("control", [])
+    given["hints"] = hint_files(given, controls)
 
     def fill(kind: type[Any]) -> dict[str, Any]:
         return {each.name: given[each.name] for each in fields(kind) if each.name in given}
 
-    request, model = Request(**fill(Request)), Model(adapters=tuple(adapters), **fill(Model))
+    request, model = Request(**fill(Request)), Model(adapters=tuple(adapters), controls=tuple(controls), **fill(Model))
     command = Command(request, model, **fill(Command))
     if command.num < 1:
         raise ValueError(f"--num must be at least 1, not {command.num}")
@@ -69,26 +75,15 @@ def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Comman
 
 
 def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[ImagePrompt, ...]:
-    """Take the options of image prompts out of `given`, where each value comes with the number of --ip-adapter flags before it.
-
-    One adapter takes them wherever they stand; of several, each takes those that follow it. Raises ValueError for what could
-    be misread.
-    """
-    options = {name: given.pop(name) for name in PROMPT if name in given}
+    """Take the options of image prompts out of `given`. Raises ValueError for what could be misread."""
     several, prompts = len(adapters) > 1, []
-    if several and any(before == 0 for values in options.values() for before, _ in values):
-        raise ValueError("of several --ip-adapter, each is followed by its own --image and --scale; none stands before")
-    for place in range(1, max(1, len(adapters)) + 1):
-        own = {name: [v for before, v in each if before == place or not several] for name, each in options.items()}
-        own = {name: values for name, values in own.items() if values}
-        if twice := [name for name, values in own.items() if len(values) > 1 and name not in REPEATED]:
-            raise ValueError(f"{flag(twice[0])} is given twice for one adapter")
+    for place, own in enumerate(following(given, PROMPT, "ip_adapter", adapters, "--image and --scale", REPEATED)):
         if "image" in own:
             values: dict[str, Any] = {PROMPT[name]: v if name in REPEATED else v[0] for name, v in own.items()}
             prompts.append(ImagePrompt(**values))
         elif several:
             raise ValueError(
-                f"of several --ip-adapter, each is followed by its own --image; {adapters[place - 1]} has none"
+                f"of several --ip-adapter, each is followed by its own --image; {adapters[place]} has none"
             )
         elif alone := [name for name in own if name != "scale"]:  # the lambda of no picture does no harm
             raise ValueError(f"{flag(alone[0])} is for an image prompt: name it with --image")
@@ -98,14 +93,17 @@ def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[Imag
     return tuple(prompts)
 
 
-class Following(argparse.Action):
-    """Store a value together with the number of --ip-adapter flags before it."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, args: argparse.Namespace, value: Any, option: str | None = None
-    ) -> None:
-        before = len(getattr(args, "ip_adapter", []))
-        setattr(args, self.dest, [*getattr(args, self.dest, []), (before, value)])
+def hint_files(given: dict[str, Any], controls: Sequence[Path]) -> tuple[HintFile, ...]:
+    """Take the options of controls out of `given`. Raises ValueError for what could be misread, or a control without a hint."""
+    found = []
+    for place, own in enumerate(following(given, CONTROL, "control", controls, "--hint and --control-scale")):
+        if own and not controls:
+            raise ValueError(f"{flag(next(iter(own)))} is for a control: name its file with --control")
+        if controls and "hint" not in own:
+            raise ValueError(f"{controls[place]} needs a hint, such as a picture of edges: name it with --hint")
+        if own:
+            found.append(HintFile(**{CONTROL[name]: values[0] for name, values in own.items()}))
+    return tuple(found)
 
 
 def layers(text: str) -> Any:
@@ -129,6 +127,7 @@ def parser(about: str | None = None) -> argparse.ArgumentParser:
         p.add_argument_group("picture", "Image prompts. Of several --ip-adapter, each takes those that follow it.")
     )
     _text(p.add_argument_group("text"))
+    _control(p.add_argument_group("structure", "Controls. Of several --control, each takes those that follow it."))
     _edit(p.add_argument_group("edit", "Start from a picture instead of noise."))
     _sampler(p.add_argument_group("sampler"))
     _files(p.add_argument_group("files"))
@@ -181,6 +180,21 @@ def _text(group: Any) -> None:
     group.add_argument("--negative-prompt", help="Text of the unconditional pass: what to keep away from.")
     about = f"w, the guidance weight (Eq. 7). Default {Request.guidance:g}."
     group.add_argument("--guidance", type=float, help=about)
+
+
+def _control(group: Any) -> None:
+    def add(name: str, about: str, **options: Any) -> None:
+        group.add_argument(name, action=FollowingControl, help=about, **options)
+
+    about = "ControlNet or T2I-Adapter: an official file, a diffusers folder, or a file of this project. May be given again."
+    group.add_argument("--control", type=Path, metavar="FILE", action="append", help=about)
+    about = "Picture that the control reads, such as edges, white on black. It is stretched to the size of the drawing."
+    add("--hint", about, type=Path, metavar="FILE")
+    add("--control-scale", f"How strongly the control acts. Default {HintFile.scale:g}.", type=float)
+    add("--control-start", "Begin to use the control after this share of the steps. Default 0.", type=float)
+    add("--control-end", "Stop using the control after this share of the steps. Default 1.", type=float)
+    about = "Guess mode of a ControlNet, to draw without a prompt: it acts in the conditional pass alone."
+    add("--guess", about, nargs=0, const=True)
 
 
 def _edit(group: Any) -> None:

@@ -13,21 +13,24 @@ from torch import Tensor
 
 from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
 from checkpoints.clip import load_image_encoder
+from checkpoints.controls import Control, load_control, open_control
 from checkpoints.files import naming
 from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.context import Context
+from model.features import Features, as_features
 from model.image_encoder import Fit, ImageEncoder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
 from sampling.batch import check_finite, groups, rows_of
+from sampling.control import Hint, bind
 from sampling.ddim import DDIM
 from sampling.dpm import DPM
 from sampling.edit import Edit, begin
 from sampling.embeddings import PictureWeights, Strength, load_embedding, of_prompts, parts, weigh_tokens
-from sampling.guidance import guided
+from sampling.guidance import Side, guided
 from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
 from sampling.lambdas import moving, set_lambda
@@ -42,7 +45,7 @@ Given = Picture | str  # where an image prompt is meant
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A base model and, for image prompts, an image encoder and adapters. Immutable: its modules are never changed."""
+    """A base model; for image prompts an image encoder and adapters; and controls. Immutable: its modules are never changed."""
 
     unet: UNet
     vae: VAE
@@ -50,10 +53,11 @@ class Pipeline:
     schedule: Schedule
     image: ImageEncoder | None = None
     adapters: tuple[IPAdapter, ...] = ()
+    controls: tuple[Control, ...] = ()
 
     @torch.no_grad()
     def embed(self, pictures: Given | Sequence[Given], fit: Fit = "crop", adapter: int = 0) -> Tensor:
-        """Encode the pictures of one prompt for an adapter: embeddings `1 k e`, or fine features `1 k m e`.
+        """Encode the pictures of one prompt for an adapter: features `1 k m e`, with m = 1 for a global embedding.
 
         A picture is an RGB Pillow image, a picture file, or a file of `save_embedding`.
         """
@@ -68,21 +72,15 @@ class Pipeline:
         seen: Iterator[Tensor] = iter(())
         if self.image is not None and images:
             pixels = torch.stack([self.image.preprocess(image, fit) for image in images])
-            read = self.image.fine if projection.fine else self.image
-            seen = iter(read(pixels.to(next(self.image.parameters())))[None].split(1, dim=1))
+            features = projection.reads(self.image, pixels.to(next(self.image.parameters())))
+            seen = iter(features[None].split(1, dim=1))
         return torch.cat(
             [load_embedding(one, projection).to(like) if isinstance(one, Path) else next(seen) for one in opened], dim=1
         )
 
     def null(self, adapter: IPAdapter, like: Tensor) -> Tensor:
-        """The null image (section 3.2.3) in the form of `like`: zeros, `1 1 e`, or the fine features of zero pixels, `1 1 m e`."""
-        if not adapter.image_projection.fine:
-            return torch.zeros_like(like[:1, :1])
-        if self.image is None:
-            raise ValueError("to leave its picture out, an adapter of fine features needs the image encoder too")
-        size = self.image.config.image_size
-        pixels = torch.zeros(1, 3, size, size).to(next(self.image.parameters()))
-        return self.image.fine(pixels)[None].to(like)
+        """The features of the null image (section 3.2.3), `1 1 m e`, of the width, dtype and device of `like`."""
+        return adapter.image_projection.reads.null(self.image, like.shape[-1]).to(like)
 
     @torch.no_grad()
     def contexts(
@@ -96,7 +94,7 @@ class Pipeline:
         against: Sequence[Tensor | None] | None = None,
         weights: Sequence[PictureWeights] | None = None,
     ) -> tuple[Context, Context]:
-        """(uncond, cond) for b prompts. `embedding`: as `embed` gives it, or `b k ...`; the unconditional side has the null image.
+        """(uncond, cond) for b prompts. `embedding`: as `embed` gives it, or `b k m e`; the unconditional side has the null image.
 
         With several adapters `embedding` is a sequence, one for each, and `scale` is one for all or a sequence too. `grid` is
         (height, width) of the latents, for a mask. `against` has for each adapter embeddings that the unconditional side reads
@@ -118,11 +116,12 @@ class Pipeline:
             raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {given} are given")
         grid = grid or (self.unet.config.sample_size, self.unet.config.sample_size)
         for adapter, pictures, no, lam, each in zip(self.adapters, embeddings, against, scales, weights, strict=True):
-            no = self.null(adapter, pictures) if no is None else no
-            for part in parts(pictures, no, lam, each, self.unet.config, grid):
-                one = part.embedding.expand(len(prompts), *part.embedding.shape[1:])
-                uncond = set_lambda(adapter(uncond, part.against.expand_as(one)), part.levels)
-                cond = set_lambda(weigh_tokens(adapter(cond, one), part.weights), part.levels)
+            pictures = as_features(pictures)
+            features = Features(pictures, self.null(adapter, pictures) if no is None else as_features(no))
+            for part in parts(features, lam, each, self.unet.config, grid):
+                one = part.features.expand(len(prompts))
+                uncond = set_lambda(adapter(uncond, one.null), part.levels)
+                cond = set_lambda(weigh_tokens(adapter(cond, one.pictures), part.weights), part.levels)
         return uncond, cond
 
     def draw(self, request: Request) -> Image.Image:
@@ -160,6 +159,7 @@ class Pipeline:
                 image_guidance=request.image_guidance,
                 against=against or None,
                 weights=[prompt.weights for prompt in prompts] or None,
+                hints=inputs.hints,
             )
             yield from to_images(drawn)
 
@@ -187,13 +187,15 @@ class Pipeline:
         image_guidance: float | None = None,
         against: Sequence[Tensor | None] | None = None,
         weights: Sequence[PictureWeights] | None = None,
+        hints: Sequence[Hint] = (),
     ) -> Tensor:
         """A batch of pictures, one for each prompt and seed: `b 3 H W`, about [-1, 1]. `draw` is this for one Request.
 
         `guidance` is w (Eq. 7), of the text alone where the picture has its `image_guidance`. `size` is (height, width) in
         pixels, multiples of the VAE's factor. The noise of picture i comes from a CPU generator of its own, seeded with
         `seeds[i]`. `watch` is called after every step. `sampler` is `DDIM` or `DPM`. `edit` is a picture to change, which sets
-        the size. The rest is as in `contexts`. Raises ValueError where arguments do not fit, or the result is not finite.
+        the size. `hints` has one for each control. The rest is as in `contexts`. Raises ValueError where arguments do not fit, or
+        the result is not finite.
         """
         prompts, seeds, negatives = rows_of(prompts, seeds, negatives)
         size = size or (edit.size if edit else self.native_size)
@@ -204,8 +206,11 @@ class Pipeline:
         grid = x.shape[-2], x.shape[-1]
         uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights)
         lambdas = scale if isinstance(scale, Sequence) else [scale] * len(self.adapters)
-        move = moving(of_prompts(lambdas, weights) if cond.image else [], [step.t for step in times[canvas.start :]])
-        denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move))
+        running = [step.t for step in times[canvas.start :]]
+        move = moving(of_prompts(lambdas, weights) if cond.image else [], running)
+        sides: dict[Side, Context] = {"uncond": uncond, "image": uncond, "cond": cond}
+        control = bind(self.controls, hints, self.unet.config, sides, size, running)
+        denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move, control))
         for state in sampler.draw(denoise, x, self.schedule, times, start=canvas.start, enter=canvas.enter, **noise):
             x = check_finite(state.x, dtype)
             if watch is not None:
@@ -234,11 +239,13 @@ def load(
     device: str = "cpu",
     prediction: Prediction | None = None,
     vae: Path | str | None = None,
+    controls: Sequence[Path | str] = (),
 ) -> Pipeline:
     """The pipeline of a base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
 
     Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
-    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder. Raises
+    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `controls` are
+    ControlNets and T2I-Adapters. Raises
     FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
     checkpoint = Path(checkpoint)
@@ -248,15 +255,17 @@ def load(
         schedule = schedule_of(config)
     for file in files:  # reject files that are not adapters before loading the base model
         adapter_sizes(adapter_file(file))
+    for path in controls:
+        open_control(Path(path))
     base = load_base(checkpoint, dtype, prediction, Path(vae) if vae else None)
     image = load_image_encoder(encoder, dtype) if encoder else None
-    widths = (image.config.output_dim, image.config.fine_dim) if image else (None, None)
-    adapters = tuple(load_adapter(file, base.unet, widths[0], dtype, widths[1]) for file in files)
-    for part in (base.unet, base.vae, base.text, image, *adapters):
+    adapters = tuple(load_adapter(file, base.unet, image.config if image else None, dtype) for file in files)
+    networks = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
+    for part in (base.unet, base.vae, base.text, image, *adapters, *networks):
         if part is not None:
             part.to(device)
     schedule = replace(schedule, prediction=base.unet.config.prediction)
-    return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters)
+    return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks)
 
 
 def prompt_files(

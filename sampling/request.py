@@ -59,8 +59,22 @@ class ImagePrompt:
 
 
 @dataclass(frozen=True)
+class HintFile:
+    """One control's hint, a picture file, and how strongly and when the control acts, as in `sampling.control.Hint`."""
+
+    picture: Path
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guess: bool = False
+
+    def __post_init__(self) -> None:
+        _settle(self)
+
+
+@dataclass(frozen=True)
 class Request:
-    """One picture to draw: a text prompt, image prompts (one for each adapter), both, or neither.
+    """One picture to draw: a text prompt, image prompts (one for each adapter), both, or neither; and a hint for each control.
 
     `guidance` is w (Eq. 7), and of the text alone where `image_guidance` is given. Without `width` and `height` the picture has
     the size of `init_image`, or else the size that the base model was trained at. `init_image` is a picture to change by
@@ -87,6 +101,7 @@ class Request:
     mask: Path | None = None
     paste: bool = True
     crop: bool = False
+    hints: tuple[HintFile, ...] = ()
 
     def __post_init__(self) -> None:
         _settle(self)
@@ -116,6 +131,7 @@ class Model:
     vae: Path | None = None
     prediction: Literal["epsilon", "v"] | None = None
     dtype: DtypeName = "float32"
+    controls: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         _settle(self)
@@ -147,7 +163,7 @@ def to_json(item: object) -> Any:
 
 
 def from_json(kind: type[T], data: object) -> T:
-    """Build a Request, ImagePrompt or Model from the result of `to_json`; missing fields take their defaults.
+    """Build a Request, ImagePrompt, HintFile or Model from the result of `to_json`; missing fields take their defaults.
 
     Raises ValueError where `data` is anything else. It may come from a stranger.
     """
@@ -159,8 +175,9 @@ def from_json(kind: type[T], data: object) -> T:
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in names]:
         raise ValueError(f"{kind.__name__} has no setting {reprlib.repr(unknown[0])}: another version wrote it")
-    if kind is ImagePrompt and "images" not in values:
-        raise ValueError("an image prompt needs its images")
+    needed = {ImagePrompt: ("images", "an image prompt needs its images"), HintFile: ("picture", "a hint needs its picture")}
+    if kind in needed and needed[kind][0] not in values:
+        raise ValueError(needed[kind][1])
     return kind(**values)
 
 

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import tiny
 import torch
 from PIL import Image
+from tiny import TEXT, UNET, VAE_CONFIG
 
 from checkpoints import cards
-from model.image_encoder import ImageConfig, ImageEncoder
+from model.image_encoder import ImageEncoder
 from model.text_encoder import TextEncoder
-from model.unet import UNet, UNetConfig
-from model.vae import VAE, VAEConfig
-from train.clip import MINI_TEXT
+from model.unet import UNet
+from model.vae import VAE
+from train import encode
+from train.__main__ import main
 
-UNET = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4, sample_size=4)
-VAE_CONFIG = VAEConfig(channels=(8, 8, 8), res_blocks=1, groups=4, scale=1.0)
-TEXT = replace(MINI_TEXT, width=8, layers=1, heads=2, output_dim=8)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}  # of processes that tests start
-IMAGE = ImageConfig(image_size=16, patch=8, width=8, layers=(2,), heads=2, output_dim=12)
+IMAGE = replace(tiny.IMAGE, layers=(2,))
 
 
 def write_base(folder: Path, seed: int = 0) -> Path:
@@ -52,3 +53,21 @@ def command(folder: Path, base: Path, *options: Any, stage: str = "adapter") -> 
     named = {"data": folder / "data", "state": folder / "state", "weights": folder / "out", "base": base}
     named |= {"steps": 2, "batch": 4, "side": 16}
     return [str(part) for part in (stage, *(part for k, v in named.items() for part in (f"--{k}", v)), *options)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, and the state and result of a finished run on it. It is shared, so tests must use a copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_pictures(folder / "data")
+    main(command(folder, base))
+    return folder
+
+
+def nothing_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "encoded", lambda *_: pytest.fail("pictures were encoded"))

@@ -32,6 +32,7 @@ from eval.ablation.training import best_rate, train
 from eval.bench import Bench, all_drawings, nearest
 from eval.prompts import Prompts
 from eval.tables import markdown
+from model.features import Features
 from sampling.pipeline import load
 from train import checkpoint
 from train.judge import load_judge
@@ -48,7 +49,7 @@ WEIGHTS = ROOT / "weights"
 def setting() -> Setting:
     """The mini world's base with pictures that are noise."""
     empty = torch.zeros(4)
-    pairs = Pairs(empty, empty, empty, empty, torch.randn(4, 256), torch.zeros(256))
+    pairs = Pairs(empty, empty, empty, empty, Features(torch.randn(4, 1, 1, 256), torch.zeros(1, 1, 1, 256)))
     return Setting(load(WEIGHTS, ()), pairs, pairs)
 
 

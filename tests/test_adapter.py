@@ -50,7 +50,7 @@ def test_image_projection_equals_diffusers() -> None:
     peer = PeerProjection(IMAGE, 12, num_image_text_embeds=4).double()
     peer.load_state_dict({k.replace("proj", "image_embeds"): v for k, v in ours.state_dict().items()})
     embedding = randn(3, IMAGE)
-    assert max_error(ours(embedding), peer(embedding)) < TOLERANCE
+    assert max_error(ours(embedding[:, None]), peer(embedding)) < TOLERANCE
 
 
 @pytest.mark.parity("diffusers UNet2DConditionModel with two IP-Adapters", TOLERANCE)
@@ -78,7 +78,7 @@ def test_a_whole_unet_with_adapters_equals_diffusers(name: str, pictures: int) -
     want = both.peer(x, t, text, added_cond_kwargs={"image_embeds": embeddings, **extra}).sample
     context = Context(text, added=added)
     for adapter, embedding, scale in zip(adapters, embeddings, scales, strict=True):
-        context = adapter(context, embedding, scale)
+        context = adapter(context, embedding[:, :, None], scale)
     got = both.ours(x, t, context)
     assert max_error(got, want) < TOLERANCE
     assert max_error(got, both.ours(x, t, Context(text, added=added))) > 0.05
@@ -131,14 +131,14 @@ def test_shared_projections_are_not_the_adapters_parameters(pair: Pair) -> None:
 def test_several_pictures_share_one_softmax(pair: Pair) -> None:
     unet = pair("sd15").ours
     adapter, text = adapter_for(unet), Context(randn(2, 5, unet.config.context_dim))
-    embedding = randn(2, 3, IMAGE, seed=1)
+    embedding = randn(2, 3, 1, IMAGE, seed=1)
     tokens = adapter.tokens(embedding)
-    assert max_error(tokens, torch.cat([adapter.tokens(embedding[:, i]) for i in range(3)], dim=1)) < TOLERANCE
+    assert max_error(tokens, torch.cat([adapter.tokens(embedding[:, i : i + 1]) for i in range(3)], dim=1)) < TOLERANCE
     assert {source.k.shape[-2] for source in adapter(text, embedding).image[0]} == {12}
     x = randn(2, 4, 9, 5, seed=2)
     once = unet(x, 500, adapter(text, embedding[:, :1]))
     assert (
-        max_error(unet(x, 500, adapter(text, embedding[:, :1].expand(2, 3, IMAGE))), once) < TOLERANCE
+        max_error(unet(x, 500, adapter(text, embedding[:, :1].expand(2, 3, 1, IMAGE))), once) < TOLERANCE
     )  # the same picture thrice
 
 
@@ -197,9 +197,11 @@ def test_wrong_widths_raise(pair: Pair) -> None:
     with pytest.raises(ValueError, match="tokens are 13 wide, but this UNet reads a context of 12"):
         IPAdapter(unet, ImageProjection(IMAGE, 13))
     adapter, text = adapter_for(unet), Context(randn(1, 5, 12))
-    for shape in ((1, IMAGE + 1), (1, 2, IMAGE + 1)):
+    for shape in ((1, IMAGE + 1), (1, 2, 1, IMAGE + 1)):
         with pytest.raises(ValueError, match=r"width 10, .* gives 11"):
             adapter(text, randn(*shape))
+    with pytest.raises(ValueError, match=r"features are `b k m e`, .* not \(1, 2, 10\)"):
+        adapter(text, randn(1, 2, IMAGE))
     with pytest.raises(ValueError, match="3 scales for 16 cross-attention layers"):
         set_lambda(adapter(text, randn(1, IMAGE)), [1.0, 1.0, 1.0])
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import IMAGE, UNET, again, difference, draw, names, refuses
 
 from checkpoints.stable_diffusion import save_diffusers
@@ -165,6 +165,9 @@ def test_a_saved_embedding_is_its_picture(weights: Path, tmp_path: Path, image: 
     (bare / "image_encoder.safetensors").unlink()
     alone = [draw(folder, out, "--steps", 2, "--image", kept) for folder in (weights, bare)]
     assert difference(*alone) == 0
+    save_file({"embedding": load_file(kept)["embedding"][:, :, 0]}, tmp_path / "older.safetensors")  # `1 k e`
+    assert difference(draw(weights, out, "--steps", 2, "--image", tmp_path / "older.safetensors"), alone[0]) == 0
+    draw(weights, out, "--steps", 2, "--image", kept)
     save_file({"embedding": torch.zeros(1, 1, IMAGE.output_dim)}, kept)
     refuses(out, r"kept\.safetensors: the file has changed")
 
@@ -172,7 +175,7 @@ def test_a_saved_embedding_is_its_picture(weights: Path, tmp_path: Path, image: 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"embedding": torch.zeros(1, 1, 13)}, r"is \(1, 1, 13\), but this adapter reads `1 k 12`"),
+        ({"embedding": torch.zeros(1, 1, 13)}, r"is \(1, 1, 13\), but this adapter reads image embeddings, a vector of width 12 for"),
         ({"embedding": torch.full((1, 2, 12), torch.nan)}, "not all of its numbers are finite"),
         ({"other": torch.zeros(1, 1, 12)}, "holds no image embedding"),
         ({"embedding": torch.zeros(1, 0, 12)}, "holds no image embedding"),

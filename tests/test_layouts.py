@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -14,10 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from peers import SMALL_UNETS, max_error, randn, text_pair, vae_pair, vision_pair
-from safetensors.torch import load_file, save_file
-from test_convert import (
+from base_files import (
     IMAGE,
     TEXT,
     VAE_CONFIG,
@@ -31,26 +27,26 @@ from test_convert import (
     folder,
     own_folder,
     single,
-    write_tokenizer,
 )
+from diffusers import UNet2DConditionModel
+from peers import max_error, randn, vae_pair, vision_pair
+from safetensors.torch import load_file, save_file
 from test_reader import write_shards
 from test_scheduler_file import SD15
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel
 
 from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.clip import load_image_encoder, load_text_encoder
-from checkpoints.configs import check_values, pad_token, unet_config, vae_config
 from checkpoints.convert import verify
 from checkpoints.describe import inspect
 from checkpoints.fill import empty_module
 from checkpoints.single_file import load_single
 from checkpoints.skeletons import image_skeleton, text_skeleton
-from checkpoints.stable_diffusion import load_base, load_unet, load_vae, save_diffusers, scheduler_config
+from checkpoints.stable_diffusion import load_base, load_unet, load_vae, scheduler_config
 from model.adapter import IPAdapter
 from model.image_encoder import MINI_IMAGE, VIT_BIGG, VIT_H, VIT_L, ImageEncoder
 from model.image_projection import Resampler
-from model.text_encoder import END, SD15_TEXT, SD21_TEXT, TextConfig, TextEncoder
-from model.unet import UNet
+from model.text_encoder import SD15_TEXT, SD21_TEXT, TextConfig, TextEncoder
 from sampling.pipeline import load
 from sampling.request import WEIGHTS
 from train.clip import MINI_TEXT
@@ -268,123 +264,6 @@ def test_a_prediction_that_is_named_counts(single: Path, own_folder: Path, predi
     for path in (single, own_folder):
         loaded = load(path, (), prediction=prediction)
         assert loaded.unet.config.prediction == loaded.schedule.prediction == prediction
-
-
-# configs
-
-
-@pytest.mark.parametrize("entries", [
-    {"layers_per_block": [1, 1]}, {"cross_attention_dim": [6, 6]}, {"only_cross_attention": [False, False]}, {"act_fn": "swish"},
-    {"dual_cross_attention": None}, {"dropout": 0.0, "upcast_attention": True}, {"attention_head_dim": [2, 2]},
-], ids=str)  # fmt: skip
-def test_equivalent_spellings_of_a_unet(pair: Any, entries: dict[str, Any]) -> None:
-    config = dict(pair("one_block").peer.config) | entries
-    assert unet_config(config) == SMALL_UNETS["one_block"][0]
-    UNet2DConditionModel.from_config(config)  # diffusers takes it too
-
-
-@pytest.mark.parametrize("entries", [
-    {"time_embedding_act_fn": "silu"}, {"time_embedding_dim": 64}, {"layers_per_block": [1, 2]}, {"cross_attention_dim": [6, 8]},
-    {"only_cross_attention": [False, True]}, {"addition_embed_type": "image"}, {"act_fn": "mish"},
-], ids=str)  # fmt: skip
-def test_unets_that_ask_for_more_are_refused(pair: Any, entries: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
-        empty_module(UNet, unet_config(dict(pair("one_block").peer.config) | entries))
-
-
-@pytest.mark.parametrize(
-    "entries", [{"latents_std": [1.0] * 4}, {"latents_mean": [0.0] * 4}, {"layers_per_block": [1, 2]}], ids=str
-)
-def test_vaes_that_ask_for_more_are_refused(entries: dict[str, Any]) -> None:
-    config = dict(
-        AutoencoderKL(
-            block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",)
-        ).config
-    )
-    assert vae_config(config).res_blocks == 1 and vae_config(config | {"layers_per_block": [1]}).res_blocks == 1
-    assert vae_config(config | {"act_fn": "swish"}) == vae_config(config)
-    with pytest.raises(ValueError):
-        check_values(vae_config(config | entries))
-
-
-@pytest.mark.parity("transformers CLIPTextModel, float32", SINGLE)
-@pytest.mark.parametrize("inner", [64, 40, 37, 100])
-def test_the_mlps_of_a_text_tower_have_their_own_width(tmp_path: Path, inner: int) -> None:
-    peer, _ = text_pair(TEXT)
-    config = peer.config
-    config.intermediate_size = inner
-    wide = type(peer)(config).eval()
-    wide.save_pretrained(tmp_path / "text_encoder")
-    tower, tokens = load_text_encoder(tmp_path / "text_encoder"), torch.tensor([[49406, 320, 1125, 49407]])
-    with torch.no_grad():
-        assert max_error(tower(tokens), wide(tokens).last_hidden_state) < SINGLE
-
-
-@pytest.mark.parity("transformers CLIPVisionModelWithProjection", DOUBLE)
-def test_fine_features_of_a_tower_of_one_layer_are_what_enters_it() -> None:
-    for layers in (1, 2, 3):
-        peer, ours = vision_pair(replace(IMAGE, layers=(layers,)))
-        pixels = randn(2, 3, 32, 32, seed=3)
-        want = peer(pixels, output_hidden_states=True).hidden_states[-2]
-        assert max_error(ours.fine(pixels), want) < DOUBLE
-
-
-@pytest.mark.parity("diffusers UNet2DConditionModel.from_pretrained", 0)
-@pytest.mark.parametrize("width", [8, 128, 256])
-def test_the_size_embedding_of_an_added_condition_is_kept(pair: Any, tmp_path: Path, width: int) -> None:
-    unet = UNet(replace(SMALL_UNETS["sdxl"][0], added_time_dim=width, added_dim=6 * width + 10))
-    save_diffusers(unet, tmp_path / "unet")
-    assert UNet2DConditionModel.from_pretrained(tmp_path / "unet").config.addition_time_embed_dim == width
-    assert load_unet(tmp_path / "unet").config == unet.config
-
-
-SPECIAL: dict[str, dict[str, Any]] = {
-    "SD 1.5": {"pad_token": "<|endoftext|>"},
-    "SD 2.1": {"pad_token": "!"},
-    "an added token": {
-        "pad_token": {"content": "!", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-    },
-    "nothing": {},
-}
-OFFICIAL = {"unk_token": "<|endoftext|>", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-
-
-@pytest.mark.parity("transformers CLIPTokenizer.from_pretrained", 0)
-@pytest.mark.parametrize("decoder", [False, True], ids=["", "added_tokens_decoder"])
-@pytest.mark.parametrize("case", SPECIAL)
-@pytest.mark.parametrize("pad", ["<|endoftext|>", "!", None])
-def test_the_pad_token_is_transformers(tmp_path: Path, pad: str | None, case: str, decoder: bool) -> None:
-    """special_tokens_map.json counts, where tokenizer_config.json has no added_tokens_decoder."""
-    write_tokenizer(tmp_path / "tokenizer", pad)
-    settings: dict[str, Any] = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"} | (
-        {"pad_token": pad} if pad else {}
-    )
-    if decoder:
-        settings["added_tokens_decoder"] = {
-            "49407": {
-                "content": "<|endoftext|>",
-                "lstrip": False,
-                "normalized": True,
-                "rstrip": False,
-                "single_word": False,
-                "special": True,
-            }
-        }
-    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "tokenizer" / "special_tokens_map.json").write_text(json.dumps(OFFICIAL | SPECIAL[case]))
-    (tmp_path / "tokenizer" / "merges.txt").write_text("#version: 0.2\ni n</w>\n")
-    words = json.loads((tmp_path / "tokenizer" / "vocab.json").read_text())
-    assert (
-        pad_token(words, settings, OFFICIAL | SPECIAL[case])
-        == CLIPTokenizer.from_pretrained(tmp_path / "tokenizer").pad_token_id
-    )
-
-
-def test_sd21s_tokenizer_pads_with_zero(own_folder: Path) -> None:
-    (own_folder / "tokenizer" / "special_tokens_map.json").write_text(json.dumps(OFFICIAL | SPECIAL["SD 2.1"]))
-    assert load_text_encoder(own_folder / "text_encoder").config.pad == 0
-    change_json(own_folder / "tokenizer" / "tokenizer_config.json", added_tokens_decoder={})
-    assert load_text_encoder(own_folder / "text_encoder").config.pad == END
 
 
 # inspect

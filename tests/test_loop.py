@@ -5,34 +5,25 @@ from __future__ import annotations
 import copy
 import json
 import os
-import pickle
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from small_run import PLAN, Batch, Net, make, noisy_loss, numbers, same, train, weight_sum
 from torch import Tensor, nn
 
 from train import checkpoint, loop
-from train.checkpoint import locked
-from train.data import Cached, Data, Files, OnTheFly, mapped, stream, tensors
+from train.data import OnTheFly
 from train.errors import Damaged, Diverged, Interrupted, OtherRun
 from train.loop import Plan, run
-from train.pairs import Pairs
-from train.randomness import generator, seeded
-from train.step import GraphStep
+from train.randomness import generator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PLAN = Plan("tiny", steps=12, batch=4, lr=1e-2, warmup=3, ema=0.9, save_every=100, validate_every=4)
-Batch = tuple[Tensor, Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -44,46 +35,6 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-class Net(nn.Module):
-    """With a normalisation that counts, so that state has integers too, and a weight that doesn't train."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.layers = nn.Sequential(nn.Linear(3, 8, bias=False), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 2))
-        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x) * self.frozen
-
-
-def make(step: int, n: int = 4) -> Batch:
-    g = torch.Generator().manual_seed(1000 + step)
-    return torch.randn(n, 3, generator=g), torch.randn(n, 2, generator=g)
-
-
-def noisy_loss(net: nn.Module) -> Callable[[Batch, torch.Generator], dict[str, Tensor]]:
-    def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
-        x, y = batch
-        error = net(x + 0.1 * torch.randn(x.shape, generator=g)) - y
-        return {"loss": error.square().mean(), "largest": error.detach().abs().max()}
-
-    return loss
-
-
-def weight_sum(module: nn.Module) -> dict[str, float]:
-    return {"sum": float(sum(p.detach().double().sum() for p in module.parameters()))}
-
-
-def train(
-    folder: Path, plan: Plan = PLAN, seed: int = 0, make: Callable[[int], Batch] = make, workers: int = 0, **options: Any
-) -> tuple[Net, nn.Module, list[dict[str, Any]]]:
-    """(the module, what `run` says to keep, the log)."""
-    net = Net(seed)
-    kept, log = run(plan, net, OnTheFly(make), noisy_loss(net), weight_sum, folder, workers, **options)
-    return net, kept, log
-
-
 def stop_at(step: int, number: int = signal.SIGINT) -> Callable[[int], Batch]:
     """Data whose step `step` is when the user presses Ctrl-C."""
 
@@ -93,15 +44,6 @@ def stop_at(step: int, number: int = signal.SIGINT) -> Callable[[int], Batch]:
         return make(at)
 
     return made
-
-
-def numbers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The log without its clock."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in log]
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 # going on
@@ -392,7 +334,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path: Path) -> None
     assert not (tmp_path / "tiny.pt").exists()
 
 
-# the rate, the data, the random numbers
+# the rate
 
 
 def test_rate() -> None:
@@ -411,236 +353,10 @@ def test_rate_without_warmup_or_decay(warmup: int, decay: float) -> None:
     assert plan.rate(0) == 1.0 and (plan.rate(9) == 1.0) == (decay == 0)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_data_comes_in_order(workers: int) -> None:
-    assert list(stream(OnTheFly(lambda step: step * step), range(3, 9), workers)) == [9, 16, 25, 36, 49, 64]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_in_a_worker_is_its_sentence_alone(workers: int) -> None:
-    def broken(step: int) -> int:
-        if step == 4:
-            raise ValueError("a.png: the picture is damaged")
-        return step
-
-    batches = stream(OnTheFly(broken), range(3, 9), workers)
-    assert next(batches) == 3
-    with pytest.raises(ValueError, match=r"^a\.png: the picture is damaged$"):
-        next(batches)
-
-
-@pytest.mark.parametrize("data", ["on the fly", "files", "cached"])
-def test_processes_share_one_stream(tmp_path: Path, data: str) -> None:
-    """Two processes see in a step what one sees in two steps."""
-    for i in range(5):
-        Image.new("L", (4, 4), 50 * i).save(tmp_path / f"{i}.png")
-    pairs = Pairs(torch.arange(5.0), torch.zeros(5), torch.zeros(5, dtype=torch.long), torch.zeros(1, 1), None, None)
-    kinds: dict[str, Data[Any]] = {
-        "on the fly": OnTheFly(float),
-        "files": Files(sorted(tmp_path.iterdir()), lambda image: torch.tensor(float(image.getpixel((0, 0))[0]))),
-        "cached": Cached(pairs, 2, seed=3),
-    }
-    own = kinds[data]
-
-    def plain(batch: Any) -> Any:
-        return batch.mean.tolist() if data == "cached" else batch
-
-    one = [plain(own.batch(step)) for step in range(8)]
-    assert [plain(own.batch(step, rank, 2)) for step in range(4) for rank in range(2)] == one
-    assert len({str(each) for each in one}) > 3
-
-
-def test_seeded_modules_depend_on_the_seed_alone() -> None:
-    def built(seed: int) -> Tensor:
-        with seeded(seed):
-            return nn.Linear(3, 3).weight
-
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    first = built(1)
-    assert torch.equal(before, torch.get_rng_state())
-    torch.rand(7)
-    assert torch.equal(built(1), first) and not torch.equal(built(2), first)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_data_leaves_the_global_random_numbers_alone(workers: int) -> None:
-    before = torch.get_rng_state()
-    list(stream(OnTheFly(float), range(3), workers))
-    assert torch.equal(before, torch.get_rng_state())
-
-
 def test_workers_change_no_number(tmp_path: Path) -> None:
     _, kept, log = train(tmp_path / "a")
     _, kept_too, log_too = train(tmp_path / "b", workers=1)
     assert numbers(log) == numbers(log_too) and same(kept, kept_too)
-
-
-def test_random_numbers_of_a_step_are_its_own() -> None:
-    """For every seed: a CPU generator reads only 32 bits of what it is seeded with."""
-    drawn = {tuple(torch.randn(4, generator=generator(seed, step)).tolist()) for seed in range(3) for step in range(50)}
-    assert len(drawn) == 150
-    assert torch.equal(torch.randn(4, generator=generator(2, 7)), torch.randn(4, generator=generator(2, 7)))
-
-
-# checkpoints
-
-
-def test_checkpoint_round_trip_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a.pt"
-    assert checkpoint.load(path) is None
-    checkpoint.save(path, {"x": torch.arange(3), "log": [{"loss": 0.1, "step": 1}]})
-    state = checkpoint.load(path)
-    assert state is not None and torch.equal(state["x"], torch.arange(3)) and state["log"] == [{"loss": 0.1, "step": 1}]
-    assert [file.name for file in path.parent.iterdir()] == ["a.pt"]
-
-
-def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.pt"
-    checkpoint.save(path, {"step": 1})
-
-    def full(_: object, file: Path) -> None:
-        file.write_bytes(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.save(path, {"step": 2})
-    monkeypatch.undo()
-    assert checkpoint.load(path) == {"step": 1}
-
-
-class Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("plain", [False, True])
-def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path, plain: bool) -> None:
-    state = {"step": 1, "module": Malicious(tmp_path / "owned")}
-    if plain:
-        (tmp_path / "tiny.pt").write_bytes(pickle.dumps(state))
-    else:
-        torch.save(state, tmp_path / "tiny.pt")
-    with pytest.raises(ValueError, match=r"tiny\.pt is damaged .*: remove it"):
-        train(tmp_path)
-    assert not (tmp_path / "owned").exists()
-
-
-# one run in a folder
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from train.checkpoint import locked
-with locked(Path(sys.argv[1])):
-    print("locked", flush=True)
-    if len(sys.argv) > 2:
-        import os
-        if os.fork() == 0:  # as a worker that outlives it
-            time.sleep(60)
-            os._exit(0)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("worker", [(), ("worker",)])
-def test_a_second_run_is_refused_while_the_first_is_alive(tmp_path: Path, worker: tuple[str, ...]) -> None:
-    folder = tmp_path / "runs"
-    first = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *worker], stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None and first.stdout.readline() == "locked\n"
-    try:
-        with pytest.raises(OSError, match=rf"runs is in use by another run \(process {first.pid}\): wait"), locked(folder):
-            pass
-    finally:
-        first.kill()
-        first.wait()
-    with locked(folder):
-        pass
-
-
-def test_a_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no"), locked(tmp_path / "new" / "runs"):
-        raise ValueError("no")
-    assert not (tmp_path / "new" / "runs").exists()
-    with locked(tmp_path / "runs"):
-        (tmp_path / "runs" / "a.pt").touch()
-    assert sorted(file.name for file in (tmp_path / "runs").iterdir()) == ["a.pt", "lock"]
-
-
-# recorded steps
-
-
-class Replayed(GraphStep[Any]):
-    """A recorded step without a GPU: replaying runs the recorded function on whatever the recorded batch holds by then."""
-
-    device, capturable = "cpu", False
-
-    def _warm_up(self) -> Tensor:
-        self.warm += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        return self._step()
-
-    def _record(self) -> None:
-        graph: Any = SimpleNamespace(replay=lambda: setattr(self, "values", self._warm_up()))
-        self.graph = graph
-
-
-@dataclass(frozen=True)
-class Labelled:
-    x: Tensor
-    y: Tensor
-    nothing: None = None
-
-
-KINDS: dict[str, Callable[[Batch], Any]] = {
-    "tuple": lambda batch: batch,
-    "dict in a tuple": lambda batch: (batch[0], {"y": batch[1]}),
-    "dataclass": lambda batch: Labelled(*batch),
-    "tensor": lambda batch: torch.cat(batch, dim=1),
-}
-
-
-def parts_of(batch: Any) -> Batch:
-    if isinstance(batch, Tensor):
-        return batch[:, :3], batch[:, 3:]
-    x, y = (batch.x, batch.y) if isinstance(batch, Labelled) else batch
-    return x, y["y"] if isinstance(y, dict) else y
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_recorded_step_reads_every_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, workers: int, accumulate: int
-) -> None:
-    """On a GPU, a step is replayed on memory that must be filled anew with every batch, whatever a batch is made of."""
-
-    def trained(folder: Path) -> tuple[nn.Module, list[dict[str, Any]]]:
-        net = Net()
-
-        def loss(batch: Any, g: torch.Generator) -> dict[str, Tensor]:
-            return noisy_loss(net)(parts_of(batch), g)
-
-        data = OnTheFly(lambda step: KINDS[kind](make(step)))
-        return run(replace(PLAN, accumulate=accumulate), net, data, loss, weight_sum, folder, workers)
-
-    kept, log = trained(tmp_path / "plain")
-    monkeypatch.setattr(loop, "step_for", lambda _: Replayed)
-    kept_too, log_too = trained(tmp_path / "recorded")
-    assert same(kept, kept_too) and numbers(log_too) == numbers(log) and len(log) == 12
-
-
-def test_a_batch_that_hides_tensors_is_refused() -> None:
-    x = torch.ones(2)
-    assert [len(tensors(batch)) for batch in ((x, {"a": x, "b": (x, None)}), Labelled(x, x), x)] == [3, 2, 1]
-    for hidden in ([x], (x, [x]), {"a": [x]}, (x, 1.0)):
-        with pytest.raises(TypeError, match="a batch may not hold"):
-            mapped(torch.clone, hidden)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 8])
@@ -651,4 +367,3 @@ def test_a_scaled_plan_sees_as_many_pictures(factor: int) -> None:
     assert scaled.ema**scaled.steps == pytest.approx(plan.ema**plan.steps)
     assert [scaled.rate(i // factor) for i in (799, 400)] == pytest.approx([plan.rate(i) for i in (799, 400)], abs=0.03)
     assert plan.scaled(10_000).steps == 1
-

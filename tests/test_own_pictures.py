@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from own_pictures import ENVIRONMENT, IMAGE, UNET, command, picture, write_base, write_pictures
+from own_pictures import (
+    ENVIRONMENT,
+    IMAGE,
+    UNET,
+    base,
+    command,
+    nothing_encoded,
+    picture,
+    trained,
+    write_base,
+    write_pictures,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,25 +43,9 @@ from train.errors import OtherRun
 from train.pairs import Pairs
 from train.setting import TrainingSource
 
+__all__ = ["base", "trained"]  # fixtures
+
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:these words are not")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, and the state and result of a finished run on it. It is shared, so tests must use a copy."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_pictures(folder / "data")
-    main(command(folder, base))
-    return folder
-
-
-def nothing_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "encoded", lambda *_: pytest.fail("pictures were encoded"))
 
 
 # states
@@ -222,8 +217,8 @@ def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypa
     fresh = encode.FilePictures(TrainingSource(base, data=folder).files()[0], 16)  # type: ignore[index]
     pipeline = load(base, ())
     again = fresh.pairs(pipeline.vae, pipeline.text, pipeline.image, tmp_path / "another cache")
-    assert torch.equal(again.mean, second.mean) and again.images is not None and second.images is not None
-    assert torch.equal(again.images, second.images)
+    assert torch.equal(again.mean, second.mean) and again.features and second.features
+    assert torch.equal(again.features.pictures, second.features.pictures)
     (folder / "00.png").rename(folder / "x.png")
     (folder / "02.png").rename(folder / "00.png")
     (folder / "x.png").rename(folder / "02.png")
@@ -280,7 +275,7 @@ def test_a_run_killed_at_twenty_points_ends_in_the_same_file(base: Path, tmp_pat
 @pytest.mark.parametrize(("n", "batch"), [(1, 4), (3, 8), (6, 32), (5, 5), (7, 3)])
 def test_fewer_pictures_than_the_batch_are_repeated(n: int, batch: int) -> None:
     """Every batch is full, and the counts of all pictures differ by at most one."""
-    pairs = Pairs(torch.zeros(n, 1), torch.zeros(n, 1), torch.zeros(n, dtype=torch.long), torch.zeros(1, 1), None, None)
+    pairs = Pairs(torch.zeros(n, 1), torch.zeros(n, 1), torch.zeros(n, dtype=torch.long), torch.zeros(1, 1), None)
     data = Cached(pairs, batch, seed=0)
     for step in range(4):
         counts = torch.bincount(data.rows(step), minlength=n)

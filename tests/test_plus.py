@@ -16,7 +16,7 @@ from diffusers.models.embeddings import IPAdapterFullImageProjection, IPAdapterP
 from peers import max_error, number_of, official_projection, randn, randomise
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_pipeline import BASES, Ask, Model, adapter, build, difference, flat, theirs
+from small_models import BASES, Ask, Model, adapter, build, difference, flat, theirs
 from torch import Tensor
 
 from checkpoints import cards
@@ -49,7 +49,7 @@ def in_official_names(projection: Projection) -> Tensors:
 
 
 @pytest.mark.parity("diffusers IPAdapterPlusImageProjection, IPAdapterFullImageProjection", TOLERANCE)
-@pytest.mark.parametrize("batch, features, heads", [(1, 1, 1), (3, 7, 1), (2, 257, 3)])
+@pytest.mark.parametrize("batch, features, heads", [(1, 2, 1), (3, 7, 1), (2, 257, 3)])
 @pytest.mark.parametrize("form", ["Plus", "Full"])
 def test_the_projection_equals_diffusers(form: str, batch: int, features: int, heads: int) -> None:
     """diffusers reads our weights by their official names. They are float64 that float32 can hold, as it reads into that."""
@@ -135,7 +135,7 @@ def unet(files: Files) -> UNet:
 @pytest.mark.parametrize("form", ["Plus", "Full"])
 def test_files_there_and_back(files: Files, unet: UNet, tmp_path: Path, form: str) -> None:
     """Bit for bit, with every size read from the shapes."""
-    found = load_adapter(files.paths[form], unet, dtype=None, fine_dim=SMALL.image.width)
+    found = load_adapter(files.paths[form], unet, SMALL.image, dtype=None)
     save_adapter(found, unet, tmp_path / "back.safetensors", {"a": 1}, dtype=None)
     convert(files.paths[form], tmp_path / "converted.safetensors")
     for name in ("back", "converted"):
@@ -215,16 +215,16 @@ def test_broken_files_are_refused(files: Files, unet: UNet, tmp_path: Path, case
 def test_another_encoder_or_base_is_refused(files: Files, unet: UNet, form: str) -> None:
     wants = r"needs the fine features of 24-d, but you gave the fine features of ViT-bigG \(1664-d\): pass that encoder as"
     with pytest.raises(ValueError, match=wants):
-        load_adapter(files.paths[form], unet, image_dim=24, fine_dim=1664)
+        load_adapter(files.paths[form], unet, replace(SMALL.image, output_dim=24, width=1664))
     wide = copy.deepcopy(unet)
     wide.config = UNetConfig(context_dim=768)
     with pytest.raises(ValueError, match=r"is an adapter for 24-d, but you gave a base model of Stable Diffusion 1\.5"):
         load_adapter(files.paths[form], wide)
-    found = load_adapter(files.paths[form], unet, image_dim=7).image_projection  # the embedding's width says nothing
+    found = load_adapter(files.paths[form], unet, replace(SMALL.image, output_dim=7)).image_projection  # the embedding's width says nothing
     with pytest.raises(ValueError, match="reads fine features of width 24, but the image encoder gives 25: use the"):
         found(torch.zeros(1, 3, 25))
     with pytest.raises(ValueError, match="reads fine features, a matrix for each picture"):
-        found(torch.zeros(1, 24))
+        found(torch.zeros(1, 1, 24))
     with pytest.raises(ValueError, match="reads image embeddings, a vector for each picture"):
         ImageProjection(24, 6)(torch.zeros(1, 3, 24))
 

@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints.cards import read_card
-from train import adapter, clip, judge, plus, preview, probe, scorer, setting, step, unet, vae
+from model.features import FINE
+from train import adapter, clip, control, judge, plus, preview, probe, scorer, setting, step, structure, t2i, unet, vae
 from train.data import tensors
 from train.setting import TrainingSource
 
@@ -38,7 +39,7 @@ class Watch(TorchDispatchMode):
 def small() -> Iterator[None]:
     """Little to validate on, and no previews."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (vae, unet, setting, judge):
+        for module in (vae, unet, setting, judge, structure):
             patch.setattr(module, "HELD_OUT", 8)
         patch.setattr(clip, "probe", lambda _: {"concept": 0.0})
         patch.setattr(probe.probe_data.__wrapped__, "__defaults__", (16, 8))
@@ -71,13 +72,17 @@ def test_every_stage_trains_and_its_steps_wait_for_nothing(tmp_path: Path, monke
     stage = "adapter"
     adapter.train(state, weights, tiny(adapter.PHASES), source)
     stage = "plus"
-    plus.train(state, weights, tiny(plus.PHASES), replace(source, fine=True))
+    plus.train(state, weights, tiny(plus.PHASES), replace(source, reads=FINE))
     stage = "judge"
     judge.train(state, weights, tiny(judge.PHASES), count=24, unknown=8)
     stage = "scorer"
     scorer.train(state, weights, tiny(scorer.PHASES), count=24)
+    stage = "control"
+    control.train(state, weights, tiny(control.PHASES), pictures=16)
+    stage = "t2i"
+    t2i.train(state, weights, tiny(t2i.PHASES), pictures=16)
     assert not watch.found
-    assert seen == {"vae": 1, "clip": 3, "unet": 4, "adapter": 6, "plus": 6, "judge": 6, "scorer": 3}
+    assert seen == {"vae": 1, "clip": 3, "unet": 4, "adapter": 6, "plus": 6, "judge": 6, "scorer": 3, "control": 5, "t2i": 5}
     for file in weights.glob("*.safetensors"):
         assert all(plan["steps"] == 2 and plan["batch"] == 8 for plan in read_card(file)["settings"])
 

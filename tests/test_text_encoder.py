@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import open_clip
@@ -14,6 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from eval.peers.official import text_settings
 from model.text_encoder import END, SD15_TEXT, SD21_TEXT, START, TextConfig, TextEncoder, words_of
+from train.clip import MINI_TEXT
+from train.world import World
 
 TOLERANCE = 1e-12  # measured: 2e-14 and less
 WIDTH, LAYERS, HEADS, OUTPUT = 16, 3, 2, 10
@@ -148,3 +151,10 @@ def test_official_sizes(config: TextConfig, parameters: int, keys: int) -> None:
         ours, peer = TextEncoder(config), CLIPTextModel(CLIPTextConfig(**text_settings(config)))
     assert number_of(ours) == (parameters, keys)
     assert number_of(peer) == (parameters, keys + 4 * config.layers)
+
+
+def test_the_small_vocabulary_knows_every_caption_of_the_mini_world() -> None:
+    encoder, world = TextEncoder(replace(MINI_TEXT, width=8, layers=1, heads=2, output_dim=8)), World("train")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.tokenize(sorted({text for i in range(600) for text in (world[i].caption, world[i].rich_caption)}))

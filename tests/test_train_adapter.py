@@ -20,29 +20,24 @@ from checkpoints.adapters import load_adapter
 from model.adapter import IPAdapter
 from model.attention import attention, concatenated, decoupled
 from model.context import Context
-from model.image_encoder import ImageConfig, ImageEncoder
+from model.features import Features
 from model.image_projection import ImageProjection, Resampler
 from model.source import Source
-from model.text_encoder import TextEncoder
 from model.unet import UNet, UNetConfig
-from model.vae import VAE, VAEConfig
 from sampling.pipeline import load
 from sampling.schedule import Prediction, Schedule
 from train import adapter as adapter_stage
-from train import loss as loss_module
 from train import preview, setting
 from train.__main__ import main
 from train.adapter import Recipe
-from train.clip import MINI_TEXT
 from train.data import Cached
-from train.encode import WorldPictures, encode_texts
 from train.gains import check_gates, held_out_losses
 from train.loop import Plan
-from train.loss import diffusion_loss, drops, images_of, min_snr, noise_for, noised
+from train.loss import diffusion_loss, drops, min_snr, noise_for, noised
 from train.pairs import Pairs
 from train.plus import initialise_from
 from train.setting import Setting, TrainingSource
-from train.world import Says, World
+from train.world import Says
 
 CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4)
 EMBEDDING = 10
@@ -68,8 +63,7 @@ def pairs() -> Pairs:
         0.1 * torch.ones(n, 4, 8, 8),
         torch.arange(n) % 3,
         randn(3, 5, 8, seed=2),
-        randn(n, EMBEDDING, seed=3),
-        torch.zeros(EMBEDDING),
+        Features(randn(n, 1, 1, EMBEDDING, seed=3), torch.zeros(1, 1, 1, EMBEDDING)),
     )
 
 
@@ -259,8 +253,9 @@ def test_held_out_losses_are_what_they_say(pairs: Pairs) -> None:
 
 def fine_of(pairs: Pairs) -> Pairs:
     """The same pictures as fine features, which the embedding is a linear function of."""
-    spread = randn(EMBEDDING, 3 * 12, seed=4)
-    return replace(pairs, images=(pairs.images @ spread).view(-1, 3, 12), null=torch.zeros(3, 12))
+    assert pairs.features is not None
+    fine = (pairs.features.pictures @ randn(EMBEDDING, 3 * 12, seed=4)).view(-1, 1, 3, 12)
+    return replace(pairs, features=Features(fine, torch.zeros(1, 1, 3, 12)))
 
 
 def plus_of(unet: UNet, tokens: int) -> IPAdapter:
@@ -294,7 +289,7 @@ def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pa
         for drop in (none, ~none):
             with torch.no_grad():
                 contexts = [
-                    each(Context(batch.text), images_of(source.at(rows), drop), scale=2.0)
+                    each(Context(batch.text), source.at(rows).images(drop), scale=2.0)
                     for each, source in ((known, pairs), (adapter, fine))
                 ]
                 wanted, own = (unet(batch.x0, batch.t, context) for context in contexts)
@@ -302,7 +297,8 @@ def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pa
     assert errors["plus"] < 0.05 * errors["fresh"], errors
     explained = [json.loads(row) for row in (tmp_path / "begin.jsonl").read_text().splitlines()][-1]["explained"]
     with torch.no_grad():
-        goal, own = known.tokens(pairs.images).repeat(1, 3, 1), plus.tokens(fine.images)
+        assert pairs.features and fine.features
+        goal, own = known.tokens(pairs.features.pictures).repeat(1, 3, 1), plus.tokens(fine.features.pictures)
     share = 1 - float((own - goal).square().mean() / (goal - goal.mean(dim=0)).square().mean())
     assert explained == pytest.approx(share, abs=1e-5) and share > 0.99
 
@@ -351,52 +347,6 @@ def test_latents_are_samples_of_the_posterior(pairs: Pairs) -> None:
     assert float(drawn.std(dim=0).mean()) == pytest.approx(0.1, abs=0.005)
 
 
-def tiny_encoders() -> tuple[VAE, TextEncoder, ImageEncoder]:
-    torch.manual_seed(0)
-    vae = VAE(VAEConfig(channels=(8, 8, 8), res_blocks=1, groups=4, scale=0.5))
-    text = TextEncoder(replace(MINI_TEXT, width=8, layers=1, heads=2, output_dim=8))
-    image = ImageEncoder(ImageConfig(image_size=64, patch=32, width=8, layers=(1,), heads=2, output_dim=12))
-    return vae.eval(), text.eval(), image.eval()
-
-
-def test_captions_are_encoded_once_each_the_empty_one_first() -> None:
-    _, text, _ = tiny_encoders()
-    captions = ["a fox", "", "an owl", "a fox"]
-    texts, rows = encode_texts(text, captions)
-    assert texts.shape == (3, 77, 8) and rows.tolist() == [1, 0, 2, 1]
-    with torch.no_grad():
-        torch.testing.assert_close(texts[rows].float(), text(text.tokenize(captions)), atol=5e-3, rtol=0)
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_pairs_of_the_world_and_their_cache(tmp_path: Path) -> None:
-    encoders, cache = tiny_encoders(), tmp_path / "new"  # the folder of a fresh run isn't there yet
-    found = WorldPictures("val", 3).pairs(*encoders, cache)
-    assert found.mean.shape == (3, 4, 16, 16) and found.images is not None and found.images.shape == (3, 12)
-    captions = [World("val")[i].caption for i in range(3)]
-    texts, rows = encode_texts(encoders[1], captions)
-    assert torch.equal(found.texts, texts) and torch.equal(found.caption, rows)
-    again = WorldPictures("val", 3).pairs(*encoders, cache)
-    assert torch.equal(again.mean, found.mean) and torch.equal(again.images, found.images)
-    assert [path.suffix for path in cache.rglob("*") if path.is_file()] == [".safetensors"] * 2
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_no_picture_is_a_zero_embedding_or_zero_pixels(tmp_path: Path) -> None:
-    """What a dropped picture is: zeros for the base form (section 3.2.3), the features of zero pixels for Plus."""
-    encoders, drop = tiny_encoders(), torch.tensor([True, False])
-    with torch.no_grad():
-        wanted = {False: torch.zeros(12), True: encoders[2].fine(torch.zeros(1, 3, 64, 64))[0]}
-    for fine, null in wanted.items():
-        pairs = WorldPictures("val", 2).pairs(*encoders, tmp_path, fine=fine)
-        assert pairs.null is not None and torch.equal(pairs.null, null) and pairs.images is not None
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loss_module, "drops", lambda n, g: (~drop, drop))
-            batch = noised(pairs.at(torch.arange(2)), torch.Generator().manual_seed(0), dropping=True)
-        assert torch.equal(batch.image[0], null) and torch.equal(batch.image[1], pairs.images[1].float())
-        assert torch.equal(batch.text[1], pairs.texts[0].float())
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_every_phase_has_its_own_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same pictures and the same adapter, which goes on; the card tells what the captions said."""
@@ -414,19 +364,7 @@ def test_every_phase_has_its_own_captions(tmp_path: Path, monkeypatch: pytest.Mo
     adapter_stage.train(tmp_path, tmp_path, phases, TrainingSource(Path("weights"), pictures=24))
     (first, before), (second, after) = seen
     assert len(first.pairs.texts) < 10 <= len(second.pairs.texts)  # no caption but colours; all kinds of captions
-    assert first.pairs.images is not None and second.pairs.images is not None
-    assert torch.equal(first.pairs.images, second.pairs.images) and not torch.equal(before, after)
+    assert first.pairs.features and second.pairs.features and not torch.equal(before, after)
+    assert torch.equal(first.pairs.features.pictures, second.pairs.features.pictures)
     card = json.loads((tmp_path / "ip_adapter.json").read_text())
     assert [tuple(each["says"].values()) for each in card["settings"]] == [(0, 0, 0, 0), (1, 1, 0, 0)]
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_cache_of_other_data_is_not_used(tmp_path: Path) -> None:
-    """After the autoencoder is trained again, or the number of pictures changes, the old latents are wrong."""
-    vae, text, image = tiny_encoders()
-    before = WorldPictures("val", 2).pairs(vae, text, image, tmp_path)
-    assert len(WorldPictures("val", 3).pairs(vae, text, image, tmp_path)) == 3
-    with torch.no_grad():
-        for weight in vae.parameters():
-            weight.mul_(1.5)
-    assert not torch.equal(WorldPictures("val", 2).pairs(vae, text, image, tmp_path).mean, before.mean)

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from own_pictures import ENVIRONMENT, command, write_base, write_pictures
+from own_pictures import ENVIRONMENT, base, command, nothing_encoded, trained, write_pictures
 from torch import Tensor
 
+from model.features import FINE, GLOBAL, Features
 from sampling.request import WEIGHTS
 from train import adapter, encode, gains, plus, setting
 from train.__main__ import folders, main, plans_of, source_of, status
@@ -25,25 +26,9 @@ from train.pairs import Pairs
 from train.plus import PLAN as PLUS
 from train.setting import TrainingSource
 
+__all__ = ["base", "trained"]  # fixtures
+
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:these words are not")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, and the state and result of a finished run on it. Shared: work on a copy."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_pictures(folder / "data")
-    main(command(folder, base))
-    return folder
-
-
-def nothing_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "encoded", lambda *_: pytest.fail("pictures were encoded"))
 
 
 # where things are read and written
@@ -59,7 +44,7 @@ def test_a_users_run_has_places_of_its_own() -> None:
     assert source_of(own, "adapter", folders(own)[1]).base == WEIGHTS
     named = arguments("plus", "--data", "cats.json", "--weights", "o", "--state", "s", "--base", "b")
     assert folders(named) == (Path("s"), Path("o")) and source_of(named, "plus", Path("o")).base == Path("b")
-    assert source_of(named, "plus", Path("o")).fine and not source_of(own, "adapter", Path("o")).fine
+    assert [source_of(own, stage, Path("o")).reads for stage in ("adapter", "plus")] == [GLOBAL, FINE]
     for stage in ("adapter", "all"):
         elsewhere = arguments(stage, "--weights", "w")
         assert source_of(elsewhere, "plus", folders(elsewhere)[1]).base == Path("w")
@@ -77,13 +62,13 @@ def test_the_mini_world_may_be_smaller(base: Path) -> None:
 @pytest.mark.parametrize("stage", [adapter, plus])
 def test_the_default_rate(stage: Any, base: Path) -> None:
     """The paper's where a base is named, constant; the mini world's for the mini weights; and what is given wins."""
-    (paper,) = stage.phases_for(TrainingSource(base, data=Path("data"), fine=stage is plus))
+    (paper,) = stage.phases_for(TrainingSource(base, data=Path("data"), reads=FINE if stage is plus else GLOBAL))
     assert paper.lr == 1e-4 and all(paper.rate(step) == 1 for step in (0, 1, paper.steps - 1))
-    (mini,) = stage.phases_for(TrainingSource(data=Path("data"), fine=stage is plus))
+    (mini,) = stage.phases_for(TrainingSource(data=Path("data"), reads=FINE if stage is plus else GLOBAL))
     assert (mini.lr, mini.decay) == ((PLUS.lr, PLUS.decay) if stage is plus else (adapter.PLAN.lr, adapter.PLAN.decay))
     given = plans_of(arguments("adapter", "--lr", "1e-5", "--steps", "7"), (paper,))
     assert (given[0].lr, given[0].steps) == (1e-5, 7)
-    assert stage.phases_for(TrainingSource(fine=stage is plus)) == stage.PHASES
+    assert stage.phases_for(TrainingSource(reads=FINE if stage is plus else GLOBAL)) == stage.PHASES
 
 
 # what is said
@@ -100,10 +85,11 @@ def test_the_verdict_is_whether_the_right_picture_helps(monkeypatch: pytest.Monk
     """With a made-up loss: the distance of what the adapter reads from what the latents are, and a lot of noise."""
     g = torch.Generator().manual_seed(0)
     mean, zeros = torch.randn(8, 3, 2, 2, generator=g), torch.zeros(8, dtype=torch.long)
-    pairs = Pairs(mean, torch.zeros_like(mean), zeros, torch.zeros(1, 77, 8), mean.flatten(1), torch.zeros(12))
+    features = Features(mean.flatten(1)[:, None, None], torch.zeros(1, 1, 1, 12))
+    pairs = Pairs(mean, torch.zeros_like(mean), zeros, torch.zeros(1, 77, 8), features)
 
     def loss(_: Any, __: Any, x0: Tensor, read: Tensor, t: Tensor, ___: Tensor) -> Tensor:
-        return 0.1 * (x0.flatten(1) - read).square().mean(dim=1) + t / 100
+        return 0.1 * (x0.flatten(1) - read.flatten(1)).square().mean(dim=1) + t / 100
 
     monkeypatch.setattr(gains, "diffusion_loss", loss)
     readers: dict[str, Callable[[Tensor], Tensor]] = {

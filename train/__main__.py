@@ -3,7 +3,7 @@
 To resume a run that was stopped (by Ctrl-C or in any other way), give the same command again; the result is the same.
 `python -m train STAGE --help` lists the options of a stage.
 
-  python -m train all                         the mini world from nothing, every stage in order (hours)
+  python -m train all                         the mini world from nothing, every network that ships (hours)
   python -m train all --device cuda --scale 4     the same on a GPU (minutes)
   python -m train adapter --data pictures     an adapter on your own pictures, with the mini weights as the base
   python -m train adapter --data pictures --base sd15.safetensors --image-encoder models/image_encoder \\
@@ -21,24 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import Diverged, GateError, Interrupted
-from train.options import ADAPTERS, SETTINGS, STAGES, parser
+from train.options import ADAPTERS, SETTINGS, SHIPPED, parser
 
 if TYPE_CHECKING:
     from train.loop import Plan
     from train.setting import TrainingSource
 
 
-def check_device(device: str) -> None:
-    """Prepare `device` for fast training. Raises ValueError if torch cannot compute on it."""
+def allow_fast_kernels() -> None:
+    """Let a GPU choose the fastest convolutions, and compute float32 products in TF32."""
     import torch
 
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # float32 products on a GPU may use TF32
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device} can't be used here ({reason}); omit it to use the CPU") from None
+    torch.set_float32_matmul_precision("high")
 
 
 def folders(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -52,6 +47,7 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
     """Return the base model and the pictures that the options name."""
     import torch
 
+    from model.features import FINE, GLOBAL
     from sampling.request import WEIGHTS
     from train.loop import has_bfloat16
     from train.setting import TrainingSource
@@ -62,7 +58,7 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
     return TrainingSource(
         args.base or (weights if args.data is None else WEIGHTS),
         args.image_encoder,
-        fine=stage == "plus",
+        reads=FINE if stage == "plus" else GLOBAL,
         pictures=args.pictures or PICTURES,
         data=args.data,
         side=args.side,
@@ -87,13 +83,15 @@ def cost(plan: Plan) -> str:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Train the chosen stage, or all of them, and print the outcome."""
+    """Train the chosen stage, or all whose weights ship, and print the outcome."""
+    from sampling.device import check_device
     from train.checkpoint import locked
 
     state, weights = folders(args)
     check_device(args.device)
+    allow_fast_kernels()
     with locked(state):
-        for name in STAGES if args.stage == "all" else (args.stage,):
+        for name in SHIPPED if args.stage == "all" else (args.stage,):
             stage = importlib.import_module(f"train.{name}")
             source = source_of(args, name, weights) if name in ADAPTERS else None
             plans = plans_of(args, stage.phases_for(source) if source else stage.PHASES)

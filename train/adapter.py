@@ -110,8 +110,7 @@ def initial_adapter(setting: Setting, source: TrainingSource, seed: int) -> IPAd
         with seeded(seed):
             return setting.adapter()
     assert pipeline.image is not None
-    widths = pipeline.image.config.output_dim, pipeline.image.config.fine_dim
-    adapter = load_adapter(source.start, pipeline.unet, widths[0], fine_dim=widths[1])
+    adapter = load_adapter(source.start, pipeline.unet, pipeline.image.config)
     return adapter.train().requires_grad_(True).to(next(pipeline.unet.parameters()).device)
 
 
@@ -188,7 +187,7 @@ def run_phases(
     for phase in phases:
         if phase.says != says and source.data is None:
             says, sets = phase.says, source.picture_sets(None, 0, phase.says)
-            pairs, held_out = encode(pipeline, sets, folder, source.fine)
+            pairs, held_out = encode(pipeline, sets, folder, source.reads)
             setting = replace(setting, pairs=pairs, held_out=held_out, made_from={**setting.made_from, **data_identity(sets)})
         kept, log = fit(setting, adapter, phase, folder, watch=draw_preview)
         adapter.load_state_dict(kept.state_dict())

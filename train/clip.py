@@ -33,6 +33,7 @@ from model.text_encoder import END, START, TextConfig, TextEncoder, words_of
 from train.card import WORLD_LICENCE, card
 from train.colour import ISH, NAMES, fine_colours
 from train.encode import renderer
+from train.fingerprint import significant
 from train.loop import Plan, run
 from train.pool import in_parts, pixels_of, scenes_of
 from train.probe import probe, probe_data
@@ -44,7 +45,7 @@ PHASES = (
     Plan("clip_image", 12_000, 128, 2e-3, 500, 0.8, weight_decay=0.05, bf16=True, seed=1, validate_every=6_000),
 )
 PICTURES, GROUP, WORDS = 60_000, 8, 3.0
-SIMILAR, COLOURS = 20.0, 10.0  # sigma of similar names in CIELAB; weight of the colours among the words
+SIMILAR, COLOURS = 20.0, 4.0  # sigma of similar names in CIELAB; weight of the colours among the words
 GATE = {"concept": 0.995, "background": 0.995, "palette_r2": 0.96}
 
 
@@ -165,7 +166,7 @@ def unit_entries(image: ImageEncoder) -> None:
     """Scale the last projection so that embeddings have entries of standard deviation 1, similar to ViT-H. Cosines do not change."""
     assert isinstance(image.clip, ModifiedResNet)
     pixels, _, train = probe_data(str(next(image.parameters()).device))
-    std = torch.cat([image(part) for part in pixels[:train].split(250)]).std()
+    std = significant(float(torch.cat([image(part) for part in pixels[:train].split(250)]).std()))
     for tensor in image.clip.attnpool.c_proj.parameters():
         tensor /= std
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints.files import replacing
+from model.features import GLOBAL, Embedder, Features
 from model.image_encoder import ImageEncoder, centre_square, normalise
 from model.text_encoder import TextEncoder
 from model.vae import VAE
@@ -76,19 +77,14 @@ def latents(vae: VAE, data: Data[Tensor], keys: Sequence[str], folder: Path, siz
 
 
 def features(
-    image: ImageEncoder, data: Data[Tensor], keys: Sequence[str], folder: Path, fine: bool
-) -> tuple[Tensor, Tensor]:
-    """Return (images, null) of `Pairs` for batches of pixels `b 3 s s`: image embeddings, or fine features.
-
-    `null` is a zero embedding, or the fine features of zero pixels (section 3.2.3).
-    """
+    image: ImageEncoder, data: Data[Tensor], keys: Sequence[str], folder: Path, reads: Embedder
+) -> Features:
+    """Return the features of one picture per prompt, for batches of pixels `b 3 s s`."""
     weight, size = next(image.parameters()), image.config.image_size
-    read: Callable[[Tensor], Tensor] = image.fine if fine else image
-    cache = folder / f"{'tokens' if fine else 'images'}-{size}-{fingerprint(image)}"
-    images = encoded(data, keys, lambda x: {"images": read(x.to(weight))}, cache)["images"]
+    cache = folder / f"{reads.name.replace(' ', '-')}-{size}-{fingerprint(image)}"
+    pictures = encoded(data, keys, lambda x: {"features": reads(image, x.to(weight))}, cache)["features"]
     with torch.no_grad():
-        null = read(torch.zeros(1, 3, size, size).to(weight))[0].cpu() if fine else torch.zeros(images.shape[1])
-    return images, null
+        return Features(pictures[:, None], reads.null(image, pictures.shape[-1]).cpu())
 
 
 @torch.no_grad()
@@ -123,16 +119,16 @@ class WorldPictures:
     def __len__(self) -> int:
         return self.count
 
-    def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, fine: bool = False) -> Pairs:
-        """Encode the pictures, `ENCODED` at a time. The pairs are on the device of `vae`. Without `image`, `Pairs.images` is None."""
+    def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
+        """Encode the pictures, `ENCODED` at a time. The pairs are on the device of `vae`. Without `image`, there are no features."""
         scenes, pixels = self.scenes, pixels_of(self.split, self.count, 0).split(ENCODED)
         keys = [digest([renderer(), self.split, ENCODED * i, len(part)]) for i, part in enumerate(pixels)]
         mean, std = latents(vae, OnTheFly(lambda i: to_unit(pixels[i])), keys, folder, "world")
-        images, null = None, None
+        read = None
         if image is not None:
-            images, null = features(image, OnTheFly(lambda i: normalise(pixels[i].float() / 255)), keys, folder, fine)
+            read = features(image, OnTheFly(lambda i: normalise(pixels[i].float() / 255)), keys, folder, reads)
         texts, caption = encode_texts(text, [scene.caption for scene in scenes])
-        return Pairs(mean, std, caption, texts, images, null).to(str(next(vae.parameters()).device))
+        return Pairs(mean, std, caption, texts, read).to(str(next(vae.parameters()).device))
 
     def made_from(self) -> dict[str, str]:
         """Return hashes that identify the pictures and captions."""
@@ -150,8 +146,8 @@ class FilePictures:
     def __len__(self) -> int:
         return len(self.files)
 
-    def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, fine: bool = False) -> Pairs:
-        """Encode the pictures, one at a time. Without an `image` encoder, `Pairs.images` is None."""
+    def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
+        """Encode the pictures, one at a time. Without an `image` encoder, there are no features."""
         keys = [file.digest for file in self.files]
 
         def square(picture: Image.Image) -> Tensor:
@@ -160,11 +156,11 @@ class FilePictures:
 
         paths = [file.path for file in self.files]
         mean, std = latents(vae, Files(paths, square), keys, folder, str(self.side))
-        images, null = None, None
+        read = None
         if image is not None:
-            images, null = features(image, Files(paths, image.preprocess), keys, folder, fine)
+            read = features(image, Files(paths, image.preprocess), keys, folder, reads)
         texts, caption = encode_texts(text, [file.text for file in self.files])
-        return Pairs(mean, std, caption, texts, images, null)
+        return Pairs(mean, std, caption, texts, read)
 
     def made_from(self) -> dict[str, str]:
         """Return hashes that identify the pictures and captions."""

@@ -1,4 +1,4 @@
-"""Short hashes that identify the inputs of a result: weights and plain data."""
+"""Short hashes that identify the inputs of a result, weights and plain data, and a rounding that keeps them the same."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def fingerprint(module: nn.Module) -> str:
 def digest(data: Any) -> str:
     """Hash plain data, such as a list of captions or of other hashes, to sixteen hex digits."""
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+
+
+def significant(x: float) -> float:
+    """Round to four significant digits, as SD rounded its 0.18215 to five.
+
+    A statistic measured on a GPU differs in the last bits each time. Weights that depend on the rounded number are the same when a
+    finished stage runs again, so the states of later stages still fit.
+    """
+    return float(f"{x:.4g}")

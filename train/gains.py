@@ -11,7 +11,7 @@ from model.context import Context
 from model.unet import UNet
 from sampling.schedule import Schedule
 from train.errors import GateError
-from train.loss import diffusion_loss, images_of, noised
+from train.loss import diffusion_loss, noised
 from train.pairs import Pairs
 from train.randomness import generator
 
@@ -27,7 +27,7 @@ def losses_of(
     losses: dict[str, list[Tensor]] = {"own": [], "none": [], "another": []}
     for i, part in enumerate(pairs.parts(device)):
         batch = noised(part, generator(seed, i, device))
-        none = images_of(part, torch.ones(len(part), dtype=torch.bool, device=device))
+        none = part.images(torch.ones(len(part), dtype=torch.bool, device=device))
         for name, image in {"own": batch.image, "none": none, "another": batch.image.roll(1, dims=0)}.items():
             context = adapter(Context(batch.text, fuse=fuse), image)
             losses[name].append(diffusion_loss(unet, schedule, batch.x0, context, batch.t, batch.eps))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from train import checkpoint
 from train.data import Data, stream
 from train.errors import Damaged, Interrupted
 from train.fingerprint import fingerprint
+from train.interrupt import Interrupt
 from train.randomness import hashed
 from train.step import Loss, Values, check_finite, move_towards, numbers, step_for
 
@@ -78,23 +78,6 @@ def autocast(plan: Plan) -> torch.autocast:
     """Autocast to bfloat16 if the plan asks for it and the device supports it."""
     enabled = plan.bf16 and has_bfloat16(plan.device)
     return torch.autocast(plan.device.split(":")[0], torch.bfloat16, enabled=enabled)
-
-
-class _Interrupt:
-    """Inside `with`, Ctrl-C and SIGTERM only set `signal_number`, which the loop reads between steps."""
-
-    signal_number = 0
-
-    def __enter__(self) -> _Interrupt:
-        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: object) -> None:
-        self.signal_number = number
 
 
 class _Training(Generic[T]):
@@ -187,7 +170,7 @@ def run(
     training, end = _Training(plan, module, loss, folder, made_from or {}), plan.steps if until is None else until
     batches = stream(data, range(training.step * plan.accumulate, end * plan.accumulate), workers)
     with (
-        _Interrupt() as interrupt,
+        Interrupt() as interrupt,
         tqdm(total=plan.steps, initial=training.step, desc=plan.name, dynamic_ncols=True) as bar,
     ):
         while training.step < end:

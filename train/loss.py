@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.context import Context
-from model.unet import UNet
+from model.unet import Residuals, UNet
 from sampling.schedule import Schedule
 from train.pairs import Batch
 
@@ -24,15 +25,23 @@ def min_snr(schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
 
 
 def diffusion_loss(
-    unet: UNet, schedule: Schedule, x0: Tensor, context: Context, t: Tensor, eps: Tensor, gamma: float | None = None
+    unet: UNet,
+    schedule: Schedule,
+    x0: Tensor,
+    context: Context,
+    t: Tensor,
+    eps: Tensor,
+    gamma: float | None = None,
+    control: Callable[[Tensor, Tensor], Residuals] | None = None,
 ) -> Tensor:
     """|| eps - eps_theta(x_t, t, c) ||^2, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps  (Eq. 1; Eq. 6 when c holds a picture).
 
     `x0`, `eps`: `b c h w`; `t`: `b`. Returns the mean over all dimensions but the batch, in float32: `b`. With v-prediction
-    the target is v. `gamma` applies the min-SNR weight; the paper uses none.
+    the target is v. `gamma` applies the min-SNR weight; the paper uses none. `control(x_t, t)` gives the residuals of a structure
+    control.
     """
     x_t = schedule.add_noise(x0, eps, t)
-    error = unet(x_t, t, context).float() - schedule.target(x0, eps, t)
+    error = unet(x_t, t, context, control(x_t, t) if control else None).float() - schedule.target(x0, eps, t)
     loss = error.square().mean(dim=tuple(range(1, error.ndim)))
     return loss if gamma is None else loss * min_snr(schedule, t, gamma)
 
@@ -63,12 +72,6 @@ class Noised:
     image: Tensor
 
 
-def images_of(batch: Batch, drop: Tensor) -> Tensor:
-    """Return the adapter's input for these pictures, replaced by the null input where `drop` is true."""
-    assert batch.image is not None and batch.null is not None
-    return torch.where(drop.view(-1, *[1] * batch.null.ndim), batch.null, batch.image)
-
-
 def noised(batch: Batch, g: torch.Generator, dropping: bool = False) -> Noised:
     """Draw latents, timesteps and noise for the pairs. With `dropping`, some lose their text, picture, or both."""
     x0 = batch.latents(g)
@@ -76,4 +79,4 @@ def noised(batch: Batch, g: torch.Generator, dropping: bool = False) -> Noised:
     none = torch.zeros(len(batch), dtype=torch.bool, device=g.device)
     drop_text, drop_image = drops(len(batch), g) if dropping else (none, none)
     text = torch.where(drop_text.view(-1, 1, 1), batch.empty, batch.text)
-    return Noised(x0, t, eps, text, images_of(batch, drop_image))
+    return Noised(x0, t, eps, text, batch.images(drop_image))

@@ -15,7 +15,10 @@ STAGES = {
     "plus": "IP-Adapter Plus, which reads fine features, on the mini world or on your own pictures",
     "judge": "the network that measures concept, background and palette",
     "scorer": "the second CLIP, which measures CLIP-I and CLIP-T",
+    "control": "a ControlNet that reads outlines",
+    "t2i": "a T2I-Adapter that reads outlines",
 }
+SHIPPED = tuple(name for name in STAGES if name not in ("control", "t2i"))  # what `all` trains
 ADAPTERS = "adapter", "plus"
 SETTINGS = "steps", "batch", "accumulate", "lr", "seed"  # options that override a field of the plan
 
@@ -79,7 +82,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="python -m train", description=description, formatter_class=form)
     stages = p.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, trains in {**STAGES, "all": "all stages, in this order"}.items():
+    for name, trains in {**STAGES, "all": "all stages whose weights ship, in this order"}.items():
         stage = stages.add_parser(name, help=trains, description=f"Train {trains}.")
         add_settings(stage)
         if name in ADAPTERS:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.features import Features
 from train.data import mapped
 
 
@@ -15,19 +16,23 @@ from train.data import mapped
 class Batch:
     """Encoded picture-text pairs.
 
-    `mean`, `std`: `b c h w`, the scaled parameters of q(z|x). `text`: the text tokens c_t, `b 77 c`. `image`: the adapter's input,
-    embeddings `b e` or fine features `b m e`. `empty`, `77 c`: replaces dropped texts. `null`, `e` or `m e`: replaces dropped pictures.
+    `mean`, `std`: `b c h w`, the scaled parameters of q(z|x). `text`: the text tokens c_t, `b 77 c`. `empty`, `77 c`,
+    replaces dropped texts. `features`: the adapter's input, one picture each, or None without an adapter.
     """
 
     mean: Tensor
     std: Tensor
     text: Tensor
     empty: Tensor
-    image: Tensor | None = None
-    null: Tensor | None = None
+    features: Features | None = None
 
     def __len__(self) -> int:
         return len(self.mean)
+
+    def images(self, drop: Tensor) -> Tensor:
+        """Return the adapter's input, `b 1 m e`, with the null image where `drop`, `b`, is true."""
+        assert self.features is not None
+        return self.features.dropped(drop)
 
     def to(self, device: str) -> Batch:
         """Move the batch to a device."""
@@ -43,15 +48,14 @@ class Pairs:
     """All encoded pairs, in memory in half precision.
 
     `texts`: `m 77 c`, the text tokens of the distinct captions, the empty caption first. `caption`: `n`, each picture's row in
-    `texts`. `images`, `n e` or `n m e`, and `null`, `e` or `m e`: the adapter's input, or None if there is no adapter.
+    `texts`. `features`: the adapter's input, one picture each, or None if there is no adapter.
     """
 
     mean: Tensor
     std: Tensor
     caption: Tensor
     texts: Tensor
-    images: Tensor | None
-    null: Tensor | None
+    features: Features | None
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -63,11 +67,9 @@ class Pairs:
     def at(self, rows: Tensor) -> Batch:
         """Return the pairs at `rows`, in float32, on the device of the pairs."""
         rows = rows.to(self.mean.device)
-        image, null = (None, None) if self.images is None else (self.images[rows].float(), self.null)
         text, empty = self.texts[self.caption[rows]].float(), self.texts[0].float()
-        return Batch(
-            self.mean[rows].float(), self.std[rows].float(), text, empty, image, None if null is None else null.float()
-        )
+        features = self.features and Features(self.features.pictures[rows].float(), self.features.null.float())
+        return Batch(self.mean[rows].float(), self.std[rows].float(), text, empty, features)
 
     def parts(self, device: str = "cpu", size: int = 64) -> Iterator[Batch]:
         """Yield all pairs in order, on a device, in parts of nearly equal size, at most `size`."""

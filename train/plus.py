@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from checkpoints.adapters import load_adapter
 from model.adapter import IPAdapter
+from model.features import FINE, GLOBAL
 from train import adapter
 from train.adapter import Outcome, Recipe
 from train.data import Cached, Data
 from train.fingerprint import fingerprint
 from train.loop import Plan, run
-from train.loss import drops, images_of
+from train.loss import drops
 from train.pairs import Batch, Pairs
 from train.setting import Setting, TrainingSource, encode
 
@@ -64,7 +65,7 @@ def initialise_from(
     plus.to_v.load_state_dict(known.to_v.state_dict())
 
     def tokens(batch: PairedBatch, drop: Tensor) -> tuple[Tensor, Tensor]:
-        pooled, fine = (images_of(part, drop) for part in batch)
+        pooled, fine = (part.images(drop) for part in batch)
         with torch.no_grad():
             goal = known.tokens(pooled)
         own = plus.tokens(fine)
@@ -107,7 +108,7 @@ def train(
 
     Raises FileNotFoundError if the global adapter is missing; the message names the command that trains it.
     """
-    source = source or TrainingSource(base=weights, fine=True)
+    source = source or TrainingSource(base=weights, reads=FINE)
     if not starts_from_global(source):
         return adapter.train(folder, weights, phases, source, command)
     begin, *others = phases
@@ -117,7 +118,7 @@ def train(
 
     def initialise(setting: Setting, plus: IPAdapter) -> tuple[Plan, ...]:
         known = load_adapter(start, setting.pipeline.unet).to(begin.device)
-        embeddings = encode(setting.pipeline, source.picture_sets(None, 0, phases[0].says), folder, fine=False)
+        embeddings = encode(setting.pipeline, source.picture_sets(None, 0, phases[0].says), folder, GLOBAL)
         initialise_from(known, plus, begin, embeddings, (setting.pairs, setting.held_out), folder, setting.made_from)
         return (begin,)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from checkpoints.adapters import adapter_file, adapter_kind
+from checkpoints.adapters import PROJECTIONS, adapter_file, adapter_kind
 from checkpoints.files import sha256
 from model.adapter import IPAdapter
+from model.features import FINE, GLOBAL, Embedder
 from model.image_projection import HEAD, ImageProjection, Projection, Resampler
 from sampling.pipeline import Pipeline, load
 from sampling.request import WEIGHTS
@@ -33,13 +34,13 @@ FileSplit = tuple[list[Captioned], list[Captioned]]
 class TrainingSource:
     """The files to train on, and the size and precision of the base.
 
-    `data`: a user's pictures, or None for the mini world. `fine`: read the encoder's fine features (Plus, Figure 11). `start`: a
-    trained adapter to start from.
+    `data`: a user's pictures, or None for the mini world. `reads`: how the adapter reads them; fine features are for Plus (Figure 11).
+    `start`: a trained adapter to start from.
     """
 
     base: Path = WEIGHTS
     image_encoder: Path | None = None
-    fine: bool = False
+    reads: Embedder = GLOBAL
     pictures: int = PICTURES  # number of mini world pictures
     data: Path | None = None
     side: int | None = None
@@ -64,9 +65,9 @@ class TrainingSource:
     @property
     def kind(self) -> str:
         """Return the kind of adapter, as `adapter_kind` names it. Raises ValueError if `start` reads the other kind of features."""
-        kind = adapter_kind(adapter_file(self.start)) if self.start else "IP-Adapter Plus" if self.fine else "IP-Adapter"
-        if self.fine != (kind != "IP-Adapter"):
-            stage = "adapter" if self.fine else "plus"
+        kind = adapter_kind(adapter_file(self.start)) if self.start else "IP-Adapter Plus" if self.reads == FINE else "IP-Adapter"
+        if PROJECTIONS[kind].reads != self.reads:
+            stage = "adapter" if self.reads == FINE else "plus"
             raise ValueError(f"{self.start} is {kind}: continue it with `python -m train {stage}`")
         return kind
 
@@ -95,6 +96,7 @@ class Setting:
     pairs: Pairs
     held_out: Pairs | None
     gamma: float | None = None  # of the min-SNR weights; the paper uses none
+    reads: Embedder = GLOBAL
     depth: int = DEPTH  # layers of Plus
     made_from: dict[str, Any] = field(default_factory=dict)
 
@@ -103,10 +105,10 @@ class Setting:
 
         The weights come from torch's global generator, so call this inside `seeded`.
         """
-        assert self.pairs.images is not None
-        unet, feature_width = self.pipeline.unet, self.pairs.images.shape[-1]
+        assert self.pairs.features is not None
+        unet, feature_width = self.pipeline.unet, self.pairs.features.pictures.shape[-1]
         width = unet.config.context_dim
-        if self.pairs.images.ndim == 3:
+        if self.reads == FINE:
             heads = max(1, width // HEAD)
             projection: Projection = Resampler(feature_width, width, tokens or FINE_TOKENS, width, self.depth, heads)
         else:
@@ -127,9 +129,9 @@ def made_from(pipeline: Pipeline, source: TrainingSource, sets: PictureSets) -> 
     return {**data_identity(sets), **identity, "--from": sha256(source.start) if source.start else "nothing"}
 
 
-def encode(pipeline: Pipeline, sets: PictureSets, folder: Path, fine: bool) -> tuple[Pairs, Pairs | None]:
+def encode(pipeline: Pipeline, sets: PictureSets, folder: Path, reads: Embedder) -> tuple[Pairs, Pairs | None]:
     """Encode the training pairs and the held-out ones, if any, or read them from the cache in `folder`."""
-    parts, (train, held) = (pipeline.vae, pipeline.text, pipeline.image, folder / "cache", fine), sets
+    parts, (train, held) = (pipeline.vae, pipeline.text, pipeline.image, folder / "cache", reads), sets
     return train.pairs(*parts), held.pairs(*parts) if len(held) else None
 
 
@@ -150,5 +152,5 @@ def prepare(
     identity = made_from(pipeline, source, sets)
     check(identity)
     mini: dict[str, Any] = {"gamma": GAMMA, "depth": MINI_DEPTH} if source.data is None else {}
-    pairs, held_out = encode(pipeline, sets, folder, source.fine)
-    return Setting(pipeline, pairs, held_out, made_from=identity, **mini)
+    pairs, held_out = encode(pipeline, sets, folder, source.reads)
+    return Setting(pipeline, pairs, held_out, made_from=identity, reads=source.reads, **mini)

@@ -26,7 +26,7 @@ WARM_UP = 3  # steps that run before the graph is recorded
 class Step(Generic[T]):
     """Run optimizer steps, on the device of the module. `lag`: the number of steps after which the loop reads the returned scalars."""
 
-    lag, device, capturable = 1, "cpu", False
+    lag, capturable = 1, False
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class Step(Generic[T]):
     ) -> None:
         self.loss, self.clip, self.autocast = loss, clip, autocast
         self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
         self.lr = torch.zeros((), device=self.device)
         lr = self.lr if self.capturable else 0.0
         self.optimizer = torch.optim.AdamW(
@@ -67,9 +68,8 @@ class Step(Generic[T]):
 
     def __call__(self, batches: Sequence[T], seeds: Sequence[int], lr: float, name: str) -> Values:
         """Run a step on batches with these seeds. Raises `Diverged`, before the weights change, if a number is not finite."""
-        device = self.parameters[0].device
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        values = self.gradients(mapped(lambda x: x.to(device), tuple(batches)), generators)
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        values = self.gradients(mapped(lambda x: x.to(self.device), tuple(batches)), generators)
         check_finite(numbers([values])[0], name)
         self.set_rate(lr)
         self.optimizer.step()
@@ -80,7 +80,7 @@ class Step(Generic[T]):
 class GraphStep(Step[T]):
     """Run optimizer steps on a GPU. All batches must have the same shapes, and the loss must not wait for the GPU."""
 
-    lag, device, capturable = 100, "cuda", True
+    lag, capturable = 100, True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -115,6 +115,10 @@ class GraphStep(Step[T]):
 
     def __call__(self, batches: Sequence[T], seeds: Sequence[int], lr: float, name: str) -> Values:
         """Run a step on batches with these seeds. The returned scalars stay on the GPU."""
+        with torch.cuda.device_of(self.lr):  # streams and graphs are those of the current device
+            return self._run(batches, seeds, lr)
+
+    def _run(self, batches: Sequence[T], seeds: Sequence[int], lr: float) -> Values:
         if not self.generators:
             self.generators = [torch.Generator(self.device) for _ in seeds]
             self.batches = mapped(lambda x: x.to(self.device, copy=True), tuple(batches))

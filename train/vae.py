@@ -9,6 +9,7 @@ the latents, as in latent diffusion (arXiv 2112.10752, appendix G).
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from model.vae import MINI_VAE, VAE, VAEConfig
 from train.card import WORLD_LICENCE, card
 from train.data import Cached
 from train.encode import renderer
+from train.fingerprint import significant
 from train.loop import Plan, run
 from train.pool import Pictures, pixels_of, to_unit
 from train.randomness import seeded
@@ -73,6 +75,13 @@ def psnr(vae: VAE, x: Tensor) -> float:
     return float((10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))).mean())
 
 
+@torch.no_grad()
+def unit_scale(vae: VAE, batches: Iterable[Tensor]) -> float:
+    """Return the factor, to four digits, that gives the latents of these pictures a standard deviation of 1."""
+    std = torch.cat([vae.encode(x) for x in batches]).std()
+    return significant(vae.config.scale / float(std))
+
+
 def train(
     folder: Path,
     weights: Path,
@@ -98,8 +107,6 @@ def train(
     for plan in phases:
         data, loss = Cached(pool, plan.batch, plan.seed), functools.partial(vae_loss, vae)
         log += run(plan, vae, data, loss, validate, folder, 0, made_from=made_from)[1]
-    with torch.no_grad():
-        parts = torch.arange(min(1024, count)).split(64)
-        std = torch.cat([vae.encode(pool.at(rows)) for rows in parts]).std()
-    vae.config = replace(config, scale=config.scale / float(std))
+    some = torch.arange(min(1024, count)).split(64)
+    vae.config = replace(config, scale=unit_scale(vae, map(pool.at, some)))
     cards.save(vae, weights / "vae.safetensors", card(phases, log, command, {"data": "the mini world"}, WORLD_LICENCE))

@@ -178,8 +178,13 @@ def render(scene: Scene, code: str | None = None) -> NDArray[np.uint8]:
     colours = fill_colours(code, scene.palette)[:, None, None] / 255
     drawn = (fills * colours).sum(axis=0) + outlines + transparency * scene.background_rgb
     canvas = np.broadcast_to(scene.background_rgb, (SIZE, SIZE, 3)).copy()
+    return np.rint(placed(scene, drawn, canvas).clip(0, 1) * 255).astype(np.uint8)
+
+
+def placed(scene: Scene, drawn: Array, canvas: Array) -> Array:
+    """Put a drawing, `s s c`, in its place on a canvas, `64 64 c`, mirrored if the scene is. Changes and returns the canvas."""
     canvas[scene.y : scene.y + scene.size, scene.x : scene.x + scene.size] = drawn[:, ::-1] if scene.mirror else drawn
-    return np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
+    return canvas
 
 
 def random_palette(rng: np.random.Generator, wedge: bool = False) -> Array:

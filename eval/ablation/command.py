@@ -19,8 +19,8 @@ from eval.ablation.memo import Memo
 from eval.ablation.rows import SCHEMA, Results, frame_of
 from eval.ablation.study import SMOKE, Place, Study
 from eval.ablation.work import evaluate
-from eval.device import check_device
 from eval.prompts import TASKS
+from sampling.device import check_device
 from train.setting import TrainingSource
 
 STUDY_OPTIONS = ("smoke", "data", "steps", "batch", "prompts", "rates")  # options that change the study

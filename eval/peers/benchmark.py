@@ -32,6 +32,7 @@ from eval.peers.timing import Row, beside, medians, peak
 from eval.tables import markdown
 from model.adapter import IPAdapter
 from model.context import Context
+from model.image_encoder import VIT_H
 from model.unet import UNet
 from sampling.pipeline import Pipeline, compiled
 from sampling.schedule import Schedule
@@ -41,13 +42,12 @@ from train.loss import diffusion_loss
 def _inputs(dtype: torch.dtype, batch: int = 2) -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(1)
     shapes = (batch, 4, 64, 64), (batch, 77, 768), (batch, 1024)
-    x, text, image = (torch.randn(*shape, generator=g).to(dtype) for shape in shapes)
-    return x, text, image
+    return tuple(torch.randn(*shape, generator=g).to(dtype) for shape in shapes)
 
 
 def _ours(folder: Path, dtype: torch.dtype) -> tuple[UNet, IPAdapter]:
     unet = load_single(folder / official.SINGLE, dtype).unet
-    return unet, load_adapter(folder / official.ADAPTER, unet, 1024, dtype)
+    return unet, load_adapter(folder / official.ADAPTER, unet, VIT_H, dtype)
 
 
 def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = False) -> Row:
@@ -69,25 +69,13 @@ def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = Fa
     return times | {"limit": counter.get_total_flops() / peak(dtype)}
 
 
-def _their_pipeline(folder: Path, text: Any) -> Any:
-    """Build diffusers' pipeline with the adapter; `text` is the text encoder of transformers."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    unet, vae = official.peer_unet(folder, torch.float32), official.peer_vae(folder, torch.float32)
-    theirs: Any = StableDiffusionPipeline(vae, text, None, unet, scheduler, None, None, requires_safety_checker=False)
-    theirs.set_progress_bar_config(disable=True)
-    return theirs
-
-
 def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Row:
     """Time the whole pipeline: text and image prompt, 512 x 512, 50 steps, guidance 7.5. Extrapolate from two short runs each."""
     base = load_single(folder / official.SINGLE, torch.float32)
-    adapter = load_adapter(folder / official.ADAPTER, base.unet, 1024, torch.float32)
+    adapter = load_adapter(folder / official.ADAPTER, base.unet, VIT_H, torch.float32)
     ours = Pipeline(base.unet, base.vae, base.text, Schedule(), None, (adapter,))
     text = official.peer_text(folder, torch.float32)
-    theirs = _their_pipeline(folder, text)
+    theirs = official.peer_pipeline(folder, text)
     image, tokens = torch.randn(1, 1, 1024), base.text.tokenize(["", "a fox"])
 
     def their_picture(n: int) -> Any:
@@ -97,7 +85,7 @@ def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Row:
         return theirs(**prompts, num_inference_steps=n, output_type="pt")
 
     def our_picture(n: int) -> Any:
-        return ours.sample(["a fox"], [0], image, steps=n)
+        return ours.sample(["a fox"], [0], image[:, None], steps=n)
 
     with torch.no_grad():
         short, long = (beside(partial(our_picture, n), partial(their_picture, n), rounds) for n in few)
@@ -109,7 +97,7 @@ def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Row:
 def training(folder: Path, rounds: int) -> Row:
     """Time a training step of an adapter at batch 1. Ours keeps the frozen base in bfloat16 and the adapter in float32."""
     unet, _ = _ours(folder, torch.bfloat16)
-    adapter = load_adapter(folder / official.ADAPTER, unet, 1024).requires_grad_(True)
+    adapter = load_adapter(folder / official.ADAPTER, unet, VIT_H).requires_grad_(True)
     peer = official.peer_unet(folder, torch.float32)
     trained = [p for name, p in peer.named_parameters() if "_ip" in name or name.startswith("encoder_hid_proj")]
     for parameter in trained:

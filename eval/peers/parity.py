@@ -25,6 +25,7 @@ from checkpoints.single_file import load_single
 from eval.peers import official
 from eval.tables import markdown
 from model.context import Context
+from model.image_encoder import VIT_H
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Network = Callable[..., Tensor]
@@ -38,7 +39,7 @@ def _peer_unet(folder: Path, dtype: torch.dtype) -> Network:
 
 def _our_unet(folder: Path, dtype: torch.dtype) -> Network:
     unet = load_single(folder / official.SINGLE, dtype).unet
-    adapter = load_adapter(folder / official.ADAPTER, unet, 1024, dtype)
+    adapter = load_adapter(folder / official.ADAPTER, unet, VIT_H, dtype)
     return lambda x, t, text, image: unet(x, t, adapter(Context(text), image))
 
 

@@ -1,0 +1,156 @@
+"""Structure control while drawing: ControlNets and T2I-Adapters with their hints, bound to the passes of the UNet.
+
+A ControlNet reads the text and never an image prompt, so it gets a Context of its own. The residuals of several controls
+are added. In guess mode a ControlNet acts on the conditional pass alone, and more weakly at the fine levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from checkpoints.controls import Control as Network
+from model.context import Context
+from model.controlnet import ControlNet
+from model.t2i import T2IAdapter, residuals
+from model.unet import Residuals, UNetConfig
+from sampling.guidance import Control, Side
+
+Act = Callable[[Tensor, int, Side], Residuals]
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What one control reads, and how strongly and when it acts.
+
+    `picture`: a Pillow picture of any size, or `1 c H W` or `b c H W` in [0, 1]. `scale` multiplies all residuals. Of the n
+    steps that run, the control acts in step i (from 0) where start <= i / n and (i + 1) / n <= end, as in diffusers.
+    `guess`: guess mode. Raises ValueError for a range that is none.
+    """
+
+    picture: Image.Image | Tensor
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guess: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(f"a control acts from start to end, 0 <= start < end <= 1, not {self.start} to {self.end}")
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether the control acts in step `step` of `steps`."""
+        return step / steps >= self.start and (step + 1) / steps <= self.end
+
+    def check(self, network: Network) -> None:
+        """Raise ValueError when the hint asks for what this control can't do."""
+        if self.guess and isinstance(network, T2IAdapter):
+            raise ValueError("guess mode is for a ControlNet: leave out --guess for a T2I-Adapter")
+
+    def pixels(self, network: Network, size: tuple[int, int]) -> Tensor:
+        """The hint as the network reads it, `b c H W` in [0, 1]. A picture is resized to `size` (height, width).
+
+        Raises ValueError when a tensor has another size or number of channels.
+        """
+        channels, like = network.config.hint_channels, next(network.parameters())
+        if isinstance(self.picture, Image.Image):
+            return to_pixels(self.picture, channels, size).to(like)
+        if tuple(self.picture.shape[1:]) != (channels, *size):
+            asked = f"b {channels} {size[0]} {size[1]}"
+            raise ValueError(f"this control reads hints of shape {asked}, but one of {tuple(self.picture.shape)} is given")
+        return self.picture.to(like)
+
+
+def to_pixels(picture: Image.Image, channels: int, size: tuple[int, int]) -> Tensor:
+    """A picture as `1 c H W` in [0, 1]: grey or RGB, then resized by Lanczos filtering, as in diffusers."""
+    height, width = size
+    small = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.atleast_3d(np.asarray(small, dtype=np.float32)) / 255).permute(2, 0, 1)[None]
+
+
+def ladder(count: int) -> list[float]:
+    """Weights of guess mode, finest level first and the middle last: 10^(i / (n - 1) - 1), from 0.1 to 1.
+
+    This is diffusers' rule. The official code has 0.825^(n - 1 - i), which is up to 0.6 % lower.
+    """
+    return [10 ** (i / (count - 1) - 1) for i in range(count)]
+
+
+def weighted(found: Residuals, weights: Sequence[float]) -> Residuals:
+    """Multiply the residuals of a ControlNet, one weight for each skip and then that of the middle."""
+    assert found.mid is not None
+    return Residuals([w * skip for w, skip in zip(weights, found.skips, strict=False)], weights[-1] * found.mid)
+
+
+def total(parts: Sequence[Residuals]) -> Residuals:
+    """Add the residuals of several controls. A part may lack any of them."""
+
+    skips = [part.skips for part in parts if part.skips]
+    mids = [part.mid for part in parts if part.mid is not None]
+    stages = sorted({stage for part in parts for stage in part.hidden})
+    hidden = {stage: reduce(add, [part.hidden[stage] for part in parts if stage in part.hidden]) for stage in stages}
+    return Residuals([reduce(add, each) for each in zip(*skips, strict=True)], reduce(add, mids) if mids else None, hidden)
+
+
+def _controlnet(network: ControlNet, hint: Hint, pixels: Tensor, contexts: Mapping[Side, Context]) -> Act:
+    texts = {side: replace(context, image=()) for side, context in contexts.items()}
+    pooled = network.config.pooled
+    count = len(network.stage_channels) + 1
+    weights = [hint.scale * w for w in (ladder(count) if hint.guess and not pooled else [1.0] * count)]
+
+    def act(x: Tensor, t: int, side: Side) -> Residuals:
+        if side != "cond" and (hint.guess or pooled):
+            return Residuals()
+        latents = x[:, : network.config.in_channels]  # an inpainting UNet also reads a mask and a picture
+        return weighted(network(latents, torch.tensor(t), texts[side], pixels), weights)
+
+    return act
+
+
+def _t2i(network: T2IAdapter, hint: Hint, pixels: Tensor, unet: UNetConfig) -> Act:
+    features = [hint.scale * feature for feature in network(pixels)]
+
+    def act(x: Tensor, t: int, side: Side) -> Residuals:
+        return residuals([feature.expand(len(x), -1, -1, -1) for feature in features], unet)
+
+    return act
+
+
+def bind(
+    networks: Sequence[Network],
+    hints: Sequence[Hint],
+    unet: UNetConfig,
+    contexts: Mapping[Side, Context],
+    size: tuple[int, int],
+    times: Sequence[int],
+) -> Control | None:
+    """The `control` of `guided` for controls with a hint each; None without controls.
+
+    `contexts` has the Context of each side, `size` is (height, width) of the pictures, `times` are the timesteps that run.
+    A T2I-Adapter runs here, once. Raises ValueError when hints and controls do not fit together.
+    """
+    if len(networks) != len(hints):
+        raise ValueError(f"{len(hints)} hints for {len(networks)} controls: give each control one")
+    step, acts = {t: i for i, t in enumerate(times)}, list[Act]()
+    for network, hint in zip(networks, hints, strict=True):
+        hint.check(network)
+        pixels = hint.pixels(network, size)
+        if isinstance(network, ControlNet):
+            acts.append(_controlnet(network, hint, pixels, contexts))
+            continue
+        if any(side % network.config.unshuffle for side in size):
+            raise ValueError(f"this T2I-Adapter needs a width and height that are multiples of {network.config.unshuffle}")
+        acts.append(_t2i(network, hint, pixels, unet))
+
+    def control(x: Tensor, t: int, side: Side) -> Residuals:
+        pairs = zip(hints, acts, strict=True)
+        return total([act(x, t, side) for hint, act in pairs if hint.acts(step[t], len(times))])
+
+    return control if acts else None

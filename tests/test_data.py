@@ -1,0 +1,97 @@
+"""Batches as a function of the step, and random numbers that depend on seed and step alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from train.data import Cached, Data, Files, OnTheFly, mapped, stream, tensors
+from train.pairs import Pairs
+from train.randomness import generator, seeded
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_comes_in_order(workers: int) -> None:
+    assert list(stream(OnTheFly(lambda step: step * step), range(3, 9), workers)) == [9, 16, 25, 36, 49, 64]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_is_its_sentence_alone(workers: int) -> None:
+    def broken(step: int) -> int:
+        if step == 4:
+            raise ValueError("a.png: the picture is damaged")
+        return step
+
+    batches = stream(OnTheFly(broken), range(3, 9), workers)
+    assert next(batches) == 3
+    with pytest.raises(ValueError, match=r"^a\.png: the picture is damaged$"):
+        next(batches)
+
+
+@pytest.mark.parametrize("data", ["on the fly", "files", "cached"])
+def test_processes_share_one_stream(tmp_path: Path, data: str) -> None:
+    """Two processes see in a step what one sees in two steps."""
+    for i in range(5):
+        Image.new("L", (4, 4), 50 * i).save(tmp_path / f"{i}.png")
+    pairs = Pairs(torch.arange(5.0), torch.zeros(5), torch.zeros(5, dtype=torch.long), torch.zeros(1, 1), None)
+    kinds: dict[str, Data[Any]] = {
+        "on the fly": OnTheFly(float),
+        "files": Files(sorted(tmp_path.iterdir()), lambda image: torch.tensor(float(image.getpixel((0, 0))[0]))),
+        "cached": Cached(pairs, 2, seed=3),
+    }
+    own = kinds[data]
+
+    def plain(batch: Any) -> Any:
+        return batch.mean.tolist() if data == "cached" else batch
+
+    one = [plain(own.batch(step)) for step in range(8)]
+    assert [plain(own.batch(step, rank, 2)) for step in range(4) for rank in range(2)] == one
+    assert len({str(each) for each in one}) > 3
+
+
+def test_seeded_modules_depend_on_the_seed_alone() -> None:
+    def built(seed: int) -> Tensor:
+        with seeded(seed):
+            return nn.Linear(3, 3).weight
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = built(1)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(7)
+    assert torch.equal(built(1), first) and not torch.equal(built(2), first)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_leaves_the_global_random_numbers_alone(workers: int) -> None:
+    before = torch.get_rng_state()
+    list(stream(OnTheFly(float), range(3), workers))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_random_numbers_of_a_step_are_its_own() -> None:
+    """For every seed: a CPU generator reads only 32 bits of what it is seeded with."""
+    drawn = {tuple(torch.randn(4, generator=generator(seed, step)).tolist()) for seed in range(3) for step in range(50)}
+    assert len(drawn) == 150
+    assert torch.equal(torch.randn(4, generator=generator(2, 7)), torch.randn(4, generator=generator(2, 7)))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    x: Tensor
+    y: Tensor
+    nothing: None = None
+
+
+def test_a_batch_that_hides_tensors_is_refused() -> None:
+    x = torch.ones(2)
+    assert [len(tensors(batch)) for batch in ((x, {"a": x, "b": (x, None)}), Labelled(x, x), x)] == [3, 2, 1]
+    for hidden in ([x], (x, [x]), {"a": [x]}, (x, 1.0)):
+        with pytest.raises(TypeError, match="a batch may not hold"):
+            mapped(torch.clone, hidden)

@@ -1,0 +1,78 @@
+"""Encoding pictures and captions, the null image of each kind of features, and the cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.features import FINE, GLOBAL
+from model.image_encoder import ImageConfig, ImageEncoder
+from model.text_encoder import TextEncoder
+from model.vae import VAE, VAEConfig
+from train import loss as loss_module
+from train.clip import MINI_TEXT
+from train.encode import WorldPictures, encode_texts
+from train.loss import noised
+from train.world import World
+
+
+def tiny_encoders() -> tuple[VAE, TextEncoder, ImageEncoder]:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(channels=(8, 8, 8), res_blocks=1, groups=4, scale=0.5))
+    text = TextEncoder(replace(MINI_TEXT, width=8, layers=1, heads=2, output_dim=8))
+    image = ImageEncoder(ImageConfig(image_size=64, patch=32, width=8, layers=(1,), heads=2, output_dim=12))
+    return vae.eval(), text.eval(), image.eval()
+
+
+def test_captions_are_encoded_once_each_the_empty_one_first() -> None:
+    _, text, _ = tiny_encoders()
+    captions = ["a fox", "", "an owl", "a fox"]
+    texts, rows = encode_texts(text, captions)
+    assert texts.shape == (3, 77, 8) and rows.tolist() == [1, 0, 2, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(texts[rows].float(), text(text.tokenize(captions)), atol=5e-3, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_pairs_of_the_world_and_their_cache(tmp_path: Path) -> None:
+    encoders, cache = tiny_encoders(), tmp_path / "new"  # the folder of a fresh run isn't there yet
+    found = WorldPictures("val", 3).pairs(*encoders, cache)
+    assert found.mean.shape == (3, 4, 16, 16) and found.features and found.features.pictures.shape == (3, 1, 1, 12)
+    captions = [World("val")[i].caption for i in range(3)]
+    texts, rows = encode_texts(encoders[1], captions)
+    assert torch.equal(found.texts, texts) and torch.equal(found.caption, rows)
+    again = WorldPictures("val", 3).pairs(*encoders, cache)
+    assert torch.equal(again.mean, found.mean) and again.features
+    assert torch.equal(again.features.pictures, found.features.pictures)
+    assert [path.suffix for path in cache.rglob("*") if path.is_file()] == [".safetensors"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_no_picture_is_a_zero_embedding_or_zero_pixels(tmp_path: Path) -> None:
+    """What a dropped picture is: zeros for the base form (section 3.2.3), the features of zero pixels for Plus."""
+    encoders, drop = tiny_encoders(), torch.tensor([True, False])
+    with torch.no_grad():
+        wanted = {GLOBAL: torch.zeros(1, 12), FINE: encoders[2].fine(torch.zeros(1, 3, 64, 64))[0]}
+    for reads, null in wanted.items():
+        pairs = WorldPictures("val", 2).pairs(*encoders, tmp_path, reads)
+        assert pairs.features and torch.equal(pairs.features.null[0, 0], null)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loss_module, "drops", lambda n, g: (~drop, drop))
+            batch = noised(pairs.at(torch.arange(2)), torch.Generator().manual_seed(0), dropping=True)
+        assert torch.equal(batch.image[0, 0], null)
+        assert torch.equal(batch.image[1], pairs.features.pictures[1].float())
+        assert torch.equal(batch.text[1], pairs.texts[0].float())
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_cache_of_other_data_is_not_used(tmp_path: Path) -> None:
+    """After the autoencoder is trained again, or the number of pictures changes, the old latents are wrong."""
+    vae, text, image = tiny_encoders()
+    before = WorldPictures("val", 2).pairs(vae, text, image, tmp_path)
+    assert len(WorldPictures("val", 3).pairs(vae, text, image, tmp_path)) == 3
+    with torch.no_grad():
+        for weight in vae.parameters():
+            weight.mul_(1.5)
+    assert not torch.equal(WorldPictures("val", 2).pairs(vae, text, image, tmp_path).mean, before.mean)
