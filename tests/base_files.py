@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -83,8 +84,14 @@ def as_ldm(peer: Tensors, table: list[str], convert: Callable[[Tensors], Tensors
     return {table[int(i)]: peer[name] for name, i in converted.items()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base() -> Peers:
+    """Shared: a test that changes it makes its own."""
+    return _base()
+
+
+@functools.cache  # each test file that imports the fixture has one of its own
+def _base() -> Peers:
     pair, (vae, our_vae), (text, our_text) = unet_pair(UNET, linear=False), vae_pair(VAE_CONFIG), text_pair(TEXT)
     for module in (pair.peer, pair.ours, vae, our_vae, text, our_text):
         module.float()

@@ -99,9 +99,8 @@ def training(folder: Path, rounds: int) -> Row:
     unet, _ = _ours(folder, torch.bfloat16)
     adapter = load_adapter(folder / official.ADAPTER, unet, VIT_H).requires_grad_(True)
     peer = official.peer_unet(folder, torch.float32)
-    trained = [p for name, p in peer.named_parameters() if "_ip" in name or name.startswith("encoder_hid_proj")]
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    named = peer.named_parameters()
+    trained = [p.requires_grad_(True) for name, p in named if "_ip" in name or name.startswith("encoder_hid_proj")]
     (x, text, image), t, schedule = _inputs(torch.float32, batch=1), torch.tensor([500]), Schedule()
     eps = torch.randn_like(x)
 
@@ -119,9 +118,8 @@ def training(folder: Path, rounds: int) -> Row:
         optimizer.step()
         optimizer.zero_grad()
 
-    both = (torch.optim.AdamW(parameters, 1e-4, weight_decay=0.01) for parameters in (adapter.parameters(), trained))
-    our_optimizer, their_optimizer = both
-    return beside(partial(step, our_loss, our_optimizer), partial(step, their_loss, their_optimizer), rounds)
+    ours, theirs = (torch.optim.AdamW(weights, 1e-4, weight_decay=0.01) for weights in (adapter.parameters(), trained))
+    return beside(partial(step, our_loss, ours), partial(step, their_loss, theirs), rounds)
 
 
 def loading(folder: Path, rounds: int, dtype: str) -> Row:
