@@ -13,7 +13,7 @@ import pytest
 from model import image_encoder
 from sampling import request as request_file
 from sampling import schedule
-from sampling.request import ImagePrompt, Model, Request, from_json, map_paths, paths, to_json
+from sampling.request import HintFile, ImagePrompt, Model, Request, from_json, map_paths, paths, to_json
 
 PROMPT = ImagePrompt(
     (Path("a.png"), Path("b/c.png")),
@@ -26,6 +26,7 @@ PROMPT = ImagePrompt(
     "tokens",
     (Path("no.png"),),
 )
+HINT = HintFile(Path("edges.png"), 0.8, 0.25, 0.75, True)
 FULL = Request(
     'a "fox" – λ 狐\n',
     (PROMPT, ImagePrompt((Path("d.png"),), layers="style"), ImagePrompt((Path("e.png"),), layers=(1.0, 0.0))),
@@ -44,18 +45,21 @@ FULL = Request(
     Path("where.png"),
     False,
     True,
+    (HINT, HintFile(Path("grey.png"))),
 )
-MODEL = Model(Path("base"), (Path("x.bin"), Path("y.bin")), Path("encoder"), Path("vae"), "v", "bfloat16")
+MODEL = Model(
+    Path("base"), (Path("x.bin"), Path("y.bin")), Path("encoder"), Path("vae"), "v", "bfloat16", (Path("canny.pth"), Path("depth"))
+)
 
 
-@pytest.mark.parametrize("item", [Request(), FULL, PROMPT, Model(), MODEL], ids=lambda item: type(item).__name__)
+@pytest.mark.parametrize("item", [Request(), FULL, PROMPT, HINT, Model(), MODEL], ids=lambda item: type(item).__name__)
 def test_json_gives_it_back(item: Any) -> None:
     assert from_json(type(item), json.loads(json.dumps(to_json(item)))) == item
 
 
 def test_every_field_of_the_full_ones_differs_from_its_default() -> None:
     """So that the round trip above is one of every field."""
-    for full, default in ((FULL, Request()), (MODEL, Model()), (PROMPT, ImagePrompt((Path("x"),)))):
+    for full, default in ((FULL, Request()), (MODEL, Model()), (PROMPT, ImagePrompt((Path("x"),))), (HINT, HintFile(Path("x")))):
         same = [f.name for f in fields(full) if getattr(full, f.name) == getattr(default, f.name)]
         assert same == (["eta"] if full is FULL else [])
 
@@ -81,10 +85,10 @@ def test_python_may_be_short() -> None:
 
 def test_paths_are_found_and_changed() -> None:
     assert [path.name for path in paths(FULL)] == [
-        "a.png", "c.png", "mask.png", "no.png", "d.png", "e.png", "photo.png", "where.png",
+        "a.png", "c.png", "mask.png", "no.png", "d.png", "e.png", "photo.png", "where.png", "edges.png", "grey.png",
     ]  # fmt: skip
     moved = map_paths(MODEL, lambda path: Path("there") / path.name)
-    assert paths(moved) == [Path("there") / name for name in ("base", "x.bin", "y.bin", "encoder", "vae")]
+    assert paths(moved) == [Path("there") / name for name in ("base", "x.bin", "y.bin", "encoder", "vae", "canny.pth", "depth")]
     assert (
         replace(
             moved,
@@ -92,6 +96,7 @@ def test_paths_are_found_and_changed() -> None:
             adapters=MODEL.adapters,
             image_encoder=MODEL.image_encoder,
             vae=MODEL.vae,
+            controls=MODEL.controls,
         )
         == MODEL
     )
@@ -115,6 +120,7 @@ WRONG: dict[str, list[Any]] = {
     "mask": [3, "a.png"],
     "paste": [None, 0, "yes", False],
     "crop": [None, 1, True],
+    "hints": [3, None, [3], [{}], [{"picture": 3}], [{"picture": "x", "scale": "1"}], [{"picture": "x", "guess": 1}]],
 }  # fmt: skip
 
 
@@ -136,6 +142,7 @@ def re_name(name: str, said: str) -> bool:
     said = said.replace("-", "_")
     inner = {
         "image_prompts": ("ImagePrompt", "images", "image prompt"),
+        "hints": ("HintFile", "picture", "scale", "guess"),
         "width": ("too large",),
         "height": ("too large",),
     }
@@ -155,7 +162,7 @@ def test_wrong_layers_are_refused(wrong: Any) -> None:
         ImagePrompt((Path("a"),), layers=wrong)
 
 
-@pytest.mark.parametrize("kind", [Request, Model, ImagePrompt])
+@pytest.mark.parametrize("kind", [Request, Model, ImagePrompt, HintFile])
 @pytest.mark.parametrize(
     "data", [None, [], "a fox", 3, {"version": 2}, {"version": None}, {"nothing": 1}, {"__class__": "x"}]
 )

@@ -41,7 +41,7 @@ def resvg(svg: str, size: int) -> np.ndarray:
     return np.asarray(Image.alpha_composite(white, Image.open(io.BytesIO(png)).convert("RGBA")).convert("L")).astype(int)
 
 
-@pytest.mark.parity("resvg, every fill white", "4 levels of 255")
+@pytest.mark.parity("resvg_py with every fill white", "4 levels of 255")
 @pytest.mark.parametrize("index", range(12))
 def test_outlines_are_the_drawings_black_lines(index: int) -> None:
     """The drawing with white fills on white has only its lines left."""
