@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.context import Context, stack
+from model.fast import FastUNet
 from model.unet import Residuals, UNet, join
 from sampling.lambdas import Move, unmoved
 from sampling.sampler import Denoiser
@@ -32,7 +33,7 @@ def guided(
 ) -> Denoiser:
     """eps^ = w eps(x_t, c_t, c_i, t) + (1 - w) eps(x_t, t)     (Eq. 7; Eq. 2 without a picture)
 
-    All passes run as one batch, [uncond, cond]. At w = 1 the unconditional pass has no weight and is not computed. It has no text and the
+    All passes run as one batch, [uncond, cond]. A FastUNet gets their latents once. At w = 1 the unconditional pass has no weight and is not computed. It has no text and the
     null image (section 3.2.3). `move` makes the Context of each timestep. `control` is called once for each pass, since some
     controls act on the conditional one alone.
 
@@ -50,9 +51,10 @@ def guided(
     context = reduce(stack, sides.values())
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        rows = torch.cat([x] * len(sides)).to(context.text)
-        residuals = join([control(rows[: len(x)], t, side) for side in sides]) if control else None
-        eps, *more = unet(rows, torch.tensor(t), move(context, t), residuals).to(x).chunk(len(sides))
+        given = x.to(context.text)
+        residuals = join([control(given, t, side) for side in sides]) if control else None
+        rows = given if isinstance(unet, FastUNet) else torch.cat([given] * len(sides))
+        eps, *more = unet(rows, torch.full((), t, device=x.device), move(context, t), residuals).to(x).chunk(len(sides))
         if len(more) == 2:
             assert image_guidance is not None
             eps_image, eps_cond = more
