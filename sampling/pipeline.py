@@ -14,6 +14,7 @@ from torch import Tensor
 from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
 from checkpoints.clip import load_image_encoder
 from checkpoints.files import naming
+from checkpoints.fill import copy_weights
 from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
@@ -220,9 +221,14 @@ class Pipeline:
         return side, side
 
 
-def compiled(unet: UNet) -> UNet:
-    """Compile a UNet with `torch.compile`, its weights frozen into the code. Starting takes minutes, then drawing is faster."""
-    fast: UNet = torch.compile(unet, options={"freezing": True})  # type: ignore[assignment]
+def compiled(unet: UNet, mode: str = "max-autotune") -> UNet:
+    """Compile a UNet with `torch.compile`. Starting takes minutes, then drawing is faster.
+
+    On a CPU the weights are frozen into the code. On other devices `mode` is as in torch.compile; the default measures which kernels are
+    fastest, and records a step as one CUDA graph.
+    """
+    on_cpu = unet.conv_in.weight.device.type == "cpu"
+    fast: Any = torch.compile(unet, options={"freezing": True}) if on_cpu else torch.compile(unet, mode=mode)
     return fast
 
 
@@ -234,11 +240,13 @@ def load(
     device: str = "cpu",
     prediction: Prediction | None = None,
     vae: Path | str | None = None,
+    copy: bool = False,
 ) -> Pipeline:
     """The pipeline of a base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
 
     Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
-    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder. Raises
+    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder. Weights of the
+    wanted dtype stay mapped from their files; `copy` copies them, for files that may be written over in use. Raises
     FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
     checkpoint = Path(checkpoint)
@@ -254,6 +262,8 @@ def load(
     adapters = tuple(load_adapter(file, base.unet, widths[0], dtype, widths[1]) for file in files)
     for part in (base.unet, base.vae, base.text, image, *adapters):
         if part is not None:
+            if copy:
+                copy_weights(part)
             part.to(device)
     schedule = replace(schedule, prediction=base.unet.config.prediction)
     return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters)
