@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.attention import check_sign
 from model.context import Context
 from model.image_projection import Projection
 from model.source import Source
@@ -67,13 +68,14 @@ class IPAdapter(nn.Module):
         return rearrange(tokens, "(b k) n c -> b (k n) c", b=len(pictures))
 
     def forward(self, context: Context, embedding: Tensor, scale: float | Tensor = 1.0) -> Context:
-        """Return `context` with one more image prompt.
+        """Return `context` with one more image prompt. Raises ValueError when its `fuse` can't take lambda.
 
         `embedding`: as in `tokens`. `scale`: lambda for all layers, as in Source.
 
         The null image has a zero embedding (section 3.2.3), so its tokens are LayerNorm(bias), not zeros. For fine
         features, the null image is an image of zero pixels, run through the encoder.
         """
+        check_sign(context.fuse, scale)
         tokens = self.tokens(embedding)
 
         def split(x: Tensor, heads: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from model.context import Context, stack
 from model.fast import FastUNet
 from model.unet import Residuals, UNet, join
-from sampling.lambdas import Move, unmoved
+from sampling.lambdas import Move, as_tensors, unmoved
 from sampling.sampler import Denoiser
 
 Side = Literal["uncond", "image", "cond"]  # a pass of the UNet: neither prompt, the picture alone, both
@@ -33,9 +33,9 @@ def guided(
 ) -> Denoiser:
     """eps^ = w eps(x_t, c_t, c_i, t) + (1 - w) eps(x_t, t)     (Eq. 7; Eq. 2 without a picture)
 
-    All passes run as one batch, [uncond, cond]. A FastUNet gets their latents once. At w = 1 the unconditional pass has no weight and is not computed. It has no text and the
-    null image (section 3.2.3). `move` makes the Context of each timestep. `control` is called once for each pass, since some
-    controls act on the conditional one alone.
+    All passes run as one batch, [uncond, cond]; a FastUNet gets their latents once. At w = 1 the unconditional pass has no weight
+    and is not computed. It has no text and the null image (section 3.2.3). `move` makes the Context of each timestep. `control` is
+    called once for each pass, since some controls act on the conditional one alone. A step waits for nothing on the device.
 
     With another `image_guidance` w_i the text has w = w_t, and a third pass sees the picture without the text:
 
@@ -49,6 +49,8 @@ def guided(
         if guidance == 1:
             del sides["uncond"]
     context = reduce(stack, sides.values())
+    if hasattr(unet, "_orig_mod"):  # compiled
+        context = as_tensors(context)
 
     def denoise(x: Tensor, t: int) -> Tensor:
         given = x.to(context.text)
