@@ -49,16 +49,14 @@ def guided(
         if guidance == 1:
             del sides["uncond"]
     context = reduce(stack, sides.values())
-    if hasattr(unet, "_orig_mod"):  # compiled
-        context = as_tensors(context)
+    context = as_tensors(context) if hasattr(unet, "_orig_mod") else context  # compiled
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        given = x.to(context.text)
-        residuals = join([control(given, t, side) for side in sides]) if control else None
-        rows = given if isinstance(unet, FastUNet) else torch.cat([given] * len(sides))
-        eps, *more = unet(rows, torch.full((), t, device=x.device), move(context, t), residuals).to(x).chunk(len(sides))
-        if len(more) == 2:
-            assert image_guidance is not None
+        rows, step = x.to(context.text), torch.full((), t, device=x.device)
+        residuals = join([control(rows, t, side) for side in sides]) if control else None
+        rows = rows if isinstance(unet, FastUNet) else torch.cat([rows] * len(sides))
+        eps, *more = unet(rows, step, move(context, t), residuals).to(x).chunk(len(sides))
+        if image_guidance is not None and len(more) == 2:
             eps_image, eps_cond = more
             return eps.lerp(eps_image, image_guidance) + guidance * (eps_cond - eps_image)
         return eps.lerp(more[0], guidance) if more else eps
