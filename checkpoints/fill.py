@@ -32,9 +32,9 @@ def _fits(shape: tuple[int, ...], ours: torch.Size) -> bool:
 
 
 def _read(file: File, theirs: tuple[str, ...], like: Tensor, transposed: bool, dtype: torch.dtype | None) -> Tensor:
-    """Read one tensor of the module into its own memory, with the strides of `like`.
+    """Read one tensor of the module. `theirs` are its parts in the file.
 
-    `theirs` are its parts in the file.
+    It stays in the mapped file if it is there as a whole, in the wanted dtype. Otherwise it is copied, with the strides of `like`.
     """
     parts = [file[name] for name in theirs]
     for name, part in zip(theirs, parts, strict=True):
@@ -44,10 +44,15 @@ def _read(file: File, theirs: tuple[str, ...], like: Tensor, transposed: bool, d
             )
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     tensor = (tensor.T if transposed else tensor).reshape(like.shape)
-    flat = torch.empty(like.numel(), dtype=dtype or tensor.dtype)
-    ours = flat.as_strided(like.shape, like.stride()).copy_(tensor)
-    if not is_finite(flat):
-        raise ValueError(f"{file.path} holds values that are not finite in {ours.dtype}, in {theirs[0]}")
+    wanted = dtype or tensor.dtype
+    if tensor.dtype == wanted and tensor.is_contiguous():
+        read = ours = tensor
+    else:
+        flat = torch.empty(like.numel(), dtype=wanted)
+        ours = flat.as_strided(like.shape, like.stride()).copy_(tensor)
+        read = tensor if torch.promote_types(tensor.dtype, wanted) == wanted else flat  # a wider dtype makes no value infinite
+    if not is_finite(read):
+        raise ValueError(f"{file.path} holds values that are not finite in {wanted}, in {theirs[0]}")
     return ours
 
 
@@ -78,7 +83,9 @@ def check(module: nn.Module, names: Names, file: File, what: str) -> None:
 def assemble(module: M, names: Names, file: File, what: str, dtype: torch.dtype | None) -> M:
     """Check a file and fill a module from it.
 
-    The module must be on the meta device. `dtype=None` keeps the file's dtypes.
+    The module must be on the meta device. `dtype=None` keeps the file's dtypes. Tensors that are in the file as they are needed stay
+    mapped: memory is filled when they are first read, and a change to one is not written to the file. If the file may be overwritten while
+    the module is in use, call `copy_weights`.
 
     Returns the module, frozen and in eval mode. Raises ValueError when tensors are missing, unknown, not finite or of
     the wrong shape or dtype.
@@ -97,6 +104,12 @@ def fill(module: M, tensors: dict[str, Tensor]) -> M:
     if unfilled := [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]:
         raise RuntimeError(f"these tensors were not filled: {', '.join(unfilled)}")
     return module.eval().requires_grad_(False)
+
+
+def copy_weights(module: nn.Module) -> None:
+    """Copy the tensors of a module out of the file that they are mapped from, in place and one by one."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def empty_module(module: Callable[[Any], M], config: Any) -> M:

@@ -33,7 +33,7 @@ _LIGHTNING: list[Any] = [
 
 
 class File(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by name, memory-mapped. Copy a tensor if it must outlive the file.
+    """The tensors of a checkpoint by name, memory-mapped. No two share memory, and a change to one is not written to the file.
 
     `path` is a file of tensors, or the index of a sharded one. The prefix `module.` is removed if all names have it,
     and names are escaped, so that they can be printed. Raises ValueError when the file is not a complete checkpoint,
@@ -150,6 +150,7 @@ def _open(path: Path) -> Contents:
         tensors = _flatten(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     if sum(tensor.nbytes for tensor in tensors.values()) > limit:
         raise ValueError("its tensors need far more memory than the size of the file")
+    _separate(tensors)
     return list(tensors), tensors.__getitem__, lambda name: tuple(tensors[name].shape)
 
 
@@ -166,6 +167,16 @@ def _is_uncompressed(path: Path, limit: int) -> bool:
         if damaged := file.testzip():
             raise ValueError(f"its part {damaged} is damaged")
         return all(part.compress_type == ZIP_STORED for part in file.infolist())
+
+
+def _separate(tensors: dict[str, Tensor]) -> None:
+    """Copy the tensors of a pickle that begin inside another one, in place."""
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        start = tensor.data_ptr()
+        if start < end:
+            tensors[name] = tensor.clone()
+        end = max(end, start + tensor.nbytes)
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Tensor]:

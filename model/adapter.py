@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.attention import check_sign
 from model.context import Context
 from model.features import as_features
 from model.image_projection import Projection
@@ -68,13 +69,14 @@ class IPAdapter(nn.Module):
         return rearrange(tokens, "(b k) n c -> b (k n) c", b=len(pictures))
 
     def forward(self, context: Context, features: Tensor, scale: float | Tensor = 1.0) -> Context:
-        """Return `context` with one more image prompt.
+        """Return `context` with one more image prompt. Raises ValueError if its `fuse` cannot use this lambda.
 
         `features`: as in `tokens`. `scale`: lambda for all layers, as in Source.
 
         A dropped picture has the features of the null image (`Features`). The tokens of a zero embedding are
         LayerNorm(bias), not zeros.
         """
+        check_sign(context.fuse, scale)
         tokens = self.tokens(features)
 
         def split(x: Tensor, heads: int) -> Tensor:

@@ -52,7 +52,7 @@ def concatenated(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     """Z = softmax(Q [K; K']^T / sqrt d) [V; V']: one softmax over all keys, for the ablation (section 4.4.1).
 
     lambda multiplies exp(logit) of K': log lambda is added to the logits. lambda = 0 leaves the source out. Raises
-    ValueError when lambda is negative.
+    ValueError when lambda is a negative number; `check_sign` checks tensors where a Context is made.
 
     For one query and one image prompt, text and image compete: Z = g A_text + (1 - g) A_image, with
     g = sigmoid(logsumexp(Q K^T / sqrt d) - logsumexp(Q K'^T / sqrt d) - log lambda).
@@ -65,16 +65,22 @@ def concatenated(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
         return attention(q, k, v)
     log_odds = [q.new_zeros(1, 1, 1, text.k.shape[-2])]
     for weight, source in zip(weights, image, strict=True):
-        column = torch.as_tensor(weight, dtype=q.dtype, device=q.device)
+        if not isinstance(weight, Tensor):
+            check_sign(concatenated, weight)
+        column = weight.log() if isinstance(weight, Tensor) else q.new_full((), math.log(weight))
         column = column if column.ndim else column.reshape(1, 1, 1, 1)
-        if (column < 0).any():
-            raise ValueError("the joint softmax takes log lambda, so lambda must not be negative")
-        log_odds.append(column.log().expand(*column.shape[:-1], source.k.shape[-2]))
+        log_odds.append(column.expand(*column.shape[:-1], source.k.shape[-2]))
     shape = torch.broadcast_shapes(*(part.shape[:-1] for part in log_odds))
     return attention(q, k, v, torch.cat([part.expand(*shape, part.shape[-1]) for part in log_odds], dim=-1))
 
 
 Fuse = Callable[[Tensor, Source, Sequence[Source]], Tensor]
+
+
+def check_sign(fuse: Fuse, scale: float | Tensor) -> None:
+    """Raise ValueError when `fuse` is `concatenated` and lambda is negative. Call it outside of steps, since it waits for a GPU."""
+    if fuse is concatenated and bool((scale < 0).any() if isinstance(scale, Tensor) else scale < 0):
+        raise ValueError("the joint softmax takes log lambda, so lambda must not be negative")
 
 
 class Attention(nn.Module):

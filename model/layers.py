@@ -14,13 +14,20 @@ from model.context import Context
 
 
 def keep_channels_last(module: nn.Module) -> None:
-    """Store convolution weights in channels-last order, now and after every load. About 25 % faster on a CPU."""
+    """Store convolution weights in channels-last order: about 25 % faster on a CPU.
 
-    def convert(module: nn.Module, _: object = None) -> None:
-        module.to(memory_format=torch.channels_last)
+    Weights that are loaded later, in another order, are put into it by their convolution's first call.
+    """
+    module.to(memory_format=torch.channels_last)
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.register_forward_pre_hook(_lay_out)
 
-    convert(module)
-    module.register_load_state_dict_post_hook(convert)
+
+def _lay_out(conv: nn.Module, _: object) -> None:
+    assert isinstance(conv, nn.Conv2d)
+    if not conv.weight.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling():
+        conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

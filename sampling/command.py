@@ -17,11 +17,13 @@ from checkpoints.adapters import adapter_file, projection_of
 from checkpoints.controls import check_fit, open_control
 from checkpoints.files import check_output
 from checkpoints.stable_diffusion import unet_config
+from model.fast import fasten
 from sampling.device import check_device
 from sampling.embeddings import load_embedding, save_embedding
 from sampling.images import check_png, save_image
 from sampling.inputs import Inputs, read_inputs
 from sampling.lambdas import layer_weights
+from sampling.machine import check_keep_memory, keep_memory
 from sampling.options import Command
 from sampling.pipeline import Pipeline, compiled, load, prompt_files
 from sampling.record import digests, recall, record
@@ -42,12 +44,14 @@ def run(command: Command) -> None:
         check_output(command.save_embedding)
     inputs = read_inputs(request)
     check_model(inputs, model)
-    device = check_device(command.device)
-    if command.compile:
-        check_compiler(device)
-    pipeline = load_model(model, command.device)
+    check_machine(command, model)
+    pipeline = load_model(model, command.device, command.copy)
+    if command.fast:
+        pipeline = replace(pipeline, unet=fasten(pipeline.unet))
     if command.compile:
         pipeline = replace(pipeline, unet=compiled(pipeline.unet))
+    if command.keep_memory:
+        keep_memory()
     if command.save_embedding:
         save_embedding(pipeline.embed(inputs.image_prompts[0].pictures, request.fit), command.save_embedding)
     hashes = digests(request, model)
@@ -72,12 +76,11 @@ def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callab
         raise SystemExit(f"stopped; {written} of {command.num} written") from None
 
 
-def load_model(model: Model, device: str) -> Pipeline:
-    """The pipeline of a Model."""
+def load_model(model: Model, device: str, copy: bool = False) -> Pipeline:
+    """The pipeline of a Model. `copy`: as in `load`."""
     adapters, dtype = model.adapters or None, getattr(torch, model.dtype)
-    return load(
-        model.checkpoint, adapters, model.image_encoder, dtype, device, model.prediction, model.vae, model.controls
-    )
+    files = model.checkpoint, adapters, model.image_encoder
+    return load(*files, dtype, device, model.prediction, model.vae, model.controls, copy)
 
 
 def check_model(inputs: Inputs, model: Model) -> None:
@@ -103,8 +106,13 @@ def check_model(inputs: Inputs, model: Model) -> None:
                 load_embedding(path, projection)
 
 
-def check_compiler(device: str) -> None:
-    """Raises ValueError if the compiler is missing that --compile needs for this kind of device."""
+def check_machine(command: Command, model: Model) -> None:
+    """Raise ValueError if the device is missing, or if this machine or the fast UNet cannot do what the options ask for."""
+    device = check_device(command.device)
     compilers = [os.environ.get("CXX", "g++")] if device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
-    if not any(map(shutil.which, compilers)):
+    if command.compile and not any(map(shutil.which, compilers)):
         raise ValueError(f"--compile needs {compilers[0]}, which is not there: install it, or leave out --compile")
+    if command.fast and (command.compile or device != "cpu" or model.dtype == "float16"):
+        raise ValueError("--fast is for a CPU, in float32 or bfloat16 and without --compile: leave it out, or the others")
+    if command.keep_memory:
+        check_keep_memory()

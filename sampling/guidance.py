@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from model.context import Context, stack
+from model.fast import FastUNet
 from model.unet import Residuals, UNet, join
-from sampling.lambdas import Move, unmoved
+from sampling.lambdas import Move, as_tensors, unmoved
 from sampling.sampler import Denoiser
 
 Side = Literal["uncond", "image", "cond"]  # a pass of the UNet: neither prompt, the picture alone, both
@@ -32,9 +33,9 @@ def guided(
 ) -> Denoiser:
     """eps^ = w eps(x_t, c_t, c_i, t) + (1 - w) eps(x_t, t)     (Eq. 7; Eq. 2 without a picture)
 
-    All passes run as one batch, [uncond, cond]. At w = 1 the unconditional pass has no weight and is not computed. It has no text and the
-    null image (section 3.2.3). `move` makes the Context of each timestep. `control` is called once for each pass, since some
-    controls act on the conditional one alone.
+    All passes run as one batch, [uncond, cond]; a FastUNet gets their latents once. At w = 1 the unconditional pass has no weight
+    and is not computed. It has no text and the null image (section 3.2.3). `move` makes the Context of each timestep. `control` is
+    called once for each pass, since some controls act on the conditional one alone. A step waits for nothing on the device.
 
     With another `image_guidance` w_i the text has w = w_t, and a third pass sees the picture without the text:
 
@@ -48,13 +49,14 @@ def guided(
         if guidance == 1:
             del sides["uncond"]
     context = reduce(stack, sides.values())
+    context = as_tensors(context) if hasattr(unet, "_orig_mod") else context  # compiled
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        rows = torch.cat([x] * len(sides)).to(context.text)
-        residuals = join([control(rows[: len(x)], t, side) for side in sides]) if control else None
-        eps, *more = unet(rows, torch.tensor(t), move(context, t), residuals).to(x).chunk(len(sides))
-        if len(more) == 2:
-            assert image_guidance is not None
+        rows, step = x.to(context.text), torch.full((), t, device=x.device)
+        residuals = join([control(rows, t, side) for side in sides]) if control else None
+        rows = rows if isinstance(unet, FastUNet) else torch.cat([rows] * len(sides))
+        eps, *more = unet(rows, step, move(context, t), residuals).to(x).chunk(len(sides))
+        if image_guidance is not None and len(more) == 2:
             eps_image, eps_cond = more
             return eps.lerp(eps_image, image_guidance) + guidance * (eps_cond - eps_image)
         return eps.lerp(more[0], guidance) if more else eps

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
+from model.attention import check_sign
 from model.context import Context, pyramid
 from model.source import Source
 from model.unet import UNetConfig
@@ -168,6 +168,8 @@ def moving(lambdas: Sequence[object], times: Sequence[int]) -> Move:
 
     def move(context: Context, t: int) -> Context:
         factors = [None if lam is None else lam.at(step[t], len(times)) for lam in varying]
+        for factor in factors:
+            check_sign(context.fuse, factor or 0.0)
         pairs = zip(context.image, factors, strict=True)
         return replace(context, image=tuple(_times(sources, factor) for sources, factor in pairs))
 
@@ -175,12 +177,28 @@ def moving(lambdas: Sequence[object], times: Sequence[int]) -> Move:
 
 
 def set_lambda(context: Context, levels: Sequence[Level]) -> Context:
-    """Set the lambda of each layer for the last image prompt of a Context. Raises ValueError unless there is one per layer."""
+    """Set the lambda of each layer for the last image prompt of a Context; maps move to its device.
+
+    Raises ValueError unless there is one per layer, or if `fuse` cannot use one of them.
+    """
     *others, last = context.image
     if len(levels) != len(last):
         raise ValueError(f"{len(levels)} scales for {len(last)} cross-attention layers")
-    sources = tuple(replace(source, scale=scale) for source, scale in zip(last, levels, strict=True))
+    for level in levels:
+        check_sign(context.fuse, level)
+    placed = [scale.to(last[0].k) if isinstance(scale, Tensor) else scale for scale in levels]
+    sources = tuple(replace(source, scale=scale) for source, scale in zip(last, placed, strict=True))
     return replace(context, image=(*others, sources))
+
+
+def as_tensors(context: Context) -> Context:
+    """The same Context with each lambda as a tensor, 0 and 1 too, so a compiled UNet is one graph for all of them."""
+
+    def scaled(source: Source) -> Source:
+        scale = source.scale
+        return source if isinstance(scale, Tensor) else replace(source, scale=source.k.new_full((), scale))
+
+    return replace(context, image=tuple(tuple(map(scaled, sources)) for sources in context.image))
 
 
 def _times(sources: tuple[Source, ...], factor: float | None) -> tuple[Source, ...]:
@@ -188,7 +206,7 @@ def _times(sources: tuple[Source, ...], factor: float | None) -> tuple[Source, .
         return sources
 
     def scaled(source: Source) -> Tensor:
-        number = torch.tensor(factor, dtype=source.k.dtype, device=source.k.device)
+        number = source.k.new_full((), factor)
         return number * (source.scale.to(number) if isinstance(source.scale, Tensor) else source.scale)
 
     return tuple(source if source.off else replace(source, scale=scaled(source)) for source in sources)

@@ -31,6 +31,12 @@ CONTROL = {  # the options of each --control, with the field of HintFile that ea
     "control_end": "end",
     "guess": "guess",
 }
+MACHINE = {  # options that do not change the picture, but how it is computed
+    "compile": "Compile the UNet: slow to start, then faster.",
+    "fast": "Draw with the fast form of the UNet: needs a CPU, takes more memory and a minute more to start.",
+    "keep_memory": "Keep freed memory in this process, which saves the time to get it again (Linux with glibc).",
+    "copy": "Copy the weights into memory, so that their files may be overwritten while the program runs.",
+}
 REPEATED = ("image", "image_weight", "negative_image")  # those that may be given more than once for one adapter
 
 
@@ -49,12 +55,15 @@ class Command:
     save_embedding: Path | None = None
     device: str = "cpu"
     compile: bool = False
+    fast: bool = False
+    keep_memory: bool = False
+    copy: bool = False
 
 
 def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Command:
     """Parse arguments into a Command. Raises ValueError when they contradict each other."""
     given = vars(parser(about).parse_args(argv))
-    own = {"again", "out", "save_embedding", "device", "compile"}
+    own = {"again", "out", "save_embedding", "device", *MACHINE}
     if "again" in given and (other := sorted(given.keys() - own)):
         flags = ", ".join("--no-paste" if name == "paste" else flag(name) for name in other)
         raise ValueError(f"--again takes every setting from its picture: leave out {flags}")
@@ -243,12 +252,13 @@ def _files(group: Any) -> None:
     add("--prediction", "What the UNet predicts, where its files do not say it.", str, choices=("epsilon", "v"))
     add("--dtype", f"Precision. Default {Model.dtype}.", str, choices=get_args(DtypeName))
     add("--device", f"Device, such as cuda or mps. Default {Command.device}.", str)
-    group.add_argument("--compile", action="store_true", help="Compile the UNet: slow to start, then faster.")
+    for name, about in MACHINE.items():
+        group.add_argument(flag(name), action="store_true", help=about)
     add("--out", f"PNG file to write; with --num, {Command.out.stem}-0.png and so on. Default {Command.out}.")
     add("--save-embedding", "Also write the embedding of the image prompt to this safetensors file; --image reads it.")
     add(
         "--again",
         "PNG that this program wrote: draw it again, to --out. All settings come from the picture, so only --out, "
-        "--save-embedding, --device and --compile go with it.",
+        f"--save-embedding, --device, {', '.join(map(flag, MACHINE))} go with it.",
     )
     group.add_argument("-h", "--help", action="help", help="Show this help.")

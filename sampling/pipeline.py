@@ -15,6 +15,7 @@ from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
 from checkpoints.clip import load_image_encoder
 from checkpoints.controls import Control, load_control, open_control
 from checkpoints.files import naming
+from checkpoints.fill import copy_weights
 from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
@@ -225,9 +226,14 @@ class Pipeline:
         return side, side
 
 
-def compiled(unet: UNet) -> UNet:
-    """Compile a UNet with `torch.compile`, its weights frozen into the code. Starting takes minutes, then drawing is faster."""
-    fast: UNet = torch.compile(unet, options={"freezing": True})  # type: ignore[assignment]
+def compiled(unet: UNet, mode: str = "max-autotune") -> UNet:
+    """Compile a UNet with `torch.compile`. Starting takes minutes, then drawing is faster.
+
+    On a CPU the weights are frozen into the code. On other devices `mode` is as in torch.compile; the default measures which kernels are
+    fastest, and records a step as one CUDA graph.
+    """
+    on_cpu = unet.conv_in.weight.device.type == "cpu"
+    fast: Any = torch.compile(unet, options={"freezing": True}) if on_cpu else torch.compile(unet, mode=mode)
     return fast
 
 
@@ -240,12 +246,14 @@ def load(
     prediction: Prediction | None = None,
     vae: Path | str | None = None,
     controls: Sequence[Path | str] = (),
+    copy: bool = False,
 ) -> Pipeline:
     """The pipeline of a base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
 
     Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
     `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `controls` are
-    ControlNets and T2I-Adapters. Raises
+    ControlNets and T2I-Adapters. Weights of the requested dtype stay mapped from their files; `copy` copies them, for files that
+    may be overwritten in use. Raises
     FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
     checkpoint = Path(checkpoint)
@@ -263,6 +271,8 @@ def load(
     networks = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
     for part in (base.unet, base.vae, base.text, image, *adapters, *networks):
         if part is not None:
+            if copy:
+                copy_weights(part)
             part.to(device)
     schedule = replace(schedule, prediction=base.unet.config.prediction)
     return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks)

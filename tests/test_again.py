@@ -21,7 +21,7 @@ from tiny import PARTS, again, difference, draw, names, pixels_of, refuses
 from checkpoints.files import write_json
 from sampling import __main__ as cli
 from sampling.images import KEY, read_settings, save_image
-from sampling.options import parser
+from sampling.options import MACHINE, parser
 from sampling.record import ROOT, recall
 
 
@@ -339,7 +339,7 @@ def test_other_options_are_refused_beside_again(tmp_path: Path) -> None:
     values = {"--fit": "pad", "--sampler": "ddim", "--image-rule": "tokens", "--dtype": "float16", "--prediction": "v"}
     for action in parser()._actions:
         flag = action.option_strings[-1]
-        if flag not in ("--again", "--out", "--save-embedding", "--device", "--compile", "--help"):
+        if action.dest not in {"again", "out", "save_embedding", "device", "help", *MACHINE}:
             value = [] if action.nargs == 0 else [values.get(flag, "1")]
             with pytest.raises(ValueError, match=f"--again takes every setting from its picture: leave out {flag}"):
                 cli.run(["--again", str(tmp_path / "a.png"), flag, *value])

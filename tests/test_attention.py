@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from peers import max_error, randn, randomise
 from torch import Tensor
 
-from model.attention import CrossAttention, Fuse, SelfAttention, attention, concatenated, decoupled
+from model.attention import CrossAttention, Fuse, SelfAttention, attention, check_sign, concatenated, decoupled
 from model.context import Context, pyramid, stack
 from model.source import Source
 from model.unet import UNet, UNetConfig
@@ -211,8 +211,13 @@ def test_decoupled_is_linear_in_lambda() -> None:
     ids=["number", "tensor", "picture"],
 )
 def test_negative_lambda_raises_in_a_joint_softmax(lam: Scale) -> None:
+    """A number anywhere; a tensor where a Context is made, since a step may not wait for its values."""
     with pytest.raises(ValueError, match="lambda must not be negative"):
-        concatenated(queries(), source(m=7), [source(scale=lam, seed=3)])
+        check_sign(concatenated, lam)
+    check_sign(decoupled, lam)
+    if not isinstance(lam, Tensor):
+        with pytest.raises(ValueError, match="lambda must not be negative"):
+            concatenated(queries(), source(m=7), [source(scale=lam, seed=3)])
 
 
 @FUSES

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import IMAGE, PARTS, VAE_CONFIG, again, difference, draw, loud, names, pixels_of
+from tiny import IMAGE, PARTS, UNET, VAE_CONFIG, again, difference, draw, loud, names, pixels_of
 from torch import nn
 
 from checkpoints import cards
@@ -21,11 +21,11 @@ from model.image_encoder import ImageEncoder
 from model.unet import UNet
 from model.vae import VAE
 from sampling import __main__ as cli
-from sampling import batch, command
+from sampling import batch, command, machine
 from sampling.images import read_settings
 from sampling.inputs import read_inputs
 from sampling.options import parser
-from sampling.pipeline import Pipeline, load
+from sampling.pipeline import Pipeline, compiled, load
 from sampling.request import Request
 
 
@@ -249,9 +249,47 @@ def test_help_lists_every_option_in_its_group_with_a_sentence() -> None:
 def test_compile_freezes_the_unet(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's compiler is replaced here by a double: what it makes of the UNet is in tests/test_guidance.py."""
     seen = []
-    monkeypatch.setattr(torch, "compile", lambda unet, options: seen.append((type(unet), options)) or unet)
+    monkeypatch.setattr(torch, "compile", lambda unet, **how: seen.append((type(unet), how)) or unet)
     draw(weights, tmp_path / "a.png", "--compile")
-    assert seen == [(UNet, {"freezing": True})]
+    compiled(UNet(UNET).to("meta"))
+    assert seen == [(UNet, {"options": {"freezing": True}}), (UNet, {"mode": "max-autotune"})]
+
+
+@pytest.mark.parametrize("more", [(), ("--keep-memory",), ("--copy",)])
+@pytest.mark.parametrize("options", [("--image", "IMAGE"), ("--prompt", "a fox", "--num", "2", "--dtype", "bfloat16")])
+def test_fast_changes_nothing_but_rounding(
+    weights: Path, tmp_path: Path, image: Path, options: tuple[str, ...], more: tuple[str, ...]
+) -> None:
+    """Neither the picture nor its record."""
+    given = [str(image) if option == "IMAGE" else option for option in options]
+    draw(weights, tmp_path / "plain.png", *given)
+    draw(weights, tmp_path / "fast.png", *given, "--fast", *more)
+    for a, b in zip(sorted(tmp_path.glob("plain*.png")), sorted(tmp_path.glob("fast*.png")), strict=True):
+        assert difference(pixels_of(a), pixels_of(b)) <= 1
+        assert read_settings(a) == read_settings(b)
+        assert difference(again(a, tmp_path / "c.png"), pixels_of(a)) == 0
+
+
+def test_what_fast_is_not_for_is_refused_at_once(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    for options in (("--dtype", "float16"), ("--compile",), ("--device", "meta")):
+        with pytest.raises(ValueError, match="--fast is for a CPU, in float32 or bfloat16 and without --compile"):
+            draw(weights, tmp_path / "a.png", "--fast", *options)
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("", ""))
+    with pytest.raises(ValueError, match="--keep-memory needs glibc"):
+        draw(weights, tmp_path / "a.png", "--keep-memory")
+
+
+def test_copied_weights_are_not_the_files(weights: Path, tmp_path: Path) -> None:
+    """Files that are overwritten in place change a mapped model, and not a copied one."""
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    pipeline = load(folder, copy=True)
+    before = {name: weight.clone() for name, weight in pipeline.unet.named_parameters()}
+    path = folder / "unet.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert all(torch.equal(before[name], weight) for name, weight in pipeline.unet.named_parameters())
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

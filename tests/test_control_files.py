@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from base_files import equal
 from control_peers import SMALL_CONTROLS, SMALL_T2I, controlnet_pair, t2i_pair
 from diffusers import ControlNetModel
 from diffusers import T2IAdapter as PeerT2I
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from peers import SMALL_SD15, randomise
 from safetensors.torch import load_file, save_file
-from test_convert import equal
 from test_names import check_bijection, check_ldm, on_meta
 from torch import Tensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import nn
 from checkpoints import cards
 from checkpoints.files import (
     check_output,
+    is_finite,
     printable,
     read_json,
     replacing,
@@ -211,3 +213,31 @@ def test_text_from_files_is_escaped() -> None:
     assert printable("down.0.weight é") == "down.0.weight é"
     assert printable("\x1b[2J\n\u202e\0") == r"\x1b[2J\n\u202e\x00"
     assert len(printable("x" * 10**6)) < 400
+
+
+# which numbers are finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_number_of_16_bits(dtype: torch.dtype) -> None:
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for number, finite in zip(numbers.split(1), numbers.isfinite().tolist(), strict=True):
+        assert is_finite(number) == finite
+    assert is_finite(numbers[numbers.isfinite()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("place", [0, 2**18 - 1, 2**18, 300_000])
+def test_one_number_among_many(dtype: torch.dtype, place: int) -> None:
+    many, limits = torch.randn(300_001).to(dtype), torch.finfo(dtype)
+    for number in (limits.max, limits.min, limits.tiny, limits.smallest_normal / 2, -0.0):
+        many[place] = number
+        assert is_finite(many)
+    for number in (math.inf, -math.inf, math.nan):
+        many[place] = number
+        assert not is_finite(many)
+        assert not is_finite(many[: place + 1].expand(2, -1).T)
+
+
+def test_integers_are_finite() -> None:
+    assert is_finite(torch.tensor([1, 2**62]))

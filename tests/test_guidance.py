@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.adapter import IPAdapter
-from model.context import Context
+from model.attention import Fuse, concatenated, decoupled
+from model.context import Context, pyramid
 from model.image_projection import ImageProjection
+from model.source import Source
 from model.unet import Residuals, UNet, UNetConfig
 from sampling.guidance import Side, guided
+from sampling.lambdas import Lambda, moving, set_lambda, unmoved
 
 CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=6, groups=4)
 
@@ -95,7 +100,7 @@ def test_solver_keeps_its_own_type(w: float) -> None:
 
 
 def test_a_compiled_unet_is_one_graph_for_all_timesteps(unet: UNet) -> None:
-    """A second lambda makes it a variable of the graph; after that nothing is compiled again."""
+    """And for all numbers lambda, 0 and 1 too: guidance makes them tensors."""
     adapter, graphs = IPAdapter(unet, ImageProjection(10, CONFIG.context_dim)).double(), []
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
@@ -106,12 +111,83 @@ def test_a_compiled_unet_is_one_graph_for_all_timesteps(unet: UNet) -> None:
     fast: Any = torch.compile(unet, backend=backend, fullgraph=True)
     x, text, picture = randn(1, 4, 8, 8, seed=1), randn(2, 1, 5, CONFIG.context_dim, seed=2), randn(1, 10, seed=3)
     uncond, cond = Context(text[0]), Context(text[1])
-    for scale, most in ((0.5, 1), (0.7, 2), (1.0, 2)):
+    for scale in (0.5, 0.7, 1.0, 0.0):
         contexts = adapter(uncond, 0 * picture, scale), adapter(cond, picture, scale)
         denoise, want = guided(fast, *contexts, 7.5), guided(unet, *contexts, 7.5)
         for t in (981, 501, 1):
-            assert torch.equal(denoise(x, t), want(x, t))
-        assert len(graphs) == most
+            torch.testing.assert_close(denoise(x, t), want(x, t), atol=1e-12, rtol=0)
+        assert len(graphs) == 1
+
+
+LAMBDAS: dict[str, float | Tensor] = {
+    "one": 1.0,
+    "number": 0.7,
+    "zero": 0.0,
+    "tensor": torch.tensor(0.7, dtype=torch.float64),
+    "rows": torch.tensor([0.7, 0.2], dtype=torch.float64).reshape(2, 1, 1, 1),
+    "mask": torch.tensor(0.3, dtype=torch.float64),  # by level, below
+}
+
+
+def forms(unet: UNet, fuse: Fuse, own: bool, lam: str) -> tuple[Context, Context]:
+    """(uncond, cond) for latents of 8 x 8, batch 2, of one form of attention to a picture."""
+    torch.manual_seed(1)
+    adapter = IPAdapter(unet, ImageProjection(10, CONFIG.context_dim, 4), own).double().requires_grad_(False)
+    pair = (adapter(Context(randn(2, 5, 6, seed=3 + i), fuse=fuse), randn(2, 10, seed=i), LAMBDAS[lam]) for i in (0, 1))
+    if lam != "mask":
+        uncond, cond = pair
+        return uncond, cond
+    maps = pyramid(torch.rand(9, 9).double(), 8, 8, 2)
+    levels = [maps[0] if layer.to_q.in_features == 8 else maps[1] for layer in unet.cross_attentions()]
+    uncond, cond = (set_lambda(context, levels) for context in pair)
+    return uncond, cond
+
+
+@pytest.mark.parametrize(("own", "lam"), [(True, "number"), (False, "number"), (True, "mask")])
+@pytest.mark.parametrize("fuse", [decoupled, concatenated])
+def test_every_form_is_one_graph_without_breaks(unet: UNet, fuse: Fuse, own: bool, lam: str) -> None:
+    torch._dynamo.reset()
+    fast: Any = torch.compile(unet, backend="eager", fullgraph=True)
+    contexts, x = forms(unet, fuse, own, lam), randn(2, 4, 8, 8, seed=5)
+    want = guided(unet, *contexts, 7.5)(x, 500)
+    torch.testing.assert_close(guided(fast, *contexts, 7.5)(x, 500), want, atol=1e-12, rtol=0)
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Fails on an operation that moves a tensor from or to the CPU, or reads a value back."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        assert all(x.device.type == "meta" for x in tensors), f"{func} waits for the device"
+        assert "_local_scalar_dense" not in str(func)
+        return out
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+@pytest.mark.parametrize("fuse", [decoupled, concatenated])
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_step_waits_for_nothing(fuse: Fuse, lam: str, moves: bool) -> None:
+    """The meta device has no values, so a step that reads one fails there."""
+    plain = UNet(CONFIG).double().requires_grad_(False)
+    contexts = tuple(on_meta(context) for context in forms(plain, fuse, True, lam))
+    move = moving([Lambda((0.5, 1.0))], [7, 3]) if moves else unmoved
+    denoise = guided(plain.to("meta"), *contexts, 7.5, move=move)
+    x = torch.empty(2, 4, 8, 8, dtype=torch.float64, device="meta")
+    with OnOneDevice():
+        for t in (7, 3):
+            assert denoise(x, t).shape == x.shape
+
+
+def on_meta(context: Context) -> Context:
+    def moved(scale: float | Tensor) -> float | Tensor:
+        return scale.to("meta") if isinstance(scale, Tensor) else scale
+
+    image = tuple(
+        tuple(Source(one.k.to("meta"), one.v.to("meta"), moved(one.scale)) for one in sources)
+        for sources in context.image
+    )
+    return Context(context.text.to("meta"), image, context.fuse)
 
 
 # text and picture with a weight each

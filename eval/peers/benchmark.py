@@ -1,7 +1,8 @@
 """Compare speed and memory with diffusers at full size.  `python -m eval benchmark`
 
-Both implementations use the same files, weights, threads and dtype, and are measured alternately in one process. The reported ratio is
-the median over rounds, since ratios vary less than times. Each step also has a lower bound, `limit`: the time its arithmetic would take
+Both implementations use the same files, weights, threads and dtype, and are measured alternately, most of them in one process. The rows of
+the fast form, and loads, use separate processes (eval/peers/columns.py). The reported ratio is the median over rounds, since ratios vary
+less than times. Each step also has a lower bound, `limit`: the time its arithmetic would take
 at the speed of this machine's fastest matrix product.
 """
 
@@ -27,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoints.adapters import load_adapter
 from checkpoints.files import check_output, read_json, write_json
 from checkpoints.single_file import load_single
-from eval.peers import official
+from eval.peers import columns, official
+from eval.peers.columns import inputs
 from eval.peers.timing import Row, beside, medians, peak
 from eval.tables import markdown
 from model.adapter import IPAdapter
@@ -37,12 +39,6 @@ from model.unet import UNet
 from sampling.pipeline import Pipeline, compiled
 from sampling.schedule import Schedule
 from train.loss import diffusion_loss
-
-
-def _inputs(dtype: torch.dtype, batch: int = 2) -> tuple[torch.Tensor, ...]:
-    g = torch.Generator().manual_seed(1)
-    shapes = (batch, 4, 64, 64), (batch, 77, 768), (batch, 1024)
-    return tuple(torch.randn(*shape, generator=g).to(dtype) for shape in shapes)
 
 
 def _ours(folder: Path, dtype: torch.dtype) -> tuple[UNet, IPAdapter]:
@@ -59,7 +55,7 @@ def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = Fa
     unet, adapter = _ours(folder, dtype)
     if compile_ours:
         unet = compiled(unet)
-    x, text, image = _inputs(dtype)
+    x, text, image = inputs(dtype)
     context = adapter(Context(text), image)
     added = {"image_embeds": [image[:, None]]}
     with torch.no_grad():
@@ -101,7 +97,7 @@ def training(folder: Path, rounds: int) -> Row:
     peer = official.peer_unet(folder, torch.float32)
     named = peer.named_parameters()
     trained = [p.requires_grad_(True) for name, p in named if "_ip" in name or name.startswith("encoder_hid_proj")]
-    (x, text, image), t, schedule = _inputs(torch.float32, batch=1), torch.tensor([500]), Schedule()
+    (x, text, image), t, schedule = inputs(torch.float32, batch=1), torch.tensor([500]), Schedule()
     eps = torch.randn_like(x)
 
     def our_loss() -> torch.Tensor:
@@ -154,6 +150,8 @@ ROWS: dict[str, Callable[[Path, int], Row]] = {
     "load, float32": partial(loading, dtype="float32"),
     "step, float32": lambda folder, rounds: steps(folder, torch.float32, rounds),
     "step, bfloat16": lambda folder, rounds: steps(folder, torch.bfloat16, rounds),
+    "fast step, float32": partial(columns.columns, dtype="float32"),
+    "fast step, bfloat16": partial(columns.columns, dtype="bfloat16"),
     "training step": training,
     "50-step pipeline": pipelines,
     "step, float32, ours compiled": lambda folder, rounds: steps(folder, torch.float32, rounds, compile_ours=True),
@@ -197,4 +195,8 @@ def table(results: dict[str, Any]) -> str:
 
 def run(args: Namespace) -> None:
     """`python -m eval benchmark`"""
-    print(table(evaluate(args.state, args.out, args.rounds, args.row)))
+    results = evaluate(args.state, args.out, args.rounds, args.row)
+    print(table(results))
+    for name, row in results.items():
+        if isinstance(row, dict) and "ratios" in row:
+            print(f"\n{name}\n\n{columns.table(row)}")

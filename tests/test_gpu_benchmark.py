@@ -1,0 +1,51 @@
+"""The benchmark for a GPU, at a tiny size on the CPU: it runs, saves every line at once, and needs no diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from checkpoints.files import read_json
+from eval.peers import gpu
+
+
+def test_it_measures_both_sides_line_by_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "gpu.json"
+    gpu.evaluate(gpu.tiny("cpu"), out, ["eager bf16, batch 2", "training", "3-step"])
+    saved = read_json(out)
+    lines = ["eager bf16, batch 2", "training step, batch 2", "3-step picture, bf16"]
+    assert [name for name in saved if isinstance(saved[name], dict)] == lines
+    assert all(saved[name][side]["seconds"] > 0 for name in lines for side in ("ours", "theirs"))
+    assert [line.partition(" {")[0] for line in capsys.readouterr().out.splitlines() if " {" in line] == lines
+    monkeypatch.setattr(gpu, "find_spec", lambda _: None)
+    assert "theirs" not in gpu.evaluate(gpu.tiny("cpu"), out, ["eager bf16, batch 2"])[lines[0]]
+
+
+def test_what_is_measured_first() -> None:
+    names = list(gpu.rows(gpu.Setting("cuda")))
+    assert names[:5] == [
+        "eager bf16, batch 2",
+        "eager fp16, batch 2",
+        "training step, batch 8",
+        "50-step picture, bf16",
+        "compiled bf16, batch 2, reduce-overhead",
+    ]
+    assert all("max-autotune" in name for name in names[-4:])
+
+
+def test_a_line_that_fails_is_saved_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> gpu.Row:
+        raise RuntimeError("out of memory\nmore")
+
+    monkeypatch.setattr(gpu, "step", fail)
+    results = gpu.evaluate(gpu.tiny("cpu"), tmp_path / "a.json", ["eager"])
+    assert results["eager bf16, batch 2"] == results["eager fp16, batch 3"] == {"error": "out of memory"}
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda:99"):
+        gpu.evaluate(gpu.tiny("cuda:99"), tmp_path / "a.json", [])
