@@ -21,6 +21,7 @@ from eval.peers.timing import Run, seconds
 from eval.tables import markdown
 from model.context import Context
 from model.fast import fasten
+from model.image_encoder import VIT_H
 from sampling.machine import keep_memory
 
 # A name, and whether the process keeps freed memory (sampling/machine.py).
@@ -51,7 +52,7 @@ def step_of(folder: Path, side: str, dtype: torch.dtype) -> Run:
         peer, added = official.peer_unet(folder, dtype), {"image_embeds": [image[:, None]]}
         return lambda: peer(x, 500, text, added_cond_kwargs=added)
     unet = load_single(folder / official.SINGLE, dtype).unet
-    context = load_adapter(folder / official.ADAPTER, unet, 1024, dtype)(Context(text), image)
+    context = load_adapter(folder / official.ADAPTER, unet, VIT_H, dtype)(Context(text), image)
     unet = fasten(unet) if side == "fast" else unet
     return lambda: unet(x, 500, context)
 

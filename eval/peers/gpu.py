@@ -26,7 +26,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoints.configs import diffusers_config
 from checkpoints.files import check_output, write_json
 from checkpoints.names import adapter_names
-from eval.device import check_device
 from eval.peers.official import peer_autoencoder
 from model.adapter import IPAdapter
 from model.context import Context
@@ -34,6 +33,7 @@ from model.image_projection import ImageProjection
 from model.unet import SD15, UNet, UNetConfig
 from model.vae import SD_VAE, VAE, VAEConfig
 from sampling.ddim import ddim, ddim_times
+from sampling.device import check_device
 from sampling.guidance import guided
 from sampling.lambdas import as_tensors
 from sampling.pipeline import compiled
