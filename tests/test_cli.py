@@ -239,7 +239,7 @@ def test_errors_are_one_sentence(
 
 def test_help_lists_every_option_in_its_group_with_a_sentence() -> None:
     page = parser().format_help()
-    assert re.findall(r"^(\w+):$", page, re.MULTILINE) == ["picture", "text", "edit", "sampler", "files"]
+    assert re.findall(r"^(\w+):$", page, re.MULTILINE) == ["picture", "text", "structure", "edit", "sampler", "files"]
     for option in parser()._option_string_actions:
         assert re.search(rf"^  ({option}|-h, {option})\b", page, re.MULTILINE) or option == "-h"
     for action in parser()._actions:
