@@ -123,7 +123,7 @@ def test_a_whole_unet_against_diffusers_scores(size: tuple[int, int]) -> None:
     want = both.peer(x, t, text, added_cond_kwargs={"image_embeds": embeddings}).sample
     context = Context(text)
     for adapter, embedding, scale in zip(adapters, embeddings, (0.7, 0.4), strict=True):
-        context = adapter(context, embedding, scale)
+        context = adapter(context, embedding[:, :, None], scale)
     with record(both.ours) as maps:
         got = both.ours(x, t, context)
     assert max_error(got, want) < EXACT
