@@ -273,7 +273,8 @@ def test_fast_changes_nothing_but_rounding(
 def test_what_fast_is_not_for_is_refused_at_once(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the weights were read"))
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    for options in (("--dtype", "float16"), ("--compile",), ("--device", "meta")):
+    monkeypatch.setattr(command, "check_device", lambda device: device)
+    for options in (("--dtype", "float16"), ("--compile",), ("--device", "cuda")):
         with pytest.raises(ValueError, match="--fast is for a CPU, in float32 or bfloat16 and without --compile"):
             draw(weights, tmp_path / "a.png", "--fast", *options)
     monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("", ""))

@@ -93,7 +93,7 @@ def test_again_knows_where_and_when(weights: Path, tmp_path: Path, image: Path, 
     [
         ("--image-mask LEFT", "--image-mask is for an image prompt: name it with --image"),
         ("--image-guidance 2", "--image-guidance is for an image prompt: name it with --image"),
-        ("--image IMAGE --image-end 0", "0 <= start < end <= 1, not 0.0 to 0.0"),
+        ("--image IMAGE --image-end 0", "0 <= start < end <= 1, not 0.0 and 0.0"),
         ("--image IMAGE --image-end 0.5 --image-end 0.6", "--image-end is given twice"),
         ("--image IMAGE --image-layers styles", "style, layout, finest, or weights"),
         ("--image IMAGE --image-layers [1]", "cross-attention layers"),

@@ -281,7 +281,7 @@ MISTAKES = {
     "a scale alone": ("--control-scale 1", "--control-scale is for a control"),
     "no file": ("--control {nothing} --hint {hint.png}", "nothing is not there: name a ControlNet or a T2I-Adapter"),
     "no picture": ("--control {edges} --hint {nothing.png}", r"nothing\.png: there is no such file"),
-    "not a picture": ("--control {edges} --hint {edges/config.json}", "not a picture that Pillow can read"),
+    "not a picture": ("--control {edges} --hint {edges/config.json}", "Pillow cannot read this file as a picture"),
     "a picture": ("--control {hint.png} --hint {hint.png}", "not a file of weights but a PNG picture"),
     "an adapter": ("--control {adapter} --hint {hint.png}", "only ControlNets and T2I-Adapters can be used as a control"),
     "a range that is none": ("--control {edges} --hint {hint.png} --control-start 0.5 --control-end 0.5", "acts from start to end"),

@@ -70,11 +70,11 @@ def test_both_adapters_are_read(
     weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command writes one row per adapter, with the image prompt alone, and the hashes of the adapter files."""
-    drawn: list[tuple[str, float, int]] = []
+    drawn: list[tuple[str, float, bool]] = []
     draw = Bench.draw
 
     def spy(self: Bench, task: str, adapter: Any, fuse: Any, embedding: Any, lam: float) -> Any:
-        drawn.append((task, lam, embedding.ndim))
+        drawn.append((task, lam, embedding.shape[2] > 1))
         return draw(self, task, adapter, fuse, embedding, lam)
 
     monkeypatch.setattr(Bench, "draw", spy)
@@ -83,7 +83,7 @@ def test_both_adapters_are_read(
     monkeypatch.setattr("sys.argv", command)
     main()
     results = json.loads(out.read_text())
-    assert drawn == [("picture", 1.0, 3), ("picture", 1.0, 4)]  # an embedding, and a grid of features, a picture
+    assert drawn == [("picture", 1.0, False), ("picture", 1.0, True)]  # one embedding, and a grid of features, for each picture
     assert [row["form"] for row in results["rows"][1:]] == list(fine.ADAPTERS.values())
     assert all(len(row["placement_error"]) == 6 and "clip_t" not in row for row in results["rows"])
     names = [f"{name}.safetensors" for name in fine.ADAPTERS]
