@@ -157,6 +157,7 @@ def test_an_adapter_is_made_for_either() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(32, 32), (33, 21)])
+@pytest.mark.parity("diffusers UNet2DConditionModel, float32 and bfloat16", "2 times the peer's own")
 def test_the_error_is_at_most_twice_that_of_diffusers(pair: Pair, dtype: torch.dtype, size: tuple[int, int]) -> None:
     """Against float64. The small SD 1.5 has all forms: F(4x4) on two levels, F(2x2) below, and packed products."""
     both = pair("sd15")
