@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import runpy
 import shutil
@@ -27,7 +26,7 @@ from model.unet import UNet, UNetConfig
 from sampling.pipeline import load
 from sampling.schedule import Prediction, Schedule
 from train import adapter as adapter_stage
-from train import preview, setting
+from train import preview
 from train.__main__ import main
 from train.adapter import Recipe
 from train.data import Cached
@@ -307,10 +306,9 @@ def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pa
 def test_the_command_trains_plus_from_the_base_folders_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That has to be there, before anything is computed; the card names both steps."""
     monkeypatch.setattr(preview, "draw_image_prompts", lambda *_: None)
-    monkeypatch.setattr(setting, "TrainingSource", functools.partial(TrainingSource, pictures=24))
     base, out, state = tmp_path / "base", tmp_path / "out", tmp_path / "state"
     shutil.copytree("weights", base)
-    command = ["plus", "--steps", "2", "--batch", "4"]
+    command = ["plus", "--steps", "2", "--batch", "4", "--pictures", "24"]
     command += [part for k, v in {"base": base, "weights": out, "state": state}.items() for part in (f"--{k}", str(v))]
     main(command)
     card = json.loads((out / "ip_adapter_plus.json").read_text())
