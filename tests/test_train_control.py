@@ -69,7 +69,7 @@ def pool() -> Hinted:
     """Random latents and text of the mini model's sizes, with true outlines."""
     g = torch.Generator().manual_seed(0)
     mean, texts = torch.randn(6, 4, 16, 16, generator=g), torch.randn(3, 77, 128, generator=g)
-    pairs = Pairs(mean, 0.1 * torch.ones_like(mean), torch.arange(6) % 3, texts, None, None)
+    pairs = Pairs(mean, 0.1 * torch.ones_like(mean), torch.arange(6) % 3, texts, None)
     return Hinted(pairs, outlines_of("train", 6))
 
 
