@@ -32,7 +32,7 @@ class Hint:
 
     `picture`: a Pillow picture of any size, or `1 c H W` or `b c H W` in [0, 1]. `scale` multiplies all residuals. Of the n
     steps that run, the control acts in step i (from 0) where start <= i / n and (i + 1) / n <= end, as in diffusers.
-    `guess`: guess mode. Raises ValueError for a range that is none.
+    `guess`: guess mode. Raises ValueError unless 0 <= start < end <= 1.
     """
 
     picture: Image.Image | Tensor
@@ -46,11 +46,11 @@ class Hint:
             raise ValueError(f"a control acts from start to end, 0 <= start < end <= 1, not {self.start} to {self.end}")
 
     def acts(self, step: int, steps: int) -> bool:
-        """Whether the control acts in step `step` of `steps`."""
+        """Return whether the control acts in step `step` of `steps`."""
         return step / steps >= self.start and (step + 1) / steps <= self.end
 
     def check(self, network: Network) -> None:
-        """Raise ValueError when the hint asks for what this control can't do."""
+        """Raise ValueError if the hint asks for guess mode of a T2I-Adapter."""
         if self.guess and isinstance(network, T2IAdapter):
             raise ValueError("guess mode is for a ControlNet: leave out --guess for a T2I-Adapter")
 
@@ -69,14 +69,14 @@ class Hint:
 
 
 def to_pixels(picture: Image.Image, channels: int, size: tuple[int, int]) -> Tensor:
-    """A picture as `1 c H W` in [0, 1]: grey or RGB, then resized by Lanczos filtering, as in diffusers."""
+    """Convert a picture to `1 c H W` in [0, 1]: to grey or RGB, then resized with a Lanczos filter, as in diffusers."""
     height, width = size
     small = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.atleast_3d(np.asarray(small, dtype=np.float32)) / 255).permute(2, 0, 1)[None]
 
 
 def ladder(count: int) -> list[float]:
-    """Weights of guess mode, finest level first and the middle last: 10^(i / (n - 1) - 1), from 0.1 to 1.
+    """Return the weights of guess mode, finest level first and the middle last: 10^(i / (n - 1) - 1), from 0.1 to 1.
 
     This is diffusers' rule. The official code has 0.825^(n - 1 - i), which is up to 0.6 % lower.
     """
@@ -131,10 +131,10 @@ def bind(
     size: tuple[int, int],
     times: Sequence[int],
 ) -> Control | None:
-    """The `control` of `guided` for controls with a hint each; None without controls.
+    """Return the `control` of `guided` for these networks and their hints, or None if there are no networks.
 
     `contexts` has the Context of each side, `size` is (height, width) of the pictures, `times` are the timesteps that run.
-    A T2I-Adapter runs here, once. Raises ValueError when hints and controls do not fit together.
+    A T2I-Adapter runs here, once. Raises ValueError if hints and networks do not fit together.
     """
     if len(networks) != len(hints):
         raise ValueError(f"{len(hints)} hints for {len(networks)} controls: give each control one")

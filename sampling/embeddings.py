@@ -39,12 +39,12 @@ class PictureWeights:
 
     @property
     def prompts(self) -> int:
-        """Number of image prompts in the Context: with the rule "output" each picture is one of its own."""
+        """Return the number of image prompts in the Context: one for each picture with the rule "output", else one."""
         return len(self.values) if self.values and self.rule == "output" else 1
 
 
 def of_prompts(lambdas: Sequence[Strength], weights: Sequence[PictureWeights] | None) -> list[Strength]:
-    """The lambda of each image prompt of a Context, given the lambda of each adapter."""
+    """Return the lambda of each image prompt of a Context, from the lambda of each adapter."""
     counts = [each.prompts for each in weights or [PictureWeights()] * len(lambdas)]
     return [lam for lam, count in zip(lambdas, counts, strict=True) for _ in range(count)]
 
@@ -61,11 +61,11 @@ class Part:
 def parts(
     features: Features, lam: Strength, weights: PictureWeights, config: UNetConfig, grid: tuple[int, int]
 ) -> list[Part]:
-    """The image prompts of one adapter: one, or with the rule "output" one for each picture.
+    """Return the image prompts of one adapter: one in all, or one for each picture with the rule "output".
 
-    There are as many null images or negative pictures as pictures, or one for all of them; only the rule "output" weighs
-    them too, as in diffusers. Raises ValueError when weights or pictures are not as many. `config` and `grid` are those of
-    `Lambda.by_layer`.
+    `features.null` holds one null image or negative picture for each picture, or one for all. Only the rule "output" also
+    weighs these, as in diffusers. `config` and `grid`: as in `Lambda.by_layer`. Raises ValueError if the number of weights or
+    negative pictures differs from the number of pictures.
     """
     pictures, negatives = features.pictures.shape[1], features.null.shape[1]
     if negatives not in (1, pictures):
@@ -94,7 +94,7 @@ def levels_of(lam: Strength, config: UNetConfig, grid: tuple[int, int], weight: 
 
 
 def weigh_embedding(embedding: Tensor, weights: Sequence[float]) -> Tensor:
-    """e'_j = w_j e_j of `b k m e`, before the projection: the rule "embedding", ComfyUI_IPAdapter_plus's.
+    """e'_j = w_j e_j of `b k m e`, before the projection: the rule "embedding" of ComfyUI_IPAdapter_plus.
 
     The LayerNorm that ends the projection divides w away again but for the bias and its epsilon; w = 0 is the null image.
     """

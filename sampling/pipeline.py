@@ -126,13 +126,13 @@ class Pipeline:
         return uncond, cond
 
     def draw(self, request: Request) -> Image.Image:
-        """Draw one request. Raises ValueError when the request, its files and this model do not fit together."""
+        """Draw one request. Raises ValueError if the request, its files and this model do not fit together."""
         return next(self.series(read_inputs(request)))
 
     def series(
         self, inputs: Inputs, num: int = 1, watch: Callable[[State], None] | None = None
     ) -> Iterator[Image.Image]:
-        """Draw `num` pictures of one request, with its seed, seed + 1, ...; yields each batch as soon as it is drawn."""
+        """Draw `num` pictures of one request, with seeds seed, seed + 1, ... Yield each batch as soon as it is drawn."""
         request, prompts = inputs.request, inputs.image_prompts
         check_seed(request.seed + num - 1)
         if prompts and len(prompts) != max(1, len(self.adapters)):
@@ -165,7 +165,7 @@ class Pipeline:
             yield from to_images(drawn)
 
     def batches(self, inputs: Inputs, num: int) -> list[range]:
-        """The seeds of `num` pictures in groups that `series` draws together."""
+        """Group the seeds of `num` pictures into the batches that `series` draws."""
         _, (height, width) = size_of(inputs, self.native_size, self.vae.config.factor)
         return groups(inputs.request.seed, num, abs(height * width) // self.vae.config.factor**2)
 
@@ -221,7 +221,7 @@ class Pipeline:
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the base model was trained at."""
+        """Return the (height, width) in pixels of the pictures that the base model was trained on."""
         side = self.unet.config.sample_size * self.vae.config.factor
         return side, side
 
@@ -281,7 +281,7 @@ def load(
 def prompt_files(
     checkpoint: Path, adapter: Path | str | Sequence[Path | str] | None, image_encoder: Path | str | None
 ) -> tuple[list[Path], Path | None]:
-    """The adapters and the image encoder to use: those that are named, or else those in the checkpoint's folder."""
+    """Return the adapters and the image encoder to use: the named ones, or those in the checkpoint's folder."""
     own = checkpoint / "ip_adapter.safetensors", checkpoint / "image_encoder.safetensors", checkpoint / "image_encoder"
     encoders = [Path(image_encoder)] if image_encoder else [path for path in own[1:] if path.exists()]
     if adapter is None:

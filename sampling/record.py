@@ -27,7 +27,7 @@ FOLDERS = ("weights", "sampling/examples", "results")  # of shipped files
 
 
 def stored(path: Path) -> str:
-    """The name under which a record stores a file or folder."""
+    """Return the name under which a record stores a file or folder."""
     full = Path(os.path.abspath(path))
     if any(full.is_relative_to(ROOT / folder) for folder in FOLDERS):
         return SHIPPED + full.relative_to(ROOT).as_posix()
@@ -38,7 +38,7 @@ def stored(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a regular file. Raises ValueError for anything else: reading a device might never end."""
+    """Return the hash of a regular file. Raises ValueError for anything else, since reading a device might never end."""
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     status = path.stat()
@@ -51,7 +51,7 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 
 
 def used_files(request: Request, model: Model) -> list[Path]:
-    """Every file that affects the picture: weights with their configs, and the pictures, embeddings and masks of the request."""
+    """List every file that affects the picture: weights with their configs, and the pictures, embeddings and masks of the request."""
     base = [model.checkpoint]
     if (model.checkpoint / "unet.safetensors").exists():
         parts = ("unet", "text_encoder") if model.vae else ("unet", "vae", "text_encoder")
@@ -65,12 +65,12 @@ def used_files(request: Request, model: Model) -> list[Path]:
 
 
 def digests(request: Request, model: Model) -> dict[str, str]:
-    """The hash of each of `used_files`, by its stored name."""
+    """Return the hash of each of `used_files`, by its stored name."""
     return {stored(path): sha256(path) for path in used_files(request, model)}
 
 
 def record(request: Request, model: Model, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """What `save_image` writes into a picture. `hashes` is what `digests` gives."""
+    """Return the record that `save_image` writes into a picture. `hashes`: the result of `digests`."""
     settings = [to_json(map_paths(item, lambda path: Path(stored(path)))) for item in (request, model)]
     return {"request": settings[0], "model": settings[1], "sha256": dict(hashes)}
 
@@ -165,7 +165,7 @@ def _part(path: Path, rest: str) -> Path:
 
 
 def _changed(path: Path, parts: Mapping[str, str]) -> str | None:
-    """The first part that is missing or has changed, or None."""
+    """Return the first part that is missing or has changed, or None."""
     for rest, digest in parts.items():
         part = _part(path, rest)
         if not part.is_file() or sha256(part) != digest:
