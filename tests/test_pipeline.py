@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_models import Ask, Model, build, difference, theirs
+from small_models import Ask, Model, build, theirs
+from tiny import difference
 from torch import Tensor
 
 from checkpoints.adapters import load_adapter

@@ -16,7 +16,8 @@ from diffusers.models.embeddings import IPAdapterFullImageProjection, IPAdapterP
 from peers import max_error, number_of, official_projection, randn, randomise
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_models import BASES, Ask, Model, adapter, build, difference, flat, theirs
+from small_models import BASES, Ask, Model, adapter, build, flat, theirs
+from tiny import difference
 from torch import Tensor
 
 from checkpoints import cards
