@@ -189,11 +189,12 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a non-empty tensor of 2, 4 or 8 bytes a number has no NaN or infinity. Integers have none.
+    """Return whether a tensor has neither NaN nor infinity. It must not be empty; its numbers have 2, 4 or 8 bytes.
 
-    A number is not finite when all bits of its exponent are 1. So with its N bits as an integer x, and those of infinity as i, it is not
-    finite when 2x >= 2i without a sign (2x drops the sign bit). 2x - (2i - 2^(N-1)) moves these values to the smallest integers with a
-    sign, where one minimum finds them. This reads mapped memory once and is faster than a comparison of floating point numbers.
+    The test works on the N bits of a number, read as an integer x. Let i be the integer of +infinity. The number is not finite if all
+    bits of its exponent are 1, which means 2x >= 2i in unsigned arithmetic, because 2x drops the sign bit. Subtracting 2i - 2^(N-1)
+    modulo 2^N maps these values to the smallest signed integers, below those of all finite numbers. So it is enough to compare the
+    minimum of the tensor with one bound. This reads the memory once and is faster than a comparison of floats.
     """
     if not tensor.is_floating_point():
         return True

@@ -30,7 +30,7 @@ class Schedule:
     `spacing`: how timesteps are chosen, by one of the rules of arXiv 2305.08891, Table 2, rounded as in diffusers, or by that of
     LDM. None is the sampler's default: leading for DDIM, linspace for DPM-Solver++. `offset` is added to leading timesteps.
     `final_one` (DDIM): the last step ends at a = 1 instead of a_0. `karras` (DPM-Solver++): use the noise levels of arXiv
-    2206.00364. `not_dpm`: settings of the scheduler file that our DPM-Solver++ does not support; if there are any, it raises.
+    2206.00364. `unsupported_by_dpm`: settings of the scheduler file that our DPM-Solver++ does not support; if there are any, it raises.
     """
 
     timesteps: int = 1000
@@ -41,7 +41,7 @@ class Schedule:
     offset: int = 1
     final_one: bool = False
     karras: bool = False
-    not_dpm: tuple[str, ...] = ()
+    unsupported_by_dpm: tuple[str, ...] = ()
 
     @property
     def alphas(self) -> Tensor:

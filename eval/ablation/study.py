@@ -84,7 +84,7 @@ SMOKE = Study(
 
 
 @dataclass(frozen=True)
-class Place:
+class Workspace:
     """The inputs of a study and the locations of its files.
 
     `source`: base model and pictures. `shipped`: folder of the finished adapters. `state`: folder of all other files, with one
@@ -124,7 +124,7 @@ class Place:
         scorer = clip_score.find(self.scorer, study.device)
         return Bench(pipeline, prompts, scorer, judge, study.draw_steps, study.guidance)
 
-    def fingerprinted(self, bench: Bench) -> Place:
+    def fingerprinted(self, bench: Bench) -> Workspace:
         """Return a copy with `made_from` set: fingerprints of the weights, the data and the scorer."""
         parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")}
         data = None if self.source.data is None else captioned_files(self.source.data)
