@@ -148,9 +148,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     """Measure everything, and write `out` (JSON) after each task."""
     check_output(out)
     check_device(device)
-    measure = Measure(
-        load(weights, device=device), load_judge(weights / "judge.safetensors").to(device), steps, guidance
-    )
+    measure = Measure(load(weights, device=device), load_judge(weights / "judge.safetensors").to(device), steps, guidance)
     test, vae = Prompts.of_the_world(n, seed=2), measure.pipeline.vae
     repeated, through = own(test), through_the_vae(vae, test.pixels)
     chosen, sweep = choose_lambdas(measure, min(VALIDATION, n))

@@ -1,9 +1,9 @@
 """A faster form of the UNet for a CPU, for inference only: `fasten(unet)`. tests/test_fast.py holds it equal to the UNet.
 
 - 3x3 convolutions in float32 are computed by Winograd's algorithm (`Winograd`).
-- Other weights are stored in oneDNN's own layout, and GEGLU and residuals are computed in the same pass (`Packed`). Where PyTorch has no
-  oneDNN for the dtype, the same classes run PyTorch's ordinary functions.
-- The passes of a guidance batch have equal rows until the text enters. `FastUNet` computes these rows once.
+- Other weights are stored in oneDNN's own layout, and products are fused with GEGLU and residuals (`Packed`). If oneDNN does not support
+  the dtype, the same classes call PyTorch's ordinary functions.
+- The passes of a guidance batch are equal until the first cross-attention. `FastUNet` computes the layers before it only once.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ class FastUNet(UNet):
         """Embed the timesteps as UNet does; if all are equal, only once: `1 e`."""
         return super().embed(t[:1] if bool((t == t[0]).all()) else t, added, dtype)
 
-    def encode(
-        self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def encode(self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Run the encoder as UNet does. If `emb` or `hidden` differ between rows, `x` is repeated before the first layer."""
         rows = len(context.text)
         x, skips = super().encode(repeated(x, rows) if len(emb) > 1 or hidden else x, emb, context, hidden)
@@ -138,7 +136,7 @@ def _stages(unet: UNet) -> Iterator[tuple[Stage, int]]:
 
 
 def _convolution(conv: nn.Conv2d, side: int) -> nn.Module:
-    """The fastest form of a convolution of feature maps `side` x `side`."""
+    """Return the fastest form of a convolution for feature maps of `side` x `side`."""
     dtype, narrow = conv.weight.dtype, min(conv.in_channels, conv.out_channels) < WIDE
     if conv.kernel_size == (1, 1):
         return Pointwise(conv.weight.flatten(1), conv.bias, 2 * side * side)
@@ -148,7 +146,7 @@ def _convolution(conv: nn.Conv2d, side: int) -> nn.Module:
 
 
 def _fasten_transformer(module: SpatialTransformer, rows: int) -> None:
-    """Give a transformer its fast form in place. The projections of the text stay as they are, since adapters read them."""
+    """Convert a transformer to its fast form, in place. The projections of the text do not change, because adapters copy them."""
 
     def pack(parent: nn.Module, *names: str) -> None:
         for name in names:

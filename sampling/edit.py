@@ -166,6 +166,4 @@ def _check(edit: Edit | None, inpaints: bool, factor: int, batch: int, size: tup
         raise ValueError(f"the size is {asked}, but the picture to change is {has}: resize the picture, or add --crop")
     for tensor in (edit.picture, edit.mask):
         if tensor is not None and len(tensor) not in (1, batch):
-            raise ValueError(
-                f"{len(tensor)} pictures or masks to change do not match {batch} prompts: give 1 or {batch}"
-            )
+            raise ValueError(f"{len(tensor)} pictures or masks to change do not match {batch} prompts: give 1 or {batch}")

@@ -77,9 +77,7 @@ class Schedule:
         self.warn_of_late_start(steps, visits[0])
         final = 1.0 if self.final_one else float(alphas[0])
         after = [*visits[1:], -1] if self.spacing == "ldm" else [t - self.timesteps // steps for t in visits]
-        return [
-            (t, float(alphas[t]), float(alphas[p]) if p >= 0 else final) for t, p in zip(visits, after, strict=True)
-        ]
+        return [(t, float(alphas[t]), float(alphas[p]) if p >= 0 else final) for t, p in zip(visits, after, strict=True)]
 
     def warn_of_late_start(self, steps: int, first: int) -> None:
         """Warn if leading spacing with many steps starts below 0.9 T, where x_t should not be pure noise.

@@ -21,7 +21,8 @@ from model.context import Context, pyramid
 from model.layers import Downsample
 from model.unet import MINI, SD15, SD21, SDXL
 from sampling.guidance import guided
-from sampling.lambdas import Lambda, layer_weights, moving, places, preset, set_lambda, unmoved
+from sampling.lambdas import Lambda, moving, set_lambda, unmoved
+from sampling.layer_weights import layer_weights, places, preset
 
 TOLERANCE = 1e-12
 

@@ -161,8 +161,8 @@ def test_one_adapter_takes_everything_wherever_it_stands() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--image x --ip-adapter a --image y --ip-adapter b", "none stands before"),
-        ("--scale 0.5 --ip-adapter a --image x --ip-adapter b --image y", "none stands before"),
+        ("--image x --ip-adapter a --image y --ip-adapter b", "none before the first"),
+        ("--scale 0.5 --ip-adapter a --image x --ip-adapter b --image y", "none before the first"),
         ("--ip-adapter a --ip-adapter b --image x --image y", "its own --image; a has none"),
         ("--ip-adapter a --image x --ip-adapter b --scale 0.5", "its own --image; b has none"),
         ("--ip-adapter a --image x --ip-adapter b --image y --scale 1 --scale 0.5", "twice for one adapter"),

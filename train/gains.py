@@ -60,9 +60,7 @@ def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, de
     )
 
 
-def check_gates(
-    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu"
-) -> None:
+def check_gates(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu") -> None:
     """Raise `GateError` if an adapter cannot be trained as it should.
 
     At scale 0, the output must equal that of the base model bit for bit. Every trainable tensor must get a gradient, and no frozen

@@ -82,9 +82,9 @@ def _save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def contact_sheet(results: Results, workspace: Workspace, study: Study, path: Path, n: int = 8) -> None:
-    """Draw the first n prompts of `conflict` with each form at its `best_lambda`, seed 0, as in Figure 10."""
-    bench = workspace.bench(study).first(n)
+def contact_sheet(results: Results, workspace: Workspace, study: Study, path: Path) -> None:
+    """Draw the first 8 prompts of `conflict` with each form at its `best_lambda`, seed 0, as in Figure 10."""
+    bench = workspace.bench(study).first(8)
     lambdas, columns = {form: best_lambda(results, form) for form in study.forms}, [bench.prompts.images]
     for form, lam in lambdas.items():
         adapter = load_adapter(workspace.adapter(form, 0), bench.pipeline.unet).to(study.device)

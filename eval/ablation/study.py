@@ -60,9 +60,7 @@ class Study:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Study:
         """Build a Study from a results file, which stores tuples as lists."""
-        given: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
+        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return cls(**given)
 
     def plan(self, form: str, seed: int, rate: float) -> Plan:
@@ -78,9 +76,7 @@ class Study:
 
 
 # A tiny study that runs everything in minutes; its numbers are meaningless.
-SMOKE = Study(
-    steps=8, batch=4, rates=(1e-3, 3e-3), rate_steps=4, seeds=2, most_seeds=2, prompts=4, draw_steps=2, check_steps=3
-)
+SMOKE = Study(steps=8, batch=4, rates=(1e-3, 3e-3), rate_steps=4, seeds=2, most_seeds=2, prompts=4, draw_steps=2, check_steps=3)
 
 
 @dataclass(frozen=True)

@@ -146,9 +146,7 @@ def evaluate(workspace: Workspace, study: Study, bench: Bench, jobs: int) -> dic
     }
 
 
-def _training(
-    workspace: Workspace, study: Study, gains: dict[str, dict[float, float | None]], rates: dict[str, float]
-) -> dict[str, Any]:
+def _training(workspace: Workspace, study: Study, gains: dict[str, dict[float, float | None]], rates: dict[str, float]) -> dict[str, Any]:
     """Collect the learning rates, numbers of parameters and gains of all forms."""
     cards = {form: [workspace.card(form, seed) for seed in range(study.seeds)] for form in study.forms}
     return {
