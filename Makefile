@@ -23,7 +23,7 @@ gallery: .venv/ready
 test: .venv/tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 weights: .venv/tests
 	$(BIN)/python -m train all $(if $(DEVICE),--device $(DEVICE) --scale 4)

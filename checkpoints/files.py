@@ -125,7 +125,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex.
+    """Return the SHA-256 of a file, in hex.
 
     Raises ValueError when it is not a regular file, since reading a device may never end.
     """
@@ -136,7 +136,7 @@ def sha256(path: Path) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that loading `path` reads: a file and its card or `.yaml`, or the weights and JSON files in a folder."""
+    """Return the files that loading `path` reads: a file and its card or `.yaml`, or the weights and JSON files in a folder."""
     if path.is_dir():
         return sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin", ".json") and f.is_file())
     beside = (path.with_suffix(end) for end in (".json", ".yaml", ".yml"))
@@ -180,7 +180,7 @@ def printable(text: str, limit: int = 300) -> str:
 
 
 def short_list(names: Iterable[str], limit: int = 3) -> str:
-    """The first `limit` names in alphabetical order, and the number of the others."""
+    """Return the first `limit` names in alphabetical order, and the number of the others."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 

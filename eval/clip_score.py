@@ -26,7 +26,7 @@ Encode = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Scorer:
-    """A CLIP as two functions that return embeddings `b e`; CLIP-I and CLIP-T are their `cosine`. `name`: the model and its preprocessing."""
+    """A CLIP, as two functions that return embeddings `b e`; CLIP-I and CLIP-T are their `cosine`. `name` also states the preprocessing."""
 
     name: str
     images: Callable[[Sequence[Image.Image]], Tensor]
