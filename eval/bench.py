@@ -68,12 +68,12 @@ class Bench:
 
     def _judge(self, task: str, drawn: Tensor, truth: Truth) -> Row:
         assert self.judge is not None
-        reading, own = self.judge.read(drawn), truth.own
+        reading, shown = self.judge.read(drawn), truth.shown
         row: Row = {
             "concept": reading.concept.argmax(dim=1).tolist(),
             "background": reading.background.argmax(dim=1).tolist(),
-            "palette_error": _round(delta_e(reading.palette, own["palette"]), 1),
-            "placement_error": _round((reading.placement - own["placement"]).norm(dim=-1), 1),
+            "palette_error": _round(delta_e(reading.palette, shown["palette"]), 1),
+            "placement_error": _round((reading.placement - shown["placement"]).norm(dim=-1), 1),
         }
         return row if task == "conflict" else row | {"drawing": nearest(truth.scenes, drawn)}
 

@@ -41,7 +41,7 @@ class Truth:
     background: Tensor
 
     @property
-    def own(self) -> dict[str, Tensor]:
+    def shown(self) -> dict[str, Tensor]:
         """What a perfect judge would read from the image prompts (train/judge.py::ground_truth)."""
         return ground_truth(self.scenes)
 
@@ -60,11 +60,11 @@ class Truth:
 
 @dataclass(frozen=True)
 class Prompts:
-    """n image prompts, each with its caption (`own`) and a conflicting one (`other`). `truth` is None for a user's pictures."""
+    """n image prompts, with a caption and a conflicting text for each. `truth` is None for a user's pictures."""
 
     images: list[Image.Image]
-    own: list[str]
-    other: list[str]
+    captions: list[str]
+    conflicts: list[str]
     truth: Truth | None = None
 
     @classmethod
@@ -77,20 +77,20 @@ class Prompts:
         for c, b in zip(concept, background, strict=True):
             another = int((c + rng.integers(1, len(CONCEPTS))) % len(CONCEPTS))
             scenes.append(random_scene(rng, another, int((b + rng.integers(1, len(BACKGROUNDS))) % len(BACKGROUNDS))))
-        own = [caption(CONCEPT_NAMES[s.concept], None, BACKGROUND_NAMES[s.background]) for s in scenes]
-        other = [caption(CONCEPT_NAMES[c], None, BACKGROUND_NAMES[b]) for c, b in zip(concept, background, strict=True)]
+        captions = [caption(CONCEPT_NAMES[s.concept], None, BACKGROUND_NAMES[s.background]) for s in scenes]
+        conflicts = [caption(CONCEPT_NAMES[c], None, BACKGROUND_NAMES[b]) for c, b in zip(concept, background, strict=True)]
         truth = Truth(scenes, torch.from_numpy(concept), torch.from_numpy(background))
-        return cls([Image.fromarray(picture) for picture in pictures(scenes)], own, other, truth)
+        return cls([Image.fromarray(picture) for picture in pictures(scenes)], captions, conflicts, truth)
 
     @classmethod
     def of_files(cls, files: Sequence[tuple[Path, str]], side: int) -> Prompts:
         """Pair each of a user's pictures with the next different caption. Raises ValueError if all captions are equal."""
-        own = [text for _, text in files]
-        if len(set(own)) < 2:
+        captions = [text for _, text in files]
+        if len(set(captions)) < 2:
             raise ValueError("the held-out pictures need at least two different captions: give more pictures (20 or more)")
-        other = [next(text for text in own[i:] + own[:i] if text != mine) for i, mine in enumerate(own)]
+        conflicts = [next(text for text in captions[i:] + captions[:i] if text != own) for i, own in enumerate(captions)]
         images = [centre_square(open_image(file), side, Image.Resampling.BILINEAR) for file, _ in files]
-        return cls(images, own, other)
+        return cls(images, captions, conflicts)
 
     @property
     def pixels(self) -> Tensor:
@@ -100,22 +100,22 @@ class Prompts:
     def first(self, n: int) -> Prompts:
         """Return the first n prompts."""
         truth = self.truth and Truth(self.truth.scenes[:n], self.truth.concept[:n], self.truth.background[:n])
-        return Prompts(self.images[:n], self.own[:n], self.other[:n], truth)
+        return Prompts(self.images[:n], self.captions[:n], self.conflicts[:n], truth)
 
     def texts(self, task: str) -> list[str]:
         """Return the text prompts of a task."""
-        return {"picture": [""] * len(self.own), "agreeing": self.own, "conflict": self.other}[task]
+        return {"picture": [""] * len(self.captions), "agreeing": self.captions, "conflict": self.conflicts}[task]
 
     def to_json(self) -> dict[str, Any]:
         """Return the texts and, in the mini world, the ground truth, for a results file."""
-        seeds = list(range(len(self.own)))
-        data: dict[str, Any] = {"prompts": {"agreeing": self.own, "conflict": self.other, "seeds": seeds}}
+        seeds = list(range(len(self.captions)))
+        data: dict[str, Any] = {"prompts": {"agreeing": self.captions, "conflict": self.conflicts, "seeds": seeds}}
         if (truth := self.truth) is not None:
-            own = truth.own
+            shown = truth.shown
             data["truth"] = {
                 "wanted": {"concept": truth.concept.tolist(), "background": truth.background.tolist()},
-                "own": {key: own[key].tolist() for key in ("concept", "background")},
+                "own": {key: shown[key].tolist() for key in ("concept", "background")},
                 "drawing": truth.drawing,
-                "palette": [[round(x, 2) for x in pair] for pair in own["palette"].flatten(1).tolist()],
+                "palette": [[round(x, 2) for x in pair] for pair in shown["palette"].flatten(1).tolist()],
             }
         return data

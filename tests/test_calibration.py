@@ -81,7 +81,7 @@ def test_the_pictures_are_of_the_prompts_that_labels_json_names() -> None:
     forms = [str(source).rpartition("-")[0] or source for source in sources]
     assert len(set(forms)) == 8 and all(forms.count(form) == 25 for form in forms)
     for i, each in enumerate(LABELS["drawn"]):
-        conflict, shown = prompts.other[i], each["picture"]
+        conflict, shown = prompts.conflicts[i], each["picture"]
         assert each["seed"] == i and (shown is None) == (each["adapter"] is None)
         assert shown is None or (shown["concept"] in CONCEPT_NAMES and shown["background"] in BACKGROUND_NAMES)
         assert each["text"] in ("", conflict, conflict[conflict.index("on a") :])

@@ -80,7 +80,7 @@ def test_the_error_of_a_grey_picture_is_its_distance_from_the_palettes() -> None
     level = 157.7  # sRGB of L = 65
     grey = torch.full((20, 3, 64, 64), level / 127.5 - 1)
     judge = load_judge(Path(__file__).parent.parent / "weights" / "judge.safetensors")
-    palette = prompts.truth.own["palette"]
+    palette = prompts.truth.shown["palette"]
     score = judge.read(grey).score(prompts.truth.concept, prompts.truth.background, palette)
     assert score["palette_error"] == pytest.approx(grey_error(palette.numpy()), abs=0.1)
     assert GREY.tolist() == [65, 0, 0]

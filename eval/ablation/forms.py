@@ -16,13 +16,13 @@ from model.attention import Fuse, concatenated, decoupled
 class Form:
     """One form of image attention.
 
-    `own`: train W'_k and W'_v, instead of using the text's W_k and W_v. `fuse`: separate softmaxes or a joint one. `lambdas`: the
-    values of lambda to draw with after training. `few`: those to draw with after parts of the training. `wide`: add image tokens, so
-    that the larger projection has as many additional parameters as W'_k and W'_v.
+    `own_projections`: train W'_k and W'_v, instead of using the text's W_k and W_v. `fuse`: separate softmaxes or a joint one.
+    `lambdas`: the values of lambda to draw with after training. `few`: those to draw with after parts of the training. `wide`: add
+    image tokens, so that the larger projection has as many additional parameters as W'_k and W'_v.
     """
 
     name: str
-    own: bool
+    own_projections: bool
     fuse: Fuse
     lambdas: tuple[float, ...]
     few: tuple[float, ...]

@@ -22,7 +22,7 @@ TIMES = (981, 801, 601, 401, 201, 21)
 def image_mass(bench: Bench, adapter: IPAdapter) -> list[Row]:
     """Average 1 - g over pictures and queries. Return a row per layer, timestep, number of text keys and picture (own or null)."""
     pipeline, device = bench.pipeline, next(bench.pipeline.unet.parameters()).device
-    tokens = pipeline.text.tokenize(bench.prompts.other)
+    tokens = pipeline.text.tokenize(bench.prompts.conflicts)
     longest = int(tokens.argmax(dim=1).max()) + 1  # <|endoftext|> has the largest number in the vocabulary
     text = pipeline.text(tokens.to(device))
     pictures = {"own": bench.embedding(adapter), "null": bench.null(adapter)}

@@ -1,8 +1,8 @@
 """The settings of an ablation and the locations of its files.
 
 All forms are trained with the recipe of train/adapter.py, from the same initial projection, on the same pictures in the same order with
-the same noise; only `fuse` and `own` differ. (The simple adapter with as many parameters has more tokens, so its initial projection
-differs from that of the other forms.)
+the same noise. They differ only in `fuse` and `own_projections`. (The simple adapter with as many parameters has more tokens, so its
+initial projection differs too.)
 """
 
 from __future__ import annotations
@@ -110,15 +110,7 @@ class Workspace:
 
     def bench(self, study: Study) -> Bench:
         """Build the bench that draws and scores. For a user's pictures, the prompts are the held-out pictures."""
-        source, judge = self.source, None
-        pipeline = load(source.base, (), source.image_encoder, device=study.device)
-        if source.data is None:
-            prompts, judge = Prompts.of_the_world(study.prompts), load_judge(source.base / "judge.safetensors")
-        else:
-            held_out = split(captioned_files(source.data))[1][: study.prompts]
-            prompts = Prompts.of_files([(file.path, file.text) for file in held_out], pipeline.native_size[0])
-        scorer = clip_score.find(self.scorer, study.device)
-        return Bench(pipeline, prompts, scorer, judge, study.draw_steps, study.guidance)
+        return _bench_once(self.source, self.scorer, study)
 
     def fingerprinted(self, bench: Bench) -> Workspace:
         """Return a copy with `made_from` set: fingerprints of the weights, the data and the scorer."""
@@ -140,6 +132,17 @@ class Workspace:
         return sum(phase["steps"] * phase["batch"] * phase["accumulate"] for phase in phases) if phases else None
 
 
+@functools.lru_cache(maxsize=1)  # once per process
+def _bench_once(source: TrainingSource, scorer: str, study: Study) -> Bench:
+    pipeline, judge = load(source.base, (), source.image_encoder, device=study.device), None
+    if source.data is None:
+        prompts, judge = Prompts.of_the_world(study.prompts), load_judge(source.base / "judge.safetensors")
+    else:
+        held_out = split(captioned_files(source.data))[1][: study.prompts]
+        prompts = Prompts.of_files([(file.path, file.text) for file in held_out], pipeline.native_size[0])
+    return Bench(pipeline, prompts, clip_score.find(scorer, study.device), judge, study.draw_steps, study.guidance)
+
+
 @functools.cache  # once per process
 def _prepare_once(source: TrainingSource, folder: Path, device: str) -> Setting:
     return prepare(source, folder, device)
@@ -149,7 +152,7 @@ def untrained_adapter(setting: Setting, form: Form, seed: int) -> IPAdapter:
     """Build the initial adapter of a form. With the same seed, forms with the same number of tokens get the same projection."""
     tokens = _as_many_parameters(setting) if form.wide else None
     with seeded(seed):
-        return setting.adapter(form.own, tokens)
+        return setting.adapter(form.own_projections, tokens)
 
 
 def _as_many_parameters(setting: Setting) -> int:
