@@ -16,16 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from train.colour import (
-    FINE_NAMES,
-    Array,
-    coarse_name,
-    fine_bin,
-    fine_name,
-    lab_to_srgb,
-    lch,
-    srgb_to_lab,
-)
+from train.colour import FINE_NAMES, Array, coarse_name, fine_bin, fine_name, lab_to_srgb, lch, srgb_to_lab
 from train.drawings import fill_colours, layers
 
 SIZE = 64
