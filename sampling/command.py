@@ -89,6 +89,7 @@ def check_model(inputs: Inputs, model: Model) -> None:
         network = open_control(path).control
         check_fit(network, unet_config(model.checkpoint), path)
         hint.check(network)
+    inputs.micro.check(unet_config(model.checkpoint))
     prompts = inputs.image_prompts
     adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
     pictures = [one for prompt in prompts for one in (*prompt.pictures, *prompt.negatives)]

@@ -136,6 +136,7 @@ def parser(about: str | None = None) -> argparse.ArgumentParser:
         p.add_argument_group("picture", "Image prompts. Of several --ip-adapter, each takes those that follow it.")
     )
     _text(p.add_argument_group("text"))
+    _micro(p.add_argument_group("size", "What Stable Diffusion XL is told about the training picture to imitate."))
     _control(p.add_argument_group("structure", "Controls. Of several --control, each takes those that follow it."))
     _edit(p.add_argument_group("edit", "Start from a picture instead of noise."))
     _sampler(p.add_argument_group("sampler"))
@@ -189,6 +190,18 @@ def _text(group: Any) -> None:
     group.add_argument("--negative-prompt", help="Text of the unconditional pass: what to keep away from.")
     about = f"w, the guidance weight (Eq. 7). Default {Request.guidance:g}."
     group.add_argument("--guidance", type=float, help=about)
+
+
+def _micro(group: Any) -> None:
+    def add(name: str, pair: tuple[str, str], about: str) -> None:
+        group.add_argument(name, type=int, nargs=2, metavar=pair, help=about)
+
+    size = ("WIDTH", "HEIGHT")
+    add("--original-size", size, "Size of the file before it was resized; a small one is drawn blurred. Default: the drawing's.")
+    add("--crop-corner", ("LEFT", "TOP"), "Corner of the part that was cut out of it. Default 0 0: nothing is cut off.")
+    add("--target-size", size, "Size of that part. Default: the drawing's.")
+    about = "Let the unconditional pass read zeros (as SDXL was trained) instead of the encoded empty text (as IP-Adapter was)."
+    group.add_argument("--zero-negative", action="store_true", help=about)
 
 
 def _control(group: Any) -> None:

@@ -19,10 +19,10 @@ from checkpoints.fill import copy_weights
 from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
-from model.context import Context
+from model.context import Context, rows
 from model.features import Features, as_features
 from model.image_encoder import Fit, ImageEncoder
-from model.text_encoder import TextEncoder
+from model.text_encoder import Text
 from model.unet import UNet
 from model.vae import VAE
 from sampling.batch import check_finite, groups, rows_of
@@ -35,6 +35,7 @@ from sampling.guidance import Side, guided
 from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
 from sampling.lambdas import moving, set_lambda
+from sampling.micro import DRAWING, Micro
 from sampling.request import WEIGHTS, Request, check_seed
 from sampling.sampler import Sampler, State
 from sampling.schedule import Prediction, Schedule
@@ -50,7 +51,7 @@ class Pipeline:
 
     unet: UNet
     vae: VAE
-    text: TextEncoder
+    text: Text
     schedule: Schedule
     image: ImageEncoder | None = None
     adapters: tuple[IPAdapter, ...] = ()
@@ -84,6 +85,23 @@ class Pipeline:
         return adapter.image_projection.reads.null(self.image, like.shape[-1]).to(like)
 
     @torch.no_grad()
+    def texts(
+        self, prompts: Sequence[str], negatives: Sequence[str], size: tuple[int, int], micro: Micro, fuse: Fuse = decoupled
+    ) -> tuple[Context, Context]:
+        """(uncond, cond) of texts alone, for drawings of `size` (height, width). SDXL's also have the added vector."""
+        micro.check(self.unet.config)
+        tokens = self.text.tokenize([*negatives, *prompts]).to(next(self.text.parameters()).device)
+        text, added = self.text(tokens), None
+        if self.unet.config.added_dim:
+            pooled = self.text.pooled(tokens)
+            if micro.zero_negative:
+                empty = torch.tensor([negative == "" for negative in negatives] + [False] * len(prompts), device=text.device)
+                text, pooled = text.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+            added = micro.vector(pooled, size, self.unet.config)
+        both, n = Context(text, fuse=fuse, added=added), len(negatives)
+        return rows(both, slice(0, n)), rows(both, slice(n, None))
+
+    @torch.no_grad()
     def contexts(
         self,
         prompts: Sequence[str],
@@ -94,16 +112,16 @@ class Pipeline:
         grid: tuple[int, int] | None = None,
         against: Sequence[Tensor | None] | None = None,
         weights: Sequence[PictureWeights] | None = None,
+        micro: Micro = DRAWING,
     ) -> tuple[Context, Context]:
         """(uncond, cond) for b prompts. `embedding`: as `embed` gives it, or `b k m e`; the unconditional side has the null image.
 
         With several adapters `embedding` is a sequence, one for each, and `scale` is one for all or a sequence too. `grid` is
         (height, width) of the latents, for a mask. `against` has for each adapter embeddings that the unconditional side reads
-        in place of the null image, or None; `weights` has the weights of its pictures.
+        in place of the null image, or None; `weights` has the weights of its pictures. `micro` is for SDXL.
         """
-        device = next(self.unet.parameters()).device
-        text = self.text(self.text.tokenize([*negatives, *prompts]).to(device))
-        uncond, cond = (Context(half, fuse=fuse) for half in text.split([len(negatives), len(prompts)]))
+        grid, factor = grid or (self.unet.config.sample_size, self.unet.config.sample_size), self.vae.config.factor
+        uncond, cond = self.texts(prompts, negatives, (grid[0] * factor, grid[1] * factor), micro, fuse)
         if embedding is None:
             return uncond, cond
         embeddings = [embedding] if isinstance(embedding, Tensor) else list(embedding)
@@ -115,7 +133,6 @@ class Pipeline:
         if not len(embeddings) == len(scales) == len(against) == len(weights) == len(self.adapters):
             given = f"{len(embeddings)} embeddings and {len(scales)} scales"
             raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {given} are given")
-        grid = grid or (self.unet.config.sample_size, self.unet.config.sample_size)
         for adapter, pictures, no, lam, each in zip(self.adapters, embeddings, against, scales, weights, strict=True):
             pictures = as_features(pictures)
             features = Features(pictures, self.null(adapter, pictures) if no is None else as_features(no))
@@ -161,6 +178,7 @@ class Pipeline:
                 against=against or None,
                 weights=[prompt.weights for prompt in prompts] or None,
                 hints=inputs.hints,
+                micro=inputs.micro,
             )
             yield from to_images(drawn)
 
@@ -189,6 +207,7 @@ class Pipeline:
         against: Sequence[Tensor | None] | None = None,
         weights: Sequence[PictureWeights] | None = None,
         hints: Sequence[Hint] = (),
+        micro: Micro = DRAWING,
     ) -> Tensor:
         """A batch of pictures, one for each prompt and seed: `b 3 H W`, about [-1, 1]. `draw` is this for one Request.
 
@@ -205,7 +224,7 @@ class Pipeline:
         canvas = begin(edit, self.unet.config.in_channels, self.vae, steps, generators, size)
         x, dtype = canvas.noise, next(self.unet.parameters()).dtype
         grid = x.shape[-2], x.shape[-1]
-        uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights)
+        uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights, micro)
         lambdas = scale if isinstance(scale, Sequence) else [scale] * len(self.adapters)
         running = [step.t for step in times[canvas.start :]]
         move = moving(of_prompts(lambdas, weights) if cond.image else [], running)
@@ -248,7 +267,7 @@ def load(
     controls: Sequence[Path | str] = (),
     copy: bool = False,
 ) -> Pipeline:
-    """The pipeline of a base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
+    """The pipeline of a base model: Stable Diffusion as a single file, a diffusers folder, or a folder of our own.
 
     Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
     `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `controls` are
