@@ -98,10 +98,10 @@ BASES = {
     ),
     "sdxl": Small(
         UNetConfig(
-            channels=(16, 32),
-            depth=(0, 2),
+            channels=(16, 32, 32),
+            depth=(0, 1, 2),
             mid_depth=2,
-            heads=(2, 4),
+            heads=(2, 4, 4),
             context_dim=44,
             groups=4,
             added_dim=6 * 8 + 10,
