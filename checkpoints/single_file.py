@@ -131,7 +131,7 @@ def load_single(
     texts = [_load_text(file.part(prefix), prefix, what, dtype, build) for prefix in FAMILIES[kind].texts]
     return Base(
         vae=vae or load_ldm_vae(file.part(LDM["vae"]), settings, what, dtype),
-        text=texts[0] if len(texts) == 1 else TextEncoderPair(*texts),
+        text=texts[0] if len(texts) == 1 else TextEncoderPair(*texts).eval(),
         unet=assemble(unet, names, unet_file, what, dtype),
     )
 

@@ -143,7 +143,7 @@ def load_base(
 def _load_texts(path: Path, end: str, dtype: torch.dtype | None) -> Text:
     first = load_text_encoder(path / f"text_encoder{end}", dtype)
     second = path / f"text_encoder_2{end}"
-    return TextEncoderPair(first, load_text_encoder(second, dtype)) if second.exists() else first
+    return TextEncoderPair(first, load_text_encoder(second, dtype)).eval() if second.exists() else first
 
 
 def _check_fit(base: Base, path: Path) -> None:
