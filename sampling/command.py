@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from checkpoints.adapters import adapter_file, projection_of
 from checkpoints.controls import check_fit, open_control
 from checkpoints.files import check_output
+from checkpoints.hub import locate
 from checkpoints.stable_diffusion import unet_config
 from model.fast import fasten
 from sampling.device import check_device
@@ -36,6 +38,7 @@ def run(command: Command) -> None:
     model = map_paths(
         model, lambda path: Path.cwd() if path == Path(".") else path
     )  # so that files have its name before theirs
+    model = map_paths(model, partial(locate, download=command.download))
     check_seed(request.seed + command.num - 1)
     check_png(command.out)
     if command.save_embedding:

@@ -35,6 +35,7 @@ MACHINE = {  # options that do not change the picture, but how it is computed
     "compile": "Compile the UNet: slow to start, then faster.",
     "fast": "Draw with the fast form of the UNet: needs a CPU, takes more memory and a minute more to start.",
     "keep_memory": "Keep freed memory in this process, which saves the time to get it again (Linux with glibc).",
+    "download": "Download models, named as owner/name or owner/name/path, that are not in the Hugging Face cache.",
     "copy": "Copy the weights into memory, so that their files may be overwritten while the program runs.",
 }
 REPEATED = ("image", "image_weight", "negative_image")  # those that may be given more than once for one adapter
@@ -58,6 +59,7 @@ class Command:
     fast: bool = False
     keep_memory: bool = False
     copy: bool = False
+    download: bool = False
 
 
 def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Command:
@@ -255,8 +257,8 @@ def _files(group: Any) -> None:
 
     add(
         "--checkpoint",
-        "Base model: Stable Diffusion as one file or as a diffusers folder, or a folder of this project. "
-        "Default: the mini weights.",
+        "Base model: Stable Diffusion as one file or as a diffusers folder, a folder of this project, or owner/name of one in the "
+        "Hugging Face cache. Default: the mini weights.",
     )
     about = "Official adapter file. Default: the one in the folder of --checkpoint. Give it again to add adapters."
     group.add_argument("--ip-adapter", type=Path, metavar="FILE", action="append", help=about)

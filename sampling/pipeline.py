@@ -16,6 +16,7 @@ from checkpoints.clip import load_image_encoder
 from checkpoints.controls import Control, load_control, open_control
 from checkpoints.files import naming
 from checkpoints.fill import copy_weights
+from checkpoints.hub import locate
 from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
@@ -267,7 +268,8 @@ def load(
     controls: Sequence[Path | str] = (),
     copy: bool = False,
 ) -> Pipeline:
-    """The pipeline of a base model: Stable Diffusion as a single file, a diffusers folder, or a folder of our own.
+    """The pipeline of a base model: Stable Diffusion as a single file, a diffusers folder, or a folder of our own. The first three
+    files may also be names in the Hugging Face cache, as in `checkpoints.hub.locate`.
 
     Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
     `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `controls` are
@@ -275,8 +277,9 @@ def load(
     may be overwritten in use. Raises
     FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = locate(Path(checkpoint))
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)
+    files, encoder = [locate(file) for file in files], locate(encoder) if encoder else None
     config = scheduler_config(checkpoint)
     with naming(scheduler_file(checkpoint), "is not a schedule that is read"):
         schedule = schedule_of(config)
