@@ -48,7 +48,7 @@ def run(command: Command) -> None:
     inputs = read_inputs(request)
     check_model(inputs, model)
     check_machine(command, model)
-    pipeline = load_model(model, command.device, command.copy)
+    pipeline = load_model(model, command.device, command.copy, command.low_memory)
     if command.fast:
         pipeline = replace(pipeline, unet=fasten(pipeline.unet))
     if command.compile:
@@ -79,11 +79,11 @@ def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callab
         raise SystemExit(f"stopped; {written} of {command.num} written") from None
 
 
-def load_model(model: Model, device: str, copy: bool = False) -> Pipeline:
-    """The pipeline of a Model. `copy`: as in `load`."""
+def load_model(model: Model, device: str, copy: bool = False, low_memory: bool = False) -> Pipeline:
+    """The pipeline of a Model. `copy`, `low_memory`: as in `load`."""
     adapters, dtype = model.adapters or None, getattr(torch, model.dtype)
     files = model.checkpoint, adapters, model.image_encoder
-    return load(*files, dtype, device, model.prediction, model.vae, model.controls, copy)
+    return load(*files, dtype, device, model.prediction, model.vae, model.controls, copy, low_memory)
 
 
 def check_model(inputs: Inputs, model: Model) -> None:
@@ -118,5 +118,7 @@ def check_machine(command: Command, model: Model) -> None:
         raise ValueError(f"--compile needs {compilers[0]}, which is not there: install it, or leave out --compile")
     if command.fast and (command.compile or device != "cpu" or model.dtype == "float16"):
         raise ValueError("--fast is for a CPU, in float32 or bfloat16 and without --compile: leave it out, or the others")
+    if command.low_memory and command.compile:
+        raise ValueError("--low-memory moves the weights that --compile would keep in place: leave out one of them")
     if command.keep_memory:
         check_keep_memory()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
 from checkpoints.clip import load_image_encoder
@@ -41,6 +42,7 @@ from sampling.request import WEIGHTS, Request, check_seed
 from sampling.sampler import Sampler, State
 from sampling.schedule import Prediction, Schedule
 from sampling.scheduler_file import schedule_of
+from sampling.visit import visiting
 
 SAMPLERS = {sampler.name: sampler for sampler in (DDIM, DPM)}
 Given = Picture | str  # where an image prompt is meant
@@ -48,7 +50,10 @@ Given = Picture | str  # where an image prompt is meant
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A base model; for image prompts an image encoder and adapters; and controls. Immutable: its modules are never changed."""
+    """A base model; for image prompts an image encoder and adapters; and controls. Immutable: its modules are never changed.
+
+    `visits`: the device that each network visits only while it computes; None leaves them all where they are.
+    """
 
     unet: UNet
     vae: VAE
@@ -57,6 +62,16 @@ class Pipeline:
     image: ImageEncoder | None = None
     adapters: tuple[IPAdapter, ...] = ()
     controls: tuple[Control, ...] = ()
+    visits: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the networks compute on."""
+        return torch.device(self.visits) if self.visits else next(self.unet.parameters()).device
+
+    def on(self, *parts: nn.Module) -> AbstractContextManager[None]:
+        """Keep these networks on the device for the body of a `with`."""
+        return visiting(parts, self.visits) if self.visits else nullcontext()
 
     @torch.no_grad()
     def embed(self, pictures: Given | Sequence[Given], fit: Fit = "crop", adapter: int = 0) -> Tensor:
@@ -75,15 +90,21 @@ class Pipeline:
         seen: Iterator[Tensor] = iter(())
         if self.image is not None and images:
             pixels = torch.stack([self.image.preprocess(image, fit) for image in images])
-            features = projection.reads(self.image, pixels.to(next(self.image.parameters())))
+            with self.on(self.image):
+                features = projection.reads(self.image, pixels.to(next(self.image.parameters())))
             seen = iter(features[None].split(1, dim=1))
         return torch.cat(
-            [load_embedding(one, projection).to(like) if isinstance(one, Path) else next(seen) for one in opened], dim=1
+            [
+                load_embedding(one, projection).to(self.device, like.dtype) if isinstance(one, Path) else next(seen)
+                for one in opened
+            ],
+            dim=1,
         )
 
     def null(self, adapter: IPAdapter, like: Tensor) -> Tensor:
         """The features of the null image (section 3.2.3), `1 1 m e`, of the width, dtype and device of `like`."""
-        return adapter.image_projection.reads.null(self.image, like.shape[-1]).to(like)
+        with self.on(*[self.image] if self.image else []):
+            return adapter.image_projection.reads.null(self.image, like.shape[-1]).to(like)
 
     @torch.no_grad()
     def texts(
@@ -91,10 +112,10 @@ class Pipeline:
     ) -> tuple[Context, Context]:
         """(uncond, cond) of texts alone, for drawings of `size` (height, width). SDXL's also have the added vector."""
         micro.check(self.unet.config)
-        tokens = self.text.tokenize([*negatives, *prompts]).to(next(self.text.parameters()).device)
-        text, added = self.text(tokens), None
-        if self.unet.config.added_dim:
-            pooled = self.text.pooled(tokens)
+        tokens, xl, added = self.text.tokenize([*negatives, *prompts]).to(self.device), self.unet.config.added_dim > 0, None
+        with self.on(self.text):
+            text, pooled = self.text(tokens), self.text.pooled(tokens) if xl else None
+        if pooled is not None:
             if micro.zero_negative:
                 empty = torch.tensor([negative == "" for negative in negatives] + [False] * len(prompts), device=text.device)
                 text, pooled = text.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
@@ -137,10 +158,11 @@ class Pipeline:
         for adapter, pictures, no, lam, each in zip(self.adapters, embeddings, against, scales, weights, strict=True):
             pictures = as_features(pictures)
             features = Features(pictures, self.null(adapter, pictures) if no is None else as_features(no))
-            for part in parts(features, lam, each, self.unet.config, grid):
-                one = part.features.expand(len(prompts))
-                uncond = set_lambda(adapter(uncond, one.null), part.levels)
-                cond = set_lambda(weigh_tokens(adapter(cond, one.pictures), part.weights), part.levels)
+            with self.on(adapter):
+                for part in parts(features, lam, each, self.unet.config, grid):
+                    one = part.features.expand(len(prompts))
+                    uncond = set_lambda(adapter(uncond, one.null), part.levels)
+                    cond = set_lambda(weigh_tokens(adapter(cond, one.pictures), part.weights), part.levels)
         return uncond, cond
 
     def draw(self, request: Request) -> Image.Image:
@@ -222,7 +244,8 @@ class Pipeline:
         size = size or (edit.size if edit else self.native_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise, times = sampler.noise(eta, generators), sampler.times(self.schedule, steps)
-        canvas = begin(edit, self.unet.config.in_channels, self.vae, steps, generators, size)
+        with self.on(self.vae):
+            canvas = begin(edit, self.unet.config.in_channels, self.vae, steps, generators, size)
         x, dtype = canvas.noise, next(self.unet.parameters()).dtype
         grid = x.shape[-2], x.shape[-1]
         uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights, micro)
@@ -230,13 +253,15 @@ class Pipeline:
         running = [step.t for step in times[canvas.start :]]
         move = moving(of_prompts(lambdas, weights) if cond.image else [], running)
         sides: dict[Side, Context] = {"uncond": uncond, "image": uncond, "cond": cond}
-        control = bind(self.controls, hints, self.unet.config, sides, size, running)
-        denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move, control))
-        for state in sampler.draw(denoise, x, self.schedule, times, start=canvas.start, enter=canvas.enter, **noise):
-            x = check_finite(state.x, dtype)
-            if watch is not None:
-                watch(state)
-        drawn = check_finite(self.vae.decode(canvas.leave(x).to(next(self.vae.parameters()))), dtype)
+        with self.on(self.unet, *self.controls):
+            control = bind(self.controls, hints, self.unet.config, sides, size, running)
+            denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move, control))
+            for state in sampler.draw(denoise, x, self.schedule, times, start=canvas.start, enter=canvas.enter, **noise):
+                x = check_finite(state.x, dtype)
+                if watch is not None:
+                    watch(state)
+        with self.on(self.vae):
+            drawn = check_finite(self.vae.decode(canvas.leave(x).to(next(self.vae.parameters()))), dtype)
         return edit.finish(drawn) if edit else drawn
 
     @property
@@ -267,6 +292,7 @@ def load(
     vae: Path | str | None = None,
     controls: Sequence[Path | str] = (),
     copy: bool = False,
+    low_memory: bool = False,
 ) -> Pipeline:
     """The pipeline of a base model: Stable Diffusion as a single file, a diffusers folder, or a folder of our own. The first three
     files may also be names in the Hugging Face cache, as in `checkpoints.hub.locate`.
@@ -274,8 +300,8 @@ def load(
     Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
     `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `controls` are
     ControlNets and T2I-Adapters. Weights of the requested dtype stay mapped from their files; `copy` copies them, for files that
-    may be overwritten in use. Raises
-    FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
+    may be overwritten in use. `low_memory` keeps one network at a time on the device. Raises FileNotFoundError, naming the command
+    that makes them, when weights are missing, ValueError when files do not fit together.
     """
     checkpoint = locate(Path(checkpoint))
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)
@@ -295,9 +321,9 @@ def load(
         if part is not None:
             if copy:
                 copy_weights(part)
-            part.to(device)
+            part.to("cpu" if low_memory else device)
     schedule = replace(schedule, prediction=base.unet.config.prediction)
-    return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks)
+    return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks, device if low_memory else None)
 
 
 def prompt_files(
