@@ -76,7 +76,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     if kind == "adapter":
         return dict(adapter_file(path))
     if kind == "base":
-        parts = load_base(path, dtype=None).parts
+        parts = load_base(path, dtype=None, prediction="v").parts  # it makes no difference to the tensors
         return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
     return dict(_LOADERS[kind](path, dtype=None).state_dict())
 

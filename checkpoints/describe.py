@@ -26,7 +26,7 @@ from checkpoints.clip import load_image_encoder, load_text_encoder
 from checkpoints.controls import OWN, open_control
 from checkpoints.files import printable, read_json_if_there, short_list
 from checkpoints.reader import File
-from checkpoints.single_file import load_single, single_kind
+from checkpoints.single_file import load_single, single_kind, single_settings
 from checkpoints.skeletons import image_skeleton, text_skeleton
 from checkpoints.stable_diffusion import as_ldm_vae, load_unet, load_vae
 from model.features import GLOBAL
@@ -35,8 +35,10 @@ _SKELETONS: dict[str, Callable[..., nn.Module]] = {  # loaders of the networks; 
     "unet": load_unet,
     "vae": load_vae,
     "text_encoder": partial(load_text_encoder, build=text_skeleton),
+    "text_encoder_2": partial(load_text_encoder, build=text_skeleton),
     "image_encoder": partial(load_image_encoder, build=image_skeleton),
 }
+_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 _CONTROLS = {"a ControlNet": "controlnet", "a T2I-Adapter": "t2i"}
 _CLASSES = {
     "UNet2DConditionModel": "unet",
@@ -121,9 +123,12 @@ def _describe_single(path: Path) -> list[str]:
     file = File(path)
     lines = [f"{single_kind(file)}, a single file: {_size(file[name] for name in file)}"]
     try:
-        base = load_single(path, dtype=None, build=text_skeleton)
-        parts = {"UNet": base.unet, "VAE": base.vae, "text encoder": base.text}
-        lines += [f"{name}: {_size(part.state_dict().values())}" for name, part in parts.items()]
+        stated = single_settings(path).prediction
+        base = load_single(path, dtype=None, build=text_skeleton, prediction=stated or "v")
+        for name, part in base.parts.items():
+            lines.append(f"{_NAMES.get(name, name)}: {_size(part.state_dict().values())}")
+        if stated is None:
+            lines.append("the file does not say whether the UNet predicts epsilon or v: give --prediction, or put its .yaml beside it")
         channels, latent = base.unet.config.in_channels, base.vae.config.latent_channels
         if channels == 2 * latent + 1:
             lines.append(f"for inpainting: the UNet reads {channels} channels, which include a mask and the masked image")
@@ -165,7 +170,7 @@ def inspect(path: Path) -> list[str]:
             part = path / name if (path / name).is_dir() else path / f"{name}.safetensors"
             if part.exists():
                 lines += [f"{name}: {line}" for line in inspect(part)]
-            elif name != "image_encoder":
+            elif name not in ("text_encoder_2", "image_encoder"):
                 lines.append(f"odd: it has no {name}")
         return lines
     if kind in _CONTROLS.values():

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from checkpoints.adapters import adapter_file, projection_of
 from checkpoints.controls import check_fit, open_control
 from checkpoints.files import check_output
+from checkpoints.hub import locate
 from checkpoints.stable_diffusion import unet_config
 from model.fast import fasten
 from sampling.device import check_device
@@ -35,6 +37,7 @@ def run(command: Command) -> None:
     request, model = recall(command.again) if command.again else (command.request, command.model)
     # "." becomes a full path, so that the recorded names of the files in it start with a folder
     model = map_paths(model, lambda path: Path.cwd() if path == Path(".") else path)
+    model = map_paths(model, partial(locate, download=command.download))
     check_seed(request.seed + command.num - 1)
     check_png(command.out)
     if command.save_embedding:
@@ -44,7 +47,7 @@ def run(command: Command) -> None:
     inputs = read_inputs(request)
     check_model(inputs, model)
     check_machine(command, model)
-    pipeline = load_model(model, command.device, command.copy)
+    pipeline = load_model(model, command.device, command.copy, command.low_memory)
     if command.fast:
         pipeline = replace(pipeline, unet=fasten(pipeline.unet))
     if command.compile:
@@ -75,11 +78,11 @@ def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callab
         raise SystemExit(f"stopped; {written} of {command.num} written") from None
 
 
-def load_model(model: Model, device: str, copy: bool = False) -> Pipeline:
-    """Load the pipeline of a Model. `copy`: as in `load`."""
+def load_model(model: Model, device: str, copy: bool = False, low_memory: bool = False) -> Pipeline:
+    """Load the pipeline of a Model. `copy`, `low_memory`: as in `load`."""
     adapters, dtype = model.adapters or None, getattr(torch, model.dtype)
     files = model.checkpoint, adapters, model.image_encoder
-    return load(*files, dtype, device, model.prediction, model.vae, model.controls, copy)
+    return load(*files, dtype, device, model.prediction, model.vae, model.controls, copy, low_memory)
 
 
 def check_model(inputs: Inputs, model: Model) -> None:
@@ -88,6 +91,7 @@ def check_model(inputs: Inputs, model: Model) -> None:
         network = open_control(path).control
         check_fit(network, unet_config(model.checkpoint), path)
         hint.check(network)
+    inputs.micro.check(unet_config(model.checkpoint))
     prompts = inputs.image_prompts
     adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
     pictures = [one for prompt in prompts for one in (*prompt.pictures, *prompt.negatives)]
@@ -113,5 +117,7 @@ def check_machine(command: Command, model: Model) -> None:
         raise ValueError(f"--compile needs {compilers[0]}, which is not installed: install it, or leave out --compile")
     if command.fast and (command.compile or device != "cpu" or model.dtype == "float16"):
         raise ValueError("--fast is for a CPU, in float32 or bfloat16 and without --compile: leave it out, or the others")
+    if command.low_memory and command.compile:
+        raise ValueError("--low-memory moves the weights that --compile would keep in place: leave out one of them")
     if command.keep_memory:
         check_keep_memory()

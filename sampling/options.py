@@ -35,6 +35,8 @@ MACHINE = {  # options that do not change the picture, but how it is computed
     "compile": "Compile the UNet: slow to start, then faster.",
     "fast": "Draw with the fast form of the UNet: needs a CPU, takes more memory and a minute more to start.",
     "keep_memory": "Keep freed memory in this process, which saves the time to get it again (Linux with glibc).",
+    "download": "Download models, named as owner/name or owner/name/path, that are not in the Hugging Face cache.",
+    "low_memory": "Keep one network at a time on the device, and the others in main memory: slower, for a small GPU.",
     "copy": "Copy the weights into memory, so that their files may be overwritten while the program runs.",
 }
 REPEATED = ("image", "image_weight", "negative_image")  # those that may be given more than once for one adapter
@@ -58,6 +60,8 @@ class Command:
     fast: bool = False
     keep_memory: bool = False
     copy: bool = False
+    download: bool = False
+    low_memory: bool = False
 
 
 def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Command:
@@ -136,6 +140,7 @@ def parser(about: str | None = None) -> argparse.ArgumentParser:
         p.add_argument_group("picture", "Image prompts. Of several --ip-adapter, each takes those that follow it.")
     )
     _text(p.add_argument_group("text"))
+    _micro(p.add_argument_group("size", "What Stable Diffusion XL is told about the training picture to imitate."))
     _control(p.add_argument_group("structure", "Controls. Of several --control, each takes those that follow it."))
     _edit(p.add_argument_group("edit", "Start from a picture instead of noise."))
     _sampler(p.add_argument_group("sampler"))
@@ -191,6 +196,18 @@ def _text(group: Any) -> None:
     group.add_argument("--guidance", type=float, help=about)
 
 
+def _micro(group: Any) -> None:
+    def add(name: str, pair: tuple[str, str], about: str) -> None:
+        group.add_argument(name, type=int, nargs=2, metavar=pair, help=about)
+
+    size = ("WIDTH", "HEIGHT")
+    add("--original-size", size, "Size of the file before it was resized; a small one is drawn blurred. Default: the drawing's.")
+    add("--crop-corner", ("LEFT", "TOP"), "Corner of the part that was cut out of it. Default 0 0: nothing is cut off.")
+    add("--target-size", size, "Size of that part. Default: the drawing's.")
+    about = "Let the unconditional pass read zeros (as SDXL was trained) instead of the encoded empty text (as IP-Adapter was)."
+    group.add_argument("--zero-negative", action="store_true", help=about)
+
+
 def _control(group: Any) -> None:
     def add(name: str, about: str, **options: Any) -> None:
         group.add_argument(name, action=FollowingControl, help=about, **options)
@@ -242,8 +259,8 @@ def _files(group: Any) -> None:
 
     add(
         "--checkpoint",
-        "Base model: Stable Diffusion as one file or as a diffusers folder, or a folder of this project. "
-        "Default: the mini weights.",
+        "Base model: Stable Diffusion as one file or as a diffusers folder, a folder of this project, or owner/name of one in the "
+        "Hugging Face cache. Default: the mini weights.",
     )
     about = "Official adapter file. Default: the one in the folder of --checkpoint. Give it again to add adapters."
     group.add_argument("--ip-adapter", type=Path, metavar="FILE", action="append", help=about)

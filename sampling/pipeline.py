@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
 from checkpoints.clip import load_image_encoder
 from checkpoints.controls import Control, load_control, open_control
 from checkpoints.files import naming
 from checkpoints.fill import copy_weights
+from checkpoints.hub import locate
 from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
-from model.context import Context
+from model.context import Context, rows
 from model.features import Features, as_features
 from model.image_encoder import Fit, ImageEncoder
-from model.text_encoder import TextEncoder
+from model.text_encoder import Text
 from model.unet import UNet
 from model.vae import VAE
 from sampling.batch import check_finite, groups, rows_of
@@ -35,10 +37,12 @@ from sampling.guidance import Side, guided
 from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
 from sampling.lambdas import moving, set_lambda
+from sampling.micro import DRAWING, Micro
 from sampling.request import WEIGHTS, Request, check_seed
 from sampling.sampler import Sampler, State
 from sampling.schedule import Prediction, Schedule
 from sampling.scheduler_file import schedule_of
+from sampling.visit import visiting
 
 SAMPLERS = {sampler.name: sampler for sampler in (DDIM, DPM)}
 Given = Picture | str  # where an image prompt is meant
@@ -46,15 +50,28 @@ Given = Picture | str  # where an image prompt is meant
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A base model; for image prompts an image encoder and adapters; and controls. Immutable: its modules are never changed."""
+    """A base model; for image prompts an image encoder and adapters; and controls. Immutable: its modules are never changed.
+
+    `visits`: the device that each network visits only while it computes; None leaves them all where they are.
+    """
 
     unet: UNet
     vae: VAE
-    text: TextEncoder
+    text: Text
     schedule: Schedule
     image: ImageEncoder | None = None
     adapters: tuple[IPAdapter, ...] = ()
     controls: tuple[Control, ...] = ()
+    visits: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the networks compute on."""
+        return torch.device(self.visits) if self.visits else next(self.unet.parameters()).device
+
+    def on(self, *parts: nn.Module) -> AbstractContextManager[None]:
+        """Keep these networks on the device for the body of a `with`."""
+        return visiting(parts, self.visits) if self.visits else nullcontext()
 
     @torch.no_grad()
     def embed(self, pictures: Given | Sequence[Given], fit: Fit = "crop", adapter: int = 0) -> Tensor:
@@ -73,15 +90,38 @@ class Pipeline:
         seen: Iterator[Tensor] = iter(())
         if self.image is not None and images:
             pixels = torch.stack([self.image.preprocess(image, fit) for image in images])
-            features = projection.reads(self.image, pixels.to(next(self.image.parameters())))
+            with self.on(self.image):
+                features = projection.reads(self.image, pixels.to(next(self.image.parameters())))
             seen = iter(features[None].split(1, dim=1))
         return torch.cat(
-            [load_embedding(one, projection).to(like) if isinstance(one, Path) else next(seen) for one in opened], dim=1
+            [
+                load_embedding(one, projection).to(self.device, like.dtype) if isinstance(one, Path) else next(seen)
+                for one in opened
+            ],
+            dim=1,
         )
 
     def null(self, adapter: IPAdapter, like: Tensor) -> Tensor:
         """The features of the null image (section 3.2.3), `1 1 m e`, of the width, dtype and device of `like`."""
-        return adapter.image_projection.reads.null(self.image, like.shape[-1]).to(like)
+        with self.on(*[self.image] if self.image else []):
+            return adapter.image_projection.reads.null(self.image, like.shape[-1]).to(like)
+
+    @torch.no_grad()
+    def texts(
+        self, prompts: Sequence[str], negatives: Sequence[str], size: tuple[int, int], micro: Micro, fuse: Fuse = decoupled
+    ) -> tuple[Context, Context]:
+        """(uncond, cond) of texts alone, for drawings of `size` (height, width). SDXL's also have the added vector."""
+        micro.check(self.unet.config)
+        tokens, xl, added = self.text.tokenize([*negatives, *prompts]).to(self.device), self.unet.config.added_dim > 0, None
+        with self.on(self.text):
+            text, pooled = self.text(tokens), self.text.pooled(tokens) if xl else None
+        if pooled is not None:
+            if micro.zero_negative:
+                empty = torch.tensor([negative == "" for negative in negatives] + [False] * len(prompts), device=text.device)
+                text, pooled = text.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+            added = micro.vector(pooled, size, self.unet.config)
+        both, n = Context(text, fuse=fuse, added=added), len(negatives)
+        return rows(both, slice(0, n)), rows(both, slice(n, None))
 
     @torch.no_grad()
     def contexts(
@@ -94,16 +134,16 @@ class Pipeline:
         grid: tuple[int, int] | None = None,
         against: Sequence[Tensor | None] | None = None,
         weights: Sequence[PictureWeights] | None = None,
+        micro: Micro = DRAWING,
     ) -> tuple[Context, Context]:
         """(uncond, cond) for b prompts. `embedding`: as `embed` gives it, or `b k m e`; the unconditional side has the null image.
 
         With several adapters `embedding` is a sequence, one for each, and `scale` is one for all or a sequence too. `grid` is
         (height, width) of the latents, for a mask. `against` has for each adapter embeddings that the unconditional side reads
-        in place of the null image, or None; `weights` has the weights of its pictures.
+        in place of the null image, or None; `weights` has the weights of its pictures. `micro` is for SDXL.
         """
-        device = next(self.unet.parameters()).device
-        text = self.text(self.text.tokenize([*negatives, *prompts]).to(device))
-        uncond, cond = (Context(half, fuse=fuse) for half in text.split([len(negatives), len(prompts)]))
+        grid, factor = grid or (self.unet.config.sample_size, self.unet.config.sample_size), self.vae.config.factor
+        uncond, cond = self.texts(prompts, negatives, (grid[0] * factor, grid[1] * factor), micro, fuse)
         if embedding is None:
             return uncond, cond
         embeddings = [embedding] if isinstance(embedding, Tensor) else list(embedding)
@@ -115,14 +155,14 @@ class Pipeline:
         if not len(embeddings) == len(scales) == len(against) == len(weights) == len(self.adapters):
             given = f"{len(embeddings)} embeddings and {len(scales)} scales"
             raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {given} are given")
-        grid = grid or (self.unet.config.sample_size, self.unet.config.sample_size)
         for adapter, pictures, no, lam, each in zip(self.adapters, embeddings, against, scales, weights, strict=True):
             pictures = as_features(pictures)
             features = Features(pictures, self.null(adapter, pictures) if no is None else as_features(no))
-            for part in parts(features, lam, each, self.unet.config, grid):
-                one = part.features.expand(len(prompts))
-                uncond = set_lambda(adapter(uncond, one.null), part.levels)
-                cond = set_lambda(weigh_tokens(adapter(cond, one.pictures), part.weights), part.levels)
+            with self.on(adapter):
+                for part in parts(features, lam, each, self.unet.config, grid):
+                    one = part.features.expand(len(prompts))
+                    uncond = set_lambda(adapter(uncond, one.null), part.levels)
+                    cond = set_lambda(weigh_tokens(adapter(cond, one.pictures), part.weights), part.levels)
         return uncond, cond
 
     def draw(self, request: Request) -> Image.Image:
@@ -161,6 +201,7 @@ class Pipeline:
                 against=against or None,
                 weights=[prompt.weights for prompt in prompts] or None,
                 hints=inputs.hints,
+                micro=inputs.micro,
             )
             yield from to_images(drawn)
 
@@ -189,6 +230,7 @@ class Pipeline:
         against: Sequence[Tensor | None] | None = None,
         weights: Sequence[PictureWeights] | None = None,
         hints: Sequence[Hint] = (),
+        micro: Micro = DRAWING,
     ) -> Tensor:
         """A batch of pictures, one for each prompt and seed: `b 3 H W`, about [-1, 1]. `draw` is this for one Request.
 
@@ -202,21 +244,25 @@ class Pipeline:
         size = size or (edit.size if edit else self.native_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise, times = sampler.noise(eta, generators), sampler.times(self.schedule, steps)
-        canvas = begin(edit, self.unet.config.in_channels, self.vae, steps, generators, size)
+        with self.on(self.vae):
+            canvas = begin(edit, self.unet.config.in_channels, self.vae, steps, generators, size)
         x, dtype = canvas.noise, next(self.unet.parameters()).dtype
         grid = x.shape[-2], x.shape[-1]
-        uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights)
+        uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights, micro)
         lambdas = scale if isinstance(scale, Sequence) else [scale] * len(self.adapters)
         running = [step.t for step in times[canvas.start :]]
         move = moving(of_prompts(lambdas, weights) if cond.image else [], running)
         sides: dict[Side, Context] = {"uncond": uncond, "image": uncond, "cond": cond}
-        control = bind(self.controls, hints, self.unet.config, sides, size, running)
-        denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move, control))
-        for state in sampler.draw(denoise, x, self.schedule, times, start=canvas.start, begin_step=canvas.begin_step, **noise):
-            x = check_finite(state.x, dtype)
-            if watch is not None:
-                watch(state)
-        drawn = check_finite(self.vae.decode(canvas.final(x).to(next(self.vae.parameters()))), dtype)
+        with self.on(self.unet, *self.controls):
+            control = bind(self.controls, hints, self.unet.config, sides, size, running)
+            denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move, control))
+            states = sampler.draw(denoise, x, self.schedule, times, start=canvas.start, begin_step=canvas.begin_step, **noise)
+            for state in states:
+                x = check_finite(state.x, dtype)
+                if watch is not None:
+                    watch(state)
+        with self.on(self.vae):
+            drawn = check_finite(self.vae.decode(canvas.final(x).to(next(self.vae.parameters()))), dtype)
         return edit.finish(drawn) if edit else drawn
 
     @property
@@ -247,17 +293,20 @@ def load(
     vae: Path | str | None = None,
     controls: Sequence[Path | str] = (),
     copy: bool = False,
+    low_memory: bool = False,
 ) -> Pipeline:
-    """The pipeline of a base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
+    """The pipeline of a base model: Stable Diffusion as a single file, a diffusers folder, or a folder of our own. The first three
+    files may also be names in the Hugging Face cache, as in `checkpoints.hub.locate`.
 
     Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
     `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `controls` are
     ControlNets and T2I-Adapters. Weights of the requested dtype stay mapped from their files; `copy` copies them, for files that
-    may be overwritten in use. Raises
-    FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
+    may be overwritten in use. `low_memory` keeps one network at a time on the device. Raises FileNotFoundError, naming the command
+    that makes them, when weights are missing, ValueError when files do not fit together.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = locate(Path(checkpoint))
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)
+    files, encoder = [locate(file) for file in files], locate(encoder) if encoder else None
     config = scheduler_config(checkpoint)
     with naming(scheduler_file(checkpoint), "is not a schedule that is read"):
         schedule = schedule_of(config)
@@ -273,9 +322,9 @@ def load(
         if part is not None:
             if copy:
                 copy_weights(part)
-            part.to(device)
+            part.to("cpu" if low_memory else device)
     schedule = replace(schedule, prediction=base.unet.config.prediction)
-    return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks)
+    return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks, device if low_memory else None)
 
 
 def prompt_files(

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 VERSION = 1  # of the JSON; a later version reads the earlier ones
 LIMIT = 1e4  # largest magnitude of lambda, a guidance weight or a picture's weight: beyond it float16 and the networks overflow
 MOST_PIXELS = 1 << 24  # 4096 x 4096
+LARGEST = 1 << 16  # side of a picture that SDXL is told about
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 Fit = Literal["crop", "squash", "pad"]
@@ -81,6 +82,9 @@ class Request:
     `strength`, in (0, 1] (default 0.8, with a mask 1); `mask` is white where to repaint it; `paste` keeps what is black as it
     was; `crop` cuts its middle to a size that the base model draws. In Python a string does for a Path, one value for a tuple.
 
+    SDXL alone reads `original_size`, `target_size` (width, height), `crop_corner` (left, top) and `zero_negative`, which are
+    explained in `sampling.micro.Micro`.
+
     Raises ValueError where a field has another type or lacks its counterpart.
     """
 
@@ -102,6 +106,10 @@ class Request:
     paste: bool = True
     crop: bool = False
     hints: tuple[HintFile, ...] = ()
+    original_size: tuple[int, int] | None = None
+    crop_corner: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    zero_negative: bool = False
 
     def __post_init__(self) -> None:
         _settle(self)
@@ -117,6 +125,11 @@ class Request:
             for name in ("mask", "strength", "crop"):
                 if getattr(self, name) not in (None, False):
                     raise ValueError(f"--{name} is for a picture to change: name it with --init-image")
+        for name in ("original_size", "crop_corner", "target_size"):
+            if (pair := getattr(self, name)) is not None and not (len(pair) == 2 and all(0 <= n <= LARGEST for n in pair)):
+                raise ValueError(f"{name} must be two whole numbers from 0 to {LARGEST}, not {' '.join(map(reprlib.repr, pair))}")
+        if self.zero_negative and self.negative_prompt:
+            raise ValueError("--zero-negative is for an empty negative prompt: leave out --negative-prompt, or this option")
         if not self.paste and self.mask is None:
             raise ValueError("--no-paste is for a picture with a --mask")
 

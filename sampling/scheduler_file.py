@@ -35,6 +35,8 @@ _DPM: dict[str, tuple[Any, ...]] = {
     "use_dynamic_shifting": (False,),
 }
 
+_EULER = ("EulerDiscreteScheduler",)  # ends at a = 1, whatever set_alpha_to_one says; DDIM that does so is the same sampler
+
 
 def _is_beta(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1
@@ -71,7 +73,7 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
         beta_end=config.get("beta_end", default.beta_end),
         prediction="v" if config.get("prediction_type") == "v_prediction" else "epsilon",
         spacing=config.get("timestep_spacing"),
-        final_one=config.get("set_alpha_to_one", default.final_one),
+        final_one=config.get("_class_name") in _EULER or config.get("set_alpha_to_one", default.final_one),
         karras=bool(config.get("use_karras_sigmas")),
     )
     return replace(schedule, unsupported_by_dpm=_unsupported_by_dpm(config, schedule))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from checkpoints.files import replacing
 from model.features import GLOBAL, Embedder, Features
 from model.image_encoder import ImageEncoder, centre_square, normalise
-from model.text_encoder import TextEncoder
+from model.text_encoder import Text
 from model.vae import VAE
 from train.captioned import Captioned
 from train.data import Data, Files, OnTheFly, stream
@@ -88,7 +88,7 @@ def features(
 
 
 @torch.no_grad()
-def encode_texts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor]:
+def encode_texts(text: Text, captions: list[str]) -> tuple[Tensor, Tensor]:
     """Return the text tokens of the different captions, `m 77 c`, the empty one first, and the row of each caption, `n`."""
     different = ["", *sorted(set(captions) - {""})]
     row = {caption: i for i, caption in enumerate(different)}
@@ -119,7 +119,7 @@ class WorldPictures:
     def __len__(self) -> int:
         return self.count
 
-    def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
+    def pairs(self, vae: VAE, text: Text, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
         """Encode the pictures, `ENCODED` at a time. The pairs are on the device of `vae`. Without `image`, there are no features."""
         scenes, pixels = self.scenes, pixels_of(self.split, self.count, 0).split(ENCODED)
         keys = [digest([renderer(), self.split, ENCODED * i, len(part)]) for i, part in enumerate(pixels)]
@@ -146,7 +146,7 @@ class FilePictures:
     def __len__(self) -> int:
         return len(self.files)
 
-    def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
+    def pairs(self, vae: VAE, text: Text, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
         """Encode the pictures, one at a time. Without an `image` encoder, there are no features."""
         keys = [file.digest for file in self.files]
 

@@ -55,6 +55,8 @@ class TrainingSource:
             raise ValueError(
                 f"{self.base} is an inpainting model: train on the text-to-image model instead; its adapters also work for inpainting"
             )
+        if pipeline.unet.config.added_dim:
+            raise ValueError(f"{self.base} is Stable Diffusion XL, on which training is not supported: use Stable Diffusion 1.5 or 2.1")
         if pipeline.image is None:
             raise ValueError(f"{self.base} has no image encoder: give one with --image-encoder")
         if self.side and self.side % pipeline.vae.config.factor:
