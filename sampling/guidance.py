@@ -18,7 +18,7 @@ from sampling.sampler import Denoiser
 
 Side = Literal["uncond", "image", "cond"]  # a pass of the UNet: neither prompt, the picture alone, both
 Control = Callable[
-    [Tensor, int, Side], Residuals
+    [Tensor, float, Side], Residuals
 ]  # what a structure control adds in one pass, for latents x at timestep t
 
 
@@ -51,7 +51,7 @@ def guided(
     context = reduce(stack, sides.values())
     context = as_tensors(context) if hasattr(unet, "_orig_mod") else context  # compiled
 
-    def denoise(x: Tensor, t: int) -> Tensor:
+    def denoise(x: Tensor, t: float) -> Tensor:
         rows, step = x.to(context.text), torch.full((), t, device=x.device)
         residuals = join([control(rows, t, side) for side in sides]) if control else None
         rows = rows if isinstance(unet, FastUNet) else torch.cat([rows] * len(sides))
