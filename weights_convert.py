@@ -30,6 +30,7 @@ How the layouts correspond (the full tables are in checkpoints/names.py; tests/t
 
   here                        the official adapter, and diffusers'             the official trainer
   image_projection.*          image_proj.*                                     image_proj_model.*
+    of FaceID Plus              image_proj.perceiver_resampler.*
   to_k.i, to_v.i (layer i)    ip_adapter.n.to_k_ip, to_v_ip: n = 1, 3, 5, ...  adapter_modules.n.*, or unet.*.processor.*
                               in the order down, up, mid
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,25 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from checkpoints.adapters import adapter_file, projection_of
 from checkpoints.controls import check_fit, open_control
 from checkpoints.files import check_output
 from checkpoints.hub import locate
-from checkpoints.stable_diffusion import unet_config
+from checkpoints.stable_diffusion import scheduler_config, unet_config
 from model.fast import fasten
+from model.features import NO_FACE
 from sampling.device import check_device
 from sampling.embeddings import load_embedding, save_embedding
+from sampling.faces import read_faces
 from sampling.images import check_png, save_image
-from sampling.inputs import Inputs, read_inputs
+from sampling.inputs import Inputs, PromptInputs, read_inputs
 from sampling.layer_weights import layer_weights
 from sampling.machine import check_keep_memory, keep_memory
 from sampling.options import Command
-from sampling.pipeline import Pipeline, compiled, load, prompt_files
+from sampling.pipeline import SAMPLERS, Pipeline, compiled, load, prompt_files
 from sampling.record import digests, recall, record
 from sampling.request import Model, check_seed, map_paths
+from sampling.scheduler_file import other_scheduler
 
 
 def run(command: Command) -> None:
@@ -47,6 +50,9 @@ def run(command: Command) -> None:
     inputs = read_inputs(request)
     check_model(inputs, model)
     check_machine(command, model)
+    config, sampler = scheduler_config(model.checkpoint), SAMPLERS[request.sampler]
+    if other := other_scheduler(config, sampler):
+        print(f"note: the base model's scheduler file names {other}; drawing with {sampler.name}, {sampler.peer}", file=sys.stderr)
     pipeline = load_model(model, command.device, command.copy, command.low_memory)
     if command.fast:
         pipeline = replace(pipeline, unet=fasten(pipeline.unet))
@@ -82,7 +88,9 @@ def load_model(model: Model, device: str, copy: bool = False, low_memory: bool =
     """Load the pipeline of a Model. `copy`, `low_memory`: as in `load`."""
     adapters, dtype = model.adapters or None, getattr(torch, model.dtype)
     files = model.checkpoint, adapters, model.image_encoder
-    return load(*files, dtype, device, model.prediction, model.vae, model.controls, copy, low_memory)
+    loras = [(lora.path, lora.scale) for lora in model.loras]
+    parts = model.prediction, model.vae, model.controls
+    return load(*files, dtype, device, *parts, copy, low_memory, loras, model.face_lora_scale)
 
 
 def check_model(inputs: Inputs, model: Model) -> None:
@@ -94,19 +102,29 @@ def check_model(inputs: Inputs, model: Model) -> None:
     inputs.micro.check(unet_config(model.checkpoint))
     prompts = inputs.image_prompts
     adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
-    pictures = [one for prompt in prompts for one in (*prompt.pictures, *prompt.negatives)]
-    if prompts and not (adapters and (encoder or not any(isinstance(one, Image.Image) for one in pictures))):
+    encoded = [check_prompt(prompt, adapter, model.checkpoint) for prompt, adapter in zip(prompts, adapters, strict=False)]
+    if prompts and not (adapters and (encoder or not any(encoded))):
         missing = "--image-encoder" if adapters else "--ip-adapter"
         raise FileNotFoundError(
             f"an image prompt needs {missing}, because {model.checkpoint} has none; `make weights` trains the mini ones"
         )
-    for prompt, adapter in zip(prompts, adapters, strict=False):
-        if prompt.scale.layers is not None:
-            layer_weights(prompt.scale.layers, unet_config(model.checkpoint))
-        if saved := [one for one in (*prompt.pictures, *prompt.negatives) if isinstance(one, Path)]:
-            projection = projection_of(adapter_file(adapter))
-            for path in saved:
-                load_embedding(path, projection)
+
+
+def check_prompt(prompt: PromptInputs, adapter: Path, checkpoint: Path) -> bool:
+    """Return whether this image prompt needs the image encoder. Raises ValueError if the adapter can't read its pictures."""
+    if prompt.scale.layers is not None:
+        layer_weights(prompt.scale.layers, unet_config(checkpoint))
+    projection, encoded = projection_of(adapter_file(adapter)), False
+    for one in (*prompt.pictures, *prompt.negatives):
+        if isinstance(one, Path) and (faces := read_faces(one)):
+            encoded |= faces.check(projection).needs_encoder
+        elif isinstance(one, Path):
+            load_embedding(one, projection)
+        elif projection.reads.face:
+            raise ValueError(NO_FACE)
+        else:
+            encoded = True
+    return encoded
 
 
 def check_machine(command: Command, model: Model) -> None:

@@ -9,8 +9,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from sampling.following import Following, FollowingControl, flag, following
-from sampling.request import DtypeName, Fit, HintFile, ImagePrompt, Model, Request, Rule, SamplerName, check_number
+from sampling.following import Following, FollowingControl, FollowingLora, flag, following
+from sampling.request import (
+    DtypeName,
+    Fit,
+    HintFile,
+    ImagePrompt,
+    LoraFile,
+    Model,
+    NoiseLevels,
+    Request,
+    Rule,
+    SamplerName,
+    check_number,
+)
 
 # The options of an image prompt, and so of each --ip-adapter, with the field of ImagePrompt that each fills.
 PROMPT = {
@@ -76,6 +88,7 @@ def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Comman
         given["image_prompts"] = prompts
     controls = given.pop("control", [])
     given["hints"] = hint_files(given, controls)
+    given["loras"] = lora_files(given)
 
     def fill(kind: type[Any]) -> dict[str, Any]:
         return {each.name: given[each.name] for each in fields(kind) if each.name in given}
@@ -117,6 +130,15 @@ def hint_files(given: dict[str, Any], controls: Sequence[Path]) -> tuple[HintFil
         if own:
             found.append(HintFile(**{CONTROL[name]: values[0] for name, values in own.items()}))
     return tuple(found)
+
+
+def lora_files(given: dict[str, Any]) -> tuple[LoraFile, ...]:
+    """Take the LoRAs and their scales out of `given`. Raises ValueError for what could be misread."""
+    files = given.pop("lora", [])
+    scales = [own.get("lora_scale", [LoraFile.scale]) for own in following(given, ["lora_scale"], "lora", files, "--lora-scale")]
+    if not files and scales != [[LoraFile.scale]]:
+        raise ValueError("--lora-scale is for a LoRA: name its file with --lora")
+    return tuple(LoraFile(file, scale[0]) for file, scale in zip(files, scales, strict=False))
 
 
 def layers(text: str) -> Any:
@@ -243,8 +265,10 @@ def _edit(group: Any) -> None:
 
 def _sampler(group: Any) -> None:
     group.add_argument("--steps", type=int, help=f"Number of steps. Default {Request.steps}.")
-    about = f"DDIM, or DPM-Solver++(2M), which needs fewer steps. Default {Request.sampler}."
+    about = f"DDIM, DPM-Solver++(2M), which needs fewer steps, or Euler's method. Default {Request.sampler}."
     group.add_argument("--sampler", choices=get_args(SamplerName), help=about)
+    about = "Noise levels of dpm++ and euler: karras is what is called DPM++ 2M Karras. Default: those of the scheduler file."
+    group.add_argument("--schedule", choices=get_args(NoiseLevels), help=about)
     group.add_argument("--eta", type=float, help="Noise added in each step of ddim: 0 is DDIM, 1 is DDPM. Default 0.")
     group.add_argument("--seed", type=int, help="Seed of the noise; picture i uses seed + i. Default 0.")
     group.add_argument("--num", type=int, help="Number of pictures. Default 1.")
@@ -265,6 +289,11 @@ def _files(group: Any) -> None:
     about = "Official adapter file. Default: the one in the folder of --checkpoint. Give it again to add adapters."
     group.add_argument("--ip-adapter", type=Path, metavar="FILE", action="append", help=about)
     add("--image-encoder", "Image encoder: a folder, or a file of this project. Default: the one in --checkpoint.")
+    about = "LoRA file to merge into the base model. May be given again; each is followed by its own --lora-scale."
+    group.add_argument("--lora", type=Path, metavar="FILE", action="append", help=about)
+    about = f"Factor of the LoRA. Default {LoraFile.scale:g}."
+    group.add_argument("--lora-scale", type=float, action=FollowingLora, help=about)
+    add("--face-lora-scale", f"Factor of the LoRA inside a FaceID adapter. Default {Model.face_lora_scale:g}.", float)
     add("--vae", "Autoencoder to use instead of the base model's own.")
     add("--prediction", "What the UNet predicts, where its files do not say it.", str, choices=("epsilon", "v"))
     add("--dtype", f"Precision. Default {Model.dtype}.", str, choices=get_args(DtypeName))

@@ -12,18 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
+from checkpoints.adapters import adapter_file, adapter_sizes, check_fit, load_adapter, own_updates, projection_of
+from checkpoints.base import Base
 from checkpoints.clip import load_image_encoder
 from checkpoints.controls import Control, load_control, open_control
 from checkpoints.files import naming
 from checkpoints.fill import copy_weights
 from checkpoints.hub import locate
+from checkpoints.lora import merge, open_lora, read_updates
 from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.context import Context, rows
-from model.features import Features, as_features
-from model.image_encoder import Fit, ImageEncoder
+from model.features import NO_FACE, Features, as_features
+from model.image_encoder import Fit, ImageConfig, ImageEncoder
+from model.image_projection import Projection
 from model.text_encoder import Text
 from model.unet import UNet
 from model.vae import VAE
@@ -33,6 +36,8 @@ from sampling.ddim import DDIM
 from sampling.dpm import DPM
 from sampling.edit import Edit, begin
 from sampling.embeddings import PictureWeights, Strength, load_embedding, of_prompts, parts, weigh_tokens
+from sampling.euler import EULER
+from sampling.faces import read_faces
 from sampling.guidance import Side, guided
 from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
@@ -44,7 +49,7 @@ from sampling.schedule import Prediction, Schedule
 from sampling.scheduler_file import schedule_of
 from sampling.visit import visiting
 
-SAMPLERS = {sampler.name: sampler for sampler in (DDIM, DPM)}
+SAMPLERS = {sampler.name: sampler for sampler in (DDIM, DPM, EULER)}
 Given = Picture | str  # where an image prompt is meant
 
 
@@ -77,11 +82,13 @@ class Pipeline:
     def embed(self, pictures: Given | Sequence[Given], fit: Fit = "crop", adapter: int = 0) -> Tensor:
         """Encode the pictures of one prompt for an adapter: features `1 k m e`, with m = 1 for a global embedding.
 
-        A picture is an RGB Pillow image, a picture file, or a file of `save_embedding`.
+        A picture is an RGB Pillow image, a picture file, a file of `save_embedding` or, for FaceID, a file of faces (`sampling.faces`).
         """
         given = [pictures] if isinstance(pictures, Image.Image | Path | str) else pictures
         opened = [one if isinstance(one, Image.Image) else open_picture(Path(one)) for one in given]
         images = [one for one in opened if isinstance(one, Image.Image)]
+        if images and self.adapters and self.adapters[adapter].image_projection.reads.face:
+            raise ValueError(NO_FACE)
         if not self.adapters or (images and self.image is None):
             raise FileNotFoundError(
                 "an image prompt needs an image encoder and an adapter; `make weights` trains the mini ones"
@@ -95,11 +102,16 @@ class Pipeline:
             seen = iter(features[None].split(1, dim=1))
         return torch.cat(
             [
-                load_embedding(one, projection).to(self.device, like.dtype) if isinstance(one, Path) else next(seen)
+                self._saved(one, projection, fit).to(self.device, like.dtype) if isinstance(one, Path) else next(seen)
                 for one in opened
             ],
             dim=1,
         )
+
+    def _saved(self, path: Path, projection: Projection, fit: Fit) -> Tensor:
+        """Read the features in a file of faces or of `save_embedding`, `1 k m e`."""
+        faces = read_faces(path)
+        return faces.features(projection, self.image, fit) if faces else load_embedding(path, projection)
 
     def null(self, adapter: IPAdapter, like: Tensor) -> Tensor:
         """The features of the null image (section 3.2.3), `1 1 m e`, of the width, dtype and device of `like`."""
@@ -183,8 +195,9 @@ class Pipeline:
             self.embed(prompt.negatives, request.fit, i) if prompt.negatives else None
             for i, prompt in enumerate(prompts)
         ]
+        pipeline = replace(self, schedule=replace(self.schedule, karras=True)) if request.schedule else self
         for seeds in self.batches(inputs, num):
-            drawn = self.sample(
+            drawn = pipeline.sample(
                 [request.prompt] * len(seeds),
                 seeds,
                 embeddings or None,
@@ -236,7 +249,7 @@ class Pipeline:
 
         `guidance` is w (Eq. 7), of the text alone where the picture has its `image_guidance`. `size` is (height, width) in
         pixels, multiples of the VAE's factor. The noise of picture i comes from a CPU generator of its own, seeded with
-        `seeds[i]`. `watch` is called after every step. `sampler` is `DDIM` or `DPM`. `edit` is a picture to change, which sets
+        `seeds[i]`. `watch` is called after every step. `sampler` is one of `SAMPLERS`. `edit` is a picture to change, which sets
         the size. `hints` has one for each control. The rest is as in `contexts`. Raises ValueError where arguments do not fit, or
         the result is not finite.
         """
@@ -294,15 +307,17 @@ def load(
     controls: Sequence[Path | str] = (),
     copy: bool = False,
     low_memory: bool = False,
+    loras: Sequence[tuple[Path | str, float]] = (),
+    face_lora_scale: float = 1.0,
 ) -> Pipeline:
     """The pipeline of a base model: Stable Diffusion as a single file, a diffusers folder, or a folder of our own. The first three
     files may also be names in the Hugging Face cache, as in `checkpoints.hub.locate`.
 
     Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
     `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `controls` are
-    ControlNets and T2I-Adapters. Weights of the requested dtype stay mapped from their files; `copy` copies them, for files that
-    may be overwritten in use. `low_memory` keeps one network at a time on the device. Raises FileNotFoundError, naming the command
-    that makes them, when weights are missing, ValueError when files do not fit together.
+    ControlNets and T2I-Adapters; `loras` and `face_lora_scale` are as in `with_loras`. Weights of the requested dtype stay mapped from
+    their files; `copy` copies them, for files that may be overwritten in use. `low_memory` keeps one network at a time on the device.
+    Raises FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
     """
     checkpoint = locate(Path(checkpoint))
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)
@@ -310,13 +325,12 @@ def load(
     config = scheduler_config(checkpoint)
     with naming(scheduler_file(checkpoint), "is not a schedule that is read"):
         schedule = schedule_of(config)
-    for file in files:  # reject files that are not adapters before loading the base model
-        adapter_sizes(adapter_file(file))
-    for path in controls:
-        open_control(Path(path))
+    open_all(files, controls, [path for path, _ in loras])
     base = load_base(checkpoint, dtype, prediction, Path(vae) if vae else None)
     image = load_image_encoder(encoder, dtype) if encoder else None
-    adapters = tuple(load_adapter(file, base.unet, image.config if image else None, dtype) for file in files)
+    sizes = image.config if image else None
+    base = with_loras(base, loras, files, face_lora_scale, sizes)
+    adapters = tuple(load_adapter(file, base.unet, sizes, dtype) for file in files)
     networks = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
     for part in (base.unet, base.vae, base.text, image, *adapters, *networks):
         if part is not None:
@@ -325,6 +339,34 @@ def load(
             part.to("cpu" if low_memory else device)
     schedule = replace(schedule, prediction=base.unet.config.prediction)
     return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks, device if low_memory else None)
+
+
+def open_all(adapters: Sequence[Path], controls: Sequence[Path | str], loras: Sequence[Path | str]) -> None:
+    """Reject files that are not adapters, controls or LoRAs, before the base model is loaded."""
+    for file in adapters:
+        adapter_sizes(adapter_file(file))
+    for path in controls:
+        open_control(Path(path))
+    for path in loras:
+        open_lora(Path(path))
+
+
+def with_loras(
+    base: Base,
+    loras: Sequence[tuple[Path | str, float]],
+    adapters: Sequence[Path],
+    face_lora_scale: float,
+    encoder: ImageConfig | None = None,
+) -> Base:
+    """Merge LoRAs, (file, scale), and those inside FaceID adapters, times `face_lora_scale`, into a copy of a base model.
+
+    Raises ValueError if one of the files does not fit the base model, or an adapter does not fit the image encoder.
+    """
+    for file in adapters:
+        check_fit(file, projection_of(adapter_file(file)), base.unet.config, encoder)
+    updates = [(Path(path), read_updates(open_lora(Path(path))), scale) for path, scale in loras]
+    updates += [(file, own, face_lora_scale) for file in adapters if (own := own_updates(adapter_file(file)))]
+    return merge(base, updates) if updates else base
 
 
 def prompt_files(

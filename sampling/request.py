@@ -23,7 +23,8 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 Fit = Literal["crop", "squash", "pad"]
 Preset = Literal["style", "layout", "finest"]
 Rule = Literal["output", "embedding", "tokens"]
-SamplerName = Literal["ddim", "dpm++"]
+SamplerName = Literal["ddim", "dpm++", "euler"]
+NoiseLevels = Literal["karras"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Layers = str | tuple[float, ...] | dict[str, Any]  # as `sampling.lambdas.layer_weights` reads them
 T = TypeVar("T")
@@ -80,7 +81,8 @@ class Request:
     `guidance` is w (Eq. 7), and of the text alone where `image_guidance` is given. Without `width` and `height` the picture has
     the size of `init_image`, or else the size that the base model was trained at. `init_image` is a picture to change by
     `strength`, in (0, 1] (default 0.8, with a mask 1); `mask` is white where to repaint it; `paste` keeps what is black as it
-    was; `crop` cuts its middle to a size that the base model draws. In Python a string does for a Path, one value for a tuple.
+    was; `crop` cuts its middle to a size that the base model draws. `schedule` sets the noise levels of Karras et al., instead of
+    those of the scheduler file. In Python a string does for a Path, one value for a tuple.
 
     SDXL alone reads `original_size`, `target_size` (width, height), `crop_corner` (left, top) and `zero_negative`, which are
     explained in `sampling.micro.Micro`.
@@ -110,6 +112,7 @@ class Request:
     crop_corner: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     zero_negative: bool = False
+    schedule: NoiseLevels | None = None
 
     def __post_init__(self) -> None:
         _settle(self)
@@ -119,6 +122,8 @@ class Request:
             raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {self.eta}")
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"eta is DDIM's: {self.sampler} adds no noise, so leave it at 0, not {self.eta}")
+        if self.schedule and self.sampler == "ddim":
+            raise ValueError("--schedule karras is for --sampler dpm++ and euler, not ddim")
         if self.image_guidance is not None and not self.image_prompts:
             raise ValueError("--image-guidance is for an image prompt: name it with --image")
         if self.init_image is None:
@@ -135,8 +140,22 @@ class Request:
 
 
 @dataclass(frozen=True)
+class LoraFile:
+    """A LoRA, as a file, and the factor s of its updates: W' = W + s (alpha / r) B A. With 0 it changes nothing."""
+
+    path: Path
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _settle(self)
+
+
+@dataclass(frozen=True)
 class Model:
-    """The files of a model, as `sampling.pipeline.load` takes them. Without names, those in the checkpoint's folder are used."""
+    """The files of a model, as `sampling.pipeline.load` takes them. Without names, those in the checkpoint's folder are used.
+
+    `face_lora_scale`: the factor of the LoRA inside FaceID adapters.
+    """
 
     checkpoint: Path = WEIGHTS
     adapters: tuple[Path, ...] = ()
@@ -145,6 +164,8 @@ class Model:
     prediction: Literal["epsilon", "v"] | None = None
     dtype: DtypeName = "float32"
     controls: tuple[Path, ...] = ()
+    loras: tuple[LoraFile, ...] = ()
+    face_lora_scale: float = 1.0
 
     def __post_init__(self) -> None:
         _settle(self)
@@ -176,7 +197,7 @@ def to_json(item: object) -> Any:
 
 
 def from_json(kind: type[T], data: object) -> T:
-    """Build a Request, ImagePrompt, HintFile or Model from the result of `to_json`; missing fields take their defaults.
+    """Build a Request, ImagePrompt, HintFile, LoraFile or Model from the result of `to_json`; missing fields take their defaults.
 
     Raises ValueError where `data` is anything else. It may come from a stranger.
     """
@@ -188,7 +209,11 @@ def from_json(kind: type[T], data: object) -> T:
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in names]:
         raise ValueError(f"{kind.__name__} has no setting {reprlib.repr(unknown[0])}: another version wrote it")
-    needed = {ImagePrompt: ("images", "an image prompt needs its images"), HintFile: ("picture", "a hint needs its picture")}
+    needed = {
+        ImagePrompt: ("images", "an image prompt needs its images"),
+        HintFile: ("picture", "a hint needs its picture"),
+        LoraFile: ("path", "a LoRA needs its file"),
+    }
     if kind in needed and needed[kind][0] not in values:
         raise ValueError(needed[kind][1])
     return kind(**values)

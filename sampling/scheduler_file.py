@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sampling.sampler import Sampler
 from sampling.schedule import Schedule
 
 # Settings that affect every sampler, with their supported values.
@@ -23,6 +24,15 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 # Settings of diffusers' `DPMSolverMultistepScheduler`, with the values for which it equals `sampling.dpm`. It treats the
 # solver types of other schedulers ("logrho", "bh1", "bh2") as "midpoint". `lower_order_final` and `euler_at_final` have no
 # effect if the last step ends at sigma = 0.
+_EULER: dict[str, tuple[Any, ...]] = {  # the same for `EulerDiscreteScheduler` and `sampling.euler`
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "final_sigmas_type": ("zero",),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+}
 _DPM: dict[str, tuple[Any, ...]] = {
     "solver_order": (2,),
     "algorithm_type": ("dpmsolver++",),
@@ -76,21 +86,31 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
         final_one=config.get("_class_name") in _EULER or config.get("set_alpha_to_one", default.final_one),
         karras=bool(config.get("use_karras_sigmas")),
     )
-    return replace(schedule, unsupported_by_dpm=_unsupported_by_dpm(config, schedule))
+    unsupported = {"unsupported_by_dpm": _unsupported_by_dpm(config, schedule), "unsupported_by_euler": _others(config, _EULER)}
+    return replace(schedule, **unsupported)
 
 
 def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
     return any(value is each or (value == each and type(value) is type(each)) for each in values)
 
 
+def _others(config: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
+    """List the settings with other values than the supported ones."""
+    return tuple(f"{key} = {config[key]}" for key, values in supported.items() if key in config and not _is_one_of(config[key], values))
+
+
 def _unsupported_by_dpm(config: Mapping[str, Any], schedule: Schedule) -> tuple[str, ...]:
     """List the settings that our DPM-Solver++ does not support."""
-    others = [key for key, values in _DPM.items() if key in config and not _is_one_of(config[key], values)]
+    others, a = list(_others(config, _DPM)), schedule.alphas[-1].double()
     if config.get("variance_type") in ("learned", "learned_range"):
-        others.append("variance_type")
-    a = schedule.alphas[-1].double()
-    if config.get("lambda_min_clipped", -math.inf) > 0.5 * float(
-        torch.log(a / (1 - a))
-    ):  # it would cut off the first timesteps
-        others.append("lambda_min_clipped")
-    return tuple(f"{key} = {config[key]}" for key in others)
+        others.append(f"variance_type = {config['variance_type']}")
+    cut = config.get("lambda_min_clipped", -math.inf)
+    if cut > 0.5 * float(torch.log(a / (1 - a))):  # it would cut off the first timesteps
+        others.append(f"lambda_min_clipped = {cut}")
+    return tuple(others)
+
+
+def other_scheduler(config: Mapping[str, Any], sampler: Sampler) -> str | None:
+    """The class that a scheduler file names, if it is not the one that the sampler equals; else None."""
+    name = config.get("_class_name")
+    return name if isinstance(name, str) and name != sampler.peer else None
