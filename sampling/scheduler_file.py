@@ -21,10 +21,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
 }
-# Settings of diffusers' `DPMSolverMultistepScheduler`, with the values for which it equals `sampling.dpm`. It treats the
-# solver types of other schedulers ("logrho", "bh1", "bh2") as "midpoint". `lower_order_final` and `euler_at_final` have no
-# effect if the last step ends at sigma = 0.
-_EULER: dict[str, tuple[Any, ...]] = {  # the same for `EulerDiscreteScheduler` and `sampling.euler`
+# Settings of diffusers' `EulerDiscreteScheduler`, with the values for which it equals `sampling.euler`.
+_EULER: dict[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
     "final_sigmas_type": ("zero",),
@@ -33,6 +31,8 @@ _EULER: dict[str, tuple[Any, ...]] = {  # the same for `EulerDiscreteScheduler` 
     "sigma_min": (None,),
     "sigma_max": (None,),
 }
+# The same for `DPMSolverMultistepScheduler` and `sampling.dpm`. It treats the solver types of other schedulers ("logrho", "bh1",
+# "bh2") as "midpoint". `lower_order_final` and `euler_at_final` have no effect if the last step ends at sigma = 0.
 _DPM: dict[str, tuple[Any, ...]] = {
     "solver_order": (2,),
     "algorithm_type": ("dpmsolver++",),
@@ -45,7 +45,7 @@ _DPM: dict[str, tuple[Any, ...]] = {
     "use_dynamic_shifting": (False,),
 }
 
-_EULER = ("EulerDiscreteScheduler",)  # ends at a = 1, whatever set_alpha_to_one says; DDIM that does so is the same sampler
+_EULER_CLASS = "EulerDiscreteScheduler"  # ends at a = 1, whatever set_alpha_to_one says; DDIM that does so is the same sampler
 
 
 def _is_beta(value: Any) -> bool:
@@ -83,11 +83,11 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
         beta_end=config.get("beta_end", default.beta_end),
         prediction="v" if config.get("prediction_type") == "v_prediction" else "epsilon",
         spacing=config.get("timestep_spacing"),
-        final_one=config.get("_class_name") in _EULER or config.get("set_alpha_to_one", default.final_one),
+        final_one=config.get("_class_name") == _EULER_CLASS or config.get("set_alpha_to_one", default.final_one),
         karras=bool(config.get("use_karras_sigmas")),
     )
-    unsupported = {"unsupported_by_dpm": _unsupported_by_dpm(config, schedule), "unsupported_by_euler": _others(config, _EULER)}
-    return replace(schedule, **unsupported)
+    by_dpm, by_euler = _unsupported_by_dpm(config, schedule), _others(config, _EULER)
+    return replace(schedule, unsupported_by_dpm=by_dpm, unsupported_by_euler=by_euler)
 
 
 def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
@@ -111,6 +111,10 @@ def _unsupported_by_dpm(config: Mapping[str, Any], schedule: Schedule) -> tuple[
 
 
 def other_scheduler(config: Mapping[str, Any], sampler: Sampler) -> str | None:
-    """The class that a scheduler file names, if it is not the one that the sampler equals; else None."""
+    """Return the class that a scheduler file names, if the sampler does not equal it.
+
+    With leading spacing, DDIM that ends at a = 1 equals Euler's method.
+    """
     name = config.get("_class_name")
-    return name if isinstance(name, str) and name != sampler.peer else None
+    same = name == _EULER_CLASS and sampler.name == "ddim" and config.get("timestep_spacing") == "leading"
+    return name if isinstance(name, str) and name != sampler.peer and not same else None
