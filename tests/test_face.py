@@ -20,9 +20,9 @@ from diffusers.models.embeddings import IPAdapterFaceIDImageProjection, IPAdapte
 from peers import max_error, number_of, randn, randomise
 from PIL import Image
 from safetensors.torch import save_file
-from small_models import BASES, Ask, Model, adapter, build, difference
+from small_models import BASES, Ask, Model, adapter, build
 from test_lora import beside, outputs, small
-from tiny import again, draw
+from tiny import again, difference, draw
 from torch import Tensor, nn
 
 from checkpoints import cards

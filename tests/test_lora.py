@@ -19,8 +19,8 @@ from diffusers.loaders.lora_conversion_utils import (
 )
 from peers import SMALL_SDXL, SMALL_UNETS, max_error, randn, text_pair, unet_pair, vae_pair
 from safetensors.torch import save_file
-from small_models import Ask, Model, build, difference, theirs
-from tiny import again, draw, refuses
+from small_models import Ask, Model, build, theirs
+from tiny import again, difference, draw, refuses
 from torch import Tensor, nn
 
 from checkpoints.base import Base

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.scenes import ScenePrompts, another
+from eval.scenes import ScenePrompts, other_class
 from eval.scores import ANYWHERE, Target, mean, places_of, score_reading, share, sizes_of
 from train.judge import Reading, ground_truth
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, PLACES, SIZES, Scene, World, place_class, size_class
@@ -110,7 +110,7 @@ def test_texts_name_another_scene_and_nothing_else() -> None:
 
 def test_what_texts_name_is_drawn_evenly() -> None:
     index = torch.arange(9).repeat(1000)
-    found = another(np.random.default_rng(0), index, 9)
+    found = other_class(np.random.default_rng(0), index, 9)
     counts = torch.bincount(9 * index + found, minlength=81).view(9, 9)
     assert counts.diagonal().sum() == 0 and counts[~torch.eye(9, dtype=torch.bool)].sub(125).abs().max() < 50
 
