@@ -26,6 +26,7 @@ from model.features import GLOBAL, Embedder, Features
 from model.image_encoder import ImageEncoder, centre_square, normalise
 from model.text_encoder import Text
 from model.vae import VAE
+from train import processes
 from train.captioned import Captioned
 from train.data import Data, Files, OnTheFly, stream
 from train.fingerprint import digest, fingerprint
@@ -50,17 +51,24 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 def encoded(data: Data[Tensor], keys: Sequence[str], encode: Encode, folder: Path, workers: int = 2) -> dict[str, Tensor]:
     """Concatenate encode(data.batch(i)) over all keys, in half precision. Batch i is cached as `folder`/`keys[i]`.safetensors.
 
-    Each batch is encoded separately, so the result does not depend on what was cached. Raises OSError if the folder cannot be
-    written.
+    Each batch is encoded separately, so the result does not depend on what was cached. Processes share the batches that are missing.
+    Raises OSError if the folder cannot be written.
     """
     files = [folder / f"{key}.safetensors" for key in keys]
     parts = {i: tensors for i, file in enumerate(files) if (tensors := _read(file))}
-    missing = [i for i in range(len(files)) if i not in parts]
-    batches: Iterator[Tensor] = stream(data, missing, workers)
-    for i in tqdm(missing, desc=folder.name, disable=not missing):
+    missing, team = [i for i in range(len(files)) if i not in parts], processes.team()
+    processes.wait()  # so that all processes find the same files missing
+    own = missing[team.rank :: team.size]
+    batches: Iterator[Tensor] = stream(data, own, workers)
+    for i in tqdm(own, desc=folder.name, disable=not own or team.rank > 0):
         parts[i] = {name: tensor.half().cpu().contiguous() for name, tensor in encode(next(batches)).items()}
         with replacing(files[i]) as part:
             save_file(parts[i], part)
+    processes.wait()
+    for i in (i for i in missing if i not in parts):
+        if (found := _read(files[i])) is None:
+            raise FileNotFoundError(f"{files[i]}, of another process, is not here: keep --state on a disk that all processes share")
+        parts[i] = found
     return {name: torch.cat([parts[i][name] for i in range(len(files))]) for name in parts[0]}
 
 
