@@ -69,7 +69,8 @@ def cells(encoder: TextEncoder, seen: Look, step: int, layer: int, head: int) ->
 
     maps, mass, prompted = seen.of(step, layer, head)
     words, tokens = name_maps(encoder, seen.prompt, maps)
-    found = [(seen.drawn, "the drawing"), *overlays(seen.drawn, words), *overlays(seen.drawn, tokens)]
+    labelled = overlays(seen.drawn, [*words, *tokens])
+    found = [(seen.drawn, "the drawing"), *((heat, name.removesuffix(" of the attention")) for heat, name in labelled)]
     if not prompted:
         return found, "There is no image prompt, so the text keeps all of the attention."
     if mass is None:
@@ -77,7 +78,7 @@ def cells(encoder: TextEncoder, seen: Look, step: int, layer: int, head: int) ->
             "Text and picture each have a softmax of their own. The text keeps all of its attention, and what is read from the "
             "picture is multiplied by λ and added to it."
         )
-    found.append((overlay(seen.drawn, mass), f"all image tokens\n{mass.mean():.1%} of the attention"))
+    found.append((overlay(seen.drawn, mass), f"all image tokens\n{mass.mean():.1%}"))
     return found, f"The picture takes {mass.mean():.1%} of the one softmax (the image mass). The text keeps the rest."
 
 

@@ -19,7 +19,8 @@ from sampling.request import Model
 
 
 def main() -> None:
-    p = argparse.ArgumentParser("python -m page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("python -m page", description=__doc__, formatter_class=plain)
     p.add_argument("--checkpoint", type=Path, default=Model.checkpoint, help="base model (default: the mini weights)")
     p.add_argument("--ip-adapter", type=Path, help="adapter (default: the one in the checkpoint's folder)")
     p.add_argument("--image-encoder", type=Path, help="image encoder (default: the one in the checkpoint's folder)")

@@ -29,15 +29,19 @@ ABOUT = {
     r"The adapter is the same; it was trained decoupled. $$Z = \mathrm{softmax}(Q[K; K']^T/\sqrt d)\,[V; V']$$",
 }
 MATH = [{"left": "$$", "right": "$$", "display": True}]
-CSS = ".gallery-item img, .thumbnail-item img {width: 100%; object-fit: contain} .note p {font-weight: 600}"
+CSS = """.image-frame img, .media-button img {width: 100% !important; height: 100% !important; object-fit: contain}
+.flat, .flat .grid-wrap, .flat .gallery-container {height: auto !important; min-height: 0 !important; max-height: none !important}
+.flat .caption-label {font-size: 11px; padding: 1px 5px; max-width: 100%} .note p {font-weight: 600}"""
+FLAT = {"height": "auto", "object_fit": "contain", "fit_columns": False, "elem_classes": "flat", "buttons": []}
 stopped: set[str | None] = set()  # sessions that have pressed Stop
 Do = Callable[[dict[str, Any], dict[Any, Any], Any, Path], Iterator[list[Any]]]  # (form, all values, watch, folder)
 
 
 def form_of(desk: Desk) -> dict[str, Any]:
     """Lay out the form. Returns its parts by the names that `Desk.request` reads."""
-    form, mini = {}, bool(desk.pipeline.text.rows)
-    form["image"] = gr.Image(EXAMPLES[0], label="Image prompt", type="filepath", sources=["upload", "clipboard"], height=200)
+    form: dict[str, Any] = {}
+    mini = bool(desk.pipeline.text.rows)
+    form["image"] = gr.Image(str(EXAMPLES[7]), label="Image prompt", type="filepath", sources=["upload", "clipboard"], height=200)
     gr.Examples([[str(path)] for path in EXAMPLES], form["image"], label="Examples", examples_per_page=12)
     form["prompt"] = gr.Textbox("on a pink background", label="Text", max_lines=3)
     if mini:
@@ -54,7 +58,7 @@ def form_of(desk: Desk) -> dict[str, Any]:
         form["num"] = gr.Slider(1, 8, 1, step=1, label="Number of pictures")
         form["sampler"] = gr.Radio(get_args(SamplerName), value="ddim", label="Sampler")
         form["layers"] = gr.Radio(["all", *get_args(Preset)], value="all", label="Layers in which the picture acts")
-        form["negative_prompt"] = gr.Textbox(label="Text to keep away from")
+        form["negative_prompt"] = gr.Textbox("", label="Text to keep away from")
         if desk.pipeline.controls:
             form["hint"] = gr.Image(label="Hint for the control", type="filepath", sources=["upload", "clipboard"])
     with gr.Accordion("Change a picture", open=False):
@@ -103,7 +107,7 @@ def wire(row: list[Any], form: dict[str, Any], do: Do, outputs: list[Any], *more
 
 def draw_tab(desk: Desk, form: dict[str, Any]) -> None:
     parts = row("Draw")
-    pictures = gr.Gallery(label="Drawn", columns=2, preview=True, object_fit="contain", height=420, buttons=["download"])
+    pictures = gr.Gallery(label="Drawn", columns=2, **FLAT)
     with gr.Accordion("Keep it", open=False):
         command = gr.Code(label="As a command", interactive=False, wrap_lines=True)
         files = gr.File(label="Pictures with their settings, and what they were drawn from", file_count="multiple")
@@ -111,7 +115,7 @@ def draw_tab(desk: Desk, form: dict[str, Any]) -> None:
 
     def draw(values: dict[str, Any], _: Any, watch: Any, folder: Path) -> Iterator[list[Any]]:
         drawn, request = desk.draw(folder, values, watch)
-        yield [drawn, [*drawn, *dict.fromkeys(paths(request))], command_line(request, desk.model)]
+        yield [drawn, [str(one) for one in [*drawn, *dict.fromkeys(paths(request))]], command_line(request, desk.model)]
 
     def restore(path: str) -> list[Any]:
         notes: list[str] = []
@@ -130,7 +134,7 @@ def lambda_tab(desk: Desk, form: dict[str, Any]) -> None:
     parts, strips = row("Compare"), []
     for about in ABOUT.values():
         gr.Markdown(about, latex_delimiters=MATH)
-        strips.append(gr.Gallery(show_label=False, columns=len(LAMBDAS), height="auto", object_fit="contain", allow_preview=False))
+        strips.append(gr.Gallery(show_label=False, columns=4, allow_preview=False, **FLAT))
 
     def compare(values: dict[str, Any], _: Any, watch: Any, folder: Path) -> Iterator[list[Any]]:
         request, found = desk.request(values), [gr.skip(), gr.skip()]
@@ -151,7 +155,7 @@ def look_tab(desk: Desk, form: dict[str, Any]) -> None:
         layer = gr.Slider(1, len(layers), len(layers), step=1, label="Layer", min_width=120)
         head = gr.Slider(0, max(one.heads for one in layers), 0, step=1, label="Head (0: their mean)", min_width=120)
     mass = gr.Markdown()
-    maps = gr.Gallery(show_label=False, columns=4, height="auto", object_fit="contain", allow_preview=False)
+    maps = gr.Gallery(show_label=False, columns=4, allow_preview=False, **FLAT)
 
     def draw(values: dict[str, Any], every: dict[Any, Any], watch: Any, folder: Path) -> Iterator[list[Any]]:
         found = look(desk.pipeline, desk.request(values), FUSES[every[fuse]], watch)
@@ -173,7 +177,7 @@ def study_tab() -> None:
     text, link = (ROOT / "RESULTS.md").read_text(), r"!\[(.*?)\]\((.*?)\)"
     gr.Markdown(re.sub(link, "", text))
     if found := [(ROOT / path, about) for about, path in re.findall(link, text) if (ROOT / path).is_file()]:
-        gr.Gallery(found, show_label=False, columns=2, object_fit="contain")
+        gr.Gallery(found, show_label=False, columns=2, **FLAT)
 
 
 def build(desk: Desk) -> gr.Blocks:
@@ -200,7 +204,7 @@ def open_page(model: Model, device: str, port: int, folder: Path) -> None:
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page.launch(
         server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True, max_file_size="20mb",
-        theme=theme, css=CSS, footer_links=[], ssr_mode=False,
+        theme=theme, css=CSS, footer_links=[], ssr_mode=False, allowed_paths=[str(ROOT / "sampling"), str(ROOT / "results")],
     )  # fmt: skip
     print(f"http://localhost:{port} is ready, for this computer alone; Ctrl-C stops it", flush=True)
     page.block_thread()
