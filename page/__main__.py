@@ -19,8 +19,7 @@ from sampling.request import Model
 
 
 def main() -> None:
-    plain = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("python -m page", description=__doc__, formatter_class=plain)
+    p = argparse.ArgumentParser("python -m page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", type=Path, default=Model.checkpoint, help="base model (default: the mini weights)")
     p.add_argument("--ip-adapter", type=Path, help="adapter (default: the one in the checkpoint's folder)")
     p.add_argument("--image-encoder", type=Path, help="image encoder (default: the one in the checkpoint's folder)")

@@ -28,13 +28,11 @@ ABOUT = {
     "concatenated": "**Concatenated**: one softmax over all keys, so text and picture compete. λ multiplies the exponentials of K'. "
     r"The adapter is the same; it was trained decoupled. $$Z = \mathrm{softmax}(Q[K; K']^T/\sqrt d)\,[V; V']$$",
 }
-MATH = [{"left": "$$", "right": "$$", "display": True}]
 CSS = """.image-frame img, .media-button img {width: 100% !important; height: 100% !important; object-fit: contain}
 .flat, .flat .grid-wrap, .flat .gallery-container {height: auto !important; min-height: 0 !important; max-height: none !important}
 .flat .caption-label {font-size: 11px; padding: 1px 5px; max-width: 100%} .note p {font-weight: 600}"""
 FLAT = {"height": "auto", "object_fit": "contain", "fit_columns": False, "elem_classes": "flat", "buttons": []}
 stopped: set[str | None] = set()  # sessions that have pressed Stop
-Do = Callable[[dict[str, Any], dict[Any, Any], Any, Path], Iterator[list[Any]]]  # (form, all values, watch, folder)
 
 
 def form_of(desk: Desk) -> dict[str, Any]:
@@ -82,10 +80,8 @@ def row(label: str) -> list[Any]:
     return [*buttons, gr.Markdown(elem_classes="note")]
 
 
-def wire(row: list[Any], form: dict[str, Any], do: Do, outputs: list[Any], *more: Any) -> Any:
+def wire(row: list[Any], form: dict[str, Any], do: Callable[..., Iterator[list[Any]]], outputs: list[Any], *more: Any) -> Any:
     """Let the button of a row run `do`, which yields values for the outputs, with progress and Stop."""
-    start, halt, note = row
-
     def run(values: dict[Any, Any], session: gr.Request, progress: Any = gr.Progress()) -> Iterator[list[Any]]:  # noqa: B008
         notes: list[str] = []
         stopped.discard(session.session_hash)
@@ -101,8 +97,8 @@ def wire(row: list[Any], form: dict[str, Any], do: Do, outputs: list[Any], *more
                     yield [*found, ""]
             yield [*[gr.skip()] * len(outputs), "  \n".join(notes)]
 
-    halt.click(stop, queue=False)
-    return start.click(run, {*form.values(), *more}, [*outputs, note], concurrency_id="draw", api_visibility="private")
+    row[1].click(stop, queue=False, api_visibility="private")
+    return row[0].click(run, {*form.values(), *more}, [*outputs, row[2]], concurrency_id="draw", api_visibility="private")
 
 
 def draw_tab(desk: Desk, form: dict[str, Any]) -> None:
@@ -133,7 +129,7 @@ def lambda_tab(desk: Desk, form: dict[str, Any]) -> None:
     gr.Markdown("One seed, and λ from 0 to 1.5. The same picture and the same text, read in two ways.")
     parts, strips = row("Compare"), []
     for about in ABOUT.values():
-        gr.Markdown(about, latex_delimiters=MATH)
+        gr.Markdown(about, latex_delimiters=[{"left": "$$", "right": "$$", "display": True}])
         strips.append(gr.Gallery(show_label=False, columns=4, allow_preview=False, **FLAT))
 
     def compare(values: dict[str, Any], _: Any, watch: Any, folder: Path) -> Iterator[list[Any]]:
@@ -188,8 +184,7 @@ def build(desk: Desk) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320):
                 form = form_of(desk)
             with gr.Column(scale=3, min_width=320), gr.Tabs():
-                tabs = {"Draw": draw_tab, "Lambda": lambda_tab, "Look inside": look_tab}
-                for name, tab in tabs.items():
+                for name, tab in {"Draw": draw_tab, "Lambda": lambda_tab, "Look inside": look_tab}.items():
                     with gr.Tab(name):
                         tab(desk, form)
                 with gr.Tab("The study"):
@@ -201,10 +196,10 @@ def open_page(model: Model, device: str, port: int, folder: Path) -> None:
     """Load the model and serve the page on this computer alone, until Ctrl-C. Raises ValueError or OSError for bad input."""
     check_device(device)
     page = build(Desk(load_model(model, device), model, folder))
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page.launch(
         server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True, max_file_size="20mb",
-        theme=theme, css=CSS, footer_links=[], ssr_mode=False, allowed_paths=[str(ROOT / "sampling"), str(ROOT / "results")],
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), css=CSS, footer_links=[], ssr_mode=False,
+        allowed_paths=[str(ROOT / "sampling"), str(ROOT / "results")],
     )  # fmt: skip
     print(f"http://localhost:{port} is ready, for this computer alone; Ctrl-C stops it", flush=True)
     page.block_thread()
