@@ -52,7 +52,7 @@ class Desk:
         if form["image"]:
             same = [path for path in EXAMPLES if sha256(path) == sha256(Path(form["image"]))]
             layers = None if form["layers"] == "all" else form["layers"]
-            values["image_prompts"] = ImagePrompt(same[0] if same else form["image"], form["scale"], layers)
+            values["image_prompts"] = ImagePrompt((same[0] if same else form["image"],), form["scale"], layers)
         if form.get("hint"):
             values["hints"] = HintFile(form["hint"])
         if form["edit"] and (background := form["edit"]["background"]):
