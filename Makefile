@@ -1,6 +1,8 @@
 # make demo          draw a contact sheet with the mini weights (SEED=1 draws another)
 # make gallery       draw a sheet for each feature
+# make page          open a page to play with, in the browser
 # make test          run ruff, mypy and all tests
+# make test-page     test the page in Chromium
 # make weights       train the mini world from scratch (hours; with DEVICE=cuda minutes); run it again to resume
 # make world         score the mini weights
 # make ablation      run the missing parts of the ablation and write RESULTS.md
@@ -12,7 +14,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo gallery test weights ablation world docs notebooks constraints clean
+.PHONY: demo gallery page test test-page weights ablation world docs notebooks constraints clean
 
 demo: .venv/ready
 	$(BIN)/python -m sampling.sheets demo --seed $(SEED)
@@ -20,10 +22,17 @@ demo: .venv/ready
 gallery: .venv/ready
 	$(BIN)/python -m sampling.sheets gallery --seed $(SEED)
 
+page: .venv/page
+	$(BIN)/python -m page
+
 test: .venv/tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+test-page: .venv/page .venv/tests
+	@command -v chromium >/dev/null || { echo 'make test-page needs Chromium: install the package chromium' >&2; exit 1; }
+	$(BIN)/python -m pytest -q -m browser tests/test_page.py
 
 weights: .venv/tests
 	$(BIN)/python -m train all $(if $(DEVICE),--device $(DEVICE) --scale 4)
@@ -49,10 +58,20 @@ notebooks: .venv/tests
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[world,eval,test]'
 	touch $@
 
+# Gradio asks for a Pillow below 13, but works with it. So that Pillow stays as it is, its packages are named one by one.
+GRADIO := gradio gradio-client hf-gradio brotli fastapi starlette uvicorn python-multipart opentelemetry-api \
+  groovy httpcore httpx orjson pydub pytz safehttpx semantic-version tomlkit playwright greenlet
+
+.venv/page: .venv/ready
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[world,eval]' huggingface_hub pydantic typer
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(GRADIO)
+	touch $@
+
 constraints:
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e '.[world,eval,test]'
+	$(BIN)/python -m pip install -q --no-deps $(GRADIO)
 	(echo '# The versions that the tests ran on; `make constraints` updates them. CUDA libraries follow torch.'; \
 	  $(BIN)/python -m pip freeze --exclude-editable | grep '==' | grep -viE '^(nvidia|cuda|triton)') > constraints.txt
 
