@@ -23,14 +23,14 @@ gallery: .venv/ready
 	$(BIN)/python -m sampling.sheets gallery --seed $(SEED)
 
 page: .venv/page
-	$(BIN)/python -m page
+	$(BIN)/python -m eval page
 
 test: .venv/tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
 
-test-page: .venv/page .venv/tests
+test-page: .venv/browser
 	@command -v chromium >/dev/null || { echo 'make test-page needs Chromium: install the package chromium' >&2; exit 1; }
 	$(BIN)/python -m pytest -q -m browser tests/test_page.py
 
@@ -58,20 +58,19 @@ notebooks: .venv/tests
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[world,eval,test]'
 	touch $@
 
-# Gradio asks for a Pillow below 13, but works with it. So that Pillow stays as it is, its packages are named one by one.
-GRADIO := gradio gradio-client hf-gradio brotli fastapi starlette uvicorn python-multipart opentelemetry-api \
-  groovy httpcore httpx orjson pydub pytz safehttpx semantic-version tomlkit playwright greenlet
-
 .venv/page: .venv/ready
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[world,eval]' huggingface_hub pydantic typer
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(GRADIO)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[world,eval,page]'
 	touch $@
 
+.venv/browser: .venv/tests .venv/page
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[world,eval,test,page,browser]'
+	touch $@
+
+# Gradio holds Pillow back, so the versions are chosen with it.
 constraints:
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -e '.[world,eval,test]'
-	$(BIN)/python -m pip install -q --no-deps $(GRADIO)
+	$(BIN)/python -m pip install -q -e '.[world,eval,test,page,browser]'
 	(echo '# The versions that the tests ran on; `make constraints` updates them. CUDA libraries follow torch.'; \
 	  $(BIN)/python -m pip freeze --exclude-editable | grep '==' | grep -viE '^(nvidia|cuda|triton)') > constraints.txt
 

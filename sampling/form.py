@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from checkpoints.files import read_json_if_there
+from checkpoints.stable_diffusion import unet_config
+from model.unet import UNetConfig
 from sampling.__main__ import printable
+from sampling.command import load_model
 from sampling.images import save_image
 from sampling.inputs import read_inputs
 from sampling.pipeline import Pipeline
 from sampling.record import digests, recall, record, sha256
-from sampling.request import HintFile, ImagePrompt, Model, Request
+from sampling.request import HintFile, ImagePrompt, Model, Request, map_paths
 from sampling.resized import resized
 from sampling.sampler import State
 
@@ -40,11 +47,34 @@ def told(notes: list[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Desk:
-    """Draws what a form asks for: a pipeline, the files that it was loaded from, and a folder for pictures to change."""
+    """Draws what a form asks for, with the files of a model, once `load` has read them. `folder`: for pictures to change."""
 
-    pipeline: Pipeline
     model: Model
     folder: Path
+    loaded: Future[Pipeline] = field(default_factory=Future)
+
+    def load(self, device: str) -> None:
+        """Load the model. Raises ValueError or OSError, here and where someone waits for the pipeline."""
+        try:
+            self.loaded.set_result(load_model(self.model, device))
+        except (ValueError, OSError) as error:
+            self.loaded.set_exception(error)
+            raise
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The loaded model; waits for it."""
+        return self.loaded.result()
+
+    @cached_property
+    def config(self) -> UNetConfig:
+        """The config of the UNet, without its weights. Raises ValueError or OSError if there is no such model."""
+        return unet_config(self.model.checkpoint)
+
+    @cached_property
+    def mini(self) -> bool:
+        """Whether this is a mini world, whose text encoder has a small vocabulary of its own."""
+        return bool(read_json_if_there(self.model.checkpoint / "text_encoder.json").get("config", {}).get("vocabulary"))
 
     def request(self, form: dict[str, Any]) -> Request:
         """Make a Request of the form. A picture to change is fitted to the size of the base model."""
@@ -73,15 +103,37 @@ class Desk:
         return files, request
 
     def form(self, picture: str) -> dict[str, Any]:
-        """Read the settings of a PNG that this program drew, as values of the form."""
-        request, _ = recall(Path(picture))
-        values: dict[str, Any] = {name: getattr(request, name) for name in SAME} | {"image": None, "edit": None, "num": 1}
+        """Read the settings of a PNG that this program drew, as values of the form. Warns of those that have no field."""
+        request, model = recall(Path(picture))
+        request = map_paths(request, self._copied)
+        if edit := read_inputs(request).edit:
+            request = replace(request, strength=edit.strength)
+        values: dict[str, Any] = {name: getattr(request, name) for name in (*SAME, "strength")} | {"image": None, "edit": None}
         for prompt in request.image_prompts[:1]:
-            values |= {"image": str(prompt.images[0]), "scale": prompt.scale, "layers": prompt.layers or "all"}
+            if prompt.images[0].suffix == ".safetensors":
+                continue  # an embedding can't be shown
+            layers = prompt.layers if isinstance(prompt.layers, str) else "all"
+            values |= {"image": str(prompt.images[0]), "scale": prompt.scale, "layers": layers}
         for hint in request.hints[:1]:
             values["hint"] = str(hint.picture)
         if request.init_image:
             layers = [str(request.mask)] if request.mask else []
             values["edit"] = {"background": str(request.init_image), "layers": layers, "composite": None}
-            values["strength"] = request.strength
-        return values
+        self._warn(request, model, self.request(values))
+        return values | {"num": 1, "strength": request.strength or 0.8}
+
+    def _copied(self, path: Path) -> Path:
+        """Copy a picture into the folder, from which a page may show it. A shipped example keeps its place."""
+        if path in EXAMPLES or path.is_relative_to(self.folder):
+            return path
+        return Path(shutil.copy(path, self.folder / f"{sha256(path)[:16]}{path.suffix}"))
+
+    def _warn(self, request: Request, model: Model, back: Request) -> None:
+        """Warn where `back`, the request of the form, differs from the request in more than its files."""
+        there, here = (map_paths(one, lambda _: Path()) for one in (request, back))
+        lost = [one.name for one in fields(Request) if getattr(there, one.name) != getattr(here, one.name)]
+        if lost:
+            names = ", ".join(name.replace("_", " ") for name in lost)
+            warnings.warn(f"this page has no field for all of its {names}: draw it again with --again", stacklevel=2)
+        if map_paths(model, Path.absolute) != map_paths(self.model, Path.absolute):
+            warnings.warn("it was drawn with other weights than those of this page", stacklevel=2)

@@ -12,10 +12,10 @@ import gradio as gr
 
 from eval.attention_look import Look, cells, look
 from model.attention import concatenated, decoupled
-from sampling.command import load_model
 from sampling.command_line import command_line
 from sampling.device import check_device
 from sampling.form import EXAMPLES, ROOT, Desk, told
+from sampling.lambdas import places
 from sampling.request import Model, Preset, SamplerName, paths
 from sampling.sheets.strip import LAMBDAS, strip
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, caption
@@ -38,11 +38,10 @@ stopped: set[str | None] = set()  # sessions that have pressed Stop
 def form_of(desk: Desk) -> dict[str, Any]:
     """Lay out the form. Returns its parts by the names that `Desk.request` reads."""
     form: dict[str, Any] = {}
-    mini = bool(desk.pipeline.text.rows)
     form["image"] = gr.Image(str(EXAMPLES[7]), label="Image prompt", type="filepath", sources=["upload", "clipboard"], height=200)
     gr.Examples([[str(path)] for path in EXAMPLES], form["image"], label="Examples", examples_per_page=12)
     form["prompt"] = gr.Textbox("on a pink background", label="Text", max_lines=3)
-    if mini:
+    if desk.mini:
         with gr.Accordion("Words that the mini world knows", open=False), gr.Row():
             kinds = (("Concept", CONCEPT_NAMES), ("Background", BACKGROUND_NAMES))
             words = [gr.Dropdown([("none", ""), *names], value="", label=label, min_width=120) for label, names in kinds]
@@ -50,14 +49,14 @@ def form_of(desk: Desk) -> dict[str, Any]:
             word.input(lambda what, where: caption(what or None, background=where or None), words, form["prompt"])
     form["scale"] = gr.Slider(0, 1.5, 1.0, step=0.05, label="λ, the weight of the picture")
     with gr.Accordion("Settings", open=False):
-        form["guidance"] = gr.Slider(1, 15, 4 if mini else 7.5, step=0.5, label="Guidance")
-        form["steps"] = gr.Slider(1, 100, 20 if mini else 50, step=1, label="Steps")
+        form["guidance"] = gr.Slider(1, 15, 4 if desk.mini else 7.5, step=0.5, label="Guidance")
+        form["steps"] = gr.Slider(1, 100, 20 if desk.mini else 50, step=1, label="Steps")
         form["seed"] = gr.Number(0, precision=0, label="Seed")
         form["num"] = gr.Slider(1, 8, 1, step=1, label="Number of pictures")
         form["sampler"] = gr.Radio(get_args(SamplerName), value="ddim", label="Sampler")
         form["layers"] = gr.Radio(["all", *get_args(Preset)], value="all", label="Layers in which the picture acts")
         form["negative_prompt"] = gr.Textbox("", label="Text to keep away from")
-        if desk.pipeline.controls:
+        if desk.model.controls:
             form["hint"] = gr.Image(label="Hint for the control", type="filepath", sources=["upload", "clipboard"])
     with gr.Accordion("Change a picture", open=False):
         gr.Markdown("Draw starts from this picture. Paint in white what to draw anew; the rest then stays as it is.")
@@ -145,11 +144,11 @@ def lambda_tab(desk: Desk, form: dict[str, Any]) -> None:
 def look_tab(desk: Desk, form: dict[str, Any]) -> None:
     gr.Markdown("Draws once, and shows where the drawing looks: at each word, and at each token of the picture.")
     fuse, parts, seen = gr.Radio([*FUSES], value="decoupled", label="Attention"), row("Look inside"), gr.State(time_to_live=900)
-    layers = desk.pipeline.unet.cross_attentions()
+    layers = len(places(desk.config))
     with gr.Row():
         step = gr.Slider(1, 20, 10, step=1, label="Step", min_width=120)
-        layer = gr.Slider(1, len(layers), len(layers), step=1, label="Layer", min_width=120)
-        head = gr.Slider(0, max(one.heads for one in layers), 0, step=1, label="Head (0: their mean)", min_width=120)
+        layer = gr.Slider(1, layers, layers, step=1, label="Layer", min_width=120)
+        head = gr.Slider(0, max(desk.config.heads), 0, step=1, label="Head (0: their mean)", min_width=120)
     mass = gr.Markdown()
     maps = gr.Gallery(show_label=False, columns=4, allow_preview=False, **FLAT)
 
@@ -192,14 +191,16 @@ def build(desk: Desk) -> gr.Blocks:
     return page
 
 
-def open_page(model: Model, device: str, port: int, folder: Path) -> None:
-    """Load the model and serve the page on this computer alone, until Ctrl-C. Raises ValueError or OSError for bad input."""
+def serve(model: Model, device: str, port: int, folder: Path) -> None:
+    """Serve the page on this computer alone until Ctrl-C, and load the model meanwhile. Raises ValueError or OSError for bad input."""
     check_device(device)
-    page = build(Desk(load_model(model, device), model, folder))
+    desk = Desk(model, folder)
+    page = build(desk)
     page.launch(
         server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True, max_file_size="20mb",
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), css=CSS, footer_links=[], ssr_mode=False,
         allowed_paths=[str(ROOT / "sampling"), str(ROOT / "results")],
     )  # fmt: skip
     print(f"http://localhost:{port} is ready, for this computer alone; Ctrl-C stops it", flush=True)
+    desk.load(device)
     page.block_thread()
