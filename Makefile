@@ -3,6 +3,7 @@
 # make page          open a page to play with, in the browser
 # make test          run ruff, mypy and all tests
 # make test-page     test the page in Chromium
+# make page-pictures write the screenshots of docs/page.md
 # make weights       train the mini world from scratch (hours; with DEVICE=cuda minutes); run it again to resume
 # make world         score the mini weights
 # make ablation      run the missing parts of the ablation and write RESULTS.md
@@ -14,7 +15,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo gallery page test test-page weights ablation world docs notebooks constraints clean
+.PHONY: demo gallery page test test-page page-pictures weights ablation world docs notebooks constraints clean
 
 demo: .venv/ready
 	$(BIN)/python -m sampling.sheets demo --seed $(SEED)
@@ -33,6 +34,9 @@ test: .venv/tests
 test-page: .venv/browser
 	@command -v chromium >/dev/null || { echo 'make test-page needs Chromium: install the package chromium' >&2; exit 1; }
 	$(BIN)/python -m pytest -q -m browser tests/test_page.py
+
+page-pictures: .venv/browser
+	PAGE_PICTURES=docs $(BIN)/python -m pytest -q -m browser tests/test_page.py -k screenshots
 
 weights: .venv/tests
 	$(BIN)/python -m train all $(if $(DEVICE),--device $(DEVICE) --scale 4)

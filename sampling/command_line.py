@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from sampling.following import flag
 from sampling.options import CONTROL, PROMPT
-from sampling.request import HintFile, ImagePrompt, Model, Request, to_json
+from sampling.request import HintFile, ImagePrompt, Model, Request, map_paths, to_json
 
 
 def arguments(request: Request, model: Model) -> list[str]:
@@ -27,8 +28,13 @@ def arguments(request: Request, model: Model) -> list[str]:
 
 
 def command_line(request: Request, model: Model) -> str:
-    """Return the whole command, quoted for a shell."""
-    apart = [one if "=-" in one else one.split("=", 1) for one in arguments(request, model)]
+    """Return the whole command, quoted for a shell. Files below the current folder get their name from there."""
+    here = Path.cwd()
+
+    def near(path: Path) -> Path:
+        return path.relative_to(here) if path.is_relative_to(here) else path
+
+    apart = [one if "=-" in one else one.split("=", 1) for one in arguments(map_paths(request, near), model)]
     words = [each for one in apart for each in ([one] if isinstance(one, str) else one)]
     return shlex.join(["python", "-m", "sampling", *words])
 

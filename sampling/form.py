@@ -117,8 +117,8 @@ class Desk:
         for hint in request.hints[:1]:
             values["hint"] = str(hint.picture)
         if request.init_image:
-            layers = [str(request.mask)] if request.mask else []
-            values["edit"] = {"background": str(request.init_image), "layers": layers, "composite": None}
+            paint = [str(request.mask)] if request.mask else []
+            values["edit"] = {"background": str(request.init_image), "layers": paint, "composite": None}
         self._warn(request, model, self.request(values))
         return values | {"num": 1, "strength": request.strength or 0.8}
 

@@ -17,9 +17,10 @@ from eval.attention_look import cells, look
 from model.attention import concatenated, decoupled
 from sampling.command_line import arguments, command_line
 from sampling.form import EXAMPLES, Desk, told
+from sampling.images import save_image
 from sampling.options import parse
-from sampling.pipeline import load
-from sampling.request import HintFile, ImagePrompt, Model, Request
+from sampling.record import digests, record, sha256
+from sampling.request import HintFile, ImagePrompt, Model, Request, map_paths
 from sampling.resized import resized
 from sampling.sheets.strip import sample, strip
 
@@ -27,12 +28,19 @@ from sampling.sheets.strip import sample, strip
 @pytest.fixture
 def desk(weights: Path, tmp_path: Path) -> Desk:
     (tmp_path / "edits").mkdir()
-    return Desk(load(weights), Model(weights), tmp_path / "edits")
+    desk = Desk(Model(weights), tmp_path / "edits")
+    desk.load("cpu")
+    return desk
 
 
 def form(**changes: Any) -> dict[str, Any]:
     values = {"prompt": "a fox", "negative_prompt": "", "guidance": 3, "steps": 3, "seed": 5, "sampler": "ddim", "num": 1}
     return values | {"image": None, "scale": 0.6, "layers": "all", "edit": None, "strength": 0.8} | changes
+
+
+def by_content(request: Request) -> Request:
+    """The request with the hash of each file as its name: the form copies pictures."""
+    return map_paths(request, lambda path: Path(sha256(path)))
 
 
 def watch(_: object) -> None:
@@ -55,10 +63,51 @@ def test_a_form_draws_what_its_request_draws_and_comes_back(desk: Desk, image: P
     assert names(tmp_path / "out") == ["drawn-5.png", "drawn-6.png"]
     assert difference(pixels_of(files[0]), np.asarray(desk.pipeline.draw(request)).astype(int)) <= 1
     back = desk.form(str(files[0]))
-    assert {name: back[name] for name in ("prompt", "seed", "scale", "image", "strength")} == {
-        name: given[name] for name in ("prompt", "seed", "scale", "image", "strength")
+    assert {name: back[name] for name in ("prompt", "seed", "scale", "strength")} == {
+        name: given[name] for name in ("prompt", "seed", "scale", "strength")
     }
-    assert desk.request(form(**back)) == request
+    assert by_content(desk.request(form(**back))) == by_content(request)
+
+
+def test_a_picture_that_asks_for_more_than_the_form_has_says_so(desk: Desk, image: Path, tmp_path: Path) -> None:
+    """The command line draws with eta, a range of steps and a picture elsewhere; the form takes the rest, and a copy of the picture."""
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    shutil.copy(image, there / "mine.png")
+    request = Request("a fox", ImagePrompt(there / "mine.png", 0.7, (0.5,) * 7, end=0.5), eta=0.5, steps=3)  # type: ignore[arg-type]
+    save_image(Image.new("RGB", (8, 8)), there / "drawn.png", record(request, desk.model, digests(request, desk.model)))
+    with warnings.catch_warnings(record=True) as told_of:
+        warnings.simplefilter("always")
+        back = desk.form(str(there / "drawn.png"))
+    assert [str(one.message) for one in told_of] == [
+        "this page has no field for all of its image prompts, eta: draw it again with --again"
+    ]
+    assert back["scale"] == 0.7 and back["layers"] == "all" and Path(back["image"]).parent == desk.folder
+    other = Desk(Model(desk.model.checkpoint, dtype="bfloat16"), desk.folder)
+    with pytest.warns(UserWarning, match="other weights than those of this page"):
+        other.form(str(there / "drawn.png"))
+
+
+def test_a_form_with_a_hint_asks_its_control(desk: Desk, image: Path) -> None:
+    assert desk.request(form(hint=str(image))).hints == (HintFile(image),)
+    notes: list[str] = []
+    with told(notes):
+        desk.draw(desk.folder, form(hint=str(image)), watch)
+    assert notes == ["1 hints for 0 controls: give each control one"]
+
+
+def test_a_model_that_is_not_there_is_told_to_all_who_wait(tmp_path: Path) -> None:
+    desk = Desk(Model(tmp_path / "none"), tmp_path)
+    for wait in (lambda: desk.config, lambda: desk.load("cpu"), lambda: desk.pipeline):
+        with pytest.raises((ValueError, OSError), match="none"):
+            wait()
+    assert not desk.mini and Desk(Model(), tmp_path).mini
+
+
+def test_a_command_names_files_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    request = Request("a fox", ImagePrompt(tmp_path / "a b.png"))  # type: ignore[arg-type]
+    assert command_line(request, Model()) == "python -m sampling --prompt 'a fox' --image 'a b.png'"
 
 
 def test_a_shipped_example_keeps_its_name(desk: Desk, tmp_path: Path) -> None:

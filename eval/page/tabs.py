@@ -30,8 +30,11 @@ ABOUT = {
 }
 CSS = """.image-frame img, .media-button img {width: 100% !important; height: 100% !important; object-fit: contain}
 .flat, .flat .grid-wrap, .flat .gallery-container {height: auto !important; min-height: 0 !important; max-height: none !important}
-.flat .caption-label {font-size: 11px; padding: 1px 5px; max-width: 100%} .note p {font-weight: 600}"""
-FLAT = {"height": "auto", "object_fit": "contain", "fit_columns": False, "elem_classes": "flat", "buttons": []}
+.flat .grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important}
+.flat .caption-label {font-size: 11px; padding: 1px 5px; max-width: 100%; white-space: normal} .note p {font-weight: 600}
+@media (max-width: 600px) {.flat .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important} .katex {font-size: 1em}}"""
+FLAT: dict[str, Any] = {"format": "png", "height": "auto", "object_fit": "contain", "elem_classes": "flat"}
+FLAT |= {"fit_columns": False, "buttons": []}
 stopped: set[str | None] = set()  # sessions that have pressed Stop
 
 
@@ -60,11 +63,14 @@ def form_of(desk: Desk) -> dict[str, Any]:
             form["hint"] = gr.Image(label="Hint for the control", type="filepath", sources=["upload", "clipboard"])
     with gr.Accordion("Change a picture", open=False):
         gr.Markdown("Draw starts from this picture. Paint in white what to draw anew; the rest then stays as it is.")
-        white = gr.Brush(colors=["#ffffff"], color_mode="fixed")
-        form["edit"] = gr.ImageEditor(type="filepath", format="png", brush=white, transforms=(), height=360, show_label=False)
+        white = gr.Brush(desk.config.sample_size // 2, colors=["#ffffff"], color_mode="fixed")
+        form["edit"] = gr.ImageEditor(
+            type="filepath", format="png", brush=white, sources=("upload", "clipboard"), transforms=(), layers=False, height=360,
+            show_label=False,
+        )  # fmt: skip
         form["strength"] = gr.Slider(0.05, 1, 0.8, step=0.05, label="How much to change")
-    for name in {"image", "hint"} & form.keys():
-        form[name].preprocess = lambda payload: payload and payload.path  # the library opens it, and says what is wrong
+    picture: Any = gr.Image
+    picture.preprocess = lambda _, payload: payload and payload.path  # the library opens it, and says what is wrong
     return form
 
 
@@ -75,7 +81,7 @@ def stop(session: gr.Request) -> None:
 def row(label: str) -> list[Any]:
     """Lay out a button, Stop, and a note in which the library says what is wrong."""
     with gr.Row():
-        buttons = [gr.Button(label, variant="primary"), gr.Button("Stop")]
+        buttons = [gr.Button(label, variant="primary", min_width=120), gr.Button("Stop", min_width=120)]
     return [*buttons, gr.Markdown(elem_classes="note")]
 
 
@@ -104,7 +110,7 @@ def draw_tab(desk: Desk, form: dict[str, Any]) -> None:
     parts = row("Draw")
     pictures = gr.Gallery(label="Drawn", columns=2, **FLAT)
     with gr.Accordion("Keep it", open=False):
-        command = gr.Code(label="As a command", interactive=False, wrap_lines=True)
+        command = gr.Textbox(label="As a command", interactive=False, lines=2, buttons=["copy"], elem_id="command")
         files = gr.File(label="Pictures with their settings, and what they were drawn from", file_count="multiple")
         dropped = gr.File(label="Drop a picture that was drawn here, to get its settings back", file_types=[".png"])
 
