@@ -16,6 +16,7 @@ MODULES = {
     "docs": "eval.docs",
     "calibration": "eval.calibration",
     "attention": "eval.attention_sheet",
+    "page": "eval.page.command",
     "ablation": "eval.ablation.command",
     "parity": "eval.peers.parity",
     "benchmark": "eval.peers.benchmark",

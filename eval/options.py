@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from sampling.request import DtypeName, Model
 
 Commands = Any  # what ArgumentParser.add_subparsers returns
 DESCRIPTION = """Measure how good the networks are. Most commands write their results to a file and print a table.
@@ -23,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     add_peers(commands)
     add_calibration(commands)
     add_attention(commands)
+    add_page(commands)
     return p
 
 
@@ -131,3 +134,14 @@ def add_attention(commands: Commands) -> None:
     p.add_argument("--checkpoint", type=Path, help="base model, a file or a folder (default: the mini weights)")
     p.add_argument("--ip-adapter", type=Path, help="adapter file (default: the one in the checkpoint's folder)")
     p.add_argument("--image-encoder", type=Path, help="image encoder (default: the one in the checkpoint's folder)")
+
+
+def add_page(commands: Commands) -> None:
+    p = command(commands, "page", "Open a page in the browser to play with image prompts, lambda and attention, on this computer alone")
+    p.add_argument("--checkpoint", type=Path, help="base model, a file or a folder (default: the mini weights)")
+    p.add_argument("--ip-adapter", type=Path, help="adapter file (default: the one in the checkpoint's folder)")
+    p.add_argument("--image-encoder", type=Path, help="image encoder (default: the one in the checkpoint's folder)")
+    p.add_argument("--control", type=Path, help="ControlNet or T2I-Adapter; the page then has a field for its hint")
+    p.add_argument("--dtype", choices=get_args(DtypeName), default=Model.dtype, help=f"precision (default: {Model.dtype})")
+    p.add_argument("--device", default="cpu", help="device to draw on, such as cuda (default: cpu)")
+    p.add_argument("--port", type=count, default=7860, help="port of the page (default: 7860)")
