@@ -12,6 +12,7 @@ MODULES = {
     "world": "eval.world",
     "fine": "eval.fine",
     "frechet": "eval.frechet",
+    "structure": "eval.structure",
     "examples": "eval.examples",
     "docs": "eval.docs",
     "calibration": "eval.calibration",
