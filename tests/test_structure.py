@@ -84,7 +84,7 @@ def test_the_structure_command(
     shutil.copytree(ROOT / "weights", weights)
     command = ["eval", "--weights", str(weights), "structure", "--n", "2", "--steps", "2", "--out", str(out)]
     monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit, match="controlnet.safetensors is missing: run `python -m train control` first"):
+    with pytest.raises(SystemExit, match=r"controlnet\.safetensors is missing: run `python -m train control` first"):
         main()
     for stage in (control, t2i):
         torch.manual_seed(0)
