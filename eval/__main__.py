@@ -13,6 +13,7 @@ MODULES = {
     "fine": "eval.fine",
     "frechet": "eval.frechet",
     "structure": "eval.structure",
+    "style": "eval.style",
     "examples": "eval.examples",
     "docs": "eval.docs",
     "calibration": "eval.calibration",

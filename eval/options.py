@@ -47,7 +47,8 @@ def add_scores(commands: Commands) -> None:
     description = "Compute Fréchet distances from held-out pictures to drawings of their captions and to the VAE's reconstructions"
     frechet = command(commands, "frechet", description)
     structure = command(commands, "structure", "Measure structure control beside image prompts")
-    sizes = ((score, "world", 1024), (fine, "fine", 512), (frechet, "frechet", 10000), (structure, "structure", 512))
+    style = command(commands, "style", "Measure the adapter on another base model")
+    sizes = ((score, "world", 1024), (fine, "fine", 512), (frechet, "frechet", 10000), (structure, "structure", 512), (style, "style", 512))
     for added, name, n in sizes:
         added.add_argument("--n", type=count, default=n, help=f"number of prompts (default: {n})")
         added.add_argument("--steps", type=count, default=12, help="sampling steps for each drawing (default: 12)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,27 +15,30 @@ from peers import max_error, randn, randomise
 from safetensors.torch import load_file
 from torch import nn
 
-from checkpoints.cards import read_card
+from checkpoints.cards import read_card, save_tensors
 from checkpoints.names import named, unet_rows
+from checkpoints.stable_diffusion import load_unet
+from eval.__main__ import main
+from eval.style import LAMBDAS, table
 from model.context import Context
 from model.unet import UNet, UNetConfig
 from train import loop, style
 from train.comic import SHADOW, comic
-from train.low_rank import LowRank
+from train.lora import LoRA
 from train.world import World, render
 
 ROOT = Path(__file__).parent.parent
 CONFIG = UNetConfig(channels=(16, 32, 32), depth=(1, 1, 0), heads=(4, 4, 4), res_blocks=1, context_dim=24, groups=4)
 
 
-def networks(rank: int, trained: bool = True) -> tuple[UNet, LowRank]:
+def networks(rank: int, trained: bool = True) -> tuple[UNet, LoRA]:
     unet = randomise(UNet(CONFIG).double())
     torch.manual_seed(0)
-    low = LowRank(unet, rank).double()
+    lora = LoRA(unet, rank).double()
     if trained:
-        for b in low.up:
+        for b in lora.up:
             nn.init.normal_(b, std=0.05)
-    return unet, low
+    return unet, lora
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, Context]:
@@ -42,21 +47,21 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, Context]:
 
 def test_before_training_nothing_changes() -> None:
     """B is zero: the output is equal bit for bit, and in the first step only B has a gradient."""
-    unet, low = networks(3, trained=False)
+    unet, lora = networks(3, trained=False)
     unet.requires_grad_(False)
     with torch.no_grad():
-        assert torch.equal(low(unet, *inputs()), unet(*inputs()))
-    low(unet, *inputs()).square().mean().backward()
-    assert not any(a.grad.any() for a in low.down) and all(b.grad.any() for b in low.up)
+        assert torch.equal(lora(unet, *inputs()), unet(*inputs()))
+    lora(unet, *inputs()).square().mean().backward()
+    assert not any(a.grad.any() for a in lora.down) and all(b.grad.any() for b in lora.up)
     assert all(p.grad is None for p in unet.parameters())
 
 
 @pytest.mark.parametrize("rank", [1, 3, 1000])
 def test_the_merged_unet_equals_the_unet_with_changed_weights(rank: int) -> None:
-    unet, low = networks(rank)
+    unet, lora = networks(rank)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     with torch.no_grad():
-        changed, merged = low(unet, *inputs()), low.merged(unet)
+        changed, merged = lora(unet, *inputs()), lora.merged(unet)
         assert torch.equal(changed, merged(*inputs()))
         assert max_error(changed, unet(*inputs())) > 1e-2
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
@@ -71,8 +76,8 @@ def test_the_merged_unet_equals_the_unet_with_changed_weights(rank: int) -> None
 
 def test_the_file_has_the_differences_in_the_layout_of_peft() -> None:
     """A layer's difference is lora_B after lora_A, as layers of the same kind: computed here by running both on the identity."""
-    unet, low = networks(3)
-    tensors, merged = style.peft_layout(low, unet), low.merged(unet).state_dict()
+    unet, lora = networks(3)
+    tensors, merged = style.peft_layout(lora, unet), lora.merged(unet).state_dict()
     theirs = named([name for name, p in unet.named_parameters() if p.ndim > 1], unet_rows(CONFIG), 1, "unet.")
     assert len(tensors) == 2 * len(theirs)
     for ours, (name,) in theirs.items():
@@ -123,3 +128,23 @@ def test_a_style_is_trained_and_resumes(tmp_path: Path, monkeypatch: pytest.Monk
     assert any(tensor.any() for name, tensor in ended[0].items() if "lora_B" in name)
     assert (base / "comic.safetensors").stat().st_size < 3e6
     assert read_card(base / "comic.safetensors")["rank"] == style.RANK and (tmp_path / "whole" / "comic.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore:these words are not in this model's vocabulary")
+def test_the_style_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Untrained differences change nothing, so both bases draw the same; only the true comic pictures are darker."""
+    weights, out = tmp_path / "weights", tmp_path / "style.json"
+    shutil.copytree(ROOT / "weights", weights)
+    command = ["eval", "--weights", str(weights), "style", "--n", "2", "--steps", "1", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match=r"comic\.safetensors is missing: run `python -m train style` first"):
+        main()
+    unet = load_unet(weights / "unet.safetensors")
+    save_tensors(style.peft_layout(LoRA(unet, 2), unet), weights / "comic.safetensors", {})
+    main()
+    scores = json.loads(out.read_text())["scores"]
+    for task in LAMBDAS:
+        assert scores["comic"][task] == scores["base"][task]
+    assert scores["comic"]["true"]["dark"][0] > 1.3 * scores["base"]["true"]["dark"][0]
+    lines = table(json.loads(out.read_text())).splitlines()
+    assert len(lines) == 2 + 2 * 5 and "\n".join(lines) in capsys.readouterr().out

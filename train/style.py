@@ -29,7 +29,7 @@ from train.data import Cached
 from train.encode import WorldPictures
 from train.fingerprint import fingerprint
 from train.loop import Plan, run
-from train.low_rank import LowRank
+from train.lora import LoRA
 from train.pairs import Batch
 from train.randomness import seeded
 from train.unet import HELD_OUT, held_out_loss, text_loss
@@ -38,11 +38,11 @@ RANK, PICTURES = 16, 20_000
 PHASES = (Plan("comic", 4_000, 32, 2e-3, 100, 0.8, ema=0.995, bf16=True, validate_every=1_000),)
 
 
-def peft_layout(low: LowRank, unet: UNet) -> dict[str, Tensor]:
+def peft_layout(lora: LoRA, unet: UNet) -> dict[str, Tensor]:
     """Name the factors as diffusers and PEFT do: lora_A is A and lora_B is B, shaped as convolutions in convolution layers."""
     theirs = {row[0]: row[1] for row in unet_rows(unet.config)}
     layers, tensors = dict(unet.named_modules()), dict[str, Tensor]()
-    for name, a, b in zip(low.layers, low.down, low.up, strict=True):
+    for name, a, b in zip(lora.layers, lora.down, lora.up, strict=True):
         kernel = tuple(layers[name].weight.shape[2:])
         tensors[f"unet.{theirs[name]}.lora_A.weight"] = a.detach().view(len(a), -1, *kernel)
         tensors[f"unet.{theirs[name]}.lora_B.weight"] = b.detach().view(*b.shape, *(1 for _ in kernel))
@@ -68,20 +68,20 @@ def train(
     pairs, held_out = (each.pairs(vae, text, None, folder / "cache") for each in sets)
     schedule = Schedule(prediction=unet.config.prediction)
     with seeded(plan.seed):
-        low = LowRank(unet, RANK).to(plan.device)
+        lora = LoRA(unet, RANK).to(plan.device)
 
     def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
-        styled: Callable[..., Tensor] = partial(low, unet)
+        styled: Callable[..., Tensor] = partial(lora, unet)
         return {"loss": text_loss(styled, schedule, batch, g)}
 
     def validate(module: nn.Module) -> dict[str, float]:
-        assert isinstance(module, LowRank)
+        assert isinstance(module, LoRA)
         styled = module.merged(unet)
         preview.draw_captions(Pipeline(styled, vae, text, schedule), folder / "comic.png")
         return {"held_out": held_out_loss(styled, schedule, held_out)}
 
     data = Cached(pairs, plan.batch, plan.seed)
-    kept, log = run(plan, low, data, loss, validate, folder, workers=0, made_from=made_from)
-    assert isinstance(kept, LowRank)
+    kept, log = run(plan, lora, data, loss, validate, folder, workers=0, made_from=made_from)
+    assert isinstance(kept, LoRA)
     details = {"data": f"the mini world in the comic style, {pictures} pictures", "rank": RANK, "made_from": made_from}
     cards.save_tensors(peft_layout(kept, unet), out, card(phases, log, command, details, WORLD_LICENCE))

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from model.unet import UNet
 
 
-class LowRank(nn.Module):
+class LoRA(nn.Module):
     """W' = W + B A  (Eq. 3 of the paper), for the weight of every linear and convolution layer of a UNet.
 
     W is `o i`; the input channels and the kernel of a convolution count as i. A is `r i`, initialised as torch initialises a linear
