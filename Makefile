@@ -1,5 +1,6 @@
 # make demo          draw a contact sheet with the mini weights (SEED=1 draws another)
 # make gallery       draw a sheet for each feature
+# make figures       draw the paper's figures with the mini weights
 # make test          run ruff, mypy and all tests
 # make weights       train the mini world from scratch (hours; with DEVICE=cuda minutes); run it again to resume
 # make world         score the mini weights
@@ -12,13 +13,16 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo gallery test weights ablation world docs notebooks constraints clean
+.PHONY: demo gallery figures test weights ablation world docs notebooks constraints clean
 
 demo: .venv/ready
 	$(BIN)/python -m sampling.sheets demo --seed $(SEED)
 
 gallery: .venv/ready
 	$(BIN)/python -m sampling.sheets gallery --seed $(SEED)
+
+figures: .venv/ready
+	$(BIN)/python -m sampling.sheets figures --seed $(SEED)
 
 test: .venv/tests
 	$(BIN)/ruff check .

@@ -56,7 +56,7 @@ def add_scores(commands: Commands) -> None:
         out = Path(f"results/{name}.json")
         added.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
         added.add_argument("--device", default="cpu", help="device to draw and score on, such as cuda (default: cpu)")
-    samples = command(commands, "examples", "Write the image prompts of the demo")
+    samples = command(commands, "examples", "Write the image prompts of the demo, and their outlines")
     out = Path("sampling/examples")
     samples.add_argument("--out", type=Path, default=out, help=f"folder to write to (default: {out})")
 
