@@ -1,7 +1,7 @@
 # make demo          draw a contact sheet with the mini weights (SEED=1 draws another)
 # make gallery       draw a sheet for each feature
 # make figures       draw the paper's figures with the mini weights
-# make test          run ruff, mypy and all tests
+# make test          run ruff, mypy and all tests, one process for each of up to four cores
 # make weights       train the mini world from scratch (hours; with DEVICE=cuda minutes); run it again to resume
 # make world         score the mini weights
 # make ablation      run the missing parts of the ablation and write RESULTS.md
@@ -27,7 +27,7 @@ figures: .venv/ready
 test: .venv/tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 weights: .venv/tests
 	$(BIN)/python -m train all $(if $(DEVICE),--device $(DEVICE) --scale 4)

@@ -19,7 +19,7 @@ _FORMS = {"full_adapter": "full", "light_adapter": "light", "full_adapter_xl": "
 
 
 def controlnet_config(c: Mapping[str, Any]) -> ControlNetConfig:
-    """The config of diffusers' `ControlNetModel`."""
+    """Return the config of diffusers' `ControlNetModel`."""
     if (order := c.get("controlnet_conditioning_channel_order", "rgb")) != "rgb":
         raise ValueError(f"it reads its hint as {order!r}, but only rgb is supported")
     encoder = encoder_config(c)
@@ -35,7 +35,7 @@ def controlnet_config(c: Mapping[str, Any]) -> ControlNetConfig:
 
 
 def controlnet_diffusers(config: ControlNetConfig) -> dict[str, Any]:
-    """The `config.json` of a ControlNet, as diffusers' `ControlNetModel` writes it: the inverse of `controlnet_config`."""
+    """Return the `config.json` of a ControlNet, as diffusers' `ControlNetModel` writes it: the inverse of `controlnet_config`."""
     decoder = ("out_channels", "up_block_types", "sample_size")
     return {key: value for key, value in diffusers_config(config).items() if key not in decoder} | {
         "_class_name": "ControlNetModel",
@@ -46,7 +46,7 @@ def controlnet_diffusers(config: ControlNetConfig) -> dict[str, Any]:
 
 
 def ldm_controlnet(shapes: Shapes, settings: Settings) -> ControlNetConfig:
-    """The config of a ControlNet in LDM's layout. Without a `.yaml` beside it, one for SD 2.x has heads of width 64."""
+    """Return the config of a ControlNet in LDM's layout. Without a `.yaml` beside it, one for SD 2.x has heads of width 64."""
     encoder, widths, i = ldm_encoder(shapes, settings), [shapes["input_hint_block.0.weight"][0]], 4
     if settings == Settings() and encoder["context_dim"] == 1024:
         encoder = ldm_encoder(shapes, replace(settings, head_width=64))
@@ -57,7 +57,7 @@ def ldm_controlnet(shapes: Shapes, settings: Settings) -> ControlNetConfig:
 
 
 def t2i_config(c: Mapping[str, Any]) -> T2IConfig:
-    """The config of diffusers' `T2IAdapter`, which leaves out the last level of the light form."""
+    """Return the config of diffusers' `T2IAdapter`, which leaves out the last level of the light form."""
     form: Any = _FORMS.get(c.get("adapter_type", "full_adapter"))
     if form is None:
         raise ValueError(f"its adapter_type is {c['adapter_type']!r}, but only {', '.join(_FORMS)} are supported")
@@ -72,7 +72,7 @@ def t2i_config(c: Mapping[str, Any]) -> T2IConfig:
 
 
 def t2i_diffusers(config: T2IConfig) -> dict[str, Any]:
-    """The `config.json` of a T2I-Adapter, as diffusers writes it. Raises ValueError for a light form that it can't describe."""
+    """Return the `config.json` of a T2I-Adapter, as diffusers writes it. Raises ValueError for a light form that it can't describe."""
     light = config.form == "light"
     if light and config.channels[-1:] != config.channels[-2:-1]:
         raise ValueError("diffusers has no light T2I-Adapter whose last two levels differ in width")
@@ -87,7 +87,7 @@ def t2i_diffusers(config: T2IConfig) -> dict[str, Any]:
 
 
 def official_t2i(shapes: Shapes) -> T2IConfig:
-    """The config of an official T2I-Adapter, by its names and shapes. It unshuffles by 8, or for SDXL by 16."""
+    """Return the config of an official T2I-Adapter, by its names and shapes. It unshuffles by 8, or for SDXL by 16."""
     if "conv_in.weight" not in shapes:
         levels, inputs = count(shapes, r"body\.(\d+)\."), shapes["body.0.in_conv.weight"][1]
         widths, blocks = [shapes[f"body.{i}.out_conv.weight"][0] for i in range(levels)], count(shapes, r"body\.0\.body\.(\d+)\.")
@@ -101,7 +101,7 @@ def official_t2i(shapes: Shapes) -> T2IConfig:
 
 
 def _channels(inputs: int, unshuffle: int) -> int:
-    """The channels of the hint, given those after `unshuffle`."""
+    """Return the channels of the hint, given those after `unshuffle`."""
     if inputs % unshuffle**2:
         raise ValueError(f"its first convolution reads {inputs} channels, which are not a hint unshuffled by {unshuffle}")
     return inputs // unshuffle**2

@@ -8,7 +8,7 @@ from model.t2i import T2IConfig
 
 
 def controlnet_rows(config: ControlNetConfig) -> list[Row]:
-    """Rows for a ControlNet: those of its UNet, and its own. LDM counts the activations of the hint network too."""
+    """Return the rows for a ControlNet: those of its UNet, and its own. LDM counts the activations of the hint network too."""
     rows = unet_rows(config)
     last = 2 * (2 * len(config.hint) - 1)
     names = {0: "conv_in", last: "conv_out"} | {i: f"blocks.{i // 2 - 1}" for i in range(2, last, 2)}
@@ -20,7 +20,7 @@ def controlnet_rows(config: ControlNetConfig) -> list[Row]:
 
 
 def t2i_rows(config: T2IConfig) -> list[Row]:
-    """Rows for a T2I-Adapter. The official full form numbers the blocks of all levels, the light form those of each level."""
+    """Return the rows for a T2I-Adapter. The official full form numbers the blocks of all levels, the light form those of each level."""
     rows: list[Row] = [("conv_in", "adapter.conv_in", "conv_in")]
     for level in range(len(config.channels)):
         light, first = config.form == "light", level * config.blocks

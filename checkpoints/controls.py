@@ -45,12 +45,12 @@ class Opened(NamedTuple):
 
 
 def rows_of(control: Control) -> list[Row]:
-    """The table of names of a control."""
+    """Return the table of names of a control."""
     return controlnet_rows(control.config) if isinstance(control, ControlNet) else t2i_rows(control.config)
 
 
 def own_kind(path: Path) -> str:
-    """The kind of control in this project's own format, by its card; "" for other files."""
+    """Return the kind of control in this project's own format, by its card; "" for other files."""
     config = read_json_if_there(path.with_suffix(".json")).get("config") if path.is_file() else None
     return next((kind for key, kind in OWN.items() if isinstance(config, dict) and key in config), "")
 
@@ -137,7 +137,7 @@ def check_fit(control: Control, unet: UNetConfig, path: Path) -> None:
 
 
 def fits(control: Control, unet: UNetConfig) -> bool:
-    """Whether the residuals of a control have the number and the widths that this UNet's stages need."""
+    """Return whether the residuals of a control have the number and the widths that this UNet's stages need."""
     if isinstance(control, ControlNet):
         fields = ("channels", "res_blocks", "context_dim", "added_dim")
         return all(getattr(control.config, name) == getattr(unet, name) for name in fields)

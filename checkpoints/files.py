@@ -125,7 +125,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex.
+    """Return the SHA-256 of a file, in hex.
 
     Raises ValueError when it is not a regular file, since reading a device may never end.
     """
@@ -136,7 +136,7 @@ def sha256(path: Path) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that loading `path` reads: a file and its card or `.yaml`, or the weights and JSON files in a folder."""
+    """Return the files that loading `path` reads: a file and its card or `.yaml`, or the weights and JSON files in a folder."""
     if path.is_dir():
         return sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin", ".json") and f.is_file())
     beside = (path.with_suffix(end) for end in (".json", ".yaml", ".yml"))
@@ -180,7 +180,7 @@ def printable(text: str, limit: int = 300) -> str:
 
 
 def short_list(names: Iterable[str], limit: int = 3) -> str:
-    """The first `limit` names in alphabetical order, and the number of the others."""
+    """Return the first `limit` names in alphabetical order, and the number of the others."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
@@ -189,11 +189,12 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a non-empty tensor of 2, 4 or 8 bytes a number has no NaN or infinity. Integers have none.
+    """Return whether a tensor has neither NaN nor infinity. It must not be empty; its numbers have 2, 4 or 8 bytes.
 
-    A number is not finite when all bits of its exponent are 1. So with its N bits as an integer x, and those of infinity as i, it is not
-    finite when 2x >= 2i without a sign (2x drops the sign bit). 2x - (2i - 2^(N-1)) moves these values to the smallest integers with a
-    sign, where one minimum finds them. This reads mapped memory once and is faster than a comparison of floating point numbers.
+    The test works on the N bits of a number, read as an integer x. Let i be the integer of +infinity. The number is not finite if all
+    bits of its exponent are 1, which means 2x >= 2i in unsigned arithmetic, because 2x drops the sign bit. Subtracting 2i - 2^(N-1)
+    modulo 2^N maps these values to the smallest signed integers, below those of all finite numbers. So it is enough to compare the
+    minimum of the tensor with one bound. This reads the memory once and is faster than a comparison of floats.
     """
     if not tensor.is_floating_point():
         return True

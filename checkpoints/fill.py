@@ -20,14 +20,14 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _shape_of(shapes: list[tuple[int, ...]], transposed: bool) -> tuple[int, ...]:
-    """The shape of a file's tensors, all of the first one's shape, after concatenation and transposition."""
+    """Return the shape of a file's tensors, all of the first one's shape, after concatenation and transposition."""
     first = shapes[0]
     joined = (len(shapes) * first[0], *first[1:]) if first else ()
     return joined[::-1] if transposed else joined
 
 
 def _fits(shape: tuple[int, ...], ours: torch.Size) -> bool:
-    """Whether the shapes are equal, or the file has a 1x1 convolution where the module has a linear layer."""
+    """Return whether the shapes are equal, or the file has a 1x1 convolution where the module has a linear layer."""
     return 0 not in shape and (shape == ours or (len(ours) == 2 and shape == (*ours, 1, 1)))
 
 

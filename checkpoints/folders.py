@@ -30,7 +30,7 @@ def module_from_config(
 
 
 def has_config(path: Path) -> bool:
-    """Whether `path` is a folder in the layout of diffusers or transformers, or a weights file in such a folder.
+    """Return whether `path` is a folder in the layout of diffusers or transformers, or a weights file in such a folder.
 
     False for a weights file that has its own card.
     """

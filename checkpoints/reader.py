@@ -33,7 +33,7 @@ _LIGHTNING: list[Any] = [
 
 
 class File(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by name, memory-mapped. No two share memory, and a change to one is not written to the file.
+    """The tensors of a checkpoint by name, memory-mapped. They share no memory, and changes to them are not written to the file.
 
     `path` is a file of tensors, or the index of a sharded one. The prefix `module.` is removed if all names have it,
     and names are escaped, so that they can be printed. Raises ValueError when the file is not a complete checkpoint,
@@ -57,7 +57,7 @@ class File(Mapping[str, Tensor]):
             raise ValueError(f"{path} holds tensors with names that look the same: download it again")
 
     def renamed(self, names: Mapping[str, str | tuple[str, ...]]) -> File:
-        """The same file with other names, {new: old}. A tuple of old names is concatenated along the first axis.
+        """Return the same file with other names, {new: old}. A tuple of old names is concatenated along the first axis.
 
         Tensors that are not in `names` are left out.
         """
@@ -88,7 +88,7 @@ class File(Mapping[str, Tensor]):
         return len(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it if the file is safetensors."""
+        """Return the shape of a tensor, without reading it if the file is safetensors."""
         shapes = [self._shape(each) for each in self._names[name]]
         return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
@@ -107,25 +107,19 @@ def _read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({printable(str(error))}): download it again"
-        ) from error
+        raise ValueError(f"{path} is not a complete safetensors file ({printable(str(error))}): download it again") from error
     except Exception as error:  # a damaged pickle can raise anything
         kind, reason = type(error).__name__, printable(str(error).partition("\n")[0])
         problem = f"is not a readable checkpoint ({kind}: {reason}): download it again"
         if kind == "UnpicklingError":
-            problem = (
-                "is damaged, or holds objects other than tensors, which are never unpickled: use a .safetensors file instead"
-            )
+            problem = "is damaged, or holds objects other than tensors, which are never unpickled: use a .safetensors file instead"
         raise ValueError(f"{path} {problem}") from error
 
 
 def _open_shards(index: Path) -> Contents:
     """Open a sharded checkpoint from its index, a map from names to the files beside it that hold the tensors."""
     where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in where.values()
-    ):
+    if not isinstance(where, dict) or not all(isinstance(name, str) and Path(name).name == name for name in where.values()):
         raise ValueError(f"{index} is not the index of a sharded checkpoint: download it again")
     shards = {name: File(index.with_name(name)) for name in sorted(set(where.values()))}
     if missing := [name for name in where if printable(name) not in shards[where[name]]]:
@@ -155,7 +149,7 @@ def _open(path: Path) -> Contents:
 
 
 def _is_uncompressed(path: Path, limit: int) -> bool:
-    """Whether all parts of a zip file are uncompressed, so that it can be memory-mapped.
+    """Return whether all parts of a zip file are uncompressed, so that it can be memory-mapped.
 
     Raises ValueError when it has no tensors, a checksum is wrong, or it unpacks to more than `limit` bytes.
     """
@@ -180,7 +174,7 @@ def _separate(tensors: dict[str, Tensor]) -> None:
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of nested dicts, by their keys joined with dots.
+    """Collect the tensors of nested dicts, by their keys joined with dots.
 
     A dict that occurs in several places is read once.
     """

@@ -51,5 +51,5 @@ def check_is_weights(path: Path) -> None:
 
 
 def is_index(path: Path) -> bool:
-    """Whether the name of a file is that of an index of shards, such as `model.safetensors.index.json`."""
+    """Return whether the name of a file is that of an index of shards, such as `model.safetensors.index.json`."""
     return ".index." in path.name and path.suffix == ".json"

@@ -30,7 +30,7 @@ from train.judge import Judge, delta_e
 from train.vae import bytes_to_tensor
 from train.world import CONCEPT_NAMES, CONCEPTS, Scene, pictures
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # one entry of a results file
 
 
 @dataclass(frozen=True)

@@ -26,19 +26,11 @@ Encode = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Scorer:
-    """A CLIP as two functions that return embeddings `b e`. `name` states the model and its preprocessing."""
+    """A CLIP, as two functions that return embeddings `b e`; CLIP-I and CLIP-T are their `cosine`. `name` also states the preprocessing."""
 
     name: str
     images: Callable[[Sequence[Image.Image]], Tensor]
     texts: Callable[[Sequence[str]], Tensor]
-
-    def clip_i(self, drawn: Sequence[Image.Image], prompts: Sequence[Image.Image]) -> Tensor:
-        """Compute the cosine similarity between each drawing and its image prompt, `b`."""
-        return cosine(self.images(drawn), self.images(prompts))
-
-    def clip_t(self, drawn: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        """Compute the cosine similarity between each drawing and its caption, `b`."""
-        return cosine(self.images(drawn), self.texts(captions))
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -51,9 +43,7 @@ def clip_score(cosine: Tensor) -> Tensor:
     return 2.5 * cosine.clamp(min=0)
 
 
-def _scorer(
-    name: str, preprocess: Encode, image: Encode, tokenize: Encode, text: Encode, device: str = "cpu", batch: int = 64
-) -> Scorer:
+def _scorer(name: str, preprocess: Encode, image: Encode, tokenize: Encode, text: Encode, device: str = "cpu", batch: int = 64) -> Scorer:
     @torch.no_grad()
     def images(pictures: Sequence[Image.Image]) -> Tensor:
         pixels = torch.stack([preprocess(picture) for picture in pictures])
@@ -104,8 +94,6 @@ def find(name: str, device: str = "cpu") -> Scorer:
     if Path(name).is_dir():
         return load(Path(name), device)
     if ":" not in name:
-        raise ValueError(
-            f"{name} does not name a CLIP: give an open_clip model, such as ViT-L-14:openai or ViT-L-14:model.safetensors"
-        )
+        raise ValueError(f"{name} does not name a CLIP: give an open_clip model, such as ViT-L-14:openai or ViT-L-14:model.safetensors")
     architecture, pretrained = name.split(":", 1)
     return open_clip_scorer(architecture, pretrained, device)

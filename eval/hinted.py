@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.scenes import another, one_of_each
+from eval.scenes import one_of_each, other_class
 from eval.scores import Target
 from train.judge import ground_truth
 from train.outlines import outline
@@ -34,7 +34,7 @@ class HintedPrompts:
             return [random_scene(rng, concept, int(rng.integers(len(BACKGROUNDS)))) for concept in order]
 
         scenes, hinted = draw(), draw()
-        return cls(scenes, hinted, another(rng, ground_truth(scenes)["background"], len(BACKGROUNDS)))
+        return cls(scenes, hinted, other_class(rng, ground_truth(scenes)["background"], len(BACKGROUNDS)))
 
     @property
     def images(self) -> list[Image.Image]:

@@ -87,9 +87,7 @@ class Prompts:
         """Pair each of a user's pictures with the next different caption. Raises ValueError if all captions are equal."""
         own = [text for _, text in files]
         if len(set(own)) < 2:
-            raise ValueError(
-                "the held-out pictures need at least two different captions: give more pictures (20 or more)"
-            )
+            raise ValueError("the held-out pictures need at least two different captions: give more pictures (20 or more)")
         other = [next(text for text in own[i:] + own[:i] if text != mine) for i, mine in enumerate(own)]
         images = [centre_square(open_image(file), side, Image.Resampling.BILINEAR) for file, _ in files]
         return cls(images, own, other)

@@ -46,9 +46,9 @@ class ScenePrompts:
         order = one_of_each(rng, n)
         scenes = [random_scene(rng, concept, int(rng.integers(len(BACKGROUNDS)))) for concept in order]
         own = ground_truth(scenes)
-        background = another(rng, own["background"], len(BACKGROUNDS))
-        size = another(rng, sizes_of(own["placement"]), len(SIZES))
-        place = another(rng, places_of(own["placement"]), len(PLACES)).where(size != LARGE, ANYWHERE)
+        background = other_class(rng, own["background"], len(BACKGROUNDS))
+        size = other_class(rng, sizes_of(own["placement"]), len(SIZES))
+        place = other_class(rng, places_of(own["placement"]), len(PLACES)).where(size != LARGE, ANYWHERE)
         return cls(scenes, Target(own["concept"], background, own["palette"], size, place))
 
     @property
@@ -74,6 +74,6 @@ def one_of_each(rng: np.random.Generator, n: int) -> list[int]:
     return [int(c) for _ in range(-(-n // len(CONCEPTS))) for c in rng.permutation(len(CONCEPTS))][:n]
 
 
-def another(rng: np.random.Generator, index: Tensor, classes: int) -> Tensor:
+def other_class(rng: np.random.Generator, index: Tensor, classes: int) -> Tensor:
     """Draw a different class, uniformly, for each class index in `index`, `n`."""
     return (index + torch.from_numpy(rng.integers(1, classes, len(index)))) % classes

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from checkpoints.files import check_output, sha256, write_json
 from eval.ablation.endpoint import GREY
-from eval.bench import draw_prompts, embed, through_the_vae
+from eval.bench import Row, draw_prompts, embed, through_the_vae
 from eval.device import device_of, dtype
 from eval.prompts import Prompts
 from eval.scenes import ScenePrompts
@@ -45,7 +45,6 @@ from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, caption
 VALIDATION = 128  # lambda is chosen on at most this many prompts
 LAMBDAS = {"complementary": (0.4, 0.6, 0.8, 1.0), "conflict": (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)}
 FOLLOW = 0.9  # required share of drawings with the concept of the conflicting text, and with its background
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -149,9 +148,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     """Measure everything, and write `out` (JSON) after each task."""
     check_output(out)
     check_device(device)
-    measure = Measure(
-        load(weights, device=device), load_judge(weights / "judge.safetensors").to(device), steps, guidance
-    )
+    measure = Measure(load(weights, device=device), load_judge(weights / "judge.safetensors").to(device), steps, guidance)
     test, vae = Prompts.of_the_world(n, seed=2), measure.pipeline.vae
     repeated, through = own(test), through_the_vae(vae, test.pixels)
     chosen, sweep = choose_lambdas(measure, min(VALIDATION, n))

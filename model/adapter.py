@@ -56,11 +56,11 @@ class IPAdapter(nn.Module):
             self.shared = tuple((layer.to_k, layer.to_v) for layer in layers)  # in a tuple, so that they are not submodules
 
     def projections(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(W'_k, W'_v) of each cross-attention layer, in execution order."""
+        """Return (W'_k, W'_v) of each cross-attention layer, in execution order."""
         return list(zip(self.to_k, self.to_v, strict=True)) if self.own_projections else list(self.shared)
 
     def tokens(self, features: Tensor) -> Tensor:
-        """Image tokens c_i, `b n c`. The tokens of several images are concatenated and share one softmax.
+        """Compute the image tokens c_i, `b n c`. The tokens of several images are concatenated and share one softmax.
 
         `features`: `b k m e`, for k images, or global embeddings `b e`.
         """

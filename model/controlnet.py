@@ -37,12 +37,12 @@ class ControlNetConfig(UNetConfig):
 
     @property
     def factor(self) -> int:
-        """Pixels of the hint for each latent, in each direction."""
+        """The downsampling factor: side of the hint / side of the latents."""
         return 1 << (len(self.hint) - 1)
 
     @classmethod
     def of(cls, unet: UNetConfig, hint: Sequence[int] = HINT, pooled: bool = False) -> ControlNetConfig:
-        """The config of a ControlNet for this UNet. SDXL's added vector goes into both."""
+        """Return the config of a ControlNet for this UNet. Both read SDXL's added vector."""
         return cls(**asdict(unet) | {"hint": tuple(hint), "pooled": pooled})
 
 
@@ -79,17 +79,17 @@ class ControlNet(UNetEncoder):
 
     @classmethod
     def of(cls, unet: UNet, hint: Sequence[int] = HINT, pooled: bool = False) -> ControlNet:
-        """An untrained ControlNet that starts as a copy of the UNet's encoder half. It changes no bit of the UNet's output."""
+        """Build an untrained ControlNet: a copy of the UNet's encoder half, which leaves the UNet's output unchanged, bit for bit."""
         control = cls(ControlNetConfig.of(unet.config, hint, pooled)).to(next(unet.parameters()))
         control.load_state_dict(control.state_dict() | {k: v for k, v in unet.state_dict().items() if k in encoder_names(control)})
         return control
 
     def zero_convolutions(self) -> list[nn.Parameter]:
-        """Weights and biases of the second Z: the only ones with a gradient in the first step."""
+        """Return the weights and biases of the second Z, the only tensors with a gradient in the first step."""
         return [*self.zero.parameters(), *self.zero_mid.parameters()]
 
     def forward(self, x: Tensor, t: Tensor | int, context: Context, hint: Tensor) -> Residuals:
-        """The residuals for latents `b c h w` at timesteps `b`, or one number.
+        """Compute the residuals for latents `b c h w` at timesteps `b`, or one number.
 
         `context`: the text, without image prompts. `hint`: `b c fh fw` or `1 c fh fw` in [0, 1], not normalised, f = `factor`.
         Raises ValueError when the size of the hint does not match the latents.
@@ -107,5 +107,5 @@ class ControlNet(UNetEncoder):
 
 
 def encoder_names(control: ControlNet) -> set[str]:
-    """The names of the tensors that a ControlNet shares with its UNet."""
+    """Return the names of the tensors that a ControlNet shares with its UNet."""
     return {name for name in control.state_dict() if name.partition(".")[0] not in ("hint", "zero", "zero_mid")}

@@ -1,9 +1,9 @@
 """A faster form of the UNet for a CPU, for inference only: `fasten(unet)`. tests/test_fast.py holds it equal to the UNet.
 
 - 3x3 convolutions in float32 are computed by Winograd's algorithm (`Winograd`).
-- Other weights are stored in oneDNN's own layout, and GEGLU and residuals are computed in the same pass (`Packed`). Where PyTorch has no
-  oneDNN for the dtype, the same classes run PyTorch's ordinary functions.
-- The passes of a guidance batch have equal rows until the text enters. `FastUNet` computes these rows once.
+- Other weights are stored in oneDNN's own layout, and products are fused with GEGLU and residuals (`Packed`). If oneDNN does not support
+  the dtype, the same classes call PyTorch's ordinary functions.
+- The passes of a guidance batch are equal until the first cross-attention. `FastUNet` computes the layers before it only once.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class FastCrossAttention(CrossAttention):
 
 
 class FastTransformerBlock(TransformerBlock):
-    """`x` may have fewer rows than the Context. They are copied for it after the self-attention."""
+    """`x` may have fewer rows than the Context. They are repeated after the self-attention."""
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = copied(self.attn1(self.norm1(x), x), len(context.text))
+        x = repeated(self.attn1(self.norm1(x), x), len(context.text))
         x = self.attn2(self.norm2(x), context, plus=x)
         return self.ff(self.norm3(x), x)
 
@@ -65,20 +65,20 @@ class FastSpatialTransformer(SpatialTransformer):
         h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c").contiguous())
         for block in self.blocks:
             h = block(h, context)
-        x = rearrange(copied(x, len(h)), "b c h w -> b (h w) c").contiguous()
+        x = rearrange(repeated(x, len(h)), "b c h w -> b (h w) c").contiguous()
         return rearrange(self.proj_out(h, x), "b (h w) c -> b c h w", h=height)
 
 
-def copied(x: Tensor, rows: int) -> Tensor:
-    """Copy all rows of `x`, one copy after the other, until there are `rows`. Does nothing if there are as many already."""
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """Repeat the whole batch, `x_1 .. x_b, x_1 .. x_b, ...`, until it has `rows` rows. Returns `x` if it has that many already."""
     return x if len(x) >= rows else torch.cat([x] * (rows // len(x)))
 
 
 class FastUNet(UNet):
-    """What `fasten` returns. It has no gradients.
+    """The UNet that `fasten` returns. It computes no gradients.
 
-    `x` may be `b c h w` where the Context has k b rows: the latents of all k passes of a guidance batch. It equals a UNet that is given k
-    copies of x, but what the passes share is computed once: all layers before the first cross-attention.
+    In a guidance batch, all k passes have the same latents. So `x` may have b rows where the Context has k b. The result equals that of a
+    UNet with k copies of `x`, but the layers before the first cross-attention run only once.
     """
 
     @torch.no_grad()
@@ -86,25 +86,23 @@ class FastUNet(UNet):
         if len(context.text) % len(x) and len(context.text) != 1:
             raise ValueError(f"{len(x)} latents do not fit a Context of {len(context.text)} rows")
         t = torch.as_tensor(t)
-        if t.ndim:  # rows with timesteps of their own share nothing
-            x, t = copied(x, len(context.text)), copied(t, len(context.text))
+        if t.ndim:  # timesteps may differ between rows, so nothing is shared
+            x, t = repeated(x, len(context.text)), repeated(t, len(context.text))
         return super().forward(x, t, context, residuals)
 
     def embed(self, t: Tensor, added: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """As in UNet, but equal timesteps are embedded once: `1 e`."""
+        """Embed the timesteps as UNet does; if all are equal, only once: `1 e`."""
         return super().embed(t[:1] if bool((t == t[0]).all()) else t, added, dtype)
 
-    def encode(
-        self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """As in UNet. Rows that differ already in `emb` or `hidden` are copied before the first layer."""
+    def encode(self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Run the encoder as UNet does. If `emb` or `hidden` differ between rows, `x` is repeated before the first layer."""
         rows = len(context.text)
-        x, skips = super().encode(copied(x, rows) if len(emb) > 1 or hidden else x, emb, context, hidden)
-        return copied(x, rows), [copied(skip, rows) for skip in skips]
+        x, skips = super().encode(repeated(x, rows) if len(emb) > 1 or hidden else x, emb, context, hidden)
+        return repeated(x, rows), [repeated(skip, rows) for skip in skips]
 
 
 def fasten(unet: UNet) -> FastUNet:
-    """A fast form of a UNet for a CPU, in float32 or bfloat16, for inference only.
+    """Build a fast form of a UNet for a CPU, in float32 or bfloat16, for inference only.
 
     `unet` does not change; release it to free its memory. The weights are laid out for latents of the config's `sample_size` and a batch of
     2, but any size works. Raises ValueError for another device or dtype.
@@ -128,7 +126,7 @@ def fasten(unet: UNet) -> FastUNet:
 
 
 def _stages(unet: UNet) -> Iterator[tuple[Stage, int]]:
-    """Each stage with the side of its feature maps, for latents of the config's `sample_size`."""
+    """Yield each stage and the side of its feature maps, for latents of the config's `sample_size`."""
     side = unet.config.sample_size
     for stage in (*unet.down, *unet.mid, *unet.up):
         assert isinstance(stage, Stage)
@@ -138,7 +136,7 @@ def _stages(unet: UNet) -> Iterator[tuple[Stage, int]]:
 
 
 def _convolution(conv: nn.Conv2d, side: int) -> nn.Module:
-    """The fastest form of a convolution of feature maps `side` x `side`."""
+    """Return the fastest form of a convolution for feature maps of `side` x `side`."""
     dtype, narrow = conv.weight.dtype, min(conv.in_channels, conv.out_channels) < WIDE
     if conv.kernel_size == (1, 1):
         return Pointwise(conv.weight.flatten(1), conv.bias, 2 * side * side)
@@ -148,7 +146,7 @@ def _convolution(conv: nn.Conv2d, side: int) -> nn.Module:
 
 
 def _fasten_transformer(module: SpatialTransformer, rows: int) -> None:
-    """Give a transformer its fast form in place. The projections of the text stay as they are, since adapters read them."""
+    """Convert a transformer to its fast form, in place. The projections of the text do not change, because adapters copy them."""
 
     def pack(parent: nn.Module, *names: str) -> None:
         for name in names:

@@ -15,15 +15,15 @@ from model.image_encoder import ImageConfig, ImageEncoder
 class Features:
     """The features of image prompts, and those of the null image, which stands for a dropped picture (section 3.2.3).
 
-    `pictures`: `b k m e`: b prompts of k pictures, m vectors of width e for each picture. `null`: the same, or 1 in place
-    of b and k. Negative pictures can take the place of the null image.
+    `pictures`: `b k m e`, for b prompts of k pictures, with m vectors of width e per picture. `null`: the same shape, or 1
+    instead of b and k. It may hold the features of negative pictures instead of those of the null image.
     """
 
     pictures: Tensor
     null: Tensor
 
     def dropped(self, drop: Tensor) -> Tensor:
-        """`pictures`, with the null image in the rows where `drop`, `b`, is true."""
+        """Return `pictures` with the null image in the rows where `drop`, `b`, is true."""
         return torch.where(drop.view(-1, 1, 1, 1), self.null, self.pictures)
 
     def expand(self, b: int) -> Features:
@@ -42,7 +42,7 @@ def as_features(x: Tensor) -> Tensor:
 class Embedder(ABC):
     """A way to read a picture with an image encoder: m vectors for each picture.
 
-    `name`: what the features are called. `per_picture`: what there is for each picture, in words.
+    `name` and `per_picture`: how messages name the features, and the shape of those of one picture.
     """
 
     name: str
@@ -50,19 +50,19 @@ class Embedder(ABC):
 
     @abstractmethod
     def __call__(self, encoder: ImageEncoder, pixels: Tensor) -> Tensor:
-        """Pixels `b 3 s s` -> features `b m e`."""
+        """Map pixels `b 3 s s` to features `b m e`."""
 
     @abstractmethod
     def width(self, config: ImageConfig) -> int:
-        """The width e of the features."""
+        """Return the width e of the features."""
 
     @abstractmethod
     def accepts(self, m: int) -> bool:
-        """Whether a picture can have m vectors."""
+        """Return whether a picture can have m vectors."""
 
     @abstractmethod
     def null(self, encoder: ImageEncoder | None, width: int) -> Tensor:
-        """The features of the null image, `1 1 m e`."""
+        """Return the features of the null image, `1 1 m e`."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class Fine(Embedder):
         return m > 1
 
     def null(self, encoder: ImageEncoder | None, width: int) -> Tensor:
-        """The features of the null image, `1 1 m e`. Raises ValueError without an encoder."""
+        """Return the features of the null image, `1 1 m e`. Raises ValueError without an encoder."""
         if encoder is None:
-            raise ValueError("to leave its picture out, an adapter of fine features needs the image encoder too")
+            raise ValueError("the null image of this adapter is computed by the image encoder: load one")
         side = encoder.config.image_size
         return encoder.fine(torch.zeros(1, 3, side, side).to(next(encoder.parameters())))[None]
 

@@ -85,9 +85,7 @@ class ImageConfig:
 VIT_H = ImageConfig()
 VIT_BIGG = ImageConfig(width=1664, layers=(48,), mlp_ratio=8192 / 1664, output_dim=1280)
 VIT_L = ImageConfig(width=1024, layers=(24,), activation="quick_gelu", output_dim=768)
-MINI_IMAGE = ImageConfig(
-    kind="resnet", image_size=64, width=20, layers=(1, 1, 1, 1), heads=10, output_dim=256, stem_pool=False
-)
+MINI_IMAGE = ImageConfig(kind="resnet", image_size=64, width=20, layers=(1, 1, 1, 1), heads=10, output_dim=256, stem_pool=False)
 
 
 class ImageEncoder(nn.Module):
@@ -133,9 +131,7 @@ class ImageEncoder(nn.Module):
         feature map, plus the position embeddings of the attention pooling.
         """
         if self.config.kind == "resnet":
-            grid: Tensor = self.clip.forward_intermediates(pixels, indices=1, intermediates_only=True)[
-                "image_intermediates"
-            ][0]
+            grid: Tensor = self.clip.forward_intermediates(pixels, indices=1, intermediates_only=True)["image_intermediates"][0]
             return grid.flatten(2).transpose(1, 2) + self.clip.attnpool.positional_embedding[1:]
         layer = self.config.layers[0] - 2
         if layer < 0:  # a ViT of one layer: return the input of that layer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.attention import attention
 from model.features import FINE, GLOBAL, Embedder
 
-HEAD = 64  # of the Resampler's heads; it can't be inferred from the weights
+HEAD = 64  # width of each head of the Resampler; the shapes of the weights do not determine it
 
 
 class Projection(nn.Module):
@@ -97,7 +97,7 @@ class Perceiver(nn.Module):
         )
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """z, `b m c`, and x, `b n c` -> the new z, `b m c`."""
+        """Return the new z, `b m c`, from z, `b m c`, and x, `b n c`."""
         normed = self.norm_z(z)
         q = rearrange(self.to_q(normed), "b m (h d) -> b h m d", h=self.heads)
         kv = self.to_kv(torch.cat([self.norm_x(x), normed], dim=1))

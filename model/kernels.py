@@ -1,5 +1,6 @@
-"""Products that are computed faster than as their equation is written: attention, and for inference on a CPU convolutions and matrix
-products (model/fast.py uses them). tests/test_attention.py and tests/test_fast.py check that the results agree.
+"""Fast kernels: for attention and, for inference on a CPU, for convolutions and matrix products (used by model/fast.py).
+
+tests/test_attention.py and tests/test_fast.py check that the results agree with the equations as written.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ STRIP = 64  # number of tiles that are transformed at a time, so that they stay 
 
 
 def fused_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether PyTorch's fused attention is faster than the equation as written.
+    """Return whether PyTorch's fused attention is faster than the equation as written.
 
     It is, except when a CPU trains through a small attention map: the fused kernel's backward pass is slower there.
     """
@@ -27,7 +28,7 @@ def fused_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def cook_toom(points: Sequence[float], r: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrices A^T `m n`, G `n r` and B^T `n n` of F(m, r), in float64.
+    """Compute the matrices A^T `m n`, G `n r` and B^T `n n` of F(m, r), in float64.
 
     F(m, r) computes m outputs of a filter with r taps from n = m + r - 1 products (Eq. 6 of arXiv 1509.09308):
 
@@ -81,7 +82,7 @@ class Winograd(nn.Module):
         return y[:, :h, :w].permute(0, 3, 1, 2)
 
     def outputs(self, tiles: Tensor) -> Tensor:
-        """Inputs of tiles `n n ... c` -> their outputs `m m ... o`, without the bias."""
+        """Map the inputs of tiles, `n n ... c`, to their outputs, `m m ... o`, without the bias."""
         products, channels, _ = self.weight.shape
         inputs = torch.mm(self.bt, tiles.reshape(products, -1)).view(products, -1, channels)
         summed = torch.bmm(inputs, self.weight).view(products, -1)
@@ -89,7 +90,7 @@ class Winograd(nn.Module):
 
 
 def _strips(b: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
-    """Divide `b` pictures of `rows` x `columns` tiles into strips (pictures, rows) of about STRIP tiles. Small ones are not divided."""
+    """Divide `b` pictures of `rows` x `columns` tiles into strips (pictures, rows) of about STRIP tiles; keep small pictures whole."""
     if rows * columns <= STRIP:
         return [(slice(0, b), slice(0, rows))]
     step = max(1, STRIP // columns)
@@ -97,14 +98,14 @@ def _strips(b: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there and multiplies packed weights of this dtype on this processor."""
+    """Return whether oneDNN is available and multiplies packed weights of this dtype on this processor."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Packed(nn.Module):
-    """x W^T + b, and one more operation in the same pass. `rows` is the usual number of rows of x, for which W is laid out."""
+    """x W^T + b, fused with one more operation. The layout of W is optimised for an x of `rows` rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ class Pointwise(Packed):
 
 
 class PackedConv(nn.Module):
-    """A convolution in oneDNN's own layout. `side` is the usual side of its inputs."""
+    """A convolution with weights in oneDNN's own layout, optimised for inputs of `side` x `side`."""
 
     def __init__(self, conv: nn.Conv2d, side: int) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from model.context import Context
 def keep_channels_last(module: nn.Module) -> None:
     """Store convolution weights in channels-last order: about 25 % faster on a CPU.
 
-    Weights that are loaded later, in another order, are put into it by their convolution's first call.
+    If weights are loaded later in another order, each convolution reorders its own in its first call.
     """
     module.to(memory_format=torch.channels_last)
     for conv in module.modules():

@@ -25,7 +25,7 @@ class Source:
         return isinstance(self.scale, int | float) and self.scale == 0
 
     def weight(self, q: Tensor) -> float | Tensor:
-        """lambda in the dtype and on the device of the queries `q`.
+        """Return lambda in the dtype and on the device of the queries `q`.
 
         Raises ValueError when it does not broadcast to them.
         """

@@ -34,7 +34,7 @@ class T2IConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels of the hint for each latent. SDXL's first feature map has half the size of its latents."""
+        """Side of the hint / side of the latents. SDXL's first feature map has half the size of its latents."""
         return self.unshuffle // 2 if self.form == "xl" else self.unshuffle
 
 
@@ -85,12 +85,10 @@ class T2IAdapter(nn.Module):
         self.conv_in = nn.Identity() if light else nn.Conv2d(dim, widths[0], 3, padding=1)
         before = (dim if light else widths[0], *widths[:-1])
         halves = [level == 2 if config.form == "xl" else level > 0 for level in range(len(widths))]
-        self.body = nn.ModuleList(
-            Level(a, b, config.blocks, halve, light) for a, b, halve in zip(before, widths, halves, strict=True)
-        )
+        self.body = nn.ModuleList(Level(a, b, config.blocks, halve, light) for a, b, halve in zip(before, widths, halves, strict=True))
 
     def forward(self, hint: Tensor) -> list[Tensor]:
-        """F_c: one feature map `b c h w` for each level. `hint`: `b c H W` in [0, 1]; `unshuffle` divides H and W."""
+        """Compute F_c, a feature map `b c h w` for each level. `hint`: `b c H W` in [0, 1]; H and W are multiples of `unshuffle`."""
         x, features = self.conv_in(self.unshuffle(hint)), []
         for level in self.body:
             features.append(x := level(x))
@@ -98,9 +96,9 @@ class T2IAdapter(nn.Module):
 
 
 def places(unet: UNetConfig) -> list[int]:
-    """The stages whose output gets a feature map: the last residual block of each level, as `Residuals` counts stages.
+    """Return the stages whose output gets a feature map, counted as in `Residuals`: the last residual block of each level.
 
-    At a level without cross-attention that is not the last (SDXL's first), it is the change of size after that block.
+    At a level without cross-attention, unless it is the last, it is the downsampling after that block (SDXL's first level).
     """
     ends = [(level + 1) * (unet.res_blocks + 1) - 1 for level in range(len(unet.depth))]
     plain = [depth == 0 and level + 1 < len(ends) for level, depth in enumerate(unet.depth)]
@@ -108,7 +106,7 @@ def places(unet: UNetConfig) -> list[int]:
 
 
 def residuals(features: list[Tensor], unet: UNetConfig) -> Residuals:
-    """The feature maps at the stages of this UNet. One more than it has levels goes to the middle, as in SDXL."""
+    """Return the feature maps as Residuals for this UNet. If there is one more than the UNet has levels, it goes to the middle (SDXL)."""
     stages = places(unet)
     mid = features[len(stages)] if len(features) > len(stages) else None
     return Residuals(mid=mid, hidden=dict(zip(stages, features, strict=False)))

@@ -51,14 +51,12 @@ SDXL = UNetConfig(
     added_dim=2816,
     sample_size=128,
 )
-MINI = UNetConfig(
-    channels=(64, 128, 192), depth=(1, 1, 0), heads=(4, 4, 4), res_blocks=1, context_dim=128, groups=8, sample_size=16
-)
+MINI = UNetConfig(channels=(64, 128, 192), depth=(1, 1, 0), heads=(4, 4, 4), res_blocks=1, context_dim=128, groups=8, sample_size=16)
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """What a structure control adds to the UNet's feature maps: ControlNet uses `skips` and `mid`, T2I-Adapter
+    """Tensors that a structure control adds to the UNet's feature maps: ControlNet uses `skips` and `mid`, T2I-Adapter
     `hidden`.
 
     `skips`: one tensor for `conv_in` and for each down stage, added to the skips. `mid`: added to the output of the
@@ -112,10 +110,8 @@ class Stage(nn.Module):
         return x
 
 
-def _stage(
-    config: UNetConfig, in_channels: int, level: int, depth: int, layer: int, resample: Upsample | None = None
-) -> Stage:
-    """A stage at one level: a residual block and, if `depth` > 0, a transformer whose first cross-attention has index
+def _stage(config: UNetConfig, in_channels: int, level: int, depth: int, layer: int, resample: Upsample | None = None) -> Stage:
+    """Build a stage at one level: a residual block and, if `depth` > 0, a transformer whose first cross-attention has index
     `layer`.
     """
     width, groups = config.channels[level], config.groups
@@ -158,13 +154,11 @@ class UNetEncoder(nn.Module):
                 self.down.append(Stage(resample=Downsample(width)))
                 self.stage_channels.append(width)
         last = levels - 1
-        self.mid = nn.ModuleList(
-            [_stage(config, width, last, config.mid_depth, layer), _stage(config, width, last, 0, layer)]
-        )
+        self.mid = nn.ModuleList([_stage(config, width, last, config.mid_depth, layer), _stage(config, width, last, 0, layer)])
         self.checkpointing = False  # recompute activations in the backward pass: slower, but with far less memory
 
     def cross_attentions(self) -> list[CrossAttention]:
-        """The cross-attention layers in execution order: down, mid, up."""
+        """Return the cross-attention layers in execution order: down, mid, up."""
         return sorted((m for m in self.modules() if isinstance(m, CrossAttention)), key=lambda m: m.layer)
 
     def embed(self, t: Tensor, added: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -176,23 +170,17 @@ class UNetEncoder(nn.Module):
         if self.added_embed is None:
             return emb
         if added is None:
-            raise ValueError(
-                f"this UNet needs an added conditioning vector: set `added` in its Context, b x {self.config.added_dim}"
-            )
+            raise ValueError(f"this UNet needs an added conditioning vector: set `added` in its Context, b x {self.config.added_dim}")
         return emb + self.added_embed(added)
 
     def run(self, stage: nn.Module, *args: Any) -> Tensor:
         """Run a stage. If `checkpointing` is on, its activations are recomputed in the backward pass."""
         return checkpoint(stage, *args, use_reentrant=False, preserve_rng_state=False) if self.checkpointing else stage(*args)
 
-    def encode(
-        self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run `conv_in`, the down stages and the middle on latents `b c h w`.
+    def encode(self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Run `conv_in`, the down stages and the middle on latents `b c h w`. Return the output of the middle, and the skips.
 
-        Returns the output of the middle, and the skips.
-
-        `emb`: from `embed`. `hidden`: as in Residuals.
+        `emb`: the result of `embed`. `hidden`: as in Residuals.
         """
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x := x + hidden.get(0, 0)]

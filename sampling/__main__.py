@@ -1,4 +1,4 @@
-"""Draws pictures from an image prompt, a text prompt, or both.
+"""Draw pictures from an image prompt, a text prompt, or both.
 
 python -m sampling --image cat.png --prompt "on a pink background" --scale 0.7 --seed 0 --out out.png
 python -m sampling --ip-adapter a.bin --image x.png --scale 0.5 --ip-adapter b.bin --image y.png --scale 0.8
@@ -18,13 +18,13 @@ from sampling.options import parse
 
 def run(argv: Sequence[str] | None = None) -> None:
     command = parse(argv, __doc__)
-    from sampling.command import run  # imports torch, which takes seconds: only once the arguments are read
+    from sampling.command import run  # imported after the arguments are parsed, because torch takes seconds
 
     run(command)
 
 
 def printable(text: object) -> str:
-    """Text for a terminal: a file's name or its contents may hold control characters."""
+    """Escape control characters, which may come from a file's name or contents."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 

@@ -22,7 +22,7 @@ from sampling.device import check_device
 from sampling.embeddings import load_embedding, save_embedding
 from sampling.images import check_png, save_image
 from sampling.inputs import Inputs, read_inputs
-from sampling.lambdas import layer_weights
+from sampling.layer_weights import layer_weights
 from sampling.machine import check_keep_memory, keep_memory
 from sampling.options import Command
 from sampling.pipeline import Pipeline, compiled, load, prompt_files
@@ -31,11 +31,10 @@ from sampling.request import Model, check_seed, map_paths
 
 
 def run(command: Command) -> None:
-    """Draw and write `num` pictures. Raises ValueError or OSError, with one sentence, for bad input."""
+    """Draw and write `num` pictures. Raises ValueError or OSError for invalid input."""
     request, model = recall(command.again) if command.again else (command.request, command.model)
-    model = map_paths(
-        model, lambda path: Path.cwd() if path == Path(".") else path
-    )  # so that files have its name before theirs
+    # "." becomes a full path, so that the recorded names of the files in it start with a folder
+    model = map_paths(model, lambda path: Path.cwd() if path == Path(".") else path)
     check_seed(request.seed + command.num - 1)
     check_png(command.out)
     if command.save_embedding:
@@ -59,7 +58,7 @@ def run(command: Command) -> None:
 
 
 def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callable[[int], dict[str, Any]]) -> None:
-    """Write each picture, with its settings, as soon as it is drawn. Ctrl-C ends with a sentence."""
+    """Write each picture, with its settings, as soon as it is drawn. Ctrl-C exits with a message."""
     written, request = 0, inputs.request
     steps = request.steps - (inputs.edit.start(request.steps) if inputs.edit else 0)
     total = steps * len(pipeline.batches(inputs, command.num))
@@ -77,14 +76,14 @@ def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callab
 
 
 def load_model(model: Model, device: str, copy: bool = False) -> Pipeline:
-    """The pipeline of a Model. `copy`: as in `load`."""
+    """Load the pipeline of a Model. `copy`: as in `load`."""
     adapters, dtype = model.adapters or None, getattr(torch, model.dtype)
     files = model.checkpoint, adapters, model.image_encoder
     return load(*files, dtype, device, model.prediction, model.vae, model.controls, copy)
 
 
 def check_model(inputs: Inputs, model: Model) -> None:
-    """Reject image prompts and hints that the model can't read, from the headers of its files, before loading the weights."""
+    """Raise ValueError or OSError if the model cannot read the image prompts or hints. This reads only the headers of its files."""
     for path, hint in zip(model.controls, inputs.hints, strict=True):
         network = open_control(path).control
         check_fit(network, unet_config(model.checkpoint), path)
@@ -95,7 +94,7 @@ def check_model(inputs: Inputs, model: Model) -> None:
     if prompts and not (adapters and (encoder or not any(isinstance(one, Image.Image) for one in pictures))):
         missing = "--image-encoder" if adapters else "--ip-adapter"
         raise FileNotFoundError(
-            f"an image prompt needs {missing}, {model.checkpoint} has none; `make weights` trains the mini ones"
+            f"an image prompt needs {missing}, because {model.checkpoint} has none; `make weights` trains the mini ones"
         )
     for prompt, adapter in zip(prompts, adapters, strict=False):
         if prompt.scale.layers is not None:
@@ -111,7 +110,7 @@ def check_machine(command: Command, model: Model) -> None:
     device = check_device(command.device)
     compilers = [os.environ.get("CXX", "g++")] if device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
     if command.compile and not any(map(shutil.which, compilers)):
-        raise ValueError(f"--compile needs {compilers[0]}, which is not there: install it, or leave out --compile")
+        raise ValueError(f"--compile needs {compilers[0]}, which is not installed: install it, or leave out --compile")
     if command.fast and (command.compile or device != "cpu" or model.dtype == "float16"):
         raise ValueError("--fast is for a CPU, in float32 or bfloat16 and without --compile: leave it out, or the others")
     if command.keep_memory:

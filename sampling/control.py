@@ -28,7 +28,7 @@ Act = Callable[[Tensor, int, Side], Residuals]
 
 @dataclass(frozen=True)
 class Hint:
-    """What one control reads, and how strongly and when it acts.
+    """The hint of one control, and how strongly and when the control acts.
 
     `picture`: a Pillow picture of any size, or `1 c H W` or `b c H W` in [0, 1]. `scale` multiplies all residuals. Of the n
     steps that run, the control acts in step i (from 0) where start <= i / n and (i + 1) / n <= end, as in diffusers.
@@ -43,7 +43,7 @@ class Hint:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
-            raise ValueError(f"a control acts from start to end, 0 <= start < end <= 1, not {self.start} to {self.end}")
+            raise ValueError(f"start and end of a control must satisfy 0 <= start < end <= 1, not {self.start} to {self.end}")
 
     def acts(self, step: int, steps: int) -> bool:
         """Return whether the control acts in step `step` of `steps`."""
@@ -55,7 +55,7 @@ class Hint:
             raise ValueError("guess mode is for a ControlNet: leave out --guess for a T2I-Adapter")
 
     def pixels(self, network: Network, size: tuple[int, int]) -> Tensor:
-        """The hint as the network reads it, `b c H W` in [0, 1]. A picture is resized to `size` (height, width).
+        """Convert the hint to the network's input, `b c H W` in [0, 1]. A picture is resized to `size` (height, width).
 
         Raises ValueError when a tensor has another size or number of channels.
         """
@@ -78,20 +78,19 @@ def to_pixels(picture: Image.Image, channels: int, size: tuple[int, int]) -> Ten
 def ladder(count: int) -> list[float]:
     """Return the weights of guess mode, finest level first and the middle last: 10^(i / (n - 1) - 1), from 0.1 to 1.
 
-    This is diffusers' rule. The official code has 0.825^(n - 1 - i), which is up to 0.6 % lower.
+    This is diffusers' rule. The official code uses 0.825^(n - 1 - i), which is up to 0.6 % lower.
     """
     return [10 ** (i / (count - 1) - 1) for i in range(count)]
 
 
 def weighted(found: Residuals, weights: Sequence[float]) -> Residuals:
-    """Multiply the residuals of a ControlNet, one weight for each skip and then that of the middle."""
+    """Multiply the residuals of a ControlNet by `weights`: one for each skip, and the last for the middle."""
     assert found.mid is not None
     return Residuals([w * skip for w, skip in zip(weights, found.skips, strict=False)], weights[-1] * found.mid)
 
 
 def total(parts: Sequence[Residuals]) -> Residuals:
-    """Add the residuals of several controls. A part may lack any of them."""
-
+    """Add the residuals of several controls. Each may lack any of the three kinds."""
     skips = [part.skips for part in parts if part.skips]
     mids = [part.mid for part in parts if part.mid is not None]
     stages = sorted({stage for part in parts for stage in part.hidden})
@@ -137,7 +136,7 @@ def bind(
     A T2I-Adapter runs here, once. Raises ValueError if hints and networks do not fit together.
     """
     if len(networks) != len(hints):
-        raise ValueError(f"{len(hints)} hints for {len(networks)} controls: give each control one")
+        raise ValueError(f"{len(hints)} hints for {len(networks)} controls: give one per control")
     step, acts = {t: i for i, t in enumerate(times)}, list[Act]()
     for network, hint in zip(networks, hints, strict=True):
         hint.check(network)

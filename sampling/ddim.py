@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from sampling.sampler import Denoiser, Enter, Sampler, State, Step, as_is, randn
+from sampling.sampler import BeginStep, Denoiser, Sampler, State, Step, as_is, randn
 from sampling.schedule import Schedule
 
 
@@ -25,7 +25,7 @@ def ddim(
     eta: float = 0.0,
     generators: Sequence[torch.Generator] = (),
     start: int = 0,
-    enter: Enter = as_is,
+    begin_step: BeginStep = as_is,
 ) -> Iterator[State]:
     """Run DDIM and yield the state after each step (Eq. 12, with s from Eq. 16):
 
@@ -33,11 +33,11 @@ def ddim(
     s = eta sqrt((1 - a_prev) / (1 - a_t)) sqrt(1 - a_t / a_prev).  eta = 0 is deterministic, eta = 1 is DDPM.
 
     `model(x, t)`: the network; it predicts what `schedule.prediction` names. `x`: N(0, 1) noise. `times`: the steps.
-    `generators`: one per picture; only needed if eta > 0. `start`: the number of first steps to skip. `enter`: called before
+    `generators`: one per picture; only needed if eta > 0. `start`: the number of first steps to skip. `begin_step`: called before
     each step; it may replace x. Matches diffusers' `DDIMScheduler` without clipping.
     """
     for index, (t, a, a_prev) in islice(enumerate(times), start, None):
-        x = enter(index, a, x)
+        x = begin_step(index, a, x)
         eps, x0 = schedule.split(x, model(x, t), a)
         s = eta * ((1 - a_prev) / (1 - a)) ** 0.5 * (1 - a / a_prev) ** 0.5
         x = a_prev**0.5 * x0 + (1 - a_prev - s**2) ** 0.5 * eps

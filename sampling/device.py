@@ -1,4 +1,4 @@
-"""The device to compute on: is it there?"""
+"""Check the device to compute on."""
 
 from __future__ import annotations
 

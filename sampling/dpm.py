@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 from torch import Tensor
 
-from sampling.sampler import Denoiser, Enter, Sampler, State, Step, as_is
+from sampling.sampler import BeginStep, Denoiser, Sampler, State, Step, as_is
 from sampling.schedule import Schedule
 
 
@@ -20,9 +20,9 @@ def dpm_times(schedule: Schedule, steps: int) -> list[Step]:
     Raises ValueError if there are too many steps to visit different timesteps, or if the scheduler file has settings that are
     not supported.
     """
-    if schedule.not_dpm:
+    if schedule.unsupported_by_dpm:
         raise ValueError(
-            f"the scheduler file sets {', '.join(schedule.not_dpm)}, which this DPM-Solver++ does not support: "
+            f"the scheduler file sets {', '.join(schedule.unsupported_by_dpm)}, which this DPM-Solver++ does not support: "
             "draw with --sampler ddim, or remove these settings from the file"
         )
     found = _karras(schedule, steps) if schedule.karras else _visits(schedule, steps)
@@ -58,7 +58,7 @@ def _karras(schedule: Schedule, steps: int, rho: float = 7.0) -> list[tuple[int,
 
 
 def dpm(
-    model: Denoiser, x: Tensor, schedule: Schedule, times: Sequence[Step], start: int = 0, enter: Enter = as_is
+    model: Denoiser, x: Tensor, schedule: Schedule, times: Sequence[Step], start: int = 0, begin_step: BeginStep = as_is
 ) -> Iterator[State]:
     """Run Algorithm 2. A step from timestep s to t, with alpha = sqrt(a), sigma = sqrt(1 - a), lambda = log(alpha / sigma), is
 
@@ -72,7 +72,7 @@ def dpm(
     lam = [0.5 * math.log(step.a / (1 - step.a)) for step in times]
     before = x
     for i, (t, a, after) in islice(enumerate(times), start, None):
-        x = enter(i, a, x)
+        x = begin_step(i, a, x)
         _, x0 = schedule.split(x, model(x, t), a)
         d = x0
         if start < i < len(times) - 1:

@@ -1,6 +1,6 @@
 """Image to image (SDEdit, arXiv 2108.01073) and inpainting.
 
-The samplers do not know about editing. They run from step `start`, and call `enter` for the latents at the start of each step.
+The samplers do not know about editing. They run from step `start`, and call `begin_step` for the latents at the start of each step.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Canvas:
         extra = self.extra
         return denoise if extra is None else lambda x, t: denoise(torch.cat([x, extra], dim=1), t)
 
-    def enter(self, index: int, a: float, x: Tensor) -> Tensor:
+    def begin_step(self, index: int, a: float, x: Tensor) -> Tensor:
         """Return the latents at the start of a step, from the sampler's latents x and the mask m.
 
         The first step starts at x_t = sqrt(a) z_0 + sqrt(1 - a) eps (at x if `pure`), later steps at m x + (1 - m) x_t.
@@ -105,7 +105,7 @@ class Canvas:
             return x if self.pure else known
         return x if self.mask is None else known.lerp(x, self.mask)
 
-    def leave(self, x: Tensor) -> Tensor:
+    def final(self, x: Tensor) -> Tensor:
         """Return the final latents, m x + (1 - m) z_0."""
         return x if self.latents is None or self.mask is None else self.latents.lerp(x, self.mask)
 
@@ -166,6 +166,4 @@ def _check(edit: Edit | None, inpaints: bool, factor: int, batch: int, size: tup
         raise ValueError(f"the size is {asked}, but the picture to change is {has}: resize the picture, or add --crop")
     for tensor in (edit.picture, edit.mask):
         if tensor is not None and len(tensor) not in (1, batch):
-            raise ValueError(
-                f"{len(tensor)} pictures or masks to change do not match {batch} prompts: give 1 or {batch}"
-            )
+            raise ValueError(f"{len(tensor)} pictures or masks to change do not match {batch} prompts: give 1 or {batch}")

@@ -23,7 +23,8 @@ from model.context import Context
 from model.features import Features
 from model.image_projection import Projection
 from model.unet import UNetConfig
-from sampling.lambdas import Lambda, Level, places
+from sampling.lambdas import Lambda, Level
+from sampling.layer_weights import places
 from sampling.request import Rule
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -58,9 +59,7 @@ class Part:
     weights: tuple[float, ...] = ()
 
 
-def parts(
-    features: Features, lam: Strength, weights: PictureWeights, config: UNetConfig, grid: tuple[int, int]
-) -> list[Part]:
+def parts(features: Features, lam: Strength, weights: PictureWeights, config: UNetConfig, grid: tuple[int, int]) -> list[Part]:
     """Return the image prompts of one adapter: one in all, or one for each picture with the rule "output".
 
     `features.null` holds one null image or negative picture for each picture, or one for all. Only the rule "output" also
@@ -86,7 +85,7 @@ def parts(
 
 
 def levels_of(lam: Strength, config: UNetConfig, grid: tuple[int, int], weight: float = 1.0) -> list[Level]:
-    """lambda of each layer, times `weight`."""
+    """Return lambda of each layer, times `weight`."""
     if isinstance(lam, Lambda):
         return lam.by_layer(config, grid, weight)
     each = list(lam) if isinstance(lam, Sequence) else [lam] * len(places(config))
@@ -94,9 +93,9 @@ def levels_of(lam: Strength, config: UNetConfig, grid: tuple[int, int], weight: 
 
 
 def weigh_embedding(embedding: Tensor, weights: Sequence[float]) -> Tensor:
-    """e'_j = w_j e_j of `b k m e`, before the projection: the rule "embedding" of ComfyUI_IPAdapter_plus.
+    """Compute e'_j = w_j e_j of `b k m e`, before the projection: the rule "embedding" of ComfyUI_IPAdapter_plus.
 
-    The LayerNorm that ends the projection divides w away again but for the bias and its epsilon; w = 0 is the null image.
+    The LayerNorm at the end of the projection cancels w, except for the effect of the bias and of epsilon. w = 0 is the null image.
     """
     if not weights:
         return embedding
@@ -104,9 +103,9 @@ def weigh_embedding(embedding: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def weigh_tokens(context: Context, weights: Sequence[float]) -> Context:
-    """c'_j = w_j c_j of k pictures: the rule "tokens", refiners' and cubiq/Diffusers_IPAdapter's, for the last image prompt.
+    """Compute c'_j = w_j c_j for the k pictures of the last image prompt: the rule "tokens" of refiners and cubiq/Diffusers_IPAdapter.
 
-    K' and V' are linear in c, so they are scaled in its place: w sharpens the softmax, and scales what is read.
+    K' and V' are linear in c, so they are scaled instead. A large w sharpens the softmax and enlarges the values.
     """
     if not weights:
         return context
@@ -126,9 +125,9 @@ def save_embedding(embedding: Tensor, path: Path | str) -> None:
 
 
 def load_embedding(path: Path | str, projection: Projection) -> Tensor:
-    """Read a file of `save_embedding` for an adapter's projection: `1 k m e`. Older files hold global embeddings as `1 k e`.
+    """Read a file that `save_embedding` wrote, `1 k m e`, for this projection. Older files store global embeddings as `1 k e`.
 
-    Raises ValueError when it is something else, was made for another adapter, or is not finite.
+    Raises ValueError if it is another kind of file, was made for another adapter, or is not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -143,7 +142,7 @@ def load_embedding(path: Path | str, projection: Projection) -> Tensor:
     shape, embedding = tuple(embedding.shape), embedding[:, :, None] if embedding.ndim == 3 else embedding
     if embedding.ndim != 4 or not projection.reads.accepts(embedding.shape[2]) or embedding.shape[3] != projection.image_dim:
         needed = f"{projection.reads.name}, {projection.reads.per_picture} of width {projection.image_dim} for each picture"
-        raise ValueError(f"{path}: is {shape}, but this adapter reads {needed}: it was made for another")
+        raise ValueError(f"{path} has shape {shape}, but this adapter reads {needed}: make the embedding with this adapter")
     if not embedding.isfinite().all():
         raise ValueError(f"{path}: not all of its numbers are finite; make it again with --save-embedding")
     return embedding

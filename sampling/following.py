@@ -1,4 +1,4 @@
-"""Options that belong to the file named before them, as `--image` and `--scale` belong to an `--ip-adapter`."""
+"""Options that apply to the file named before them, such as `--image` and `--scale` to an `--ip-adapter`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ class Following(argparse.Action):
 
     owner = "ip_adapter"
 
-    def __call__(
-        self, parser: argparse.ArgumentParser, args: argparse.Namespace, value: Any, option: str | None = None
-    ) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, value: Any, option: str | None = None) -> None:
         before = len(getattr(args, self.owner, []))
         value = self.const if self.nargs == 0 else value
         setattr(args, self.dest, [*getattr(args, self.dest, []), (before, value)])
 
 
 class FollowingControl(Following):
-    """The same for `--control`."""
+    """As Following, for `--control`."""
 
     owner = "control"
 
@@ -41,17 +39,18 @@ def following(
     examples: str,
     repeated: Collection[str] = (),
 ) -> list[dict[str, list[Any]]]:
-    """Take the options `names` out of `given`, and return those of each file in turn: {name: values}.
+    """Take the options `names` out of `given`. Return the options of each file, in order, as {name: values}.
 
-    One file takes them wherever they stand; of several, each takes those that follow it. Without a file there is one dict.
-    Raises ValueError for an option that stands before several files, and for one that is given twice and not in `repeated`.
+    A single file gets all of them, wherever they are given. If there are several files, each gets the options that follow it.
+    Without files, return one dict. Raises ValueError if an option is given before the first of several files, or if one that is
+    not in `repeated` is given twice for a file.
     """
     options = {name: given.pop(name) for name in names if name in given}
     several, found = len(files) > 1, []
     if several and any(before == 0 for values in options.values() for before, _ in values):
-        raise ValueError(f"of several {flag(owner)}, each is followed by its own {examples}; none stands before")
-    for place in range(1, max(1, len(files)) + 1):
-        own = {name: [v for before, v in each if before == place or not several] for name, each in options.items()}
+        raise ValueError(f"with several {flag(owner)}, give each its own {examples} after it, none before the first")
+    for number in range(1, max(1, len(files)) + 1):
+        own = {name: [v for before, v in each if before == number or not several] for name, each in options.items()}
         own = {name: values for name, values in own.items() if values}
         if twice := [name for name, values in own.items() if len(values) > 1 and name not in repeated]:
             raise ValueError(f"{flag(twice[0])} is given twice for one {_NOUNS[owner]}")

@@ -17,9 +17,7 @@ from sampling.lambdas import Move, as_tensors, unmoved
 from sampling.sampler import Denoiser
 
 Side = Literal["uncond", "image", "cond"]  # a pass of the UNet: neither prompt, the picture alone, both
-Control = Callable[
-    [Tensor, int, Side], Residuals
-]  # what a structure control adds in one pass, for latents x at timestep t
+Control = Callable[[Tensor, int, Side], Residuals]  # (x, t, side) -> the residuals of one pass of the UNet
 
 
 def guided(
@@ -33,15 +31,17 @@ def guided(
 ) -> Denoiser:
     """eps^ = w eps(x_t, c_t, c_i, t) + (1 - w) eps(x_t, t)     (Eq. 7; Eq. 2 without a picture)
 
-    All passes run as one batch, [uncond, cond]; a FastUNet gets their latents once. At w = 1 the unconditional pass has no weight
-    and is not computed. It has no text and the null image (section 3.2.3). `move` makes the Context of each timestep. `control` is
-    called once for each pass, since some controls act on the conditional one alone. A step waits for nothing on the device.
+    The unconditional pass has an empty text and the null image (section 3.2.3). All passes run as one batch, [uncond, cond]; a
+    FastUNet gets their latents only once. At w = 1 the unconditional pass has no weight and is not computed. `move` computes the
+    Context of each timestep. `control` is called once for each pass, because some controls act on the conditional pass only. A step
+    never waits for the device.
 
-    With another `image_guidance` w_i the text has w = w_t, and a third pass sees the picture without the text:
+    If `image_guidance` w_i differs from w, then w is the weight w_t of the text, and a third pass reads the picture without the text:
 
     eps^ = eps(0, 0) + w_i [eps(0, c_i) - eps(0, 0)] + w_t [eps(c_t, c_i) - eps(0, c_i)]
 
-    as in InstructPix2Pix (arXiv 2211.09800, Eq. 3). The drops of the adapter's training cover all three. w_i = w_t is Eq. 7.
+    as in InstructPix2Pix (arXiv 2211.09800, Eq. 3). Adapters are trained with dropped texts and pictures, so they have seen all three
+    cases. If w_i = w_t, this is Eq. 7.
     """
     sides: dict[Side, Context] = {"uncond": uncond, "image": replace(uncond, image=cond.image), "cond": cond}
     if image_guidance is None or image_guidance == guidance or not cond.image:

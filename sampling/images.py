@@ -39,9 +39,7 @@ def open_image(path: Path | str, behind: Literal["white", "black"] = "white") ->
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: more pixels than can be read safely: make the picture smaller") from None
     except Exception as error:  # the decoders of damaged pictures raise errors of any kind
-        raise ValueError(
-            f"{path}: the picture is damaged or truncated ({str(error) or type(error).__name__})"
-        ) from None
+        raise ValueError(f"{path}: the picture is damaged or truncated ({str(error) or type(error).__name__})") from None
 
 
 def to_rgb(image: Image.Image, behind: Literal["white", "black"] = "white") -> Image.Image:

@@ -59,7 +59,7 @@ def _image_prompt(prompt: ImagePrompt) -> PromptInputs:
 
 
 def _hint(hint: HintFile) -> Hint:
-    """A hint's transparent parts are black, where nothing was drawn."""
+    """Open a hint. Transparent pixels become black, which means that nothing is drawn there."""
     return Hint(open_image(hint.picture, behind="black"), hint.scale, hint.start, hint.end, hint.guess)
 
 

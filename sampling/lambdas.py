@@ -5,9 +5,8 @@ Lambda is not stored in the modules. It sets the scales of a Context; if it vari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
 
 from torch import Tensor
 
@@ -15,9 +14,8 @@ from model.attention import check_sign
 from model.context import Context, pyramid
 from model.source import Source
 from model.unet import UNetConfig
-from sampling.request import Preset
+from sampling.layer_weights import Blocks, layer_weights, places
 
-Blocks = Mapping[str, Any]  # the dict of diffusers' `set_ip_adapter_scale`
 Level = float | Tensor  # lambda of one layer (`Source.scale`)
 Move = Callable[[Context, int], Context]  # (context, t) -> the Context of timestep t
 
@@ -45,9 +43,7 @@ class Lambda:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
-            raise ValueError(
-                f"start and end of an image prompt must satisfy 0 <= start < end <= 1, not {self.start} and {self.end}"
-            )
+            raise ValueError(f"start and end of an image prompt must satisfy 0 <= start < end <= 1, not {self.start} and {self.end}")
         if self.mask is not None and (self.mask.ndim != 2 or not 0 <= self.mask.min() <= self.mask.max() <= 1):
             raise ValueError(f"the mask of an image prompt must be `H W` in [0, 1]; its shape is {tuple(self.mask.shape)}")
 
@@ -78,78 +74,6 @@ class Lambda:
         blocks = [(part, int(block.removeprefix("block_") or 0)) for part, block, _ in places(config)]
         levels = [i if part == "down" else depth - i for part, i in blocks]
         return [each * maps[level] if each else 0.0 for each, level in zip(weights, levels, strict=True)]
-
-
-def places(config: UNetConfig) -> list[tuple[str, str, int]]:
-    """List (part, block, attention) of each cross-attention layer in execution order, with diffusers' names: ("up", "block_1", 0)."""
-
-    def side(part: str, depths: Sequence[int], attentions: int) -> list[tuple[str, str, int]]:
-        return [(part, f"block_{i}", a) for i, n in enumerate(depths) for a in range(attentions) for _ in range(n)]
-
-    down, up = side("down", config.depth, config.res_blocks), side("up", config.depth[::-1], config.res_blocks + 1)
-    return [*down, *[("mid", "", 0)] * config.mid_depth, *up]
-
-
-def preset(name: str, config: UNetConfig) -> Blocks:
-    """Return the blocks of a preset: "style" or "layout" of InstantStyle (arXiv 2404.02733), or "finest". Other blocks get 0.
-
-    InstantStyle uses the deepest level with cross-attention. SDXL, as in the paper, uses only the second attention of a block:
-    style is `up block_0 [0, 1, 0]`, layout is `down block_2 [0, 1]`. SD 1.5 follows InvokeAI: style is all of `up block_1`,
-    layout is all of `down block_2` and the middle. We extend this rule to SD 2.1 and to the mini UNet, whose layout block is
-    `down block_1`. "finest" is our own preset: the finest level with cross-attention, down and up. In the mini world, it
-    carries the colours.
-    """
-    levels = [level for level, depth in enumerate(config.depth) if depth]
-    if name == "finest":
-        return {"down": {f"block_{levels[0]}": 1.0}, "up": {f"block_{len(config.depth) - 1 - levels[0]}": 1.0}}
-    deepest = levels[-1]
-    down, up = f"block_{deepest}", f"block_{len(config.depth) - 1 - deepest}"
-    if config.added_dim:  # SDXL
-        return {"up": {up: [0.0, 1.0, 0.0]}} if name == "style" else {"down": {down: [0.0, 1.0]}}
-    return {"up": {up: 1.0}} if name == "style" else {"down": {down: 1.0}, "mid": 1.0}
-
-
-def layer_weights(layers: str | Blocks | Sequence[float] | None, config: UNetConfig) -> list[float]:
-    """Return the weight of each cross-attention layer, in execution order.
-
-    `layers`: None (all weights are 1), one number per layer, the name of a `preset`, or a dict in the format of diffusers'
-    `set_ip_adapter_scale`: {"down" | "up": x or {"block_i": x}, "mid": x}, where x is a number, or a list with one number per
-    attention of a block. Blocks that are not named get 0. Raises ValueError if `layers` does not fit this UNet.
-    """
-    found = places(config)
-    if layers is None:
-        return [1.0] * len(found)
-    if isinstance(layers, str):
-        if layers not in get_args(Preset):
-            raise ValueError(f"layers must be {', '.join(get_args(Preset))}, or weights in JSON, not {layers}")
-        layers = preset(layers, config)
-    if not isinstance(layers, Mapping):
-        if len(layers) != len(found) or not all(isinstance(weight, int | float) for weight in layers):
-            raise ValueError(
-                f"this UNet has {len(found)} cross-attention layers: give one number per layer, not {layers}"
-            )
-        return [float(weight) for weight in layers]
-    _check(layers, found)
-    weights = []
-    for part, block, attention in found:
-        weight = layers.get(part, 0.0)
-        weight = weight.get(block, 0.0) if isinstance(weight, Mapping) else weight
-        each = weight if isinstance(weight, list | tuple) else [weight]
-        attentions = 1 + max(a for p, b, a in found if (p, b) == (part, block))
-        if len(each) not in (1, attentions) or not all(isinstance(weight, int | float) for weight in each):
-            raise ValueError(f"{part} {block} has {attentions} attentions: give one number, or a list of {attentions}, not {weight}")
-        weights.append(float(each[attention if len(each) > 1 else 0]))
-    return weights
-
-
-def _check(blocks: Blocks, found: Sequence[tuple[str, str, int]]) -> None:
-    """Raise ValueError if a named block does not exist in this UNet. (diffusers ignores some of these names.)"""
-    for part, value in blocks.items():
-        known = {block for p, block, _ in found if p == part}
-        strange = set(value) - known if isinstance(value, Mapping) else set()
-        if not known or strange:
-            named = part if not known else f"{part} {min(strange)}"
-            raise ValueError(f"this UNet has no cross-attention in {named}, only in {sorted({p[:2] for p in found})}")
 
 
 def unmoved(context: Context, t: int) -> Context:
@@ -192,7 +116,7 @@ def set_lambda(context: Context, levels: Sequence[Level]) -> Context:
 
 
 def as_tensors(context: Context) -> Context:
-    """The same Context with each lambda as a tensor, 0 and 1 too, so a compiled UNet is one graph for all of them."""
+    """Convert each lambda of a Context to a tensor, even 0 and 1, so that a compiled UNet needs only one graph."""
 
     def scaled(source: Source) -> Source:
         scale = source.scale

@@ -212,11 +212,11 @@ class Pipeline:
         sides: dict[Side, Context] = {"uncond": uncond, "image": uncond, "cond": cond}
         control = bind(self.controls, hints, self.unet.config, sides, size, running)
         denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move, control))
-        for state in sampler.draw(denoise, x, self.schedule, times, start=canvas.start, enter=canvas.enter, **noise):
+        for state in sampler.draw(denoise, x, self.schedule, times, start=canvas.start, begin_step=canvas.begin_step, **noise):
             x = check_finite(state.x, dtype)
             if watch is not None:
                 watch(state)
-        drawn = check_finite(self.vae.decode(canvas.leave(x).to(next(self.vae.parameters()))), dtype)
+        drawn = check_finite(self.vae.decode(canvas.final(x).to(next(self.vae.parameters()))), dtype)
         return edit.finish(drawn) if edit else drawn
 
     @property

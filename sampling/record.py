@@ -1,8 +1,8 @@
 """The record of a drawing in its PNG, and `--again`, which finds the same files to draw it again.
 
-A record is {"request": ..., "model": ..., "sha256": {file: hash}}. It names a file as the user did, except that a shipped
-file is "ip-adapter:weights/..." and the home folder is "~". A record is read as a stranger's: nothing in it is trusted, and
-a file is used only if its hash is the recorded one.
+A record is {"request": ..., "model": ..., "sha256": {file: hash}}. It names files as the user did, except that a shipped
+file is "ip-adapter:weights/..." and the home folder is "~". A record may come from anyone, so nothing in it is trusted, and a
+file is used only if it has the recorded hash.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def stored(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Return the hash of a regular file. Raises ValueError for anything else, since reading a device might never end."""
+    """Return the hash of a regular file. Raises ValueError for anything else, because reading a device might never end."""
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     status = path.stat()
@@ -78,12 +78,12 @@ def record(request: Request, model: Model, hashes: Mapping[str, str]) -> dict[st
 def recall(picture: Path) -> tuple[Request, Model]:
     """Read the request and the model from a picture that this program drew; find every file and compare its hash.
 
-    Raises ValueError with one sentence where the picture holds neither, or a file is missing or has changed.
+    Raises ValueError if the picture stores no request, or if a file is missing or has changed.
     """
     settings = read_settings(picture)
     hashes = settings.get("sha256")
     if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
-        raise ValueError(f"{picture}: a sheet, or another picture that holds no request, so it can't be drawn again")
+        raise ValueError(f"{picture} stores no request (sheets do not), so it can't be drawn again")
     try:
         request, model = _read(settings)
     except ValueError as error:
@@ -93,7 +93,7 @@ def recall(picture: Path) -> tuple[Request, Model]:
         return _find(path, picture, hashes)
 
     request, model = map_paths(request, find), map_paths(model, find)
-    for path in used_files(request, model):  # an adapter that no one named, too
+    for path in used_files(request, model):  # including an adapter that the user did not name
         if sha256(path) not in hashes.values():
             raise ValueError(f"{picture} does not say which {path} it was drawn with, so it can't be drawn again")
     return request, model
@@ -106,7 +106,7 @@ def _read(settings: Mapping[str, Any]) -> tuple[Request, Model]:
 
 
 def _from_arguments(arguments: object) -> tuple[Request, Model]:
-    """Read a record of the first format, which holds the arguments of the command line."""
+    """Read a record of the first format, which stored the arguments of the command line."""
     if not isinstance(arguments, dict):
         raise ValueError("its arguments are not a JSON object")
     values = {key: value for key, value in arguments.items() if key not in ("num", "device", "compile", "no_paste")}
@@ -114,7 +114,7 @@ def _from_arguments(arguments: object) -> tuple[Request, Model]:
     several = isinstance(adapters, list)
     options = {PROMPT[name]: values.pop(name) for name in PROMPT if name in values}
     if several and not all(isinstance(each, list) and len(each) == len(adapters) for each in options.values()):
-        raise ValueError("it has not as many image prompts as adapters")
+        raise ValueError("its numbers of image prompts and adapters differ")
     each = [{name: value[i] for name, value in options.items()} for i in range(len(adapters))] if several else [options]
     prompts = tuple(
         from_json(ImagePrompt, {name: value for name, value in one.items() if value is not None})
@@ -129,9 +129,9 @@ def _from_arguments(arguments: object) -> tuple[Request, Model]:
 
 
 def _find(path: Path, picture: Path, hashes: Mapping[str, str]) -> Path:
-    """Find the file or folder that a record calls `path`: at that place, beside the picture, in this folder, or among the shipped files.
+    """Find the file or folder that a record names: at `path`, beside the picture, in the current folder, or among the shipped files.
 
-    Raises ValueError unless everything that was recorded of it has its hash.
+    Raises ValueError unless all its parts have the recorded hashes.
     """
     name = path.as_posix()
     parts = _parts(name, hashes)
@@ -153,8 +153,7 @@ def _find(path: Path, picture: Path, hashes: Mapping[str, str]) -> Path:
 
 
 def _parts(name: str, hashes: Mapping[str, str]) -> dict[str, str]:
-    """What was recorded of a file (itself and its settings beside it) or a folder (the files in it): the rest of each name, and
-    its hash."""
+    """Return the recorded hashes of a file and the settings beside it, or of the files in a folder, by the rest of their names."""
     parts = {key.removeprefix(name): h for key, h in hashes.items() if key == name or key.startswith(f"{name}/")}
     stem = os.path.splitext(name)[0]
     return parts | {end: hashes[stem + end] for end in BESIDE if name in hashes and stem + end in hashes}

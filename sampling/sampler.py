@@ -12,7 +12,7 @@ from torch import Tensor
 from sampling.schedule import Schedule
 
 Denoiser = Callable[[Tensor, int], Tensor]
-Enter = Callable[[int, float, Tensor], Tensor]  # (index, a_t, x) -> the latents at which this step starts
+BeginStep = Callable[[int, float, Tensor], Tensor]  # (index, a_t, x) -> the latents at which this step starts
 
 
 class Step(NamedTuple):

@@ -30,7 +30,7 @@ class Schedule:
     `spacing`: how timesteps are chosen, by one of the rules of arXiv 2305.08891, Table 2, rounded as in diffusers, or by that of
     LDM. None is the sampler's default: leading for DDIM, linspace for DPM-Solver++. `offset` is added to leading timesteps.
     `final_one` (DDIM): the last step ends at a = 1 instead of a_0. `karras` (DPM-Solver++): use the noise levels of arXiv
-    2206.00364. `not_dpm`: settings of the scheduler file that our DPM-Solver++ does not support; if there are any, it raises.
+    2206.00364. `unsupported_by_dpm`: settings of the scheduler file that our DPM-Solver++ does not support; if there are any, it raises.
     """
 
     timesteps: int = 1000
@@ -41,7 +41,7 @@ class Schedule:
     offset: int = 1
     final_one: bool = False
     karras: bool = False
-    not_dpm: tuple[str, ...] = ()
+    unsupported_by_dpm: tuple[str, ...] = ()
 
     @property
     def alphas(self) -> Tensor:
@@ -77,9 +77,7 @@ class Schedule:
         self.warn_of_late_start(steps, visits[0])
         final = 1.0 if self.final_one else float(alphas[0])
         after = [*visits[1:], -1] if self.spacing == "ldm" else [t - self.timesteps // steps for t in visits]
-        return [
-            (t, float(alphas[t]), float(alphas[p]) if p >= 0 else final) for t, p in zip(visits, after, strict=True)
-        ]
+        return [(t, float(alphas[t]), float(alphas[p]) if p >= 0 else final) for t, p in zip(visits, after, strict=True)]
 
     def warn_of_late_start(self, steps: int, first: int) -> None:
         """Warn if leading spacing with many steps starts below 0.9 T, where x_t should not be pure noise.

@@ -74,14 +74,14 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
         final_one=config.get("set_alpha_to_one", default.final_one),
         karras=bool(config.get("use_karras_sigmas")),
     )
-    return replace(schedule, not_dpm=_not_dpm(config, schedule))
+    return replace(schedule, unsupported_by_dpm=_unsupported_by_dpm(config, schedule))
 
 
 def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
     return any(value is each or (value == each and type(value) is type(each)) for each in values)
 
 
-def _not_dpm(config: Mapping[str, Any], schedule: Schedule) -> tuple[str, ...]:
+def _unsupported_by_dpm(config: Mapping[str, Any], schedule: Schedule) -> tuple[str, ...]:
     """List the settings that our DPM-Solver++ does not support."""
     others = [key for key, values in _DPM.items() if key in config and not _is_one_of(config[key], values)]
     if config.get("variance_type") in ("learned", "learned_range"):

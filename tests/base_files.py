@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import sys
@@ -87,11 +86,6 @@ def as_ldm(peer: Tensors, table: list[str], convert: Callable[[Tensors], Tensors
 @pytest.fixture(scope="session")
 def base() -> Peers:
     """Shared: a test that changes it makes its own."""
-    return _base()
-
-
-@functools.cache  # each test file that imports the fixture has one of its own
-def _base() -> Peers:
     pair, (vae, our_vae), (text, our_text) = unet_pair(UNET, linear=False), vae_pair(VAE_CONFIG), text_pair(TEXT)
     for module in (pair.peer, pair.ours, vae, our_vae, text, our_text):
         module.float()
@@ -178,7 +172,7 @@ def write_single(base: Peers, path: Path, dtype: torch.dtype = torch.float32, ex
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def single(base: Peers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole single file. Shared: a test that changes it makes its own."""
     return write_single(base, tmp_path_factory.mktemp("single") / "sd.safetensors")
@@ -192,7 +186,7 @@ def write_tokenizer(folder: Path, pad: object) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad, "model_max_length": 77}))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(base: Peers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same base model as a diffusers folder. Shared."""
     path = tmp_path_factory.mktemp("diffusers") / "sd"

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from base_files import base, folder, own_folder, single
 from peers import SMALL_UNETS, UNetPair, unet_pair
 from PIL import Image
 from tiny import write_weights
+
+__all__ = ["base", "folder", "own_folder", "single"]  # fixtures
+
+# Small networks are fastest on one thread, and `make test` has a process for each core.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 
 
 @pytest.fixture(scope="session")

@@ -212,8 +212,3 @@ def theirs(model: Model, ask: Ask, pictures: list[Path]) -> np.ndarray:
         **prompts,
     ).images
     return np.stack([np.asarray(image).astype(int) for image in drawn])
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> int:
-    assert a.shape == b.shape
-    return int(np.abs(a - b).max())

@@ -27,7 +27,7 @@ from eval.ablation.endpoint import best_lambda, curves, summary
 from eval.ablation.forms import FORMS, SHARES
 from eval.ablation.memo import Memo
 from eval.ablation.rows import Results, fraction, frame_of
-from eval.ablation.study import SMOKE, Place, Study, untrained_adapter
+from eval.ablation.study import SMOKE, Study, Workspace, untrained_adapter
 from eval.ablation.training import best_rate, train
 from eval.bench import Bench, all_drawings, nearest
 from eval.prompts import Prompts
@@ -260,7 +260,7 @@ def test_a_missing_share_is_retrained_from_the_start(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training is a stub: every step adds 1 to a bias, and the state stores the number of steps."""
-    place, study = Place(TrainingSource(), tmp_path / "shipped", tmp_path, "weights", {"made": "up"}), replace(SMOKE, steps=8)
+    workspace, study = Workspace(TrainingSource(), tmp_path / "shipped", tmp_path, "weights", {"made": "up"}), replace(SMOKE, steps=8)
 
     def fit(setting: Setting, start: Any, plan: Plan, folder: Path, fuse: Any, until: int) -> Any:
         done = (checkpoint.load(folder / f"{plan.name}.pt") or {"step": 0})["step"]
@@ -269,18 +269,18 @@ def test_a_missing_share_is_retrained_from_the_start(
         return start, []
 
     def biases() -> list[float]:
-        files = [place.adapter("shared", 0, share) for share in SHARES]
+        files = [workspace.adapter("shared", 0, share) for share in SHARES]
         return [float(load_file(file)["image_proj.proj.bias"][0]) for file in files]
 
-    monkeypatch.setattr(Place, "setting", lambda *_: setting)
+    monkeypatch.setattr(Workspace, "setting", lambda *_: setting)
     monkeypatch.setattr("train.adapter.fit", fit)
-    train(place, study, "shared", 0, 1e-3)
+    train(workspace, study, "shared", 0, 1e-3)
     assert biases() == [2, 4, 8]
-    place.adapter("shared", 0, 0.25).unlink()
-    train(place, study, "shared", 0, 1e-3)
+    workspace.adapter("shared", 0, 0.25).unlink()
+    train(workspace, study, "shared", 0, 1e-3)
     assert biases() == [2, 4, 8]
     monkeypatch.setattr("train.adapter.fit", None)
-    train(place, study, "shared", 0, 1e-3)  # nothing is left to do
+    train(workspace, study, "shared", 0, 1e-3)  # nothing is left to do
 
 
 def test_a_tiny_study_end_to_end(tmp_path: Path) -> None:
@@ -353,11 +353,11 @@ def test_an_unknown_cell_is_rejected(cell: str, tmp_path: Path) -> None:
 
 def test_the_pictures_of_an_adapter_are_those_of_all_phases(tmp_path: Path) -> None:
     """2 x 3 x 1 + 5 x 7 x 2, from the card. Without a card, the number is None."""
-    place = Place(TrainingSource(tmp_path), tmp_path, tmp_path, "weights")
-    assert place.shipped_pictures() is None
+    workspace = Workspace(TrainingSource(tmp_path), tmp_path, tmp_path, "weights")
+    assert workspace.shipped_pictures() is None
     phases = [{"steps": 2, "batch": 3, "accumulate": 1}, {"steps": 5, "batch": 7, "accumulate": 2}]
     write_json(tmp_path / "ip_adapter.json", {"settings": phases})
-    assert place.shipped_pictures() == 76
+    assert workspace.shipped_pictures() == 76
 
 
 @pytest.mark.parametrize("name", ["nothing", "ViT-Q-99:openai"])

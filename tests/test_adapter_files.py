@@ -13,16 +13,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
-from base_files import (
-    IMAGE,
-    Tensors,
-    base,
-    change,
-    layers,
-    names,
-    nest,
-    single,
-)
+from base_files import IMAGE, Tensors, change, layers, names, nest
 from peers import SMALL_UNETS, UNetPair, max_error, randn, unet_pair
 from safetensors.torch import load_file, save_file
 
@@ -39,7 +30,6 @@ from model.unet import UNet, UNetConfig
 
 IMAGE_DIM = 10
 DOUBLE = 1e-11  # measured: 1e-13
-__all__ = ["base", "single"]  # fixtures
 
 
 DEEP = UNetConfig(channels=(8,), depth=(11,), mid_depth=11, heads=(2,), res_blocks=1, context_dim=6, groups=4)

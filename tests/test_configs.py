@@ -9,15 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from base_files import (
-    IMAGE,
-    TEXT,
-    base,
-    change_json,
-    folder,
-    own_folder,
-    write_tokenizer,
-)
+from base_files import IMAGE, TEXT, change_json, write_tokenizer
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peers import SMALL_UNETS, max_error, randn, text_pair, vision_pair
 from transformers import CLIPTokenizer
@@ -32,7 +24,6 @@ from model.unet import UNet
 ROOT = Path(__file__).parent.parent
 DOUBLE = 1e-11  # measured: 1e-13
 SINGLE = 1e-5  # in float32
-__all__ = ["base", "folder", "own_folder"]  # fixtures
 
 
 @pytest.mark.parametrize("entries", [

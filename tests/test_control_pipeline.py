@@ -20,8 +20,9 @@ from diffusers import (
 )
 from diffusers import T2IAdapter as PeerT2I
 from PIL import Image
-from small_models import BASES, Model, build, difference
+from small_models import BASES, Model, build
 from test_edit import mask, picture
+from tiny import difference
 
 from checkpoints.controls import load_control, save_control_diffusers
 from model.controlnet import ControlNet, ControlNetConfig

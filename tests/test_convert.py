@@ -11,20 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from base_files import (
-    IMAGE,
-    Peers,
-    Tensors,
-    base,
-    change,
-    check_base,
-    folder,
-    layers,
-    names,
-    own_folder,
-    single,
-    write_single,
-)
+from base_files import IMAGE, Peers, Tensors, change, check_base, layers, names, write_single
 from peers import vision_pair
 from safetensors.torch import load_file, save_file
 from test_adapter_files import Adapters, adapters, write_adapter
@@ -36,7 +23,7 @@ from checkpoints.files import write_json, write_tensors
 from checkpoints.stable_diffusion import load_base
 from weights_convert import main
 
-__all__ = ["adapters", "base", "folder", "own_folder", "single"]  # fixtures
+__all__ = ["adapters"]  # a fixture
 
 
 def says(path: Path, *wanted: str) -> None:

@@ -142,7 +142,7 @@ def test_states_hold_their_index_and_timestep() -> None:
 
 
 @pytest.mark.parametrize("sampler", [DDIM, DPM], ids=["ddim", "dpm++"])
-def test_the_network_sees_the_latents_that_enter_returns(sampler: Sampler) -> None:
+def test_the_network_sees_the_latents_that_begin_step_returns(sampler: Sampler) -> None:
     seen: list[Tensor] = []
 
     def watching(x: Tensor, t: int) -> Tensor:
@@ -151,12 +151,12 @@ def test_the_network_sees_the_latents_that_enter_returns(sampler: Sampler) -> No
 
     entered: list[tuple[int, float]] = []
 
-    def enter(index: int, a: float, x: Tensor) -> Tensor:
+    def begin_step(index: int, a: float, x: Tensor) -> Tensor:
         entered.append((index, a))
         return x + index
 
     x, times = randn(SHAPE, generators(1)), sampler.times(Schedule(), 6)
-    states = list(sampler.draw(watching, x, Schedule(), times, start=3, enter=enter))
+    states = list(sampler.draw(watching, x, Schedule(), times, start=3, begin_step=begin_step))
     a = Schedule().alphas.double().tolist()
     assert entered == [(state.index, a[state.t]) for state in states] and [i for i, _ in entered] == [3, 4, 5]
     starts = [x, *(state.x for state in states)]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
-from small_models import BASES, Model, build, difference
+from small_models import BASES, Model, build
+from tiny import difference
 
 from sampling.dpm import DPM
 from sampling.edit import Edit

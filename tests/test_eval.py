@@ -135,6 +135,6 @@ def test_two_functions_are_timed_alternately() -> None:
         calls.append(name)
         time.sleep(seconds)
 
-    row = beside(lambda: sleep("ours", 0.02), lambda: sleep("theirs", 0.08), rounds=3)
-    assert 0.02 <= row["ours"] < 0.05 and 0.08 <= row["theirs"] < 0.2 and 0.1 < row["ratio"] < 0.5
+    row = beside(lambda: sleep("ours", 0.01), lambda: sleep("theirs", 0.2), rounds=3)
+    assert 0.01 <= row["ours"] < 0.1 and 0.2 <= row["theirs"] < 2 and row["ratio"] < 0.5  # other processes may delay a sleep
     assert calls == ["ours", "ours", "theirs", "theirs"] * 3

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.files import read_json
-from eval.peers import gpu
+from eval.peers import gpu, random_networks
 
 
 def test_it_measures_both_sides_line_by_line(
@@ -20,7 +20,7 @@ def test_it_measures_both_sides_line_by_line(
     assert [name for name in saved if isinstance(saved[name], dict)] == lines
     assert all(saved[name][side]["seconds"] > 0 for name in lines for side in ("ours", "theirs"))
     assert [line.partition(" {")[0] for line in capsys.readouterr().out.splitlines() if " {" in line] == lines
-    monkeypatch.setattr(gpu, "find_spec", lambda _: None)
+    monkeypatch.setattr(random_networks, "find_spec", lambda _: None)
     assert "theirs" not in gpu.evaluate(gpu.tiny("cpu"), out, ["eager bf16, batch 2"])[lines[0]]
 
 
@@ -37,7 +37,7 @@ def test_what_is_measured_first() -> None:
 
 
 def test_a_line_that_fails_is_saved_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> gpu.Row:
+    def fail(*_: object) -> dict[str, float]:
         raise RuntimeError("out of memory\nmore")
 
     monkeypatch.setattr(gpu, "step", fail)

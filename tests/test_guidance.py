@@ -129,10 +129,10 @@ LAMBDAS: dict[str, float | Tensor] = {
 }
 
 
-def forms(unet: UNet, fuse: Fuse, own: bool, lam: str) -> tuple[Context, Context]:
+def forms(unet: UNet, fuse: Fuse, lam: str) -> tuple[Context, Context]:
     """(uncond, cond) for latents of 8 x 8, batch 2, of one form of attention to a picture."""
     torch.manual_seed(1)
-    adapter = IPAdapter(unet, ImageProjection(10, CONFIG.context_dim, 4), own).double().requires_grad_(False)
+    adapter = IPAdapter(unet, ImageProjection(10, CONFIG.context_dim, 4)).double().requires_grad_(False)
     pair = (adapter(Context(randn(2, 5, 6, seed=3 + i), fuse=fuse), randn(2, 10, seed=i), LAMBDAS[lam]) for i in (0, 1))
     if lam != "mask":
         uncond, cond = pair
@@ -143,14 +143,17 @@ def forms(unet: UNet, fuse: Fuse, own: bool, lam: str) -> tuple[Context, Context
     return uncond, cond
 
 
-@pytest.mark.parametrize(("own", "lam"), [(True, "number"), (False, "number"), (True, "mask")])
+@pytest.mark.parametrize("lam", ["number", "mask"])
 @pytest.mark.parametrize("fuse", [decoupled, concatenated])
-def test_every_form_is_one_graph_without_breaks(unet: UNet, fuse: Fuse, own: bool, lam: str) -> None:
-    torch._dynamo.reset()
-    fast: Any = torch.compile(unet, backend="eager", fullgraph=True)
-    contexts, x = forms(unet, fuse, own, lam), randn(2, 4, 8, 8, seed=5)
+def test_every_form_is_one_graph_without_breaks(fuse: Fuse, lam: str) -> None:
+    """Only the cross-attention depends on the form, so one layer of each level is compiled. K' and V' are computed outside of it."""
+    unet = UNet(CONFIG).double().requires_grad_(False)
+    contexts, x = forms(unet, fuse, lam), randn(2, 4, 8, 8, seed=5)
     want = guided(unet, *contexts, 7.5)(x, 500)
-    torch.testing.assert_close(guided(fast, *contexts, 7.5)(x, 500), want, atol=1e-12, rtol=0)
+    torch._dynamo.reset()
+    for layer in unet.cross_attentions()[:2]:
+        layer.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(guided(unet, *contexts, 7.5)(x, 500), want, atol=1e-12, rtol=0)
 
 
 class OnOneDevice(TorchDispatchMode):
@@ -170,7 +173,7 @@ class OnOneDevice(TorchDispatchMode):
 def test_a_step_waits_for_nothing(fuse: Fuse, lam: str, moves: bool) -> None:
     """The meta device has no values, so a step that reads one fails there."""
     plain = UNet(CONFIG).double().requires_grad_(False)
-    contexts = tuple(on_meta(context) for context in forms(plain, fuse, True, lam))
+    contexts = tuple(on_meta(context) for context in forms(plain, fuse, lam))
     move = moving([Lambda((0.5, 1.0))], [7, 3]) if moves else unmoved
     denoise = guided(plain.to("meta"), *contexts, 7.5, move=move)
     x = torch.empty(2, 4, 8, 8, dtype=torch.float64, device="meta")

@@ -13,21 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from base_files import (
-    IMAGE,
-    TEXT,
-    VAE_CONFIG,
-    Peers,
-    Tensors,
-    base,
-    change,
-    change_json,
-    check_base,
-    equal,
-    folder,
-    own_folder,
-    single,
-)
+from base_files import IMAGE, TEXT, VAE_CONFIG, Peers, Tensors, change, change_json, check_base, equal
 from diffusers import UNet2DConditionModel
 from peers import max_error, randn, vae_pair, vision_pair
 from safetensors.torch import load_file, save_file
@@ -55,7 +41,6 @@ from weights_convert import main
 ROOT = Path(__file__).parent.parent
 DOUBLE = 1e-11  # measured: 1e-13
 SINGLE = 1e-5  # in float32
-__all__ = ["base", "folder", "own_folder", "single"]  # fixtures
 
 TEXT_PART, VAE_PART = "cond_stage_model.transformer.", "first_stage_model."
 Edit = Callable[[Tensors], Tensors]

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_models import Ask, Model, build, difference, theirs
+from small_models import Ask, Model, build, theirs
+from tiny import difference
 from torch import Tensor
 
 from checkpoints.adapters import load_adapter
@@ -160,8 +161,8 @@ def test_one_adapter_takes_everything_wherever_it_stands() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--image x --ip-adapter a --image y --ip-adapter b", "none stands before"),
-        ("--scale 0.5 --ip-adapter a --image x --ip-adapter b --image y", "none stands before"),
+        ("--image x --ip-adapter a --image y --ip-adapter b", "none before the first"),
+        ("--scale 0.5 --ip-adapter a --image x --ip-adapter b --image y", "none before the first"),
         ("--ip-adapter a --ip-adapter b --image x --image y", "its own --image; a has none"),
         ("--ip-adapter a --image x --ip-adapter b --scale 0.5", "its own --image; b has none"),
         ("--ip-adapter a --image x --ip-adapter b --image y --scale 1 --scale 0.5", "twice for one adapter"),

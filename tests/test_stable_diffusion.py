@@ -20,16 +20,12 @@ from base_files import (
     Pair,
     Peers,
     Tensors,
-    base,
     change,
     change_json,
     check_base,
     equal,
-    folder,
     names,
     nest,
-    own_folder,
-    single,
     write_single,
     write_tokenizer,
 )
@@ -53,7 +49,6 @@ from weights_convert import main
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DOUBLE = 1e-11  # measured: 1e-13
 SINGLE = 1e-5  # in float32
-__all__ = ["base", "folder", "own_folder", "single"]  # fixtures
 
 
 @pytest.mark.parity("diffusers convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint", 0)

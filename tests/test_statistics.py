@@ -49,7 +49,7 @@ def test_the_interval_of_a_plain_mean() -> None:
     found = difference(a, b, resamples=4000)
     each = (a.error - b.error)[0, 0]
     assert found.mean == pytest.approx(each.mean(), abs=1e-12)
-    assert found.half_width == pytest.approx(1.96 * each.std() / 20, rel=0.06)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * each.std() / 20, rel=0.06)
 
 
 def test_seeds_are_resampled_too_and_paired() -> None:
@@ -59,7 +59,7 @@ def test_seeds_are_resampled_too_and_paired() -> None:
     paired = difference(rows(30 + level + shift), rows(28 + level + shift), resamples=500)
     assert paired == Difference(pytest.approx(2), pytest.approx(2), pytest.approx(2), pytest.approx(1 / 500))  # type: ignore[arg-type]
     apart = difference(rows(30 + level + shift), rows(28 + level - shift), resamples=500)
-    assert apart.half_width == pytest.approx(1.96 * 2 * shift.std() / 8**0.5, rel=0.15)
+    assert (apart.high - apart.low) / 2 == pytest.approx(1.96 * 2 * shift.std() / 8**0.5, rel=0.15)
     assert apart.p > 0.05
 
 

@@ -63,6 +63,7 @@ def pixels_of(path: Path) -> np.ndarray:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> int:
+    """Return the largest difference of two pictures, in grey levels."""
     assert a.shape == b.shape
     return int(np.abs(a - b).max())
 

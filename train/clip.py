@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +28,23 @@ from torch import Tensor, nn
 
 from checkpoints import cards
 from checkpoints.files import check_output
-from model.image_encoder import MINI_IMAGE, ImageConfig, ImageEncoder, normalise
+from model.image_encoder import MINI_IMAGE, ImageConfig, ImageEncoder
 from model.text_encoder import END, START, TextConfig, TextEncoder, words_of
 from train.card import WORLD_LICENCE, card
+from train.clip_pictures import ClipBatch, captioned_pictures
 from train.colour import ISH, NAMES, fine_colours
 from train.encode import renderer
 from train.fingerprint import significant
 from train.loop import Plan, run
-from train.pool import in_parts, pixels_of, scenes_of
 from train.probe import probe, probe_data
-from train.randomness import generator, seeded
+from train.randomness import seeded
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, PLACES, SIZES, SLOTS
 
 PHASES = (
     Plan("clip", 4_000, 128, 1e-3, weight_decay=0.05, decay=0.6, bf16=True, validate_every=4_000),
     Plan("clip_image", 12_000, 128, 2e-3, 500, 0.8, weight_decay=0.05, bf16=True, seed=1, validate_every=6_000),
 )
-PICTURES, GROUP, WORDS = 60_000, 8, 3.0
+PICTURES, WORDS = 60_000, 3.0
 SIMILAR, COLOURS = 20.0, 4.0  # sigma of similar names in CIELAB; weight of the colours among the words
 GATE = {"concept": 0.995, "background": 0.995, "palette_r2": 0.96}
 
@@ -90,56 +90,6 @@ class CLIP(nn.Module):
         self.to(memory_format=torch.channels_last)
 
 
-ClipBatch = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class CaptionedPictures:
-    """Batches of `size` pictures with captions. Each group of `GROUP` pictures shares concept and background.
-
-    `pixels`: `n 3 64 64`, bytes. `plain` and `rich`: `n m`, the tokens of the two kinds of caption. `slots`: `n 10`. `cells`: for each
-    picture, the rows of all pictures with its concept and background, as (first, count) in `order`.
-    """
-
-    pixels: Tensor
-    plain: Tensor
-    rich: Tensor
-    slots: Tensor
-    order: Tensor
-    cells: Tensor
-    size: int
-    seed: int
-
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> ClipBatch:
-        """Return pixels, tokens (three of four captions are rich), and the slots of the rich captions."""
-        g = generator(self.seed, step * world_size + rank)
-        leaders = torch.randint(len(self.pixels), (-(-self.size // GROUP), 1), generator=g)
-        first, count = self.cells[leaders].unbind(dim=-1)
-        rows = self.order[first + (torch.rand(len(leaders), GROUP, generator=g) * count).long()].flatten()[: self.size]
-        rows = rows.to(self.pixels.device)
-        plain = torch.arange(self.size, device=rows.device) % 4 == 0
-        tokens = torch.where(plain[:, None], self.plain[rows], self.rich[rows])
-        return normalise(self.pixels[rows].float() / 255), tokens, self.slots[rows]
-
-
-def captioned_pictures(text: TextEncoder, count: int, first: int, device: str, size: int, seed: int) -> CaptionedPictures:
-    """Return batches of the training scenes first .. first + count - 1, in memory on a device."""
-    scenes, pixels = scenes_of("train", count, first), pixels_of("train", count, first)
-
-    def tokens(name: str) -> Tensor:
-        made = in_parts(lambda part: text.tokenize([getattr(scenes[i], name) for i in part]), count, 0, f"{name}s")
-        return torch.cat(made)
-
-    plain, rich = tokens("caption"), tokens("rich_caption")
-    length = int((rich == rich[:, -1:]).int().argmax(dim=1).max()) + 1
-    slots = torch.tensor([scene.slots for scene in scenes])
-    cell = slots[:, 0] * len(BACKGROUND_NAMES) + slots[:, 1]
-    counts = cell.bincount()
-    cells = torch.stack([(counts.cumsum(dim=0) - counts)[cell], counts[cell]], dim=-1)
-    pixels, plain, rich, slots = (part.to(device) for part in (pixels, plain[:, :length], rich[:, :length], slots))
-    return CaptionedPictures(pixels, plain, rich, slots, cell.argsort(stable=True), cells, size, seed)
-
-
 def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, same: Tensor) -> Tensor:
     """Average the two cross-entropies over cosine similarities. `same[i, j]` is true if captions i and j are equal."""
     logits = logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
@@ -171,9 +121,7 @@ def unit_entries(image: ImageEncoder) -> None:
         tensor /= std
 
 
-def train_towers(
-    clip: CLIP, folder: Path, phases: tuple[Plan, ...], count: int, first: int
-) -> list[dict[str, Any]]:
+def train_towers(clip: CLIP, folder: Path, phases: tuple[Plan, ...], count: int, first: int) -> list[dict[str, Any]]:
     """Train both towers, and after the first phase only the image tower, on `count` scenes from `first` on. Return the log."""
     device, log = phases[0].device, list[dict[str, Any]]()
     clip.to(device)

@@ -11,9 +11,7 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 
-_TO_XYZ = np.array(
-    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
-)
+_TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
 _TO_RGB = np.linalg.inv(_TO_XYZ)
 _WHITE = _TO_XYZ.sum(axis=1)
 _EPS, _KAPPA = 216 / 24389, 24389 / 27
@@ -23,9 +21,7 @@ HUES = {"red": 15, "orange": 50, "yellow": 82, "green": 112, "teal": 165, "blue"
 NAMES = tuple(HUES)
 ISH = ("reddish", "orangish", "yellowish", "greenish", "tealish", "bluish", "purplish", "pinkish")
 # each coarse name is split into four quarters: the first two lean towards the previous name, the last two towards the next
-SECTORS = tuple(
-    f"{word} {NAMES[i]}" for i in range(8) for word in (NAMES[i - 1], ISH[i - 1], ISH[(i + 1) % 8], NAMES[(i + 1) % 8])
-)
+SECTORS = tuple(f"{word} {NAMES[i]}" for i in range(8) for word in (NAMES[i - 1], ISH[i - 1], ISH[(i + 1) % 8], NAMES[(i + 1) % 8]))
 TONES, _TONE_EDGES, _TONE_MIDDLES = ("very dark", "dark", "", "light", "very light"), (56, 62, 68, 74), (53, 59, 65, 71, 77)
 CHROMAS, _CHROMA_EDGES, _CHROMA_MIDDLES = ("dull", "", "vivid"), (45, 57), (42, 51, 63)
 FINE_NAMES = tuple(" ".join(word for word in words if word) for words in itertools.product(TONES, CHROMAS, SECTORS))

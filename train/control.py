@@ -21,12 +21,12 @@ PHASES = (Plan("controlnet", 8_000, 32, 5e-4, 200, 0.6, ema=0.999, bf16=True, va
 
 
 def build(unet: UNet, factor: int) -> ControlNet:
-    """An untrained ControlNet whose hints are `factor` times as large as the latents. `factor` is a power of 2, at most 8."""
+    """Build an untrained ControlNet for hints `factor` times as large as the latents; `factor` is a power of 2, at most 8."""
     return ControlNet.of(unet, HINT[: factor.bit_length()])
 
 
 def steer(control: ControlNet, unet: UNetConfig, x: Tensor, t: Tensor, context: Context, hint: Tensor) -> Residuals:
-    """Its residuals. The grey hint is given in three channels."""
+    """Compute the residuals. The grey hint is repeated in three channels."""
     return control(x, t, context, hint.expand(-1, control.config.hint_channels, -1, -1))
 
 

@@ -20,15 +20,15 @@ from train.randomness import generator
 def losses_of(
     unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse, device: str, seed: int = 1
 ) -> dict[str, list[Tensor]]:
-    """Return the unweighted losses of each pair with its `own` picture, with `none` and with `another`, as lists of batches.
+    """Return the unweighted losses of each pair with the `right`, the `null` and a `wrong` picture, as lists of batches.
 
     All three use the same noise and timesteps, which depend only on `seed`, so their differences are paired.
     """
-    losses: dict[str, list[Tensor]] = {"own": [], "none": [], "another": []}
+    losses: dict[str, list[Tensor]] = {"right": [], "null": [], "wrong": []}
     for i, part in enumerate(pairs.parts(device)):
         batch = noised(part, generator(seed, i, device))
-        none = part.images(torch.ones(len(part), dtype=torch.bool, device=device))
-        for name, image in {"own": batch.image, "none": none, "another": batch.image.roll(1, dims=0)}.items():
+        null = part.images(torch.ones(len(part), dtype=torch.bool, device=device))
+        for name, image in {"right": batch.image, "null": null, "wrong": batch.image.roll(1, dims=0)}.items():
             context = adapter(Context(batch.text, fuse=fuse), image)
             losses[name].append(diffusion_loss(unet, schedule, batch.x0, context, batch.t, batch.eps))
     return losses
@@ -39,8 +39,8 @@ def held_out_losses(
 ) -> dict[str, float]:
     """Return the mean loss with the right picture, and its increase with the null image and with another picture."""
     losses = losses_of(unet, adapter, schedule, pairs, fuse, device)
-    own, none, another = (sum(float(part.sum()) for part in losses[k]) / len(pairs) for k in ("own", "none", "another"))
-    return {"held_out": own, "gain_zero": none - own, "gain_shuffled": another - own}
+    right, null, wrong = (sum(float(part.sum()) for part in losses[k]) / len(pairs) for k in ("right", "null", "wrong"))
+    return {"held_out": right, "gain_zero": null - right, "gain_shuffled": wrong - right}
 
 
 def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, device: str) -> str:
@@ -51,7 +51,7 @@ def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, de
     """
     rounds = range(100, 100 + max(1, 64 // len(pairs)))
     losses = [losses_of(unet, adapter, schedule, pairs, decoupled, device, seed) for seed in rounds]
-    gains = torch.stack([torch.cat(each["another"]) - torch.cat(each["own"]) for each in losses]).mean(dim=0)
+    gains = torch.stack([torch.cat(each["wrong"]) - torch.cat(each["right"]) for each in losses]).mean(dim=0)
     gain, error = float(gains.mean()), float(gains.std() / len(gains) ** 0.5)
     learned = "it learned to read pictures" if gain > 2 * error else "it has not learned to read pictures yet"
     return (
@@ -60,9 +60,7 @@ def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, de
     )
 
 
-def check_gates(
-    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu"
-) -> None:
+def check_gates(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu") -> None:
     """Raise `GateError` if an adapter cannot be trained as it should.
 
     At scale 0, the output must equal that of the base model bit for bit. Every trainable tensor must get a gradient, and no frozen

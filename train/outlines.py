@@ -1,4 +1,4 @@
-"""Outlines: the black lines of the mini world's drawings, as hints for structure control, white on black."""
+"""Outlines of the mini world's drawings, white on black: the hints for structure control."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.world import CONCEPT_NAMES, CONCEPTS, SIZE, Scene, Split, World, plac
 
 
 def outline(scene: Scene) -> NDArray[np.uint8]:
-    """The share of black lines in each pixel of a scene, `64 64`: what neither a fill nor the background covers."""
+    """Compute the share of black lines in each pixel of a scene, `64 64`: the part that neither fills nor background cover."""
     fills, _, transparency = layers(CONCEPTS[CONCEPT_NAMES[scene.concept]][scene.drawing], scene.size)
     lines = placed(scene, 1 - transparency - fills.sum(axis=0), np.zeros((SIZE, SIZE, 1)))
     return np.rint(lines[..., 0].clip(0, 1) * 255).astype(np.uint8)
@@ -26,7 +26,7 @@ def outline(scene: Scene) -> NDArray[np.uint8]:
 
 @functools.lru_cache(maxsize=4)
 def outlines_of(split: Split, count: int) -> Tensor:
-    """The outlines of the first `count` scenes of a split, `n 1 64 64`, bytes."""
+    """Compute the outlines of the first `count` scenes of a split, `n 1 64 64`, bytes."""
     world = World(split)
 
     def make(indices: range) -> Tensor:
@@ -45,7 +45,7 @@ class HintedBatch:
 
 @dataclass(frozen=True)
 class Hinted:
-    """A pool of encoded pairs and the hint of each, `n 1 H W`, bytes, on the same device."""
+    """A pool of encoded pairs and their hints, `n 1 H W`, bytes, on the same device."""
 
     pairs: Pairs
     hints: Tensor
@@ -58,6 +58,6 @@ class Hinted:
         return HintedBatch(self.pairs.at(rows), self.hints[rows.to(self.hints.device)].float() / 255)
 
     def parts(self, size: int = 64) -> Iterator[HintedBatch]:
-        """Yield all of them in order, in parts of nearly equal length of at most `size`."""
+        """Yield all pairs and hints in order, in parts of nearly equal length, at most `size`."""
         for rows in torch.arange(len(self)).tensor_split(-(-len(self) // size)):
             yield self.at(rows)

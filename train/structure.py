@@ -1,4 +1,4 @@
-"""Train a structure control on the mini world: what the stages `control` and `t2i` share.
+"""Train a structure control on the mini world. The stages `control` and `t2i` share this code.
 
 Minimise Eq. 1 with min-SNR weights and a frozen base. The hints are the outlines of the drawings. Half of the pictures lose
 their text, so that the control learns to draw from the hint alone (arXiv 2302.05543, section 3.3). The EMA of the weights
@@ -42,11 +42,12 @@ Times = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of control: its file, how it is built and run, how timesteps are drawn, and which tensors learn first.
+    """A kind of control.
 
-    `build(unet, factor)`: an untrained control for a UNet, and a VAE of this factor. `steer(control, unet.config, x_t, t,
-    context, hint)`: its residuals. `times(x_0, generator)`: timesteps and noise. `first(control)`: the tensors with a gradient in
-    the first step. `neutral`: an untrained control changes no bit of the output of the base.
+    `file`: the name of its file. `build(unet, factor)`: make an untrained control for a UNet and a VAE that downsamples by
+    `factor`. `steer(control, unet.config, x_t, t, context, hint)`: compute its residuals. `times(x_0, generator)`: draw timesteps
+    and noise. `first(control)`: the tensors that get a gradient in the first step. `neutral`: whether an untrained control leaves
+    the output of the base unchanged, bit for bit.
     """
 
     file: str
@@ -67,7 +68,7 @@ class Steered:
     schedule: Schedule
 
     def losses(self, batch: HintedBatch, g: torch.Generator, drop: float, gamma: float | None, hint: Tensor | None) -> Tensor:
-        """The loss of each picture, `b`, with `hint` in place of its own; None leaves the control out."""
+        """Return the loss of each picture, `b`, with `hint` instead of its own; with None, the control is left out."""
         x0 = batch.pairs.latents(g)
         t, eps = self.kind.times(x0, g)
         empty = torch.rand(len(x0), generator=g, device=g.device) < drop
@@ -80,19 +81,19 @@ class Steered:
 
     @torch.no_grad()
     def held_out(self, pool: Hinted, seed: int = 1) -> dict[str, float]:
-        """The mean loss with the right hint, and how much higher it is without a hint and with another picture's."""
-        sums, device = {"own": 0.0, "none": 0.0, "another": 0.0}, pool.hints.device
+        """Return the mean loss with the right hint, and its increase without a hint and with another picture's hint."""
+        sums, device = {"right": 0.0, "none": 0.0, "wrong": 0.0}, pool.hints.device
         for i, part in enumerate(pool.parts()):
-            for name, hint in {"own": part.hint, "none": None, "another": part.hint.roll(1, dims=0)}.items():
+            for name, hint in {"right": part.hint, "none": None, "wrong": part.hint.roll(1, dims=0)}.items():
                 sums[name] += float(self.losses(part, generator(seed, i, str(device)), 0.0, None, hint).sum())
-        own, none, another = (total / len(pool) for total in sums.values())
-        return {"held_out": own, "gain_none": none - own, "gain_shuffled": another - own}
+        right, none, wrong = (total / len(pool) for total in sums.values())
+        return {"held_out": right, "gain_none": none - right, "gain_shuffled": wrong - right}
 
     def check_gates(self, pool: Hinted) -> None:
-        """Raise `GateError` if an untrained control can't be trained as it should.
+        """Raise `GateError` if an untrained control cannot be trained as it should.
 
-        A neutral one must not change a bit of the base's output. In the first step exactly the tensors of `kind.first` must
-        get a gradient (for a ControlNet its zero convolutions), and no tensor of the base.
+        If it is `neutral`, the output must equal that of the base bit for bit. In the first step, the tensors of `kind.first` (for
+        a ControlNet, its zero convolutions) must get a gradient, and no other tensor of the control or the base may get one.
         """
         device = str(pool.hints.device)
         batch = pool.at(torch.arange(min(4, len(pool))))

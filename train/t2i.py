@@ -21,12 +21,12 @@ PHASES = (Plan("t2i", 8_000, 32, 1e-3, 200, 0.6, ema=0.999, bf16=True, validate_
 
 
 def build(unet: UNet, factor: int) -> T2IAdapter:
-    """An untrained T2I-Adapter of the full form for grey hints that are `factor` times as large as the latents."""
+    """Build an untrained T2I-Adapter of the full form, for grey hints `factor` times as large as the latents."""
     return T2IAdapter(T2IConfig(unet.config.channels, hint_channels=1, unshuffle=factor))
 
 
 def steer(control: T2IAdapter, unet: UNetConfig, x: Tensor, t: Tensor, context: Context, hint: Tensor) -> Residuals:
-    """Its residuals, which depend on the hint alone."""
+    """Compute the residuals, which depend only on the hint."""
     return residuals(control(hint), unet)
 
 
@@ -39,7 +39,7 @@ def early_noise(x0: Tensor, generator: torch.Generator, timesteps: int = 1000) -
 
 
 def all_tensors(control: T2IAdapter) -> list[torch.nn.Parameter]:
-    """Every tensor learns from the first step."""
+    """Return all parameters: each of them has a gradient in the first step."""
     return list(control.parameters())
 
 

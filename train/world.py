@@ -191,25 +191,20 @@ def placed(scene: Scene, drawn: Array, canvas: Array) -> Array:
     return canvas
 
 
-def random_palette(rng: np.random.Generator, wedge: bool = False) -> Array:
-    """Draw two colours with hues at least 50 degrees apart and outside `HELD_OUT_HUES`. With `wedge`, the first hue is inside."""
+def random_palette(rng: np.random.Generator) -> Array:
+    """Draw two colours with hues at least 50 degrees apart and outside `HELD_OUT_HUES`."""
 
     def colour(hue: float) -> Array:
         return lch(rng.uniform(50, 80), rng.uniform(40, 70), hue)
 
     while True:
         hues = rng.uniform(0, 360, 2)
-        if wedge:
-            hues[0] = rng.uniform(*HELD_OUT_HUES)
         gap = abs((hues[0] - hues[1] + 180) % 360 - 180)
-        if gap < 50 or held_out_hue(hues[1]) or (held_out_hue(hues[0]) and not wedge):
-            continue
-        return np.stack([colour(hues[0]), colour(hues[1])])
+        if gap >= 50 and not any(map(held_out_hue, hues)):
+            return np.stack([colour(hue) for hue in hues])
 
 
-def random_scene(
-    rng: np.random.Generator, concept: int, background: int, wedge: bool = False, says: Says = SAYS
-) -> Scene:
+def random_scene(rng: np.random.Generator, concept: int, background: int, says: Says = SAYS) -> Scene:
     """Draw a random scene with this concept and background."""
     size = int(rng.integers(SIDES[0], SIDES[1] + 1))
     jitter = lab_to_srgb(srgb_to_lab(np.array(BACKGROUNDS[BACKGROUND_NAMES[background]]) / 255) + rng.normal(0, 2, 3))
@@ -218,7 +213,7 @@ def random_scene(
         drawing=int(rng.integers(len(CONCEPTS[CONCEPT_NAMES[concept]]))),
         background=background,
         background_rgb=jitter.clip(0, 1),
-        palette=random_palette(rng, wedge),
+        palette=random_palette(rng),
         size=size,
         x=int(rng.integers(SIZE - size + 1)),
         y=int(rng.integers(SIZE - size + 1)),

@@ -17,7 +17,7 @@ from eval.ablation.endpoint import summary
 from eval.ablation.forms import FORMS
 from eval.ablation.memo import Memo
 from eval.ablation.rows import SCHEMA, Results, frame_of
-from eval.ablation.study import SMOKE, Place, Study
+from eval.ablation.study import SMOKE, Study, Workspace
 from eval.ablation.work import evaluate
 from eval.prompts import TASKS
 from sampling.device import check_device
@@ -38,7 +38,7 @@ TOLERANCE = {
 }
 
 
-def execute(place: Place, study: Study, out: Path, jobs: int) -> None:
+def execute(workspace: Workspace, study: Study, out: Path, jobs: int) -> None:
     """Run the parts of the study that are missing; write results/ablation.json, RESULTS.md and its figures to `out`.
 
     Add seeds one by one until the interval of the primary difference is narrow enough.
@@ -46,26 +46,26 @@ def execute(place: Place, study: Study, out: Path, jobs: int) -> None:
     path = out / "results" / "ablation.json"
     check_output(path)
     check_output(out / "RESULTS.md")
-    bench = place.bench(study)  # load the scorer and the judge before hours of training
-    place = place.fingerprinted(bench)
-    if path.exists() and (before := Results.of(path).data)["made_from"] == place.made_from:
-        Memo(place.work).restore(before["units"])
+    bench = workspace.bench(study)  # load the scorer and the judge before hours of training
+    workspace = workspace.fingerprinted(bench)
+    if path.exists() and (before := Results.of(path).data)["made_from"] == workspace.made_from:
+        Memo(workspace.work).restore(before["units"])
     if study.device == "cpu":
         torch.set_num_threads(1)
     while True:
-        data = evaluate(place, study, bench, jobs)
+        data = evaluate(workspace, study, bench, jobs)
         data["summary"] = summary(Results(data))
         wide = report.half_width(data["summary"]) > study.half_width  # false for NaN, which more seeds cannot fix
         if not wide or study.seeds >= study.most_seeds:
             break
         study = replace(study, seeds=study.seeds + 1)
     write_json(path, {"schema": SCHEMA, **data})
-    plots.plot_all(Results(data), place, study, out / "results")
+    plots.plot_all(Results(data), workspace, study, out / "results")
     with replacing(out / "RESULTS.md") as part:
         part.write_text(report.render(Results(data)))
 
 
-def redraw(place: Place, out: Path, name: str) -> pd.DataFrame:
+def redraw(workspace: Workspace, out: Path, name: str) -> pd.DataFrame:
     """Draw and score the cell FORM:SEED:TASK again with the adapter of the stored study; `compare` it with the stored results.
 
     Raises FileNotFoundError if there are no stored results, and ValueError if there is no such cell.
@@ -82,8 +82,8 @@ def redraw(place: Place, out: Path, name: str) -> pd.DataFrame:
             f"{study.seeds - 1}; TASK one of {', '.join(TASKS)}"
         )
     torch.set_num_threads(1)  # as in the stored run
-    bench = place.bench(study)
-    adapter = load_adapter(place.adapter(form, int(seed)), bench.pipeline.unet).to(study.device)
+    bench = workspace.bench(study)
+    adapter = load_adapter(workspace.adapter(form, int(seed)), bench.pipeline.unet).to(study.device)
     where = {"form": form, "seed": int(seed), "share": 1.0}
     rows = bench.cell(task, adapter, FORMS[form].fuse, FORMS[form].lambdas_of(task), **where)
     stored = results.pictures
@@ -114,7 +114,7 @@ def compare(stored: pd.DataFrame, redrawn: pd.DataFrame, whose: str) -> pd.DataF
     return table.round(4)
 
 
-def place_of(args: Namespace) -> Place:
+def workspace_of(args: Namespace) -> Workspace:
     """Choose the files of the study. Raises ValueError if options cannot be combined."""
     changed = [name for name in STUDY_OPTIONS if getattr(args, name)] + ["device"] * (args.device != "cpu")
     if changed and args.out == Path("."):
@@ -126,7 +126,7 @@ def place_of(args: Namespace) -> Place:
     pictures = 16 * SMOKE.batch if args.smoke else TrainingSource.pictures
     source = TrainingSource(args.base or args.weights, args.image_encoder, pictures=pictures, data=args.data)
     shipped, state = args.out / "results" / "ablation", args.state or args.out / "runs" / "ablation"
-    return Place(source, shipped, state, args.scorer or str(args.weights))
+    return Workspace(source, shipped, state, args.scorer or str(args.weights))
 
 
 def study_of(args: Namespace) -> Study:
@@ -142,11 +142,11 @@ def study_of(args: Namespace) -> Study:
 
 def run(args: Namespace) -> None:
     """`python -m eval ablation`"""
-    place = place_of(args)
+    workspace = workspace_of(args)
     if args.cell is None:
-        execute(place, study_of(args), args.out, args.jobs if args.device == "cpu" else 1)
+        execute(workspace, study_of(args), args.out, args.jobs if args.device == "cpu" else 1)
         return
-    compared = redraw(place, args.out, args.cell)
+    compared = redraw(workspace, args.out, args.cell)
     print(compared.to_string(index=False))
     if not compared["within"].all():
         sys.exit(f"{args.cell} differs from the stored numbers by more than the tolerance")

@@ -75,10 +75,6 @@ class Difference:
     high: float
     p: float
 
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
-
 
 def difference(a: Curves, b: Curves, level: float = 0.8, resamples: int = 2000, seed: int = 0) -> Difference:
     """Bootstrap the difference of two endpoints, paired by seed. Both forms share the resampled seeds and prompts."""

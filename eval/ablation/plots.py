@@ -14,19 +14,19 @@ from checkpoints.files import replacing
 from eval.ablation.endpoint import best_lambda, curves, grey_error
 from eval.ablation.forms import FORMS
 from eval.ablation.rows import Results, fraction
-from eval.ablation.study import Place, Study
+from eval.ablation.study import Study, Workspace
 from sampling.images import to_images
 from sampling.sheets.layout import sheet
 
 matplotlib.use("agg")
 
 
-def plot_all(results: Results, place: Place, study: Study, folder: Path) -> None:
+def plot_all(results: Results, workspace: Workspace, study: Study, folder: Path) -> None:
     """Write all figures to `folder`."""
     plot_curves(results, folder / "ablation_curves.png")
     plot_gains(results, folder / "ablation_gains.png")
     plot_mass(results, folder / "ablation_mass.png")
-    contact_sheet(results, place, study, folder / "ablation_pictures.png")
+    contact_sheet(results, workspace, study, folder / "ablation_pictures.png")
 
 
 def plot_curves(results: Results, path: Path) -> None:
@@ -82,12 +82,12 @@ def _save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def contact_sheet(results: Results, place: Place, study: Study, path: Path, n: int = 8) -> None:
-    """Draw the first n prompts of `conflict` with each form at its `best_lambda`, seed 0, as in Figure 10."""
-    bench = place.bench(study).first(n)
+def contact_sheet(results: Results, workspace: Workspace, study: Study, path: Path) -> None:
+    """Draw the first 8 prompts of `conflict` with each form at its `best_lambda`, seed 0, as in Figure 10."""
+    bench = workspace.bench(study).first(8)
     lambdas, columns = {form: best_lambda(results, form) for form in study.forms}, [bench.prompts.images]
     for form, lam in lambdas.items():
-        adapter = load_adapter(place.adapter(form, 0), bench.pipeline.unet).to(study.device)
+        adapter = load_adapter(workspace.adapter(form, 0), bench.pipeline.unet).to(study.device)
         columns.append(to_images(bench.draw("conflict", adapter, FORMS[form].fuse, bench.embedding(adapter), lam)))
     rows, title = list(zip(*columns, strict=True)), f"At lambda {', '.join(map(fraction, lambdas.values()))}"
     texts = bench.prompts.texts("conflict")

@@ -162,9 +162,7 @@ def half_width(summary: dict[str, Any]) -> float:
 
 def render(results: Results) -> str:
     """Render RESULTS.md from the template beside this file."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
-    )
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True)
     tables = {
         "primary": primary(results),
         "shares": by_share(results),

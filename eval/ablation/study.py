@@ -60,9 +60,7 @@ class Study:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Study:
         """Build a Study from a results file, which stores tuples as lists."""
-        given: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
+        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return cls(**given)
 
     def plan(self, form: str, seed: int, rate: float) -> Plan:
@@ -78,13 +76,11 @@ class Study:
 
 
 # A tiny study that runs everything in minutes; its numbers are meaningless.
-SMOKE = Study(
-    steps=8, batch=4, rates=(1e-3, 3e-3), rate_steps=4, seeds=2, most_seeds=2, prompts=4, draw_steps=2, check_steps=3
-)
+SMOKE = Study(steps=8, batch=4, rates=(1e-3, 3e-3), rate_steps=4, seeds=2, most_seeds=2, prompts=4, draw_steps=2, check_steps=3)
 
 
 @dataclass(frozen=True)
-class Place:
+class Workspace:
     """The inputs of a study and the locations of its files.
 
     `source`: base model and pictures. `shipped`: folder of the finished adapters. `state`: folder of all other files, with one
@@ -124,7 +120,7 @@ class Place:
         scorer = clip_score.find(self.scorer, study.device)
         return Bench(pipeline, prompts, scorer, judge, study.draw_steps, study.guidance)
 
-    def fingerprinted(self, bench: Bench) -> Place:
+    def fingerprinted(self, bench: Bench) -> Workspace:
         """Return a copy with `made_from` set: fingerprints of the weights, the data and the scorer."""
         parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")}
         data = None if self.source.data is None else captioned_files(self.source.data)

@@ -30,7 +30,7 @@ from checkpoints.files import check_output, read_json, write_json
 from checkpoints.single_file import load_single
 from eval.peers import columns, official
 from eval.peers.columns import inputs
-from eval.peers.timing import Row, beside, medians, peak
+from eval.peers.timing import Timing, beside, medians, peak, training_step
 from eval.tables import markdown
 from model.adapter import IPAdapter
 from model.context import Context
@@ -46,7 +46,7 @@ def _ours(folder: Path, dtype: torch.dtype) -> tuple[UNet, IPAdapter]:
     return unet, load_adapter(folder / official.ADAPTER, unet, VIT_H, dtype)
 
 
-def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = False) -> Row:
+def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = False) -> Timing:
     """Time one UNet call with the adapter: a guidance batch of 2, 64 x 64 latents; diffusers runs with its defaults.
 
     `limit`: the seconds that the matrix products and convolutions would take at the machine's peak.
@@ -65,13 +65,14 @@ def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = Fa
     return times | {"limit": counter.get_total_flops() / peak(dtype)}
 
 
-def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Row:
+def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Timing:
     """Time the whole pipeline: text and image prompt, 512 x 512, 50 steps, guidance 7.5. Extrapolate from two short runs each."""
     base = load_single(folder / official.SINGLE, torch.float32)
     adapter = load_adapter(folder / official.ADAPTER, base.unet, VIT_H, torch.float32)
     ours = Pipeline(base.unet, base.vae, base.text, Schedule(), None, (adapter,))
     text = official.peer_text(folder, torch.float32)
-    theirs = official.peer_pipeline(folder, text)
+    unet, vae = official.peer_unet(folder, torch.float32), official.peer_vae(folder, torch.float32)
+    theirs = official.peer_pipeline(unet, vae, text)
     image, tokens = torch.randn(1, 1, 1024), base.text.tokenize(["", "a fox"])
 
     def their_picture(n: int) -> Any:
@@ -90,13 +91,12 @@ def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Row:
     return whole | {"ratio": whole["ours"] / whole["theirs"], "extrapolated_from": few}
 
 
-def training(folder: Path, rounds: int) -> Row:
+def training(folder: Path, rounds: int) -> Timing:
     """Time a training step of an adapter at batch 1. Ours keeps the frozen base in bfloat16 and the adapter in float32."""
     unet, _ = _ours(folder, torch.bfloat16)
     adapter = load_adapter(folder / official.ADAPTER, unet, VIT_H).requires_grad_(True)
     peer = official.peer_unet(folder, torch.float32)
-    named = peer.named_parameters()
-    trained = [p.requires_grad_(True) for name, p in named if "_ip" in name or name.startswith("encoder_hid_proj")]
+    trained = official.adapter_parameters(peer)
     (x, text, image), t, schedule = inputs(torch.float32, batch=1), torch.tensor([500]), Schedule()
     eps = torch.randn_like(x)
 
@@ -109,16 +109,10 @@ def training(folder: Path, rounds: int) -> Row:
         out = peer(schedule.add_noise(x, eps, t), t, text, added_cond_kwargs=added).sample
         return F.mse_loss(out, eps)
 
-    def step(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    ours, theirs = (torch.optim.AdamW(weights, 1e-4, weight_decay=0.01) for weights in (adapter.parameters(), trained))
-    return beside(partial(step, our_loss, ours), partial(step, their_loss, theirs), rounds)
+    return beside(training_step(our_loss, adapter.parameters()), training_step(their_loss, trained), rounds)
 
 
-def loading(folder: Path, rounds: int, dtype: str) -> Row:
+def loading(folder: Path, rounds: int, dtype: str) -> Timing:
     """Time loading the base model, each time in a new process (eval/peers/loading.py).
 
     We read the single file in float16; diffusers reads its own folder layout. `*_memory`: peak memory divided by the bytes of the weights.
@@ -145,7 +139,7 @@ def machine() -> str:
     return f"{match[1] if match else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-ROWS: dict[str, Callable[[Path, int], Row]] = {
+ROWS: dict[str, Callable[[Path, int], Timing]] = {
     "load, float16": partial(loading, dtype="float16"),
     "load, float32": partial(loading, dtype="float32"),
     "step, float32": lambda folder, rounds: steps(folder, torch.float32, rounds),

@@ -74,7 +74,7 @@ def _measure(folder: Path, column: str, dtype: str) -> float:
 
 
 def _summary(frame: pd.DataFrame) -> dict[str, list[float]]:
-    """[median, smallest, largest] of each column."""
+    """Return [median, smallest, largest] of each column."""
     return {str(name): [float(column.median()), float(column.min()), float(column.max())] for name, column in frame.items()}
 
 

@@ -169,13 +169,18 @@ def peer_image(folder: Path, dtype: torch.dtype) -> Any:
     return CLIPVisionModelWithProjection.from_pretrained(folder / ENCODER, dtype=dtype).eval().requires_grad_(False)
 
 
-def peer_pipeline(folder: Path, text: Any) -> Any:
-    """Build diffusers' pipeline with the adapter; `text` is the text encoder of transformers."""
+def adapter_parameters(unet: Any) -> list[Tensor]:
+    """Return the parameters of the adapter in diffusers' UNet, with gradients enabled."""
+    named = unet.named_parameters()
+    return [p.requires_grad_(True) for name, p in named if "_ip" in name or name.startswith("encoder_hid_proj")]
+
+
+def peer_pipeline(unet: Any, vae: Any, text: Any = None) -> Any:
+    """Build diffusers' pipeline of these networks, with DDIM and without a tokenizer."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    unet, vae = peer_unet(folder, torch.float32), peer_vae(folder, torch.float32)
     theirs: Any = StableDiffusionPipeline(vae, text, None, unet, scheduler, None, None, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
     return theirs

@@ -128,9 +128,7 @@ def evaluate(folder: Path, out: Path, side: int) -> dict[str, Any]:
     results = {"command": f"python -m eval parity --side {side}", "latents": side, "parts": parts}
     write_json(out, results)
     pairs = {f"{part} in {name}": pair for part, errors in parts.items() for name, pair in errors.items()}
-    if worse := [
-        f"{what}: {ours:.1e} against {theirs:.1e}" for what, (theirs, ours) in pairs.items() if ours > 2 * theirs
-    ]:
+    if worse := [f"{what}: {ours:.1e} against {theirs:.1e}" for what, (theirs, ours) in pairs.items() if ours > 2 * theirs]:
         raise ValueError(f"our error is more than twice the public one: {'; '.join(worse)}")
     return results
 

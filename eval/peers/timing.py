@@ -1,16 +1,30 @@
-"""Time a function, or two functions alternately."""
+"""Time a function, or two functions alternately; and the training step that is timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 Run = Callable[[], Any]
-Row = dict[str, Any]
+Timing = dict[str, Any]  # named measurements
+
+
+def training_step(loss: Callable[[], Tensor], weights: Iterable[Tensor]) -> Run:
+    """Return a training step: the loss, its gradients, and AdamW."""
+    optimizer = torch.optim.AdamW(weights, 1e-4, weight_decay=0.01)
+
+    def run() -> None:
+        with torch.enable_grad():
+            loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
 
 
 def seconds(run: Run) -> float:
@@ -19,13 +33,13 @@ def seconds(run: Run) -> float:
     return timer.blocked_autorange(min_run_time=0.0).median
 
 
-def medians(pairs: Sequence[tuple[float, float]]) -> Row:
+def medians(pairs: Sequence[tuple[float, float]]) -> Timing:
     """Return the medians over rounds of our seconds, their seconds, and the ratio ours / theirs."""
     frame = pd.DataFrame(pairs, columns=["ours", "theirs"])
     return {str(key): value for key, value in frame.assign(ratio=frame["ours"] / frame["theirs"]).median().items()}
 
 
-def beside(ours: Run, theirs: Run, rounds: int) -> Row:
+def beside(ours: Run, theirs: Run, rounds: int) -> Timing:
     """Time both implementations alternately."""
     return medians([(seconds(ours), seconds(theirs)) for _ in range(rounds)])
 
