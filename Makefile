@@ -1,5 +1,6 @@
 # make demo          draw a contact sheet with the mini weights (SEED=1 draws another)
 # make gallery       draw a sheet for each feature
+# make figures       draw the paper's figures with the mini weights
 # make page          open a page to play with, in the browser
 # make test          run ruff, mypy and all tests, one process for each of up to four cores
 # make test-page     test the page in Chromium
@@ -15,13 +16,16 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo gallery page test test-page page-pictures weights ablation world docs notebooks constraints clean
+.PHONY: demo gallery figures page test test-page page-pictures weights ablation world docs notebooks constraints clean
 
 demo: .venv/ready
 	$(BIN)/python -m sampling.sheets demo --seed $(SEED)
 
 gallery: .venv/ready
 	$(BIN)/python -m sampling.sheets gallery --seed $(SEED)
+
+figures: .venv/ready
+	$(BIN)/python -m sampling.sheets figures --seed $(SEED)
 
 page: .venv/page
 	$(BIN)/python -m eval page

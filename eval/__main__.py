@@ -12,6 +12,8 @@ MODULES = {
     "world": "eval.world",
     "fine": "eval.fine",
     "frechet": "eval.frechet",
+    "structure": "eval.structure",
+    "style": "eval.style",
     "examples": "eval.examples",
     "docs": "eval.docs",
     "calibration": "eval.calibration",

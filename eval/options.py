@@ -49,14 +49,17 @@ def add_scores(commands: Commands) -> None:
     fine = command(commands, "fine", "Compare global with fine-grained image features")
     description = "Compute Fréchet distances from held-out pictures to drawings of their captions and to the VAE's reconstructions"
     frechet = command(commands, "frechet", description)
-    for added, name, n in ((score, "world", 1024), (fine, "fine", 512), (frechet, "frechet", 10000)):
+    structure = command(commands, "structure", "Measure structure control beside image prompts")
+    style = command(commands, "style", "Measure the adapter on another base model")
+    sizes = ((score, "world", 1024), (fine, "fine", 512), (frechet, "frechet", 10000), (structure, "structure", 512), (style, "style", 512))
+    for added, name, n in sizes:
         added.add_argument("--n", type=count, default=n, help=f"number of prompts (default: {n})")
         added.add_argument("--steps", type=count, default=12, help="sampling steps for each drawing (default: 12)")
         added.add_argument("--guidance", type=float, default=4.0, help="guidance weight (default: 4)")
         out = Path(f"results/{name}.json")
         added.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
         added.add_argument("--device", default="cpu", help="device to draw and score on, such as cuda (default: cpu)")
-    samples = command(commands, "examples", "Write the image prompts of the demo")
+    samples = command(commands, "examples", "Write the image prompts of the demo, and their outlines")
     out = Path("sampling/examples")
     samples.add_argument("--out", type=Path, default=out, help=f"folder to write to (default: {out})")
 

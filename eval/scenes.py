@@ -43,8 +43,8 @@ class ScenePrompts:
     def of_the_world(cls, n: int, seed: int) -> ScenePrompts:
         """Draw n prompts that cover all concepts evenly. Each text gets a uniform background, size and place unlike the picture's."""
         rng = np.random.default_rng((918, seed))
-        order = np.concatenate([rng.permutation(len(CONCEPTS)) for _ in range(-(-n // len(CONCEPTS)))])[:n]
-        scenes = [random_scene(rng, int(concept), int(rng.integers(len(BACKGROUNDS)))) for concept in order]
+        order = one_of_each(rng, n)
+        scenes = [random_scene(rng, concept, int(rng.integers(len(BACKGROUNDS)))) for concept in order]
         own = ground_truth(scenes)
         background = other_class(rng, own["background"], len(BACKGROUNDS))
         size = other_class(rng, sizes_of(own["placement"]), len(SIZES))
@@ -67,6 +67,11 @@ class ScenePrompts:
             caption(name, None, BACKGROUND_NAMES[background], SIZES[size], place)
             for name, (_, background, size, _), place in zip(names, rows, places, strict=True)
         ]
+
+
+def one_of_each(rng: np.random.Generator, n: int) -> list[int]:
+    """Draw n concepts in random order, such that each occurs equally often, up to one."""
+    return [int(c) for _ in range(-(-n // len(CONCEPTS))) for c in rng.permutation(len(CONCEPTS))][:n]
 
 
 def other_class(rng: np.random.Generator, index: Tensor, classes: int) -> Tensor:

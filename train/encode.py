@@ -32,7 +32,7 @@ from train.data import Data, Files, OnTheFly, stream
 from train.fingerprint import digest, fingerprint
 from train.pairs import Pairs
 from train.pool import in_parts, pixels_of, scenes_of, to_unit
-from train.world import SAYS, Says, Scene, Split, World, pictures
+from train.world import SAYS, Says, Scene, Split, Style, World, pictures, render
 
 Encode = Callable[[Tensor], dict[str, Tensor]]
 ENCODED = 500  # pictures of the mini world that are encoded at a time
@@ -107,18 +107,19 @@ def encode_texts(text: Text, captions: list[str]) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def renderer() -> str:
+def renderer(style: Style = render) -> str:
     """Hash some rendered pictures, to detect changes of the drawings or the renderer."""
-    return hashlib.sha256(pictures([World("train")[i] for i in range(16)]).tobytes()).hexdigest()[:8]
+    return hashlib.sha256(pictures([World("train")[i] for i in range(16)], style).tobytes()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class WorldPictures:
-    """The first `count` pictures of a split, with captions that name as much as `says`."""
+    """The first `count` pictures of a split in a style, with captions that name as much as `says`."""
 
     split: Split
     count: int
     says: Says = SAYS
+    style: Style = render
 
     @property
     def scenes(self) -> list[Scene]:
@@ -129,8 +130,8 @@ class WorldPictures:
 
     def pairs(self, vae: VAE, text: Text, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
         """Encode the pictures, `ENCODED` at a time. The pairs are on the device of `vae`. Without `image`, there are no features."""
-        scenes, pixels = self.scenes, pixels_of(self.split, self.count, 0).split(ENCODED)
-        keys = [digest([renderer(), self.split, ENCODED * i, len(part)]) for i, part in enumerate(pixels)]
+        scenes, pixels = self.scenes, pixels_of(self.split, self.count, 0, self.style).split(ENCODED)
+        keys = [digest([renderer(self.style), self.split, ENCODED * i, len(part)]) for i, part in enumerate(pixels)]
         mean, std = latents(vae, OnTheFly(lambda i: to_unit(pixels[i])), keys, folder, "world")
         read = None
         if image is not None:
@@ -141,7 +142,7 @@ class WorldPictures:
     def made_from(self) -> dict[str, str]:
         """Return hashes that identify the pictures and captions."""
         captions = digest([scene.caption for scene in self.scenes])
-        return {"pictures": f"{self.count} of {self.split}, {renderer()}", "captions": captions}
+        return {"pictures": f"{self.count} of {self.split}, {renderer(self.style)}", "captions": captions}
 
 
 @dataclass(frozen=True)

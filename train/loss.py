@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.context import Context
-from model.unet import Residuals, UNet
+from model.unet import Residuals
 from sampling.schedule import Schedule
 from train.pairs import Batch
 from train.randomness import draw, draw_normal
@@ -26,7 +26,7 @@ def min_snr(schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
 
 
 def diffusion_loss(
-    unet: UNet,
+    unet: Callable[..., Tensor],
     schedule: Schedule,
     x0: Tensor,
     context: Context,

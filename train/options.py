@@ -17,8 +17,9 @@ STAGES = {
     "scorer": "the second CLIP, which measures CLIP-I and CLIP-T",
     "control": "a ControlNet that reads outlines",
     "t2i": "a T2I-Adapter that reads outlines",
+    "style": "low-rank differences that give the base model another style",
 }
-SHIPPED = tuple(name for name in STAGES if name not in ("control", "t2i"))  # what `all` trains
+SHIPPED = tuple(name for name in STAGES if name not in ("control", "t2i", "style"))  # what `all` trains
 ADAPTERS = "adapter", "plus"
 # options that override a field of the plan
 SETTINGS = "steps", "batch", "accumulate", "lr", "seed", "warmup", "ema", "clip", "save_every", "validate_every"
