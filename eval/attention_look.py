@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eval.attention_maps import LayerMaps, name_maps, record
 from model.attention import Fuse
-from model.text_encoder import TextEncoder
+from model.text_encoder import Text
 from sampling.images import to_images
 from sampling.pipeline import Pipeline
 from sampling.request import Request
@@ -63,7 +63,7 @@ def look(pipeline: Pipeline, request: Request, fuse: Fuse, watch: Watch | None =
     return Look(drawn.resize((SIDE, SIDE), Image.Resampling.LANCZOS), request.prompt, steps)
 
 
-def cells(encoder: TextEncoder, seen: Look, step: int, layer: int, head: int) -> tuple[Cells, str]:
+def cells(encoder: Text, seen: Look, step: int, layer: int, head: int) -> tuple[Cells, str]:
     """Lay each map over the drawing. Returns the pictures with their names, and the image mass in a sentence."""
     from eval.attention_sheet import overlay, overlays  # imports matplotlib, which takes seconds
 

@@ -47,6 +47,10 @@ FULL = Request(
     False,
     True,
     (HINT, HintFile(Path("grey.png"))),
+    (640, 480),
+    (8, 16),
+    (1024, 768),
+    True,
     "karras",
 )
 MODEL = Model(

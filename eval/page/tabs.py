@@ -15,7 +15,7 @@ from model.attention import concatenated, decoupled
 from sampling.command_line import command_line
 from sampling.device import check_device
 from sampling.form import EXAMPLES, ROOT, Desk, told
-from sampling.lambdas import places
+from sampling.layer_weights import places
 from sampling.request import Model, Preset, SamplerName, paths
 from sampling.sheets.strip import LAMBDAS, strip
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, caption
