@@ -64,6 +64,8 @@ def started(device: str = "cpu", parts: int = 0, init_method: str = "env://") ->
         _team = Team(parts=parts)
     else:
         store, rank, size = next(rendezvous(init_method))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # one machine: torchrun keeps the notes of the processes before a restart
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         if device.startswith("cuda"):
             torch.cuda.set_device(own_gpu(device, int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()))
