@@ -35,9 +35,6 @@ _DPM: dict[str, tuple[Any, ...]] = {
     "use_dynamic_shifting": (False,),
 }
 
-_EULER = ("EulerDiscreteScheduler",)  # ends at a = 1, whatever set_alpha_to_one says; DDIM that does so is the same sampler
-
-
 def _is_beta(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1
 
@@ -73,10 +70,19 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
         beta_end=config.get("beta_end", default.beta_end),
         prediction="v" if config.get("prediction_type") == "v_prediction" else "epsilon",
         spacing=config.get("timestep_spacing"),
-        final_one=config.get("_class_name") in _EULER or config.get("set_alpha_to_one", default.final_one),
+        final_one=_is_euler(config) or config.get("set_alpha_to_one", default.final_one),
         karras=bool(config.get("use_karras_sigmas")),
     )
     return replace(schedule, not_dpm=_not_dpm(config, schedule))
+
+
+def _is_euler(config: Mapping[str, Any]) -> bool:
+    """Whether the file's own sampler is Euler at leading timesteps, as in SDXL.
+
+    It ends at a = 1, whatever `set_alpha_to_one` says, and DDIM that does so is the same sampler.
+    """
+    leading = config.get("timestep_spacing") == "leading" and not config.get("use_karras_sigmas")
+    return config.get("_class_name") == "EulerDiscreteScheduler" and leading
 
 
 def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
