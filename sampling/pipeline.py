@@ -311,17 +311,16 @@ def load(
     face_lora_scale: float = 1.0,
 ) -> Pipeline:
     """The pipeline of a base model: Stable Diffusion as a single file, a diffusers folder, or a folder of our own. The first three
-    files may also be names in the Hugging Face cache, as in `checkpoints.hub.locate`.
+    files may be names in the Hugging Face cache (`checkpoints.hub.locate`).
 
     Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
-    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `controls` are
-    ControlNets and T2I-Adapters; `loras` and `face_lora_scale` are as in `with_loras`. Weights of the requested dtype stay mapped from
-    their files; `copy` copies them, for files that may be overwritten in use. `low_memory` keeps one network at a time on the device.
-    Raises FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
+    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `loras` and
+    `face_lora_scale` are as in `with_loras`. Weights of the requested dtype stay mapped from their files; `copy` copies them, for files
+    that may be overwritten in use. `low_memory` keeps one network at a time on the device. Raises OSError when files are missing,
+    ValueError when they do not fit together.
     """
     checkpoint = locate(Path(checkpoint))
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)
-    files, encoder = [locate(file) for file in files], locate(encoder) if encoder else None
     config = scheduler_config(checkpoint)
     with naming(scheduler_file(checkpoint), "is not a schedule that is read"):
         schedule = schedule_of(config)
@@ -332,11 +331,10 @@ def load(
     base = with_loras(base, loras, files, face_lora_scale, sizes)
     adapters = tuple(load_adapter(file, base.unet, sizes, dtype) for file in files)
     networks = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
-    for part in (base.unet, base.vae, base.text, image, *adapters, *networks):
-        if part is not None:
-            if copy:
-                copy_weights(part)
-            part.to("cpu" if low_memory else device)
+    for part in (base.unet, base.vae, base.text, *([image] if image else []), *adapters, *networks):
+        if copy:
+            copy_weights(part)
+        part.to("cpu" if low_memory else device)
     schedule = replace(schedule, prediction=base.unet.config.prediction)
     return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks, device if low_memory else None)
 
@@ -378,4 +376,4 @@ def prompt_files(
     if adapter is None:
         adapter = [path for path in own[:1] if path.exists()]
     named = [adapter] if isinstance(adapter, Path | str) else adapter
-    return [Path(file) for file in named], encoders[0] if encoders else None
+    return [locate(Path(file)) for file in named], locate(encoders[0]) if encoders else None

@@ -45,9 +45,6 @@ _DPM: dict[str, tuple[Any, ...]] = {
     "use_dynamic_shifting": (False,),
 }
 
-_EULER_CLASS = "EulerDiscreteScheduler"  # ends at a = 1, whatever set_alpha_to_one says; DDIM that does so is the same sampler
-
-
 def _is_beta(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1
 
@@ -83,11 +80,20 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
         beta_end=config.get("beta_end", default.beta_end),
         prediction="v" if config.get("prediction_type") == "v_prediction" else "epsilon",
         spacing=config.get("timestep_spacing"),
-        final_one=config.get("_class_name") == _EULER_CLASS or config.get("set_alpha_to_one", default.final_one),
+        final_one=_is_euler(config) or config.get("set_alpha_to_one", default.final_one),
         karras=bool(config.get("use_karras_sigmas")),
     )
     by_dpm, by_euler = _unsupported_by_dpm(config, schedule), _others(config, _EULER)
     return replace(schedule, unsupported_by_dpm=by_dpm, unsupported_by_euler=by_euler)
+
+
+def _is_euler(config: Mapping[str, Any]) -> bool:
+    """Whether the file's own sampler is Euler at leading timesteps, as in SDXL.
+
+    It ends at a = 1, whatever `set_alpha_to_one` says, and DDIM that does so is the same sampler.
+    """
+    leading = config.get("timestep_spacing") == "leading" and not config.get("use_karras_sigmas")
+    return config.get("_class_name") == "EulerDiscreteScheduler" and leading
 
 
 def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
@@ -116,5 +122,5 @@ def other_scheduler(config: Mapping[str, Any], sampler: Sampler) -> str | None:
     With leading spacing, DDIM that ends at a = 1 equals Euler's method.
     """
     name = config.get("_class_name")
-    same = name == _EULER_CLASS and sampler.name == "ddim" and config.get("timestep_spacing") == "leading"
+    same = sampler.name == "ddim" and _is_euler(config)
     return name if isinstance(name, str) and name != sampler.peer and not same else None

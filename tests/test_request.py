@@ -47,10 +47,10 @@ FULL = Request(
     False,
     True,
     (HINT, HintFile(Path("grey.png"))),
+    (800, 600),
+    (3, 5),
     (640, 480),
-    (8, 16),
-    (1024, 768),
-    True,
+    False,
     "karras",
 )
 MODEL = Model(
@@ -69,7 +69,7 @@ def test_every_field_of_the_full_ones_differs_from_its_default() -> None:
     files = (HINT, HintFile(Path("x"))), (LORA, LoraFile(Path("x")))
     for full, default in ((FULL, Request()), (MODEL, Model()), (PROMPT, ImagePrompt((Path("x"),))), *files):
         same = [f.name for f in fields(full) if getattr(full, f.name) == getattr(default, f.name)]
-        assert same == (["eta"] if full is FULL else [])
+        assert same == (["eta", "zero_negative"] if full is FULL else [])  # they contradict others
 
 
 def test_what_is_absent_takes_its_default() -> None:
@@ -129,6 +129,10 @@ WRONG: dict[str, list[Any]] = {
     "paste": [None, 0, "yes", False],
     "crop": [None, 1, True],
     "hints": [3, None, [3], [{}], [{"picture": 3}], [{"picture": "x", "scale": "1"}], [{"picture": "x", "guess": 1}]],
+    "original_size": [3, [3], [3, -1], [3, 10**8], [3, "4"], [3.0, 4], [3, 4, 5]],
+    "crop_corner": [True, [3], [3, -1], [3, 10**400], [3, None]],
+    "target_size": ["ab", [3], [-3, 1], [{}, 4]],
+    "zero_negative": [None, 1, "yes"],
     "schedule": ["exponential", 3, "karras"],  # the last: with ddim
 }  # fmt: skip
 
