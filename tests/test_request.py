@@ -96,7 +96,8 @@ def test_paths_are_found_and_changed() -> None:
         "a.png", "c.png", "mask.png", "no.png", "d.png", "e.png", "photo.png", "where.png", "edges.png", "grey.png",
     ]  # fmt: skip
     moved = map_paths(MODEL, lambda path: Path("there") / path.name)
-    assert paths(moved) == [Path("there") / name for name in ("base", "x.bin", "y.bin", "encoder", "vae", "canny.pth", "depth")]
+    names = "base", "x.bin", "y.bin", "encoder", "vae", "canny.pth", "depth", "a.safetensors", "b"
+    assert paths(moved) == [Path("there") / name for name in names]
     assert (
         replace(
             moved,
@@ -105,6 +106,7 @@ def test_paths_are_found_and_changed() -> None:
             image_encoder=MODEL.image_encoder,
             vae=MODEL.vae,
             controls=MODEL.controls,
+            loras=MODEL.loras,
         )
         == MODEL
     )
