@@ -34,7 +34,8 @@ from eval.hinted import HintedPrompts
 from eval.scores import Scores, mean, score_reading
 from eval.tables import markdown
 from sampling.device import check_device
-from sampling.pipeline import Pipeline, load
+from sampling.loading import load
+from sampling.pipeline import Pipeline
 from train.judge import Judge, load_judge
 from train.vae import bytes_to_tensor
 from train.world import pictures

@@ -32,7 +32,8 @@ from eval.tables import markdown, summary
 from eval.world import Task, own, tasks_of
 from eval.world_table import ERRORS, SHARES, line
 from sampling.device import check_device
-from sampling.pipeline import Pipeline, load
+from sampling.loading import load
+from sampling.pipeline import Pipeline
 from train.comic import comic
 from train.judge import Judge, load_judge
 from train.vae import bytes_to_tensor

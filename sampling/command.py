@@ -27,9 +27,10 @@ from sampling.faces import read_faces
 from sampling.images import check_png, save_image
 from sampling.inputs import Inputs, PromptInputs, read_inputs
 from sampling.layer_weights import layer_weights
+from sampling.loading import compiled, load, prompt_files
 from sampling.machine import check_keep_memory, keep_memory
 from sampling.options import Command
-from sampling.pipeline import SAMPLERS, Pipeline, compiled, load, prompt_files
+from sampling.pipeline import SAMPLERS, Pipeline
 from sampling.record import digests, recall, record
 from sampling.request import Model, check_seed, map_paths
 from sampling.scheduler_file import other_scheduler

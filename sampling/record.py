@@ -16,8 +16,8 @@ from typing import Any
 
 from checkpoints import files
 from sampling.images import read_settings
+from sampling.loading import prompt_files
 from sampling.options import PROMPT
-from sampling.pipeline import prompt_files
 from sampling.request import ImagePrompt, Model, Request, from_json, map_paths, paths, to_json
 
 ROOT = Path(__file__).parent.parent

@@ -152,7 +152,7 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class Model:
-    """The files of a model, as `sampling.pipeline.load` takes them. Without names, those in the checkpoint's folder are used.
+    """The files of a model, as `sampling.loading.load` takes them. Without names, those in the checkpoint's folder are used.
 
     `face_lora_scale`: the factor of the LoRA inside FaceID adapters.
     """

@@ -48,7 +48,8 @@ from sampling.command import check_prompt
 from sampling.faces import Faces, read_faces
 from sampling.images import to_images
 from sampling.inputs import _image_prompt
-from sampling.pipeline import Pipeline, load
+from sampling.loading import load
+from sampling.pipeline import Pipeline
 from sampling.request import ImagePrompt
 
 Tensors = dict[str, Tensor]

@@ -12,8 +12,9 @@ from PIL import Image
 
 from checkpoints.hub import locate
 from sampling import __main__ as cli
+from sampling.loading import load
 from sampling.options import parse
-from sampling.pipeline import WEIGHTS, load
+from sampling.pipeline import WEIGHTS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Store = Callable[..., Path]

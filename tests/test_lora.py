@@ -32,8 +32,8 @@ from model.context import Context
 from model.text_encoder import TextConfig
 from model.vae import VAEConfig
 from sampling.images import to_images
+from sampling.loading import load
 from sampling.options import parse
-from sampling.pipeline import load
 from sampling.request import LoraFile
 
 Tensors = dict[str, Tensor]

@@ -24,8 +24,8 @@ from PIL import Image
 
 from model.attention import concatenated, decoupled
 from sampling.form import EXAMPLES
+from sampling.loading import load
 from sampling.options import parse
-from sampling.pipeline import load
 from sampling.record import recall
 from sampling.request import ImagePrompt, Request, map_paths
 from sampling.sheets.strip import strip

@@ -22,8 +22,8 @@ from checkpoints.adapters import load_adapter
 from eval import __main__ as measures
 from sampling import __main__ as cli
 from sampling.images import read_settings
+from sampling.loading import load
 from sampling.options import parse
-from sampling.pipeline import load
 from sampling.request import ImagePrompt, Request
 from train import __main__ as train
 

@@ -32,7 +32,8 @@ from model.image_encoder import ImageEncoder, normalise
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
 from model.unet import SD15, SDXL, UNet, UNetConfig
 from sampling.images import to_images
-from sampling.pipeline import Pipeline, load
+from sampling.loading import load
+from sampling.pipeline import Pipeline
 
 Tensors = dict[str, Tensor]
 TOLERANCE = 1e-12  # measured: 4e-15

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from checkpoints.files import NotWritten
 from model.features import Features
-from sampling.pipeline import load
+from sampling.loading import load
 from train import adapter, checkpoint, processes
 from train.__main__ import main, status
 from train.data import Cached, OnTheFly, Shared

@@ -28,7 +28,7 @@ from checkpoints.stable_diffusion import load_base
 from model.controlnet import ControlNetConfig
 from model.t2i import T2IConfig
 from sampling import __main__ as cli
-from sampling.pipeline import load
+from sampling.loading import load
 from train import __main__ as train
 
 FOX, OWL = "A photo of a fox, 4k", "blurry; an owl"

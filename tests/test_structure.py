@@ -15,7 +15,7 @@ from checkpoints import cards
 from eval import structure
 from eval.__main__ import main
 from eval.hinted import HintedPrompts
-from sampling.pipeline import load
+from sampling.loading import load
 from train import control, t2i
 from train.judge import ground_truth
 from train.vae import bytes_to_tensor

@@ -23,7 +23,7 @@ from model.features import Features
 from model.image_projection import ImageProjection, Resampler
 from model.source import Source
 from model.unet import UNet, UNetConfig
-from sampling.pipeline import load
+from sampling.loading import load
 from sampling.schedule import Prediction, Schedule
 from train import adapter as adapter_stage
 from train import preview

@@ -19,7 +19,7 @@ from checkpoints.controls import load_control
 from checkpoints.describe import kind_of
 from checkpoints.stable_diffusion import load_unet
 from model.t2i import T2IAdapter
-from sampling.pipeline import load
+from sampling.loading import load
 from train import control, loop, structure, t2i
 from train.drawings import drawing, recolour
 from train.errors import GateError

@@ -12,7 +12,7 @@ from torch import nn
 
 from sampling import __main__ as cli
 from sampling import pipeline as pipelines
-from sampling.pipeline import load
+from sampling.loading import load
 from sampling.request import ImagePrompt, Request
 from sampling.visit import visiting
 

@@ -14,7 +14,8 @@ from checkpoints.files import sha256
 from model.adapter import IPAdapter
 from model.features import FINE, GLOBAL, Embedder
 from model.image_projection import HEAD, ImageProjection, Projection, Resampler
-from sampling.pipeline import Pipeline, load
+from sampling.loading import load
+from sampling.pipeline import Pipeline
 from sampling.request import WEIGHTS
 from train import processes
 from train.captioned import Captioned, captioned_files, split, summary

@@ -20,7 +20,7 @@ from eval.ablation.forms import FORMS, SHARES, Form
 from eval.bench import Bench
 from eval.prompts import Prompts
 from model.adapter import IPAdapter
-from sampling.pipeline import load
+from sampling.loading import load
 from train.captioned import captioned_files, split
 from train.fingerprint import fingerprint
 from train.judge import load_judge

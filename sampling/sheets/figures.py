@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from sampling.images import check_png, open_image, save_image
-from sampling.pipeline import load
+from sampling.loading import load
 from sampling.request import WEIGHTS, HintFile
 from sampling.sheets.demo import EXAMPLES
 from sampling.sheets.gallery import (

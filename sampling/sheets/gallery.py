@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from sampling.images import check_png, open_image, save_image
 from sampling.inputs import read_inputs
-from sampling.pipeline import Pipeline, load
+from sampling.loading import load
+from sampling.pipeline import Pipeline
 from sampling.request import WEIGHTS, ImagePrompt, Preset, Request, Rule
 from sampling.sheets.demo import EXAMPLES, GUIDANCE, STEPS
 from sampling.sheets.layout import sheet
