@@ -14,7 +14,7 @@ from checkpoints.hub import locate
 from sampling import __main__ as cli
 from sampling.loading import load
 from sampling.options import parse
-from sampling.pipeline import WEIGHTS
+from sampling.request import WEIGHTS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Store = Callable[..., Path]
