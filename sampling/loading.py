@@ -40,14 +40,13 @@ def load(
     loras: Sequence[tuple[Path | str, float]] = (),
     face_lora_scale: float = 1.0,
 ) -> Pipeline:
-    """The pipeline of a base model: Stable Diffusion as a single file, a diffusers folder, or a folder of our own. The first three
-    files may be names in the Hugging Face cache (`checkpoints.hub.locate`).
+    """Load the pipeline of a base model: Stable Diffusion as a single file, a diffusers folder, or a folder of our own.
 
-    Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
-    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `loras` and
-    `face_lora_scale` are as in `with_loras`. Weights of the requested dtype stay mapped from their files; `copy` copies them, for files
-    that may be overwritten in use. `low_memory` keeps one network at a time on the device. Raises OSError when files are missing,
-    ValueError when they do not fit together.
+    The first three files may be names in the Hugging Face cache (`checkpoints.hub.locate`). By default the folder's own `image_encoder`
+    and `ip_adapter` are used, if they exist. `prediction` overrides what the files say about the UNet; `vae` replaces the model's own;
+    `loras` and `face_lora_scale` are as in `with_loras`. Weights of the requested dtype stay mapped from their files; `copy` copies
+    them, for files that may be overwritten in use. `low_memory` keeps one network at a time on the device. Raises OSError if files are
+    missing, and ValueError if they do not fit together.
     """
     checkpoint = locate(Path(checkpoint))
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)

@@ -111,9 +111,9 @@ class Pipeline:
 
     @torch.no_grad()
     def texts(
-        self, prompts: Sequence[str], negatives: Sequence[str], size: tuple[int, int], micro: Micro, fuse: Fuse = decoupled
+        self, prompts: Sequence[str], negatives: Sequence[str], grid: tuple[int, int], micro: Micro, fuse: Fuse = decoupled
     ) -> tuple[Context, Context]:
-        """(uncond, cond) of texts alone, for drawings of `size` (height, width). SDXL's also have the added vector."""
+        """(uncond, cond) of texts alone, for latents of `grid` (height, width). SDXL's also have the added vector."""
         micro.check(self.unet.config)
         tokens, xl, added = self.text.tokenize([*negatives, *prompts]).to(self.device), self.unet.config.added_dim > 0, None
         with self.on(self.text):
@@ -122,7 +122,8 @@ class Pipeline:
             if micro.zero_negative:
                 empty = torch.tensor([negative == "" for negative in negatives] + [False] * len(prompts), device=text.device)
                 text, pooled = text.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
-            added = micro.vector(pooled, size, self.unet.config)
+            height, width = (side * self.vae.config.factor for side in grid)
+            added = micro.vector(pooled, (height, width), self.unet.config)
         both, n = Context(text, fuse=fuse, added=added), len(negatives)
         return rows(both, slice(0, n)), rows(both, slice(n, None))
 
@@ -145,8 +146,8 @@ class Pipeline:
         (height, width) of the latents, for a mask. `against` has for each adapter embeddings that the unconditional side reads
         in place of the null image, or None; `weights` has the weights of its pictures. `micro` is for SDXL.
         """
-        grid, factor = grid or (self.unet.config.sample_size, self.unet.config.sample_size), self.vae.config.factor
-        uncond, cond = self.texts(prompts, negatives, (grid[0] * factor, grid[1] * factor), micro, fuse)
+        grid = grid or (self.unet.config.sample_size, self.unet.config.sample_size)
+        uncond, cond = self.texts(prompts, negatives, grid, micro, fuse)
         if embedding is None:
             return uncond, cond
         embeddings = [embedding] if isinstance(embedding, Tensor) else list(embedding)

@@ -341,7 +341,7 @@ def test_other_options_are_refused_beside_again(tmp_path: Path) -> None:
     for action in parser()._actions:
         flag = action.option_strings[-1]
         if action.dest not in {"again", "out", "save_embedding", "device", "help", *MACHINE}:
-            value = [] if action.nargs == 0 else [values.get(flag, "1")]
+            value = [values.get(flag, "1")] * (1 if action.nargs is None else action.nargs)
             with pytest.raises(ValueError, match=f"--again takes every setting from its picture: leave out {flag}"):
                 cli.run(["--again", str(tmp_path / "a.png"), flag, *value])
 

@@ -93,7 +93,7 @@ def test_a_form_with_a_hint_asks_its_control(desk: Desk, image: Path) -> None:
     notes: list[str] = []
     with told(notes):
         desk.draw(desk.folder, form(hint=str(image)), watch)
-    assert notes == ["1 hints for 0 controls: give each control one"]
+    assert notes == ["1 hints for 0 controls: give one per control"]
 
 
 def test_a_model_that_is_not_there_is_told_to_all_who_wait(tmp_path: Path) -> None:

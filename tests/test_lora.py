@@ -305,7 +305,7 @@ def test_loras_are_drawn_and_drawn_again(weights: Path, tmp_path: Path) -> None:
 def test_the_command_line_refuses_what_could_be_misread() -> None:
     for options, sentence in (
         (["--lora-scale", "2"], "--lora-scale is for a LoRA: name its file with --lora"),
-        (["--lora-scale", "2", "--lora", "a", "--lora", "b"], "of several --lora, each is followed by its own --lora-scale"),
+        (["--lora-scale", "2", "--lora", "a", "--lora", "b"], "with several --lora, give each its own --lora-scale"),
         (["--lora", "a", "--lora-scale", "2", "--lora-scale", "1"], "--lora-scale is given twice for one LoRA"),
         (["--lora", "a", "--lora-scale", "1e9"], "scale must be a number between"),
     ):

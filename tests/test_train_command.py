@@ -85,7 +85,7 @@ def test_the_recipe_can_be_changed(trained: Path, base: Path, tmp_path: Path) ->
     assert (own.gamma, own.noise_offset) == (None, 0.0)
     changed = setting.prepare(replace(source, gamma=5.0, noise_offset=0.1), trained / "state")
     assert (changed.gamma, changed.noise_offset) == (5.0, 0.1)
-    for name, option in (("weights", ()), ("other", ("--min-snr", "5")), ("offset", ("--noise-offset", "0.3"))):
+    for name, option in (("weights", ()), ("other", ("--min-snr", "0.01")), ("offset", ("--noise-offset", "0.3"))):
         main([*command(trained, base, *option), "--state", str(tmp_path / name), "--weights", str(tmp_path / name)])
     logs = [(tmp_path / name / "ip_adapter.jsonl").read_text().splitlines() for name in ("weights", "other", "offset")]
     assert len({json.loads(lines[0])["loss"] for lines in logs}) == 3

@@ -123,7 +123,7 @@ def workspace_of(args: Namespace) -> Workspace:
         raise ValueError("--base and --data must be given together: the mini world's pictures need the mini world's base")
     if args.data is not None and args.scorer is None:
         raise ValueError("--data needs a CLIP that scores the drawings, such as --scorer ViT-L-14:openai")
-    pictures = 16 * SMOKE.batch if args.smoke else TrainingSource.pictures
+    pictures = 4 * SMOKE.batch if args.smoke else TrainingSource.pictures
     source = TrainingSource(args.base or args.weights, args.image_encoder, pictures=pictures, data=args.data)
     shipped, state = args.out / "results" / "ablation", args.state or args.out / "runs" / "ablation"
     return Workspace(source, shipped, state, args.scorer or str(args.weights))

@@ -129,10 +129,10 @@ def write(seed: int, out: Path) -> str:
 
     Raises FileNotFoundError if a network is missing; the message names the command that trains it.
     """
-    check_png(out / "figure.png")
     for file, stage in ((CONTROLNET, "control"), (T2I, "t2i"), (COMIC, "style")):
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: run `python -m train {stage}` first")
+    check_png(out / "figure.png")
     settings = {"command": f"python -m sampling.sheets figures --seed {seed}"}
     with TemporaryDirectory() as folder:
         studio = Studio.of(Path(folder), seed)
