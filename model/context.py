@@ -68,7 +68,7 @@ def stack(uncond: Context, cond: Context) -> Context:
 
 
 def rows(context: Context, part: slice) -> Context:
-    """Some rows of a Context without image prompts."""
+    """Return some rows of a Context that has no image prompts."""
     return replace(context, text=context.text[part], added=None if context.added is None else context.added[part])
 
 

@@ -105,7 +105,7 @@ class Pipeline:
         return faces.features(projection, self.image, fit) if faces else load_embedding(path, projection)
 
     def null(self, adapter: IPAdapter, like: Tensor) -> Tensor:
-        """The features of the null image (section 3.2.3), `1 1 m e`, of the width, dtype and device of `like`."""
+        """Return the features of the null image (section 3.2.3), `1 1 m e`, in the width, dtype and device of `like`."""
         with self.on(*[self.image] if self.image else []):
             return adapter.image_projection.reads.null(self.image, like.shape[-1]).to(like)
 
@@ -113,7 +113,7 @@ class Pipeline:
     def texts(
         self, prompts: Sequence[str], negatives: Sequence[str], grid: tuple[int, int], micro: Micro, fuse: Fuse = decoupled
     ) -> tuple[Context, Context]:
-        """(uncond, cond) of texts alone, for latents of `grid` (height, width). SDXL's also have the added vector."""
+        """Encode the texts: Contexts (uncond, cond) without image prompts. `grid`: (height, width) of the latents, which SDXL reads."""
         micro.check(self.unet.config)
         tokens, xl, added = self.text.tokenize([*negatives, *prompts]).to(self.device), self.unet.config.added_dim > 0, None
         with self.on(self.text):

@@ -1,4 +1,4 @@
-"""The comic style of the mini world: the same scenes, but each drawing throws a hard black shadow on its background."""
+"""The comic style of the mini world: the same scenes, but each drawing casts a hard black shadow on its background."""
 
 from __future__ import annotations
 

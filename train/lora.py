@@ -13,7 +13,7 @@ from model.unet import UNet
 
 
 class LoRA(nn.Module):
-    """W' = W + B A  (Eq. 3 of the paper), for the weight of every linear and convolution layer of a UNet.
+    """Compute W' = W + B A  (Eq. 3 of arXiv 2106.09685), for the weight of every linear and convolution layer of a UNet.
 
     W is `o i`; the input channels and the kernel of a convolution count as i. A is `r i`, initialised as torch initialises a linear
     layer. B is `o r` and starts at zero, so that W' = W before training.
