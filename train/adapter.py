@@ -47,7 +47,7 @@ class Recipe(Plan):
     says: Says = SAYS
 
 
-PLAN = Recipe("ip_adapter", 11_000, 32, 2e-3, 500, 0.8, ema=0.999, bf16=True, validate_every=2_750)
+PLAN = Recipe("ip_adapter", 8_000, 32, 2e-3, 500, 0.7, ema=0.999, bf16=True, validate_every=4_000)
 PHASES = (PLAN,)
 PAPER = replace(PLAN, lr=1e-4, warmup=0, decay=0.0)  # the paper's constant learning rate
 NAMES = {"IP-Adapter": "ip_adapter", "IP-Adapter Plus": "ip_adapter_plus", "IP-Adapter Full": "ip_adapter_full"}

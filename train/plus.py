@@ -28,7 +28,7 @@ from train.pairs import Batch, Pairs
 from train.setting import Setting, TrainingSource, encode
 
 RATE = 3e-4  # at 1e-3 a Resampler forgets its initialisation
-PLAN = replace(adapter.PLAN, name="ip_adapter_plus", steps=8_000, lr=RATE, validate_every=2_000, seed=3)
+PLAN = replace(adapter.PLAN, name="ip_adapter_plus", steps=5_000, lr=RATE, validate_every=2_500, seed=3)
 BEGIN = Recipe("ip_adapter_plus_begin", 3_000, 128, 2e-3, 100, 0.7, validate_every=3_000, says=PLAN.says)
 PHASES = BEGIN, PLAN
 PairedBatch = tuple[Batch, Batch]
