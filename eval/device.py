@@ -1,6 +1,10 @@
-"""The device of a measurement: its batch size and dtype."""
+"""The device of a measurement: its name, batch size and dtype."""
 
 from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,3 +31,12 @@ def dtype(device: str) -> str:
     """Name the dtype that `precision` selects, for a results file."""
     with precision(device):
         return "bfloat16" if torch.is_autocast_enabled(device.split(":")[0]) else "float32"
+
+
+def processor(device: str) -> str:
+    """Return the name of a GPU, or of the processor (from /proc/cpuinfo)."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return match[1] if match else platform.machine()

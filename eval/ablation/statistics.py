@@ -123,8 +123,8 @@ class Interval:
 def interval(mean: float, samples: Array) -> Interval:
     """Summarise the resamples of a number by the percentile method. p is at least 1 / the number of resamples; NaN if any is NaN."""
     low, high = np.quantile(samples, (0.025, 0.975))
-    p = min(1.0, max(1 / len(samples), 2 * min(np.mean(samples <= 0), np.mean(samples >= 0))))
-    return Interval(float(mean), float(low), float(high), float(p) if np.isfinite(samples).all() else float("nan"))
+    p = min(1.0, max(1 / len(samples), 2 * min(float(np.mean(samples <= 0)), float(np.mean(samples >= 0)))))
+    return Interval(float(mean), float(low), float(high), p if np.isfinite(samples).all() else float("nan"))
 
 
 @dataclass(frozen=True)
