@@ -86,7 +86,7 @@ def embed(pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
 def through_the_vae(vae: VAE, pixels: Tensor) -> Tensor:
     """Encode and decode pictures, `n 3 h w`, on the VAE's device. The result is on the CPU."""
     device = device_of(vae)
-    return torch.cat([vae.decode(vae.encode(part.to(device))).cpu() for part in pixels.split(batch_size(device))])
+    return torch.cat([vae.decode(vae.encode(part.to(device))).cpu() for part in pixels.split(batch_size(device, pixels.shape[-1]))])
 
 
 def draw_prompts(
@@ -104,7 +104,7 @@ def draw_prompts(
     `embedding`: the encoded image prompts, `n 1 m e`, or None. `scale`: lambda. `name`: the label of the progress bar.
     """
     drawn, device = [], device_of(pipeline.unet)
-    for rows in tqdm(torch.arange(len(prompts)).split(batch_size(device)), desc=name, unit="batch"):
+    for rows in tqdm(torch.arange(len(prompts)).split(batch_size(device, pipeline.native_size[0])), desc=name, unit="batch"):
         texts, pictured = [prompts[i] for i in rows], None if embedding is None else embedding[rows]
         with precision(device):
             x = pipeline.sample(texts, rows.tolist(), pictured, scale=scale, guidance=guidance, steps=steps, fuse=fuse)

@@ -17,9 +17,10 @@ def device_of(module: nn.Module) -> str:
     return str(next(module.parameters()).device)
 
 
-def batch_size(device: str) -> int:
-    """Return how many pictures to encode or draw at a time: 32 on the CPU, 256 on other devices."""
-    return 32 if device.startswith("cpu") else 256
+def batch_size(device: str, side: int = 64) -> int:
+    """Return how many pictures to encode or draw at a time: 32 on the CPU, 256 on other devices; fewer above 64 x 64 pixels."""
+    most = 32 if device.startswith("cpu") else 256
+    return max(1, most * 64**2 // max(64, side) ** 2)
 
 
 def precision(device: str) -> torch.autocast:

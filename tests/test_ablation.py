@@ -23,6 +23,7 @@ from eval import __main__ as commands
 from eval import clip_score
 from eval.ablation import report
 from eval.ablation.command import TOLERANCE, compare
+from eval.ablation.draws import Draw, encoded
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY, fraction
 from eval.ablation.memo import Memo, Unit, pack, unpack
 from eval.ablation.plots import matched_lambda
@@ -31,7 +32,7 @@ from eval.ablation.statistics import distances, information
 from eval.ablation.study import RATE_SEED, SMOKE, Study, Workspace, source_hash
 from eval.ablation.summary import summarise
 from eval.ablation.training import best_rate, train, untrained_adapter
-from eval.ablation.work import Draw, Job, encoded, jobs_of, missing, run
+from eval.ablation.work import Job, jobs_of, missing, run
 from eval.bench import Bench
 from eval.prompts import TASKS, Prompts
 from eval.tables import markdown
@@ -348,16 +349,16 @@ def test_only_what_is_missing_runs(tmp_path: Path) -> None:
 
 def touch(path: Path, needs: list[Path]) -> None:
     assert all(need.exists() for need in needs)
-    path.write_text("")
+    path.touch()
 
 
 def test_jobs_in_processes_wait_for_those_they_need(tmp_path: Path) -> None:
     files = {name: tmp_path / name for name in "abcd"}
     after = {"d": ("c", "elsewhere"), "a": (), "b": ("a",), "c": ("a", "b")}
-    run([Job(name, partial(touch, files[name], [files[x] for x in after[name] if x in files]), after[name]) for name in after], 2)
-    assert all(path.exists() for path in files.values())
+    jobs = [Job(name, partial(touch, files[name], [files[x] for x in after[name] if x in files]), after[name]) for name in after]
     with pytest.raises(AssertionError):
-        run([Job("e", partial(touch, tmp_path / "e", [tmp_path / "missing"]))], 2)
+        run([*jobs, Job("e", partial(touch, tmp_path / "e", [tmp_path / "missing"]), ("d",)), Job("f", tmp_path.rmdir, ("e",))], 2)
+    assert all(path.exists() for path in files.values())
 
 
 def test_a_missing_checkpoint_is_retrained_from_the_start(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,12 @@ import torch
 
 from checkpoints.files import check_output, replacing, write_json, write_tensors
 from eval.ablation import plots, report
+from eval.ablation.draws import Draw, drawn
 from eval.ablation.memo import Memo, pack
 from eval.ablation.rows import SCHEMA, Results
 from eval.ablation.study import SMOKE, Study, Workspace
 from eval.ablation.summary import summarise
-from eval.ablation.work import Draw, drawn, evaluate
+from eval.ablation.work import evaluate
 from sampling.device import check_device
 from train.setting import TrainingSource
 
