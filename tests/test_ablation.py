@@ -29,7 +29,7 @@ from eval.ablation.memo import Memo, Unit, pack, unpack
 from eval.ablation.plots import matched_lambda
 from eval.ablation.rows import SCALES, Results, follows
 from eval.ablation.statistics import distances, information
-from eval.ablation.study import RATE_SEED, SMOKE, Study, Workspace, source_hash
+from eval.ablation.study import RATE_SEED, SMOKE, SPLITS, Study, Workspace, source_hash
 from eval.ablation.summary import summarise
 from eval.ablation.training import best_rate, train, untrained_adapter
 from eval.ablation.work import Job, jobs_of, missing, run
@@ -103,8 +103,8 @@ def test_all_tasks_have_the_same_image_prompts() -> None:
     assert all(len(set(prompts.texts(task))) > 10 for task in TASKS if task != "picture") and set(prompts.texts("picture")) == {""}
     first = prompts.first(3)
     assert first.complements == prompts.complements[:3] and first.truth is not None and len(first.truth.complement.palette) == 3
-    splits = [Prompts.of_the_world(20, seed).complements for seed in (1, 3, 6)]
-    assert not set(splits[0]) & set(splits[1]) & set(splits[2]) or splits[0] != splits[1] != splits[2]
+    palettes = [tuple(pair) for seed in SPLITS.values() for pair in Prompts.of_the_world(20, seed).to_json()["truth"]["palette"]]
+    assert len(set(palettes)) == 3 * 20, "the sets of prompts share image prompts"
 
 
 # what is read from drawings
@@ -272,9 +272,9 @@ def test_lambdas_are_formatted_as_fractions(lam: float, says: str) -> None:
     assert fraction(lam) == says
 
 
-@pytest.mark.parametrize("p", [(0.0004, "< 0.001"), (0.001, "0.001"), (float("nan"), "")])
-def test_small_p_values_are_not_written_out(p: tuple[float, str]) -> None:
-    assert report.p_value(p[0]) == p[1]
+@pytest.mark.parametrize(("p", "says"), [(0.0004, "< 0.001"), (0.001, "0.001"), (float("nan"), "")])
+def test_small_p_values_are_not_written_out(p: float, says: str) -> None:
+    assert report.p_value(p) == says
 
 
 def test_a_cell_that_differs_is_told() -> None:
@@ -418,6 +418,9 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         lines = [line.split() for line in said.splitlines()[1:-1]]
         assert said.rstrip().endswith("agrees with the stored numbers within the tolerance") and len(lines) == 2 * len(TOLERANCE)
         assert all(float(line[4]) == 0 and line[2] == line[3] for line in lines)
+        (tmp_path / "results" / "ablation" / "shared-0.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match=r"shared-0\.safetensors is not the adapter of the stored results"):
+            call("--cell", "shared:0:agreeing")
 
 
 @pytest.mark.parametrize(

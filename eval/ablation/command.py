@@ -19,6 +19,7 @@ from eval.ablation.memo import Memo, pack
 from eval.ablation.rows import SCHEMA, Results
 from eval.ablation.study import SMOKE, Study, Workspace
 from eval.ablation.summary import summarise
+from eval.ablation.training import plan_of, settings_of
 from eval.ablation.work import evaluate
 from sampling.device import check_device
 from train.setting import TrainingSource
@@ -63,7 +64,7 @@ def execute(workspace: Workspace, study: Study, out: Path, jobs: int) -> None:
 def redraw(workspace: Workspace, out: Path, name: str, device: str) -> pd.DataFrame:
     """Draw and read the cell FORM:SEED:TASK again with the adapter of the stored study; `compare` it with the stored results.
 
-    Raises FileNotFoundError if there are no stored results, and ValueError if there is no such cell.
+    Raises FileNotFoundError if there are no stored results or their adapter is not there, and ValueError if there is no such cell.
     """
     path = out / "results" / "ablation.json"
     if not path.is_file():
@@ -78,8 +79,11 @@ def redraw(workspace: Workspace, out: Path, name: str, device: str) -> pd.DataFr
         )
     torch.set_num_threads(1)  # as in the stored run
     workspace = replace(workspace, made_from=results.data["made_from"])
-    Memo(workspace.work).restore(results.units)  # the learning rates
-    what = Draw(form, int(seed), study.steps, task)
+    Memo(workspace.work).restore({name: unit for name, unit in results.units.items() if name.startswith("rate-")})
+    plan, what = plan_of(workspace, study, form, int(seed)), Draw(form, int(seed), study.steps, task)
+    if workspace.card(study, plan, study.steps).get("settings") != settings_of(workspace, plan):
+        adapter = workspace.adapter(study, plan, study.steps)
+        raise FileNotFoundError(f"{adapter} is not the adapter of the stored results: restore it and its card from the commit of {path}")
     again = drawn(workspace, study, what, results.units[what.name].value["lambdas"])
     return compare(results, Results(results.data, results.units | {what.name: again}), what.name)
 

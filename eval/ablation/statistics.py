@@ -5,6 +5,7 @@ A curve has one entry per lambda, in ascending order from lambda 0, the text alo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -127,6 +128,13 @@ def interval(mean: float, samples: Array) -> Interval:
     return Interval(float(mean), float(low), float(high), p if np.isfinite(samples).all() else float("nan"))
 
 
+@functools.lru_cache(maxsize=4)
+def _draws(resamples: int, seed: int, seeds: int, prompts: int) -> tuple[Array, NDArray[np.intp]]:
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
+    return weights, rng.integers(seeds, size=(resamples, seeds))
+
+
 @dataclass(frozen=True)
 class Bootstrap:
     """Resamples seeds and prompts. The same object gives the same resamples for all curves with as many seeds and prompts."""
@@ -136,9 +144,7 @@ class Bootstrap:
 
     def draws(self, seeds: int, prompts: int) -> tuple[Array, NDArray[np.intp]]:
         """Return the weights of the prompts, `r prompts`, which sum to 1, and the resampled seeds, `r seeds`."""
-        rng = np.random.default_rng(self.seed)
-        weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=self.resamples) / prompts
-        return weights, rng.integers(seeds, size=(self.resamples, seeds))
+        return _draws(self.resamples, self.seed, seeds, prompts)
 
     def samples(self, a: Curve, b: Curve, read: Read) -> tuple[float, Array]:
         """Return the difference a - b of a reading, and its resamples. Both curves share the resampled seeds and prompts."""
