@@ -347,18 +347,16 @@ def test_only_what_is_missing_runs(tmp_path: Path) -> None:
     assert [job.name for job in missing(workspace, jobs)] == ["train-simple-1", gone]
 
 
-def touch(path: Path, needs: list[Path]) -> None:
-    assert all(need.exists() for need in needs)
-    path.touch()
-
-
 def test_jobs_in_processes_wait_for_those_they_need(tmp_path: Path) -> None:
-    files = {name: tmp_path / name for name in "abcd"}
-    after = {"d": ("c", "elsewhere"), "a": (), "b": ("a",), "c": ("a", "b")}
-    jobs = [Job(name, partial(touch, files[name], [files[x] for x in after[name] if x in files]), after[name]) for name in after]
-    with pytest.raises(AssertionError):
-        run([*jobs, Job("e", partial(touch, tmp_path / "e", [tmp_path / "missing"]), ("d",)), Job("f", tmp_path.rmdir, ("e",))], 2)
-    assert all(path.exists() for path in files.values())
+    """Each job copies the file of the one before, which must be there. After a job that fails, those that need it do not run."""
+    chain = ["last", "third", "second"]  # in the order of the list, those that must wait come first
+    before = dict(zip(chain, [*chain[1:], "first"], strict=True))
+    jobs = [Job(name, partial(shutil.copy, tmp_path / before[name], tmp_path / name), (before[name], "elsewhere")) for name in chain]
+    jobs.append(Job("first", (tmp_path / "first").touch))
+    failing = Job("failing", partial(shutil.copy, tmp_path / "missing", tmp_path / "failing"), ("last",))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        run([*jobs, failing, Job("after", (tmp_path / "after").touch, ("failing",))], 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "third", "last"}
 
 
 def test_a_missing_checkpoint_is_retrained_from_the_start(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
