@@ -18,6 +18,8 @@ How the layouts correspond (the full tables are in checkpoints/names.py; tests/t
     decoder.up    up_blocks.i, from the smallest     decoder.up.i, from the largest
   TextEncoder   text_encoder/, tokenizer/          cond_stage_model.transformer.*    config.json, or the shapes
     attn.in_proj  q_proj, k_proj, v_proj             the same                        three matrices become one
+                  SD 2.x: the same                   cond_stage_model.model.*          here the names are ours
+                  SDXL: and text_encoder_2/          conditioner.embedders.i.*
   ImageEncoder  image_encoder/                     -                                 config.json
 
   ControlNet    controlnet/                        control_model.*, or without it   config.json, or the shapes
@@ -28,6 +30,7 @@ How the layouts correspond (the full tables are in checkpoints/names.py; tests/t
 
   here                        the official adapter, and diffusers'             the official trainer
   image_projection.*          image_proj.*                                     image_proj_model.*
+    of FaceID Plus              image_proj.perceiver_resampler.*
   to_k.i, to_v.i (layer i)    ip_adapter.n.to_k_ip, to_v_ip: n = 1, 3, 5, ...  adapter_modules.n.*, or unet.*.processor.*
                               in the order down, up, mid
 

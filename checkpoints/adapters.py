@@ -11,25 +11,45 @@ import torch
 from checkpoints.adapter_layouts import with_official_names
 from checkpoints.files import is_finite, replacing_in, short_list, write_json, write_tensors
 from checkpoints.fill import FLOATS, assemble
+from checkpoints.lora import Updates, read_updates
 from checkpoints.names import adapter_names, projection_names
 from checkpoints.reader import File
 from checkpoints.single_file import single_kind
 from model.adapter import IPAdapter
-from model.features import FINE, GLOBAL, Embedder
+from model.features import FACE, FACE_AND_FINE, FACE_DIM, FINE, GLOBAL, RAW_FACE, Embedder
 from model.image_encoder import ImageConfig
-from model.image_projection import HEAD, ImageProjection, MLPProjection, Projection, Resampler
-from model.unet import UNet
+from model.image_projection import (
+    HEAD,
+    FacePlus,
+    FaceProjection,
+    ImageProjection,
+    MLPProjection,
+    Projection,
+    RawFaceResampler,
+    Resampler,
+)
+from model.unet import UNet, UNetConfig
 
 # Names by width: of the text tokens, and of the image encoder's features.
 BASES = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2.1", 2048: "Stable Diffusion XL"}
+_FINE = {1280: "ViT-H", 1664: "ViT-bigG", 1024: "ViT-L"}
+_INSIGHTFACE = {FACE_DIM: "InsightFace"}
 ENCODERS: dict[Embedder, dict[int, str]] = {
     GLOBAL: {1024: "ViT-H", 1280: "ViT-bigG", 768: "ViT-L"},
-    FINE: {1280: "ViT-H", 1664: "ViT-bigG", 1024: "ViT-L"},
+    FINE: _FINE,
+    FACE: _INSIGHTFACE,
+    RAW_FACE: _INSIGHTFACE,
+    FACE_AND_FINE: _FINE,
 }
 PROJECTIONS: dict[str, type[Projection]] = {
     "IP-Adapter": ImageProjection,
     "IP-Adapter Plus": Resampler,
     "IP-Adapter Full": MLPProjection,
+    "IP-Adapter FaceID": FaceProjection,
+    "IP-Adapter FaceID Portrait": FaceProjection,
+    "IP-Adapter FaceID Portrait, unnorm": RawFaceResampler,
+    "IP-Adapter FaceID Plus": FacePlus,
+    "IP-Adapter FaceID PlusV2": FacePlus,
 }
 
 
@@ -47,28 +67,62 @@ def adapter_file(path: Path) -> File:
         raise FileNotFoundError(f"{path} is not there; `make weights` trains the mini adapter")
     file = with_official_names(File(path))
     if (kind := adapter_kind(file)) not in PROJECTIONS:
-        raise ValueError(f"{path} is {kind}; only the base IP-Adapter, Plus and Full are supported")
+        raise ValueError(f"{path} is {kind}; only the base IP-Adapter, Plus, Full and FaceID are supported")
     return file
 
 
-_LORA = re.compile(r"ip_adapter\.\d+\.to_\w+_lora\.(down|up)\.weight$")
+_LORA = r"ip_adapter\.\d+\.to_(q|k|v|out)_lora\.(down|up)\.weight$"
+
+
+def own_updates(file: File) -> Updates:
+    """The updates of the LoRA inside a FaceID adapter, for all attention layers of the UNet; {} if it has none."""
+    return read_updates(file.renamed({name: name for name in file if re.match(_LORA, name)}))
 
 
 def adapter_kind(file: File) -> str:
-    """The kind of adapter, by the names of its tensors, as in diffusers; for other files, what they are."""
+    """The kind of adapter, by the names and shapes of its tensors, as in diffusers; for other files, what they are.
+
+    FaceID PlusV2 has the tensors of FaceID Plus. Only the file's name tells them apart, as in the official code.
+    """
     if not any(name.startswith("image_proj.") for name in file):
         return kind if (kind := single_kind(file)) != "not a base model" else "not an adapter"
-    if any(_LORA.match(name) for name in file) or any(
-        name.startswith("image_proj.perceiver_resampler.") for name in file
-    ):
-        return "an IP-Adapter FaceID"
+    if any(name.startswith("image_proj.perceiver_resampler.") for name in file):
+        return "IP-Adapter FaceID PlusV2" if "plusv2" in file.path.name.lower() else "IP-Adapter FaceID Plus"
     if "image_proj.latents" in file:
-        return "IP-Adapter Plus"
+        over_a_face = "image_proj.proj_in.weight" in file and file.shape("image_proj.proj_in.weight")[1:] == (FACE_DIM,)
+        return "IP-Adapter FaceID Portrait, unnorm" if over_a_face else "IP-Adapter Plus"
     if "image_proj.proj.3.weight" in file:
         return "IP-Adapter Full"
     if "image_proj.proj.0.weight" in file:
-        return "an IP-Adapter FaceID"
+        has_lora = any(re.match(_LORA, name) for name in file)
+        return "IP-Adapter FaceID" if has_lora else "IP-Adapter FaceID Portrait"
     return "IP-Adapter" if "image_proj.proj.weight" in file else "not an adapter"
+
+
+class _Shapes:
+    """The shapes of an adapter's projection, checked as they are read."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+
+    def __call__(self, name: str, axes: int = 2) -> tuple[int, ...]:
+        name, file = f"image_proj.{name}", self.file
+        if name not in file or len(file.shape(name)) != axes or 0 in file.shape(name):
+            raise ValueError(f"{file.path} is not a complete adapter: {name} is missing or misshapen")
+        return file.shape(name)
+
+    def divide(self, rows: int, size: int, what: str) -> int:
+        if rows % size:
+            raise ValueError(
+                f"{self.file.path} is not a complete adapter: the {rows} outputs of its projection do not divide into {what} "
+                f"of width {size}"
+            )
+        return rows // size
+
+    def layers(self, prefix: str = "") -> dict[str, int]:
+        """The sizes of a Resampler's layers."""
+        depth = sum(name.endswith(".to_kv.weight") for name in self.file)
+        return {"depth": depth, "heads": self.divide(self(f"{prefix}layers.0.0.to_q.weight")[0], HEAD, "heads")}
 
 
 def adapter_sizes(file: File) -> dict[str, int]:
@@ -76,36 +130,22 @@ def adapter_sizes(file: File) -> dict[str, int]:
 
     Raises ValueError when one of these tensors is missing or has the wrong shape.
     """
-
-    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
-        name = f"image_proj.{name}"
-        if name not in file or len(file.shape(name)) != axes or 0 in file.shape(name):
-            raise ValueError(f"{file.path} is not a complete adapter: {name} is missing or misshapen")
-        return file.shape(name)
-
-    def divide(rows: int, size: int, what: str) -> int:
-        if rows % size:
-            raise ValueError(
-                f"{file.path} is not a complete adapter: the {rows} outputs of its projection do not divide into {what} "
-                f"of width {size}"
-            )
-        return rows // size
-
-    kind = adapter_kind(file)
-    if kind == "IP-Adapter Plus":
+    kind, shape = adapter_kind(file), _Shapes(file)
+    if issubclass(PROJECTIONS[kind], FaceProjection):
+        (width, face_dim), (rows, _), (context_dim,) = shape("proj.0.weight"), shape("proj.2.weight"), shape("norm.weight", 1)
+        sizes = {"context_dim": context_dim, "tokens": shape.divide(rows, context_dim, "tokens"), "width": width}
+        if PROJECTIONS[kind] is FaceProjection:
+            return sizes | {"image_dim": face_dim}
+        image_dim, prefix = shape("perceiver_resampler.proj_in.weight")[1], "perceiver_resampler."
+        return sizes | {"image_dim": image_dim, "face_dim": face_dim, "shortcut": kind.endswith("V2"), **shape.layers(prefix)}
+    if issubclass(PROJECTIONS[kind], Resampler):
         _, tokens, width = shape("latents", 3)
-        return {
-            "image_dim": shape("proj_in.weight")[1],
-            "context_dim": shape("proj_out.weight")[0],
-            "tokens": tokens,
-            "width": width,
-            "depth": sum(name.endswith(".to_kv.weight") for name in file),
-            "heads": divide(shape("layers.0.0.to_q.weight")[0], HEAD, "heads"),
-        }
+        image_dim, context_dim = shape("proj_in.weight")[1], shape("proj_out.weight")[0]
+        return {"image_dim": image_dim, "context_dim": context_dim, "tokens": tokens, "width": width, **shape.layers()}
     if kind == "IP-Adapter Full":
         return {"image_dim": shape("proj.0.weight")[1], "context_dim": shape("proj.3.weight", 1)[0]}
     (rows, image_dim), (context_dim,) = shape("proj.weight"), shape("norm.weight", 1)
-    return {"image_dim": image_dim, "context_dim": context_dim, "tokens": divide(rows, context_dim, "tokens")}
+    return {"image_dim": image_dim, "context_dim": context_dim, "tokens": shape.divide(rows, context_dim, "tokens")}
 
 
 def projection_of(file: File) -> Projection:
@@ -120,33 +160,39 @@ def encoder_name(reads: Embedder, width: int) -> str:
     return name if reads == GLOBAL else f"the {reads.name} of {name}"
 
 
+def check_fit(path: Path, projection: Projection, unet: UNetConfig, encoder: ImageConfig | None = None) -> None:
+    """Raise ValueError unless an adapter fits the base model and the image encoder, if there is one."""
+    context_dim, image_dim, reads = projection.context_dim, projection.image_dim, projection.reads
+    if context_dim != unet.context_dim:
+        needed, given = display_name(BASES, context_dim), display_name(BASES, unet.context_dim)
+        raise ValueError(
+            f"{path} is an adapter for {needed}, but you gave a base model of {given}: use an adapter made for this base model"
+        )
+    if encoder is not None and reads.needs_encoder and (width := reads.width(encoder)) != image_dim:
+        needed, given = encoder_name(reads, image_dim), encoder_name(reads, width)
+        raise ValueError(
+            f"{path} needs {needed}, but you gave {given}: pass that encoder as --image-encoder, or use another adapter"
+        )
+
+
 def load_adapter(
     path: Path, unet: UNet, encoder: ImageConfig | None = None, dtype: torch.dtype | None = torch.float32
 ) -> IPAdapter:
     """Load an adapter for this UNet.
 
-    The kind of adapter and its sizes are inferred from the weights. If the file has no W'_k and W'_v, the adapter
-    shares those of the UNet. `encoder`: the sizes of the image encoder; None skips this check. Raises ValueError when
-    the file is not a supported adapter, or is for another base model or image encoder.
+    The kind of adapter and its sizes are inferred from the weights. The LoRA inside a FaceID file is not read here: it is for the base
+    model (`own_updates`). If the file has no W'_k and W'_v, the adapter shares those of the UNet. `encoder`: the sizes of the image
+    encoder; None skips this check. Raises ValueError when the file is not a supported adapter, or is for another base model or image
+    encoder.
     """
     file = adapter_file(path)
     projection = projection_of(file)
-    context_dim, image_dim = projection.context_dim, projection.image_dim
-    if context_dim != unet.config.context_dim:
-        needed, given = display_name(BASES, context_dim), display_name(BASES, unet.config.context_dim)
-        raise ValueError(
-            f"{path} is an adapter for {needed}, but you gave a base model of {given}: use an adapter made for this base model"
-        )
-    if encoder is not None and (width := projection.reads.width(encoder)) != image_dim:
-        needed, given = encoder_name(projection.reads, image_dim), encoder_name(projection.reads, width)
-        raise ValueError(
-            f"{path} needs {needed}, but you gave {given}: pass that encoder as --image-encoder, or use another adapter"
-        )
+    check_fit(path, projection, unet.config, encoder)
     own = any(name.startswith("ip_adapter.") for name in file)
     with torch.device("meta"):
         adapter = IPAdapter(UNet(unet.config) if own else unet, projection, own_projections=own)
     names = adapter_names(adapter.state_dict(), unet)
-    return assemble(adapter, names, file, "an adapter for this base model", dtype)
+    return assemble(adapter, names, file.without(_LORA), "an adapter for this base model", dtype)
 
 
 def save_adapter(
@@ -173,6 +219,7 @@ def problems(file: File) -> list[str]:
     projection = projection_names(f"image_projection.{name}" for name in projection_of(file).state_dict())
     layers = {m[1] for name in file if (m := _LAYER.match(name))}
     expected = {name for (name,) in projection.values()} | {f"{layer}.to_{x}_ip.weight" for layer in layers for x in "kv"}
+    expected |= {name for name in file if re.match(_LORA, name)}
     dtypes = {name: file[name].dtype for name in file}
     lines = (
         ("it lacks", expected - file.keys()),

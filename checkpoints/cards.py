@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints.files import naming, read_json, replacing_in, write_json, write_tensors
 from checkpoints.fill import M, assemble, empty_module
@@ -22,9 +22,16 @@ def save(module: nn.Module, path: Path, card: dict[str, Any], dtype: torch.dtype
     and ValueError if a value is too large for `dtype`.
     """
     config = getattr(module, "config", None)
+    save_tensors(module.state_dict(), path, ({"config": asdict(config)} if config else {}) | card, dtype)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, card: dict[str, Any], dtype: torch.dtype | None = torch.float16
+) -> None:
+    """Save tensors and their card as `save` does."""
     with replacing_in(path.parent) as part:
-        write_tensors(part / path.name, module.state_dict(), dtype)
-        write_json(part / path.with_suffix(".json").name, ({"config": asdict(config)} if config else {}) | card)
+        write_tensors(part / path.name, tensors, dtype)
+        write_json(part / path.with_suffix(".json").name, card)
 
 
 def read_card(path: Path) -> dict[str, Any]:

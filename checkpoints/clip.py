@@ -23,13 +23,13 @@ def load_text_encoder(
 ) -> TextEncoder:
     """Load a text encoder from a file in this project's own format, or from a folder in transformers' layout.
 
-    In transformers' layout, the folder `tokenizer` must be beside it unless the padding token is CLIP's. `build` makes the
-    module from its config.
+    In transformers' layout, the folder `tokenizer` must be beside it unless the padding token is CLIP's (`tokenizer_2` beside
+    `text_encoder_2`). `build` makes the module from its config.
     """
     if not has_config(path):
         return load(path, build, TextConfig, dtype)
     folder = folder_of(path)
-    pad = padding_token(folder.parent / "tokenizer")
+    pad = padding_token(folder.parent / ("tokenizer_2" if folder.name == "text_encoder_2" else "tokenizer"))
     text = module_from_config(folder, build, lambda config: configs.text_config(config, pad), "a text encoder")
     return assemble_text(text, weights_in(path), "the text encoder of its config.json", dtype)
 
@@ -44,6 +44,16 @@ def assemble_text(text: TextEncoder, file: File, what: str, dtype: torch.dtype |
         file = file.without(r"text_projection\.")
     prefix = "text_model." if any(name.startswith("text_model.") for name in file) else ""
     return assemble(text, text_names(text.state_dict(), text.config, prefix), file, what, dtype)
+
+
+def assemble_open_clip(text: TextEncoder, file: File, what: str, dtype: torch.dtype | None) -> TextEncoder:
+    """Fill a text encoder with tensors that have open_clip's names, as in a single file of SD 2.x and SDXL.
+
+    Ignores layers after those that `text` has (SD 2.x does not use the last one), and the text projection if `text` has none.
+    """
+    unused = rf"logit_scale$|transformer\.resblocks\.{text.config.layers}\."
+    file = file.without(unused if text.config.output_dim else rf"{unused}|text_projection$")
+    return assemble(text, {name: (name.removeprefix("clip."),) for name in text.state_dict()}, file, what, dtype)
 
 
 def padding_token(tokenizer: Path) -> int:

@@ -163,6 +163,7 @@ def vae_config(c: Mapping[str, Any]) -> VAEConfig:
         latent_channels=c["latent_channels"],
         groups=c.get("norm_num_groups", 32),
         scale=c.get("scaling_factor", 0.18215),
+        force_upcast=c.get("force_upcast", False),
     )
 
 

@@ -14,6 +14,7 @@ from checkpoints.clip import load_image_encoder, load_text_encoder
 from checkpoints.controls import load_control, save_control_diffusers
 from checkpoints.describe import kind_of
 from checkpoints.files import replacing_in, short_list, write_json, write_tensors
+from checkpoints.lora import open_lora
 from checkpoints.single_file import load_single
 from checkpoints.stable_diffusion import load_base, load_unet, load_vae, save_diffusers, scheduler_config
 
@@ -45,6 +46,8 @@ def convert(
     one_file = kind != "base" and not diffusers
     if one_file and target.suffix != ".safetensors":
         raise ValueError(f"{source} converts to one file: name TARGET.safetensors, not {target}")
+    if kind == "lora":
+        raise ValueError(f"{source} is a LoRA, which is not converted: merge it when drawing, with --lora")
     if ema and (kind != "base" or source.is_dir()):
         raise ValueError(f"{source} is not a base model in a single file, so it has no EMA copy: leave out --ema")
     if diffusers and kind not in _DIFFUSERS:
@@ -75,8 +78,10 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     kind = kind_of(path)
     if kind == "adapter":
         return dict(adapter_file(path))
+    if kind == "lora":
+        return dict(open_lora(path))
     if kind == "base":
-        parts = load_base(path, dtype=None).parts
+        parts = load_base(path, dtype=None, prediction="v").parts  # it makes no difference to the tensors
         return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
     return dict(_LOADERS[kind](path, dtype=None).state_dict())
 

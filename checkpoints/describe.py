@@ -25,18 +25,22 @@ from checkpoints.adapters import (
 from checkpoints.clip import load_image_encoder, load_text_encoder
 from checkpoints.controls import OWN, open_control
 from checkpoints.files import printable, read_json_if_there, short_list
+from checkpoints.lora import is_lora, open_lora, read_updates
 from checkpoints.reader import File
-from checkpoints.single_file import load_single, single_kind
+from checkpoints.single_file import load_single, single_kind, single_settings
 from checkpoints.skeletons import image_skeleton, text_skeleton
 from checkpoints.stable_diffusion import as_ldm_vae, load_unet, load_vae
 from model.features import GLOBAL
+from model.image_projection import Projection
 
 _SKELETONS: dict[str, Callable[..., nn.Module]] = {  # loaders of the networks; CLIP encoders are loaded as skeletons, without open_clip
     "unet": load_unet,
     "vae": load_vae,
     "text_encoder": partial(load_text_encoder, build=text_skeleton),
+    "text_encoder_2": partial(load_text_encoder, build=text_skeleton),
     "image_encoder": partial(load_image_encoder, build=image_skeleton),
 }
+_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 _CONTROLS = {"a ControlNet": "controlnet", "a T2I-Adapter": "t2i"}
 _CLASSES = {
     "UNet2DConditionModel": "unet",
@@ -53,7 +57,7 @@ _CONFIG_ENTRIES = OWN | {"prediction": "unet", "scale": "vae", "vocabulary": "te
 
 
 def kind_of(path: Path) -> str:
-    """Detect the content of `path`: "base", "adapter", "controlnet", "t2i", "unet", "vae", "text_encoder" or "image_encoder".
+    """Detect the content of `path`: "base", "adapter", "lora", "controlnet", "t2i", "unet", "vae", "text_encoder" or "image_encoder".
 
     Raises FileNotFoundError if `path` does not exist, and ValueError if it is none of these.
     """
@@ -74,6 +78,8 @@ def kind_of(path: Path) -> str:
             return kind
     if any(name.startswith(("image_proj.", "image_proj_model.")) for name in file):
         return "adapter"
+    if is_lora(file):
+        return "lora"
     if (kind := single_kind(file)) != "not a base model":
         return _CONTROLS.get(kind, "base")
     if kind := _kind_of_folder(path.parent) or ("vae" if as_ldm_vae(file) else ""):
@@ -99,6 +105,30 @@ def _size(tensors: Iterable[Tensor]) -> str:
     return f"{sum(count.values()):,} parameters in {len(sizes)} tensors, {kinds}"
 
 
+_FOR = {  # what the name of a released file says of its use; the first that fits
+    "plusv2": "FaceID PlusV2, by the name of the file: FaceID Plus has the same tensors, so keep the name",
+    "faceid-plus": "FaceID Plus, by the name of the file: PlusV2 has the same tensors, and must have plusv2 in its name",
+    "plus-face": "for a picture that is cropped to a face",
+    "full-face": "for a picture that is cropped to a face, without its background",
+    "light": "the light version, by the name of the file: it follows the text more closely",
+}
+
+
+def _uses(path: Path, projection: Projection, has_lora: bool) -> list[str]:
+    """Say which release an adapter is, what it needs, and what it goes with."""
+    reads, base = projection.reads, display_name(BASES, projection.context_dim)
+    needs = []
+    if reads.face:
+        needs.append("a face embedding in a file (docs/drawing.md), as InsightFace gives it: --image face.safetensors")
+    if reads.needs_encoder:
+        needs.append(f"--image-encoder: the folder of {display_name(ENCODERS[reads], projection.image_dim)}")
+    lines = [about for part, about in _FOR.items() if part in path.name.lower()][:1]
+    lines += [f"needs {' and '.join(needs)}", f"goes with {base} and models that were tuned from it"]
+    if has_lora:
+        lines.append("holds a LoRA of the base model's attention layers, which is merged on loading; --face-lora-scale 0 leaves it out")
+    return lines
+
+
 def _describe_adapter(path: Path) -> list[str]:
     file = adapter_file(path)
     projection, count = projection_of(file), adapter_sizes(file).get("tokens")
@@ -108,6 +138,7 @@ def _describe_adapter(path: Path) -> list[str]:
     lines = [
         f"{adapter_kind(file)} for {display_name(BASES, context_dim)}, reads {reads}, {tokens}",
         f"{len(layers)} cross-attention layers, {_size(file[name] for name in file)}",
+        *_uses(path, projection, any("_lora." in name for name in file)),
     ]
     expected = {768: 16, 1024: 16, 2048: 70}.get(context_dim, len(layers))
     if len(layers) != expected:
@@ -117,13 +148,25 @@ def _describe_adapter(path: Path) -> list[str]:
     return lines + [f"odd: {line}" for line in problems(file)]
 
 
+def _describe_lora(path: Path) -> list[str]:
+    updates = read_updates(open_lora(path))
+    ranks = sorted({len(update.down) for update in updates.values()})
+    size = _size(part for update in updates.values() for part in (update.down, update.up))
+    texts = sum(name.startswith(("lora_te", "text_")) for name in updates)
+    inside = f"{len(updates) - texts} modules of the UNet, {texts} of the text encoder"
+    return [f"a LoRA of {inside}, rank {', '.join(map(str, ranks))}, {size}", "merge it with --lora FILE --lora-scale 0.8"]
+
+
 def _describe_single(path: Path) -> list[str]:
     file = File(path)
     lines = [f"{single_kind(file)}, a single file: {_size(file[name] for name in file)}"]
     try:
-        base = load_single(path, dtype=None, build=text_skeleton)
-        parts = {"UNet": base.unet, "VAE": base.vae, "text encoder": base.text}
-        lines += [f"{name}: {_size(part.state_dict().values())}" for name, part in parts.items()]
+        stated = single_settings(path).prediction
+        base = load_single(path, dtype=None, build=text_skeleton, prediction=stated or "v")
+        for name, part in base.parts.items():
+            lines.append(f"{_NAMES.get(name, name)}: {_size(part.state_dict().values())}")
+        if stated is None:
+            lines.append("the file does not say whether the UNet predicts epsilon or v: give --prediction, or put its .yaml beside it")
         channels, latent = base.unet.config.in_channels, base.vae.config.latent_channels
         if channels == 2 * latent + 1:
             lines.append(f"for inpainting: the UNet reads {channels} channels, which include a mask and the masked image")
@@ -165,9 +208,11 @@ def inspect(path: Path) -> list[str]:
             part = path / name if (path / name).is_dir() else path / f"{name}.safetensors"
             if part.exists():
                 lines += [f"{name}: {line}" for line in inspect(part)]
-            elif name != "image_encoder":
+            elif name not in ("text_encoder_2", "image_encoder"):
                 lines.append(f"odd: it has no {name}")
         return lines
+    if kind == "lora":
+        return _describe_lora(path)
     if kind in _CONTROLS.values():
         return _describe_control(path)
     module: Any = _SKELETONS[kind](path, dtype=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +22,35 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Settings:
     """Settings that cannot be inferred from the shapes in a single file. The defaults are those of Stable Diffusion 1.x.
 
-    `scheduler`: the noise schedule in the format of diffusers' `scheduler_config.json`; {} if there is no `.yaml`.
+    `prediction`: None if it is not known. `scheduler`: the noise schedule in the format of diffusers' `scheduler_config.json`; {}
+    for that of SD 1.5.
     """
 
-    prediction: Literal["epsilon", "v"] = "epsilon"
+    prediction: Literal["epsilon", "v"] | None = "epsilon"
     heads: int = 8
     head_width: int = 0  # width of each head; if it is not 0, it determines the number of heads instead of `heads`
     scale: float = 0.18215
+    force_upcast: bool = False
+    sample_size: int = 64
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+
+
+SD1 = Settings()
+SD2 = Settings(prediction=None, head_width=64)
+SDXL = Settings(
+    head_width=64,
+    scale=0.13025,
+    force_upcast=True,
+    sample_size=128,
+    scheduler={
+        "_class_name": "EulerDiscreteScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+    },
+)
 
 
 def yaml_beside(path: Path) -> Path | None:
@@ -37,14 +58,14 @@ def yaml_beside(path: Path) -> Path | None:
     return next((file for end in (".yaml", ".yml") if (file := path.with_suffix(end)).is_file()), None)
 
 
-def settings_beside(path: Path) -> Settings:
-    """Read the settings from the LDM `.yaml` beside a single file, or return the defaults if there is none.
+def settings_beside(path: Path, default: Settings = SD1) -> Settings:
+    """Read the settings from the LDM `.yaml` beside a single file, or return `default` if there is none.
 
     Raises ValueError if the `.yaml` is not an LDM config or has unsupported settings.
     """
     file = yaml_beside(path)
     if file is None:
-        return Settings()
+        return default
     check_not_placeholder(file)
     with naming(file, "is not a supported LDM config"):
         import yaml  # only needed here
@@ -64,7 +85,14 @@ def settings_beside(path: Path) -> Settings:
             "set_alpha_to_one": False,
             "steps_offset": 1,
         }
-        return Settings("v" if kind == "v" else "epsilon", heads, width, params.get("scale_factor", 0.18215), scheduler)
+        return replace(
+            default,
+            prediction="v" if kind == "v" else "epsilon",
+            heads=heads,
+            head_width=width,
+            scale=params.get("scale_factor", 0.18215),
+            scheduler=scheduler,
+        )
 
 
 def count(shapes: Shapes, pattern: str) -> int:
@@ -75,7 +103,10 @@ def count(shapes: Shapes, pattern: str) -> int:
 def ldm_unet(shapes: Shapes, settings: Settings) -> UNetConfig:
     """Infer the config of the UNet in a single file. Raises KeyError if the shapes are not those of a UNet."""
     return UNetConfig(
-        **ldm_encoder(shapes, settings), out_channels=shapes["out.2.weight"][0], prediction=settings.prediction
+        **ldm_encoder(shapes, settings),
+        out_channels=shapes["out.2.weight"][0],
+        prediction=settings.prediction or "epsilon",
+        sample_size=settings.sample_size,
     )
 
 
@@ -106,6 +137,7 @@ def ldm_encoder(shapes: Shapes, settings: Settings) -> dict[str, Any]:
         else (settings.heads,) * len(channels),
         "res_blocks": blocks[0],
         "context_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        "added_dim": shapes.get("label_emb.0.0.weight", (0, 0))[1],
     }
 
 
@@ -117,6 +149,7 @@ def ldm_vae(shapes: Shapes, settings: Settings) -> VAEConfig:
         res_blocks=count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         latent_channels=shapes["post_quant_conv.weight"][0],
         scale=settings.scale,
+        force_upcast=settings.force_upcast,
     )
 
 
@@ -133,4 +166,23 @@ def ldm_text(shapes: Shapes) -> TextConfig:
         heads=max(width // 64, 1),
         mlp_ratio=mlp_ratio(width, inner),
         vocab_size=vocab_size(rows),
+    )
+
+
+def open_clip_text(shapes: Shapes, pooled: bool) -> TextConfig:
+    """Infer the config of an OpenCLIP text encoder in a single file. Each head is assumed to be 64 wide.
+
+    `pooled`: keep all layers and the projection, as SDXL needs them. Otherwise leave out the last layer, which SD 2.x does not use.
+    """
+    rows, width = shapes["token_embedding.weight"]
+    inner, _ = shapes["transformer.resblocks.0.mlp.c_fc.weight"]
+    return TextConfig(
+        width=width,
+        layers=count(shapes, r"transformer\.resblocks\.(\d+)\.") - (0 if pooled else 1),
+        heads=max(width // 64, 1),
+        mlp_ratio=mlp_ratio(width, inner),
+        output_dim=shapes["text_projection"][1] if pooled else 0,
+        vocab_size=vocab_size(rows),
+        activation="gelu",
+        pad=0,
     )

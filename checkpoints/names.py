@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from model.attention import CrossAttention
+from model.attention import Attention, CrossAttention
 from model.image_encoder import ImageConfig
 from model.text_encoder import TextConfig
 from model.unet import UNet, UNetConfig
@@ -53,7 +53,7 @@ _CLIP: tuple[Row, ...] = (
 )
 _PROJECTION: tuple[Row, ...] = tuple(
     (f"image_projection.{name}", f"image_proj.{name}", "")
-    for name in ("proj", "norm", "proj.0", "proj.2", "proj.3", "proj_in", "proj_out", "norm_out")
+    for name in ("proj", "norm", "proj.0", "proj.2", "proj.3")
 )
 _PERCEIVER: tuple[Row, ...] = (
     ("norm_x", "0.norm1", ""),
@@ -202,18 +202,29 @@ def projection_names(ours: Iterable[str]) -> Names:
     Names that do not start with `image_projection.` are omitted.
     """
     ours, queries, rows = list(ours), "image_projection.queries", list(_PROJECTION)
+    face_plus = "image_projection.proj.0.weight" in ours and "image_projection.proj_in.weight" in ours
+    inner = "image_proj.perceiver_resampler" if face_plus else "image_proj"
+    rows += [(f"image_projection.{name}", f"{inner}.{name}", "") for name in ("proj_in", "proj_out", "norm_out")]
     for i in range(sum(name.endswith(".to_kv.weight") for name in ours)):
-        rows += _inside((f"image_projection.layers.{i}", f"image_proj.layers.{i}", ""), _PERCEIVER)
+        rows += _inside((f"image_projection.layers.{i}", f"{inner}.layers.{i}", ""), _PERCEIVER)
     return named(ours, rows, 1) | ({queries: ("image_proj.latents",)} if queries in ours else {})
+
+
+def attention_order(unet: UNet) -> list[str]:
+    """Return the names of all attention modules in the order of diffusers' attention processors: down, up, **mid last**.
+
+    Self-attention (even numbers) and cross-attention (odd numbers) alternate.
+    """
+    names = [name for name, module in unet.named_modules() if isinstance(module, Attention)]
+    return sorted(names, key=lambda name: name.startswith("mid."))
 
 
 def adapter_names(ours: Iterable[str], unet: UNet) -> Names:
     """Map the names of an adapter to the official names.
 
-    The layers have the numbers 1, 3, 5, ... in the order of diffusers' attention processors: down, up, **mid last**.
+    The layers have the numbers 1, 3, 5, ... of `attention_order`.
     """
-    mid = {module.layer for module in unet.mid.modules() if isinstance(module, CrossAttention)}
-    order = sorted((layer.layer for layer in unet.cross_attentions()), key=lambda layer: (layer in mid, layer))
-    key, ours = {layer: 2 * position + 1 for position, layer in enumerate(order)}, list(ours)
+    cross = [(n, unet.get_submodule(name)) for n, name in enumerate(attention_order(unet))]
+    key, ours = {module.layer: n for n, module in cross if isinstance(module, CrossAttention)}, list(ours)
     layers = {n: (f"ip_adapter.{key[int(m[2])]}.{m[1]}_ip.weight",) for n in ours if (m := _LAYER.match(n))}
     return projection_names(ours) | layers

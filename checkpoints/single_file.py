@@ -1,42 +1,82 @@
-"""Load Stable Diffusion 1.x from a single file in the layout of LDM (CompVis's latent diffusion)."""
+"""Load Stable Diffusion 1.x, 2.x and XL from a single file in the layout of LDM (CompVis's latent diffusion)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from checkpoints import ldm
 from checkpoints.base import Base
-from checkpoints.clip import assemble_text
+from checkpoints.clip import assemble_open_clip, assemble_text
 from checkpoints.files import naming, short_list
 from checkpoints.fill import assemble, check, empty_module
 from checkpoints.names import named, unet_rows, vae_rows
 from checkpoints.reader import File
-from model.text_encoder import TextConfig, TextEncoder
+from model.text_encoder import TextConfig, TextEncoder, TextEncoderPair
 from model.unet import UNet, UNetConfig
-from model.vae import VAE
+from model.vae import VAE, VAEConfig
 
+Prediction = Literal["epsilon", "v"]
 LDM = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
-_COMPLETE = "a complete Stable Diffusion 1.x checkpoint"
-_T2I = re.compile(r"(adapter\.)?body\.0\.(block1|body\.0|resnets\.0)\.|style_embedding$")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of base models. `texts`: the prefixes of its text encoders in a single file; those that end in "model." hold
+    open_clip's names, others transformers'. `settings`: what a file of this family does not say.
+    """
+
+    texts: tuple[str, ...]
+    settings: ldm.Settings
+
+
+FAMILIES = {
+    "Stable Diffusion XL": Family(("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."), ldm.SDXL),
+    "Stable Diffusion 2.x": Family(("cond_stage_model.model.",), ldm.SD2),
+    "Stable Diffusion 1.x": Family((LDM["text"],), ldm.SD1),
+}
+_OTHERS = {  # a pattern of names that occur in no other kind of file
+    "a ControlNet": r"control_model\.|controlnet_|input_hint_block\.",
+    "a T2I-Adapter": r"(adapter\.)?body\.0\.(block1|body\.0|resnets\.0)\.|style_embedding$",
+    "Stable Diffusion 3": r"(model\.diffusion_model\.)?joint_blocks\.",
+    "Flux": r"(model\.diffusion_model\.)?double_blocks\.",
+    "the refiner of Stable Diffusion XL": r"conditioner\.embedders\.0\.model\.",
+    "Playground v2.5": r"edm_mean$",
+}
 
 
 def single_kind(file: File) -> str:
     """The kind of model in a single file, by the names of its tensors."""
-    if any(name.startswith(("control_model.", "controlnet_", "input_hint_block.")) for name in file):
-        return "a ControlNet"
-    if any(_T2I.match(name) for name in file):
-        return "a T2I-Adapter"
-    if any(name.startswith("conditioner.embedders.") for name in file):
-        return "Stable Diffusion XL"
-    if any(name.startswith("cond_stage_model.model.") for name in file):
-        return "Stable Diffusion 2.x"
+    for kind, pattern in _OTHERS.items():
+        if any(re.match(pattern, name) for name in file):
+            return kind
     if 2 * sum("lora" in name.lower() for name in file) > len(file):
         return "a LoRA"
+    for kind, family in FAMILIES.items():
+        if any(name.startswith(family.texts) for name in file):
+            return kind
     return "Stable Diffusion 1.x" if any(name.startswith(LDM["unet"]) for name in file) else "not a base model"
+
+
+def single_settings(path: Path) -> ldm.Settings:
+    """The settings of the base model in a single file: of its family, and of the `.yaml` beside it, if any.
+
+    SDXL's `.yaml` has another form and says nothing that is needed.
+    """
+    return _settings(path, single_kind(open_single(path)))
+
+
+def _settings(path: Path, kind: str, prediction: Prediction | None = None) -> ldm.Settings:
+    default = FAMILIES[kind].settings
+    settings = default if default == ldm.SDXL else ldm.settings_beside(path, default)
+    settings = replace(settings, prediction=prediction or settings.prediction)
+    large = default == ldm.SD2 and settings.prediction == "v"  # of SD 2.x, the model that predicts v is the larger one
+    return replace(settings, sample_size=96) if large else settings
 
 
 def _with_ema(file: File) -> File:
@@ -52,12 +92,10 @@ def _with_ema(file: File) -> File:
 
 
 def open_single(path: Path) -> File:
-    """Open a single file. Raises ValueError when it is not Stable Diffusion 1.x."""
+    """Open a single file. Raises ValueError when it is not a base model that can be drawn with."""
     file = File(path)
-    if (kind := single_kind(file)) != "Stable Diffusion 1.x":
-        raise ValueError(
-            f"{path} is {kind}; as a single file only Stable Diffusion 1.x is supported: use a diffusers folder for other models"
-        )
+    if (kind := single_kind(file)) not in FAMILIES:
+        raise ValueError(f"{path} is {kind}; a base model can be Stable Diffusion 1.x, 2.x or XL: use one of these")
     return file
 
 
@@ -67,36 +105,52 @@ def load_single(
     ema: bool = False,
     vae: VAE | None = None,
     build: Callable[[TextConfig], TextEncoder] = TextEncoder,
+    prediction: Prediction | None = None,
 ) -> Base:
-    """Load Stable Diffusion 1.x from a single `.safetensors` or `.ckpt` file, with the settings of the `.yaml` beside
-    it, if any.
+    """Load Stable Diffusion 1.x, 2.x or XL from a single `.safetensors` or `.ckpt` file, with the settings of the `.yaml`
+    beside it, if any.
 
     `ema` loads the EMA copy of the UNet. `vae` replaces the file's VAE, which may then be missing. `build` makes the
-    text encoder from its config. Raises ValueError when a part is incomplete.
+    text encoder from its config. `prediction` is what the UNet predicts, whatever the `.yaml` says. Raises ValueError when a
+    part is incomplete, and when nothing says what the UNet of SD 2.x predicts.
     """
-    file, settings = open_single(path), ldm.settings_beside(path)
+    file = open_single(path)
+    kind = single_kind(file)
+    settings, what = _settings(path, kind, prediction), f"a complete {kind} checkpoint"
+    if settings.prediction is None:
+        raise ValueError(
+            f"{path} does not say what its UNet predicts: give --prediction v (for the model of 768 x 768) or --prediction epsilon "
+            "(512 x 512), or put its .yaml beside it"
+        )
     file = _with_ema(file) if ema else file
-    parts = file.part(LDM["unet"]), file.part(LDM["text"])
-    with naming(path, f"is not {_COMPLETE}"):
-        unet = empty_module(UNet, ldm.ldm_unet(parts[0].shapes, settings))
-        text = empty_module(build, ldm.ldm_text(_without_prefix(parts[1]).shapes))
+    unet_file = file.part(LDM["unet"])
+    with naming(path, f"is not {what}"):
+        unet = empty_module(UNet, ldm.ldm_unet(unet_file.shapes, settings))
     names = named(unet.state_dict(), unet_rows(unet.config), 2)
-    check(unet, names, parts[0], _COMPLETE)
+    check(unet, names, unet_file, what)
+    texts = [_load_text(file.part(prefix), prefix, what, dtype, build) for prefix in FAMILIES[kind].texts]
     return Base(
-        vae=vae or load_ldm_vae(file.part(LDM["vae"]), settings, _COMPLETE, dtype),
-        text=assemble_text(text, parts[1], _COMPLETE, dtype),
-        unet=assemble(unet, names, parts[0], _COMPLETE, dtype),
+        vae=vae or load_ldm_vae(file.part(LDM["vae"]), settings, what, dtype),
+        text=texts[0] if len(texts) == 1 else TextEncoderPair(*texts).eval(),
+        unet=assemble(unet, names, unet_file, what, dtype),
     )
 
 
+def _load_text(
+    file: File, prefix: str, what: str, dtype: torch.dtype | None, build: Callable[[TextConfig], TextEncoder]
+) -> TextEncoder:
+    open_clip, pooled = prefix.endswith(".model."), prefix.startswith("conditioner.")
+    file = file if open_clip else file.renamed({name.removeprefix("text_model."): name for name in file})
+    with naming(file.path, f"is not {what}"):
+        config = ldm.open_clip_text(file.shapes, pooled) if open_clip else ldm.ldm_text(file.shapes)
+        text = empty_module(build, config)
+    return (assemble_open_clip if open_clip else assemble_text)(text, file, what, dtype)
+
+
 def single_unet_config(path: Path) -> UNetConfig:
-    """The config of the UNet in a single file, without loading its weights."""
-    with naming(path, f"is not {_COMPLETE}"):
-        return ldm.ldm_unet(open_single(path).part(LDM["unet"]).shapes, ldm.settings_beside(path))
-
-
-def _without_prefix(text: File) -> File:
-    return text.renamed({name.removeprefix("text_model."): name for name in text})
+    """The config of the UNet in a single file, without loading its weights. It may not say what the UNet predicts."""
+    with naming(path, "is not a complete base model"):
+        return ldm.ldm_unet(open_single(path).part(LDM["unet"]).shapes, single_settings(path))
 
 
 _ATTENTION_NAMES = {
@@ -112,4 +166,9 @@ def load_ldm_vae(file: File, settings: ldm.Settings, what: str, dtype: torch.dty
     file = file.renamed({_ATTENTION.sub(lambda m: _ATTENTION_NAMES[m[1]], name): name for name in file})
     with naming(file.path, f"is not {what}"):
         vae = empty_module(VAE, ldm.ldm_vae(file.shapes, settings))
-    return assemble(vae, named(vae.state_dict(), vae_rows(vae.config), 2), file, what, dtype)
+    return assemble(vae, named(vae.state_dict(), vae_rows(vae.config), 2), file, what, upcast(vae.config, dtype))
+
+
+def upcast(config: VAEConfig, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype to compute a VAE in: float32 in place of float16 if its activations exceed float16 (SDXL)."""
+    return torch.float32 if dtype == torch.float16 and config.force_upcast else dtype

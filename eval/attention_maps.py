@@ -20,7 +20,7 @@ from torch import Tensor
 from model.attention import CrossAttention, Fuse, concatenated, decoupled
 from model.context import Context
 from model.source import Source
-from model.text_encoder import TextEncoder, words_of
+from model.text_encoder import Text, TextEncoder, TextEncoderPair, words_of
 from model.unet import UNet
 
 
@@ -141,13 +141,14 @@ def finest(maps: Sequence[LayerMaps]) -> Tensor:
 Named = list[tuple[str, Tensor]]
 
 
-def name_maps(encoder: TextEncoder, prompt: str, maps: Tensor) -> tuple[Named, Named]:
+def name_maps(text: Text, prompt: str, maps: Tensor) -> tuple[Named, Named]:
     """Name maps `m y x` over all tokens. Return (text, image).
 
     Text: one map per word, and one for all other positions (start, end, padding). Image: one map per image token. The maps of a word's
     tokens are summed, so the mean of a word's map is its share of the attention to the text.
     """
+    encoder = text.first if isinstance(text, TextEncoderPair) else text
     length, words = encoder.config.context_length, word_positions(encoder, prompt)
     rest = sorted(set(range(length)) - {place for _, places in words for place in places})
-    text = [(word, maps[places].sum(dim=0)) for word, places in [*words, ("start, end, padding", rest)]]
-    return text, [(f"image token {i}", heat) for i, heat in enumerate(maps[length:], 1)]
+    named = [(word, maps[places].sum(dim=0)) for word, places in [*words, ("start, end, padding", rest)]]
+    return named, [(f"image token {i}", heat) for i, heat in enumerate(maps[length:], 1)]

@@ -19,7 +19,8 @@ from torch import Tensor
 from checkpoints.files import check_output
 from eval.attention_maps import Named, finest, name_maps, record
 from sampling.images import open_image, save_image, to_images
-from sampling.pipeline import Pipeline, load
+from sampling.loading import load
+from sampling.pipeline import Pipeline
 from sampling.request import WEIGHTS
 
 COLUMNS, INCHES, DPI, SIDE = 7, 1.6, 100, 256

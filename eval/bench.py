@@ -22,6 +22,7 @@ from eval.prompts import Prompts
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.vae import VAE
+from sampling.control import Hint
 from sampling.embeddings import Strength
 from sampling.images import to_images
 from sampling.pipeline import Pipeline
@@ -98,15 +99,21 @@ def draw_prompts(
     steps: int,
     name: str,
     fuse: Fuse = decoupled,
+    hints: Tensor | None = None,
+    control_scale: float = 1.0,
 ) -> Tensor:
     """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1, in bfloat16 if the device supports it. The result is on the CPU.
 
-    `embedding`: the encoded image prompts, `n 1 m e`, or None. `scale`: lambda. `name`: the label of the progress bar.
+    `embedding`: the encoded image prompts, `n 1 m e`, or None. `scale`: lambda. `name`: the label of the progress bar. `hints`: what
+    each of the pipeline's controls reads, `n c h w` in [0, 1], weighted by `control_scale`.
     """
     drawn, device = [], device_of(pipeline.unet)
     for rows in tqdm(torch.arange(len(prompts)).split(batch_size(device, pipeline.native_size[0])), desc=name, unit="batch"):
         texts, pictured = [prompts[i] for i in rows], None if embedding is None else embedding[rows]
+        steered = [] if hints is None else [Hint(hints[rows], control_scale)] * len(pipeline.controls)
         with precision(device):
-            x = pipeline.sample(texts, rows.tolist(), pictured, scale=scale, guidance=guidance, steps=steps, fuse=fuse)
+            x = pipeline.sample(
+                texts, rows.tolist(), pictured, scale=scale, guidance=guidance, steps=steps, fuse=fuse, hints=steered
+            )
         drawn.append(x.float().cpu())
     return torch.cat(drawn)

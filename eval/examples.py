@@ -1,4 +1,4 @@
-"""Render the image prompts of the demo.  `python -m eval examples`"""
+"""Render the image prompts of the demo, and their outlines.  `python -m eval examples`"""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 from PIL import Image
 
 from checkpoints.files import replacing
+from train.outlines import outline
 from train.world import CONCEPT_NAMES, Scene, World, pictures
 
 
 def examples(folder: Path, n: int = 12) -> None:
-    """Write the first test pictures that show n different concepts. Each file is named after its concept."""
+    """Write the first test pictures that show n different concepts, and their outlines to `folder`/hints.
+
+    Each file is named after its concept.
+    """
     chosen: dict[str, Scene] = {}
     for i in range(1000):
         scene = World("test")[i]
@@ -20,8 +24,9 @@ def examples(folder: Path, n: int = 12) -> None:
         if len(chosen) == n:
             break
     for name, scene in chosen.items():
-        with replacing(folder / f"{name.replace(' ', '_')}.png") as part:
-            Image.fromarray(pictures([scene])[0]).save(part, "PNG")
+        for place, pixels in ((folder, pictures([scene])[0]), (folder / "hints", outline(scene))):
+            with replacing(place / f"{name.replace(' ', '_')}.png") as part:
+                Image.fromarray(pixels).save(part, "PNG")
 
 
 def run(args: Namespace) -> None:

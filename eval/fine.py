@@ -25,7 +25,7 @@ from eval.scores import nearest
 from eval.tables import markdown
 from model.attention import decoupled
 from sampling.device import check_device
-from sampling.pipeline import load
+from sampling.loading import load
 from train.judge import delta_e, load_judge
 
 ADAPTERS = {"ip_adapter": "global: 4 tokens of the embedding", "ip_adapter_plus": "fine-grained: Plus, 16 tokens"}

@@ -26,7 +26,7 @@ from eval.device import dtype
 from eval.tables import markdown
 from sampling.device import check_device
 from sampling.images import to_images
-from sampling.pipeline import load
+from sampling.loading import load
 from train.vae import bytes_to_tensor
 from train.world import Scene, World, pictures
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from sampling.request import DtypeName, Model
 
 Commands = Any  # what ArgumentParser.add_subparsers returns
 DESCRIPTION = """Measure how good the networks are. Most commands write their results to a file and print a table.
@@ -22,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     add_peers(commands)
     add_calibration(commands)
     add_attention(commands)
+    add_page(commands)
     return p
 
 
@@ -45,14 +48,17 @@ def add_scores(commands: Commands) -> None:
     fine = command(commands, "fine", "Compare global with fine-grained image features")
     description = "Compute Fréchet distances from held-out pictures to drawings of their captions and to the VAE's reconstructions"
     frechet = command(commands, "frechet", description)
-    for added, name, n in ((score, "world", 1024), (fine, "fine", 512), (frechet, "frechet", 10000)):
+    structure = command(commands, "structure", "Measure structure control beside image prompts")
+    style = command(commands, "style", "Measure the adapter on another base model")
+    sizes = ((score, "world", 1024), (fine, "fine", 512), (frechet, "frechet", 10000), (structure, "structure", 512), (style, "style", 512))
+    for added, name, n in sizes:
         added.add_argument("--n", type=count, default=n, help=f"number of prompts (default: {n})")
         added.add_argument("--steps", type=count, default=12, help="sampling steps for each drawing (default: 12)")
         added.add_argument("--guidance", type=float, default=4.0, help="guidance weight (default: 4)")
         out = Path(f"results/{name}.json")
         added.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
         added.add_argument("--device", default="cpu", help="device to draw and score on, such as cuda (default: cpu)")
-    samples = command(commands, "examples", "Write the image prompts of the demo")
+    samples = command(commands, "examples", "Write the image prompts of the demo, and their outlines")
     out = Path("sampling/examples")
     samples.add_argument("--out", type=Path, default=out, help=f"folder to write to (default: {out})")
 
@@ -127,3 +133,14 @@ def add_attention(commands: Commands) -> None:
     p.add_argument("--checkpoint", type=Path, help="base model, a file or a folder (default: the mini weights)")
     p.add_argument("--ip-adapter", type=Path, help="adapter file (default: the one in the checkpoint's folder)")
     p.add_argument("--image-encoder", type=Path, help="image encoder (default: the one in the checkpoint's folder)")
+
+
+def add_page(commands: Commands) -> None:
+    p = command(commands, "page", "Open a page in the browser to play with image prompts, lambda and attention, on this computer alone")
+    p.add_argument("--checkpoint", type=Path, help="base model, a file or a folder (default: the mini weights)")
+    p.add_argument("--ip-adapter", type=Path, help="adapter file (default: the one in the checkpoint's folder)")
+    p.add_argument("--image-encoder", type=Path, help="image encoder (default: the one in the checkpoint's folder)")
+    p.add_argument("--control", type=Path, help="ControlNet or T2I-Adapter; the page then has a field for its hint")
+    p.add_argument("--dtype", choices=get_args(DtypeName), default=Model.dtype, help=f"precision (default: {Model.dtype})")
+    p.add_argument("--device", default="cpu", help="device to draw on, such as cuda (default: cpu)")
+    p.add_argument("--port", type=count, default=7860, help="port of the page (default: 7860)")

@@ -43,8 +43,8 @@ class ScenePrompts:
     def of_the_world(cls, n: int, seed: int) -> ScenePrompts:
         """Draw n prompts that cover all concepts evenly."""
         rng = np.random.default_rng((918, seed))
-        order = np.concatenate([rng.permutation(len(CONCEPTS)) for _ in range(-(-n // len(CONCEPTS)))])[:n]
-        return cls.of_scenes([random_scene(rng, int(concept), int(rng.integers(len(BACKGROUNDS)))) for concept in order], rng)
+        scenes = [random_scene(rng, concept, int(rng.integers(len(BACKGROUNDS)))) for concept in one_of_each(rng, n)]
+        return cls.of_scenes(scenes, rng)
 
     @classmethod
     def of_scenes(cls, scenes: list[Scene], rng: np.random.Generator) -> ScenePrompts:
@@ -71,6 +71,11 @@ class ScenePrompts:
             caption(name, None, BACKGROUND_NAMES[background], SIZES[size], place)
             for name, (_, background, size, _), place in zip(names, rows, places, strict=True)
         ]
+
+
+def one_of_each(rng: np.random.Generator, n: int) -> list[int]:
+    """Draw n concepts in random order, such that each occurs equally often, up to one."""
+    return [int(c) for _ in range(-(-n // len(CONCEPTS))) for c in rng.permutation(len(CONCEPTS))][:n]
 
 
 def other_class(rng: np.random.Generator, index: Tensor, classes: int) -> Tensor:

@@ -34,7 +34,8 @@ from eval.scores import GREY, Scores, Target, mean, score, values_of
 from eval.tables import summary
 from eval.world_table import table
 from sampling.device import check_device
-from sampling.pipeline import Pipeline, load
+from sampling.loading import load
+from sampling.pipeline import Pipeline
 from train.colour import coarse_name
 from train.judge import Judge, delta_e, load_judge
 from train.vae import psnr

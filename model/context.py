@@ -67,6 +67,11 @@ def stack(uncond: Context, cond: Context) -> Context:
     return replace(cond, text=torch.cat([uncond.text, cond.text]), image=image, added=added)
 
 
+def rows(context: Context, part: slice) -> Context:
+    """Some rows of a Context without image prompts."""
+    return replace(context, text=context.text[part], added=None if context.added is None else context.added[part])
+
+
 def pyramid(mask: Tensor, h: int, w: int, levels: int = 4) -> list[Tensor]:
     """Resample a mask to lambda, `b 1 n 1`, for each level of a UNet with latents of size `h x w`, finest level first.
 

@@ -1,6 +1,4 @@
-"""Projections from CLIP image features to image tokens c_i: IP-Adapter, and Plus and Full for fine-grained features
-(Figure 11).
-"""
+"""Projections from features to image tokens c_i: IP-Adapter, Plus and Full for fine-grained features (Figure 11), and FaceID."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from model.attention import attention
-from model.features import FINE, GLOBAL, Embedder
+from model.features import FACE, FACE_AND_FINE, FACE_DIM, FINE, GLOBAL, RAW_FACE, Embedder
 
 HEAD = 64  # width of each head of the Resampler; the shapes of the weights do not determine it
 
@@ -109,7 +107,7 @@ class Perceiver(nn.Module):
 class Resampler(Projection):
     """IP-Adapter Plus: N learned queries attend to the fine features in `depth` layers, and become the tokens c_i."""
 
-    reads = FINE
+    reads: ClassVar[Embedder] = FINE
 
     def __init__(
         self,
@@ -135,3 +133,63 @@ class Resampler(Projection):
         for layer in self.layers:
             z = layer(z, x)
         return self.norm_out(self.proj_out(z))
+
+
+class RawFaceResampler(Resampler):
+    """FaceID Portrait, "unnorm", and InstantID: the Resampler of Plus over one vector, a face embedding that is not normalised."""
+
+    reads = RAW_FACE
+
+
+class FaceProjection(Projection):
+    """FaceID: c_i = LayerNorm(W_2 GELU(W_1 f + b_1) + b_2) of a face embedding f, split into N tokens: 4, for Portrait 16."""
+
+    reads: ClassVar[Embedder] = FACE
+
+    def __init__(self, image_dim: int = FACE_DIM, context_dim: int = 768, tokens: int = 4, width: int = 1024) -> None:
+        super().__init__(image_dim, context_dim)
+        self.tokens = tokens
+        self.proj = nn.Sequential(nn.Linear(image_dim, width), nn.GELU(), nn.Linear(width, tokens * context_dim))
+        self.norm = nn.LayerNorm(context_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`b 1 f` -> `b n c`. Raises ValueError when `check` does."""
+        self.check(features)
+        return self.norm(rearrange(self.proj(features[:, 0]), "b (n c) -> b n c", n=self.tokens))
+
+
+class FacePlus(FaceProjection):
+    """FaceID Plus: the tokens x of FaceID are the queries of a Resampler over the fine features of the face's picture.
+
+    c_i = resampler(x), and with `shortcut`, which is PlusV2, c_i = x + resampler(x).
+    """
+
+    reads = FACE_AND_FINE
+
+    def __init__(
+        self,
+        image_dim: int = 1280,
+        context_dim: int = 768,
+        tokens: int = 4,
+        width: int = 1024,
+        face_dim: int = FACE_DIM,
+        depth: int = 4,
+        heads: int = 12,
+        shortcut: bool = False,
+    ) -> None:
+        super().__init__(face_dim, context_dim, tokens, width)
+        self.image_dim, self.face_dim, self.shortcut = image_dim, face_dim, shortcut
+        self.proj_in = nn.Linear(image_dim, context_dim)
+        self.layers = nn.ModuleList(Perceiver(context_dim, heads) for _ in range(depth))
+        self.proj_out = nn.Linear(context_dim, context_dim)
+        self.norm_out = nn.LayerNorm(context_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`b 1+m e`, the face in the first `face_dim` numbers of the first row -> `b n c`. Raises ValueError when `check` does."""
+        self.check(features)
+        face, fine = features[:, 0, : self.face_dim], self.proj_in(features[:, 1:])
+        z = tokens = self.norm(rearrange(self.proj(face), "b (n c) -> b n c", n=self.tokens))
+        for layer in self.layers:
+            z = layer(z, fine)
+        z = self.norm_out(self.proj_out(z))
+        return tokens + z if self.shortcut else z

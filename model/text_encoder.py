@@ -41,6 +41,7 @@ class TextConfig:
 
 SD15_TEXT = TextConfig()
 SD21_TEXT = TextConfig(width=1024, layers=24, heads=16, activation="gelu", pad=0, skip=1)
+SDXL_TEXT_2 = TextConfig(width=1280, layers=32, heads=20, output_dim=1280, activation="gelu", pad=0)  # OpenCLIP ViT-bigG/14
 
 
 @functools.cache
@@ -89,12 +90,21 @@ class TextEncoder(nn.Module):
         self.clip.attn_mask = None  # `hidden` makes the mask; a non-persistent buffer would stay on the meta device
         self.rows = {token: row for row, token in enumerate(config.vocabulary)}
 
+    @property
+    def width(self) -> int:
+        """The width of the text tokens."""
+        return self.config.width
+
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
         """Tokenize one or more prompts to `b 77`: start, words, end, padding.
 
         Words that are not in a reduced vocabulary are omitted, and prompts longer than 77 tokens are truncated. Both
         raise a warning that lists the words.
         """
+        return self.padded(self.split(prompts))
+
+    def split(self, prompts: str | Sequence[str]) -> list[list[int]]:
+        """Split prompts into tokens: start, words, end, without padding. Warns as `tokenize` does."""
         length = self.config.context_length
         rows = []
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
@@ -113,11 +123,13 @@ class TextEncoder(nn.Module):
                 )
             if cut:
                 warnings.warn(f"the prompt is longer than {length - 2} tokens; these words are cut off: {' '.join(cut)}", stacklevel=2)
-            tokens = [*tokens[: length - 1], END]
-            rows.append(tokens + [self.config.pad] * (length - len(tokens)))
-        if self.rows:
-            rows = [[self.rows[token] for token in row] for row in rows]
-        return torch.tensor(rows)
+            rows.append([*tokens[: length - 1], END])
+        return rows
+
+    def padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Pad rows of CLIP's tokens to `b 77`, and number them as the token embedding does."""
+        full = [[*row, *[self.config.pad] * (self.config.context_length - len(row))] for row in rows]
+        return torch.tensor([[self.rows[token] for token in row] for row in full] if self.rows else full)
 
     def hidden(self, tokens: Tensor, skip: int = 0, final_norm: bool = True) -> Tensor:
         """Compute the hidden states `b n c` of tokens `b n`, without the last `skip` layers.
@@ -141,3 +153,33 @@ class TextEncoder(nn.Module):
         end = len(self.config.vocabulary) - 1 if self.rows else END
         at = x[torch.arange(len(x), device=x.device), (tokens == end).int().argmax(dim=-1)]
         return at @ self.clip.text_projection
+
+
+class TextEncoderPair(nn.Module):
+    """SDXL's two text encoders: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14, which split prompts alike but pad differently."""
+
+    def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    @property
+    def width(self) -> int:
+        """The width of the text tokens."""
+        return self.first.config.width + self.second.config.width
+
+    def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
+        """Tokenize one or more prompts for both encoders, `b 2 77`, as `TextEncoder.tokenize` does."""
+        rows = self.first.split(prompts)
+        return torch.stack([self.first.padded(rows), self.second.padded(rows)], dim=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Compute the text tokens c_t, `b 77 c`: the penultimate hidden states of both encoders, side by side, not normalised."""
+        pairs = zip((self.first, self.second), tokens.unbind(dim=1), strict=True)
+        return torch.cat([encoder.hidden(one, skip=1, final_norm=False) for encoder, one in pairs], dim=-1)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """Compute the text embedding of the second encoder, `b e`, from tokens `b 2 77`."""
+        return self.second.pooled(tokens[:, 1])
+
+
+Text = TextEncoder | TextEncoderPair

@@ -20,13 +20,14 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the VAE, with widths per level. The default is that of SD 1.5 and 2.1; SDXL differs only in `scale`."""
+    """Sizes of the VAE, with widths per level. The default is that of SD 1.5 and 2.1."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     res_blocks: int = 2
     latent_channels: int = 4
     groups: int = 32
     scale: float = 0.18215  # 1 / standard deviation of the latents
+    force_upcast: bool = False  # activations exceed float16, so use float32 in its place (SDXL)
 
     @property
     def factor(self) -> int:
@@ -35,6 +36,7 @@ class VAEConfig:
 
 
 SD_VAE = VAEConfig()
+SDXL_VAE = VAEConfig(scale=0.13025, force_upcast=True)
 MINI_VAE = VAEConfig(channels=(32, 64, 96), res_blocks=1, groups=8, scale=1.0)
 
 

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from checkpoints.adapters import adapter_file, projection_of
 from checkpoints.controls import check_fit, open_control
 from checkpoints.files import check_output
-from checkpoints.stable_diffusion import unet_config
+from checkpoints.hub import locate
+from checkpoints.stable_diffusion import scheduler_config, unet_config
 from model.fast import fasten
+from model.features import NO_FACE
 from sampling.device import check_device
 from sampling.embeddings import load_embedding, save_embedding
+from sampling.faces import read_faces
 from sampling.images import check_png, save_image
-from sampling.inputs import Inputs, read_inputs
+from sampling.inputs import Inputs, PromptInputs, read_inputs
 from sampling.layer_weights import layer_weights
+from sampling.loading import compiled, load, prompt_files
 from sampling.machine import check_keep_memory, keep_memory
 from sampling.options import Command
-from sampling.pipeline import Pipeline, compiled, load, prompt_files
+from sampling.pipeline import SAMPLERS, Pipeline
 from sampling.record import digests, recall, record
 from sampling.request import Model, check_seed, map_paths
+from sampling.scheduler_file import other_scheduler
 
 
 def run(command: Command) -> None:
@@ -35,6 +41,7 @@ def run(command: Command) -> None:
     request, model = recall(command.again) if command.again else (command.request, command.model)
     # "." becomes a full path, so that the recorded names of the files in it start with a folder
     model = map_paths(model, lambda path: Path.cwd() if path == Path(".") else path)
+    model = map_paths(model, partial(locate, download=command.download))
     check_seed(request.seed + command.num - 1)
     check_png(command.out)
     if command.save_embedding:
@@ -44,7 +51,10 @@ def run(command: Command) -> None:
     inputs = read_inputs(request)
     check_model(inputs, model)
     check_machine(command, model)
-    pipeline = load_model(model, command.device, command.copy)
+    config, sampler = scheduler_config(model.checkpoint), SAMPLERS[request.sampler]
+    if other := other_scheduler(config, sampler):
+        print(f"note: the base model's scheduler file names {other}; drawing with {sampler.name}, {sampler.peer}", file=sys.stderr)
+    pipeline = load_model(model, command.device, command.copy, command.low_memory)
     if command.fast:
         pipeline = replace(pipeline, unet=fasten(pipeline.unet))
     if command.compile:
@@ -75,11 +85,13 @@ def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callab
         raise SystemExit(f"stopped; {written} of {command.num} written") from None
 
 
-def load_model(model: Model, device: str, copy: bool = False) -> Pipeline:
-    """Load the pipeline of a Model. `copy`: as in `load`."""
+def load_model(model: Model, device: str, copy: bool = False, low_memory: bool = False) -> Pipeline:
+    """Load the pipeline of a Model. `copy`, `low_memory`: as in `load`."""
     adapters, dtype = model.adapters or None, getattr(torch, model.dtype)
     files = model.checkpoint, adapters, model.image_encoder
-    return load(*files, dtype, device, model.prediction, model.vae, model.controls, copy)
+    loras = [(lora.path, lora.scale) for lora in model.loras]
+    parts = model.prediction, model.vae, model.controls
+    return load(*files, dtype, device, *parts, copy, low_memory, loras, model.face_lora_scale)
 
 
 def check_model(inputs: Inputs, model: Model) -> None:
@@ -88,21 +100,32 @@ def check_model(inputs: Inputs, model: Model) -> None:
         network = open_control(path).control
         check_fit(network, unet_config(model.checkpoint), path)
         hint.check(network)
+    inputs.micro.check(unet_config(model.checkpoint))
     prompts = inputs.image_prompts
     adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
-    pictures = [one for prompt in prompts for one in (*prompt.pictures, *prompt.negatives)]
-    if prompts and not (adapters and (encoder or not any(isinstance(one, Image.Image) for one in pictures))):
+    encoded = [check_prompt(prompt, adapter, model.checkpoint) for prompt, adapter in zip(prompts, adapters, strict=False)]
+    if prompts and not (adapters and (encoder or not any(encoded))):
         missing = "--image-encoder" if adapters else "--ip-adapter"
         raise FileNotFoundError(
             f"an image prompt needs {missing}, because {model.checkpoint} has none; `make weights` trains the mini ones"
         )
-    for prompt, adapter in zip(prompts, adapters, strict=False):
-        if prompt.scale.layers is not None:
-            layer_weights(prompt.scale.layers, unet_config(model.checkpoint))
-        if saved := [one for one in (*prompt.pictures, *prompt.negatives) if isinstance(one, Path)]:
-            projection = projection_of(adapter_file(adapter))
-            for path in saved:
-                load_embedding(path, projection)
+
+
+def check_prompt(prompt: PromptInputs, adapter: Path, checkpoint: Path) -> bool:
+    """Return whether this image prompt needs the image encoder. Raises ValueError if the adapter can't read its pictures."""
+    if prompt.scale.layers is not None:
+        layer_weights(prompt.scale.layers, unet_config(checkpoint))
+    projection, encoded = projection_of(adapter_file(adapter)), False
+    for one in (*prompt.pictures, *prompt.negatives):
+        if isinstance(one, Path) and (faces := read_faces(one)):
+            encoded |= faces.check(projection).needs_encoder
+        elif isinstance(one, Path):
+            load_embedding(one, projection)
+        elif projection.reads.face:
+            raise ValueError(NO_FACE)
+        else:
+            encoded = True
+    return encoded
 
 
 def check_machine(command: Command, model: Model) -> None:
@@ -113,5 +136,7 @@ def check_machine(command: Command, model: Model) -> None:
         raise ValueError(f"--compile needs {compilers[0]}, which is not installed: install it, or leave out --compile")
     if command.fast and (command.compile or device != "cpu" or model.dtype == "float16"):
         raise ValueError("--fast is for a CPU, in float32 or bfloat16 and without --compile: leave it out, or the others")
+    if command.low_memory and command.compile:
+        raise ValueError("--low-memory moves the weights that --compile would keep in place: leave out one of them")
     if command.keep_memory:
         check_keep_memory()

@@ -23,7 +23,7 @@ from model.t2i import T2IAdapter, residuals
 from model.unet import Residuals, UNetConfig
 from sampling.guidance import Control, Side
 
-Act = Callable[[Tensor, int, Side], Residuals]
+Act = Callable[[Tensor, float, Side], Residuals]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _controlnet(network: ControlNet, hint: Hint, pixels: Tensor, contexts: Mappi
     count = len(network.stage_channels) + 1
     weights = [hint.scale * w for w in (ladder(count) if hint.guess and not pooled else [1.0] * count)]
 
-    def act(x: Tensor, t: int, side: Side) -> Residuals:
+    def act(x: Tensor, t: float, side: Side) -> Residuals:
         if side != "cond" and (hint.guess or pooled):
             return Residuals()
         latents = x[:, : network.config.in_channels]  # an inpainting UNet also reads a mask and a picture
@@ -116,7 +116,7 @@ def _controlnet(network: ControlNet, hint: Hint, pixels: Tensor, contexts: Mappi
 def _t2i(network: T2IAdapter, hint: Hint, pixels: Tensor, unet: UNetConfig) -> Act:
     features = [hint.scale * feature for feature in network(pixels)]
 
-    def act(x: Tensor, t: int, side: Side) -> Residuals:
+    def act(x: Tensor, t: float, side: Side) -> Residuals:
         return residuals([feature.expand(len(x), -1, -1, -1) for feature in features], unet)
 
     return act
@@ -128,7 +128,7 @@ def bind(
     unet: UNetConfig,
     contexts: Mapping[Side, Context],
     size: tuple[int, int],
-    times: Sequence[int],
+    times: Sequence[float],
 ) -> Control | None:
     """Return the `control` of `guided` for these networks and their hints, or None if there are no networks.
 
@@ -148,7 +148,7 @@ def bind(
             raise ValueError(f"this T2I-Adapter needs a width and height that are multiples of {network.config.unshuffle}")
         acts.append(_t2i(network, hint, pixels, unet))
 
-    def control(x: Tensor, t: int, side: Side) -> Residuals:
+    def control(x: Tensor, t: float, side: Side) -> Residuals:
         pairs = zip(hints, acts, strict=True)
         return total([act(x, t, side) for hint, act in pairs if hint.acts(step[t], len(times))])
 

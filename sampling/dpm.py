@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from sampling.sampler import BeginStep, Denoiser, Sampler, State, Step, as_is
-from sampling.schedule import Schedule
+from sampling.schedule import Schedule, karras_sigmas
 
 
 def dpm_times(schedule: Schedule, steps: int) -> list[Step]:
@@ -44,15 +44,14 @@ def _visits(schedule: Schedule, steps: int) -> list[tuple[int, float]]:
     return [(t, float(alphas[t])) for t in visits]
 
 
-def _karras(schedule: Schedule, steps: int, rho: float = 7.0) -> list[tuple[int, float]]:
-    """Return (t, a) for each step, by Eq. 5 of arXiv 2206.00364: sigma^(1/rho) falls linearly from the largest to the smallest.
+def _karras(schedule: Schedule, steps: int) -> list[tuple[int, float]]:
+    """Return (t, a) for each step, by `karras_sigmas` from the largest noise level of the schedule to the smallest.
 
     Here sigma = sqrt((1 - a) / a). t is linearly interpolated in log sigma, then rounded.
     """
     alphas = schedule.alphas.double().numpy()
     table = np.sqrt((1 - alphas) / alphas)
-    most, least = table[-1] ** (1 / rho), table[0] ** (1 / rho)
-    sigmas = (most + np.linspace(0, 1, steps) * (least - most)) ** rho
+    sigmas = karras_sigmas(table[-1], table[0], steps)
     times = np.interp(np.log(sigmas), np.log(table), np.arange(len(table))).round()
     return [(int(t), float(1 / (1 + sigma**2))) for t, sigma in zip(times, sigmas, strict=True)]
 
@@ -83,4 +82,4 @@ def dpm(
         yield State(i, t, x, x0)
 
 
-DPM = Sampler("dpm++", dpm_times, dpm)
+DPM = Sampler("dpm++", dpm_times, dpm, "DPMSolverMultistepScheduler")

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-_NOUNS = {"ip_adapter": "adapter", "control": "control"}  # the options that name such files
+_NOUNS = {"ip_adapter": "adapter", "control": "control", "lora": "LoRA"}  # the options that name such files
 
 
 def flag(name: str) -> str:
@@ -29,6 +29,12 @@ class FollowingControl(Following):
     """As Following, for `--control`."""
 
     owner = "control"
+
+
+class FollowingLora(Following):
+    """The same for `--lora`."""
+
+    owner = "lora"
 
 
 def following(

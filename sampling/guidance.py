@@ -17,7 +17,7 @@ from sampling.lambdas import Move, as_tensors, unmoved
 from sampling.sampler import Denoiser
 
 Side = Literal["uncond", "image", "cond"]  # a pass of the UNet: neither prompt, the picture alone, both
-Control = Callable[[Tensor, int, Side], Residuals]  # (x, t, side) -> the residuals of one pass of the UNet
+Control = Callable[[Tensor, float, Side], Residuals]  # (x, t, side) -> the residuals of one pass of the UNet
 
 
 def guided(
@@ -49,7 +49,7 @@ def guided(
     context = reduce(stack, sides.values())
     context = as_tensors(context) if hasattr(unet, "_orig_mod") else context  # compiled
 
-    def denoise(x: Tensor, t: int) -> Tensor:
+    def denoise(x: Tensor, t: float) -> Tensor:
         rows, step = x.to(context.text), torch.full((), t, device=x.device)
         residuals = join([control(rows, t, side) for side in sides]) if control else None
         rows = rows if isinstance(unet, FastUNet) else torch.cat([rows] * len(sides))

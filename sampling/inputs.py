@@ -12,6 +12,7 @@ from sampling.edit import Edit
 from sampling.embeddings import PictureWeights
 from sampling.images import open_image, read_mask, to_tensor
 from sampling.lambdas import Lambda
+from sampling.micro import Micro
 from sampling.request import HintFile, ImagePrompt, Request
 
 Picture = Image.Image | Path  # an opened picture, or the path of a saved embedding, which is read later
@@ -35,6 +36,16 @@ class Inputs:
     image_prompts: tuple[PromptInputs, ...]
     edit: Edit | None
     hints: tuple[Hint, ...] = ()
+
+    @property
+    def micro(self) -> Micro:
+        """What SDXL reads beside the text. A request has (width, height), as pictures do, where a Micro has (height, width)."""
+        request = self.request
+        original, corner, target = (
+            None if pair is None else (pair[1], pair[0])
+            for pair in (request.original_size, request.crop_corner, request.target_size)
+        )
+        return Micro(original, corner or (0, 0), target, request.zero_negative)
 
 
 def read_inputs(request: Request) -> Inputs:

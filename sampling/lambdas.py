@@ -17,7 +17,7 @@ from model.unet import UNetConfig
 from sampling.layer_weights import Blocks, layer_weights, places
 
 Level = float | Tensor  # lambda of one layer (`Source.scale`)
-Move = Callable[[Context, int], Context]  # (context, t) -> the Context of timestep t
+Move = Callable[[Context, float], Context]  # (context, t) -> the Context of timestep t
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Lambda:
         return [each * maps[level] if each else 0.0 for each, level in zip(weights, levels, strict=True)]
 
 
-def unmoved(context: Context, t: int) -> Context:
+def unmoved(context: Context, t: float) -> Context:
     """Return the same Context for every timestep."""
     return context
 
 
-def moving(lambdas: Sequence[object], times: Sequence[int]) -> Move:
+def moving(lambdas: Sequence[object], times: Sequence[float]) -> Move:
     """Return a function that computes the Context of a timestep. It multiplies lambda of image prompt i by `lambdas[i].at`.
 
     `times`: the timesteps of all steps, in order. Factors that vary over steps are always tensors, even if they are 0 or 1, so
@@ -90,7 +90,7 @@ def moving(lambdas: Sequence[object], times: Sequence[int]) -> Move:
     step = {t: i for i, t in enumerate(times)}
     varying = [lam if isinstance(lam, Lambda) and not lam.still else None for lam in lambdas]
 
-    def move(context: Context, t: int) -> Context:
+    def move(context: Context, t: float) -> Context:
         factors = [None if lam is None else lam.at(step[t], len(times)) for lam in varying]
         for factor in factors:
             check_sign(context.fuse, factor or 0.0)

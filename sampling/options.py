@@ -9,8 +9,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from sampling.following import Following, FollowingControl, flag, following
-from sampling.request import DtypeName, Fit, HintFile, ImagePrompt, Model, Request, Rule, SamplerName, check_number
+from sampling.following import Following, FollowingControl, FollowingLora, flag, following
+from sampling.request import (
+    DtypeName,
+    Fit,
+    HintFile,
+    ImagePrompt,
+    LoraFile,
+    Model,
+    NoiseLevels,
+    Request,
+    Rule,
+    SamplerName,
+    check_number,
+)
 
 # The options of an image prompt, and so of each --ip-adapter, with the field of ImagePrompt that each fills.
 PROMPT = {
@@ -35,6 +47,8 @@ MACHINE = {  # options that do not change the picture, but how it is computed
     "compile": "Compile the UNet: slow to start, then faster.",
     "fast": "Draw with the fast form of the UNet: needs a CPU, takes more memory and a minute more to start.",
     "keep_memory": "Keep freed memory in this process, which saves the time to get it again (Linux with glibc).",
+    "download": "Download models, named as owner/name or owner/name/path, that are not in the Hugging Face cache.",
+    "low_memory": "Keep one network at a time on the device, and the others in main memory: slower, for a small GPU.",
     "copy": "Copy the weights into memory, so that their files may be overwritten while the program runs.",
 }
 REPEATED = ("image", "image_weight", "negative_image")  # those that may be given more than once for one adapter
@@ -58,6 +72,8 @@ class Command:
     fast: bool = False
     keep_memory: bool = False
     copy: bool = False
+    download: bool = False
+    low_memory: bool = False
 
 
 def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Command:
@@ -72,6 +88,7 @@ def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Comman
         given["image_prompts"] = prompts
     controls = given.pop("control", [])
     given["hints"] = hint_files(given, controls)
+    given["loras"] = lora_files(given)
 
     def fill(kind: type[Any]) -> dict[str, Any]:
         return {each.name: given[each.name] for each in fields(kind) if each.name in given}
@@ -115,6 +132,15 @@ def hint_files(given: dict[str, Any], controls: Sequence[Path]) -> tuple[HintFil
     return tuple(found)
 
 
+def lora_files(given: dict[str, Any]) -> tuple[LoraFile, ...]:
+    """Take the LoRAs and their scales out of `given`. Raises ValueError for what could be misread."""
+    files = given.pop("lora", [])
+    scales = [own.get("lora_scale", [LoraFile.scale]) for own in following(given, ["lora_scale"], "lora", files, "--lora-scale")]
+    if not files and scales != [[LoraFile.scale]]:
+        raise ValueError("--lora-scale is for a LoRA: name its file with --lora")
+    return tuple(LoraFile(file, scale[0]) for file, scale in zip(files, scales, strict=False))
+
+
 def layers(text: str) -> Any:
     """Parse the value of --image-layers: a preset's name, or JSON."""
     try:
@@ -136,6 +162,7 @@ def parser(about: str | None = None) -> argparse.ArgumentParser:
         p.add_argument_group("picture", "Image prompts. Of several --ip-adapter, each takes those that follow it.")
     )
     _text(p.add_argument_group("text"))
+    _micro(p.add_argument_group("size", "What Stable Diffusion XL is told about the training picture to imitate."))
     _control(p.add_argument_group("structure", "Controls. Of several --control, each takes those that follow it."))
     _edit(p.add_argument_group("edit", "Start from a picture instead of noise."))
     _sampler(p.add_argument_group("sampler"))
@@ -191,6 +218,18 @@ def _text(group: Any) -> None:
     group.add_argument("--guidance", type=float, help=about)
 
 
+def _micro(group: Any) -> None:
+    def add(name: str, pair: tuple[str, str], about: str) -> None:
+        group.add_argument(name, type=int, nargs=2, metavar=pair, help=about)
+
+    size = ("WIDTH", "HEIGHT")
+    add("--original-size", size, "Size of the file before it was resized; a small one is drawn blurred. Default: the drawing's.")
+    add("--crop-corner", ("LEFT", "TOP"), "Corner of the part that was cut out of it. Default 0 0: nothing is cut off.")
+    add("--target-size", size, "Size of that part. Default: the drawing's.")
+    about = "Let the unconditional pass read zeros (as SDXL was trained) instead of the encoded empty text (as IP-Adapter was)."
+    group.add_argument("--zero-negative", action="store_true", help=about)
+
+
 def _control(group: Any) -> None:
     def add(name: str, about: str, **options: Any) -> None:
         group.add_argument(name, action=FollowingControl, help=about, **options)
@@ -226,8 +265,10 @@ def _edit(group: Any) -> None:
 
 def _sampler(group: Any) -> None:
     group.add_argument("--steps", type=int, help=f"Number of steps. Default {Request.steps}.")
-    about = f"DDIM, or DPM-Solver++(2M), which needs fewer steps. Default {Request.sampler}."
+    about = f"DDIM, DPM-Solver++(2M), which needs fewer steps, or Euler's method. Default {Request.sampler}."
     group.add_argument("--sampler", choices=get_args(SamplerName), help=about)
+    about = "Noise levels of dpm++ and euler: karras is what is called DPM++ 2M Karras. Default: those of the scheduler file."
+    group.add_argument("--schedule", choices=get_args(NoiseLevels), help=about)
     group.add_argument("--eta", type=float, help="Noise added in each step of ddim: 0 is DDIM, 1 is DDPM. Default 0.")
     group.add_argument("--seed", type=int, help="Seed of the noise; picture i uses seed + i. Default 0.")
     group.add_argument("--num", type=int, help="Number of pictures. Default 1.")
@@ -242,12 +283,17 @@ def _files(group: Any) -> None:
 
     add(
         "--checkpoint",
-        "Base model: Stable Diffusion as one file or as a diffusers folder, or a folder of this project. "
-        "Default: the mini weights.",
+        "Base model: Stable Diffusion as one file or as a diffusers folder, a folder of this project, or owner/name of one in the "
+        "Hugging Face cache. Default: the mini weights.",
     )
     about = "Official adapter file. Default: the one in the folder of --checkpoint. Give it again to add adapters."
     group.add_argument("--ip-adapter", type=Path, metavar="FILE", action="append", help=about)
     add("--image-encoder", "Image encoder: a folder, or a file of this project. Default: the one in --checkpoint.")
+    about = "LoRA file to merge into the base model. May be given again; each is followed by its own --lora-scale."
+    group.add_argument("--lora", type=Path, metavar="FILE", action="append", help=about)
+    about = f"Factor of the LoRA. Default {LoraFile.scale:g}."
+    group.add_argument("--lora-scale", type=float, action=FollowingLora, help=about)
+    add("--face-lora-scale", f"Factor of the LoRA inside a FaceID adapter. Default {Model.face_lora_scale:g}.", float)
     add("--vae", "Autoencoder to use instead of the base model's own.")
     add("--prediction", "What the UNet predicts, where its files do not say it.", str, choices=("epsilon", "v"))
     add("--dtype", f"Precision. Default {Model.dtype}.", str, choices=get_args(DtypeName))

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from checkpoints.adapters import adapter_file, adapter_sizes, load_adapter
-from checkpoints.clip import load_image_encoder
-from checkpoints.controls import Control, load_control, open_control
-from checkpoints.files import naming
-from checkpoints.fill import copy_weights
-from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
+from checkpoints.controls import Control
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
-from model.context import Context
-from model.features import Features, as_features
+from model.context import Context, rows
+from model.features import NO_FACE, Features, as_features
 from model.image_encoder import Fit, ImageEncoder
-from model.text_encoder import TextEncoder
+from model.image_projection import Projection
+from model.text_encoder import Text
 from model.unet import UNet
 from model.vae import VAE
 from sampling.batch import check_finite, groups, rows_of
@@ -31,40 +28,58 @@ from sampling.ddim import DDIM
 from sampling.dpm import DPM
 from sampling.edit import Edit, begin
 from sampling.embeddings import PictureWeights, Strength, load_embedding, of_prompts, parts, weigh_tokens
+from sampling.euler import EULER
+from sampling.faces import read_faces
 from sampling.guidance import Side, guided
 from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
 from sampling.lambdas import moving, set_lambda
-from sampling.request import WEIGHTS, Request, check_seed
+from sampling.micro import DRAWING, Micro
+from sampling.request import Request, check_seed
 from sampling.sampler import Sampler, State
-from sampling.schedule import Prediction, Schedule
-from sampling.scheduler_file import schedule_of
+from sampling.schedule import Schedule
+from sampling.visit import visiting
 
-SAMPLERS = {sampler.name: sampler for sampler in (DDIM, DPM)}
+SAMPLERS = {sampler.name: sampler for sampler in (DDIM, DPM, EULER)}
 Given = Picture | str  # where an image prompt is meant
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A base model; for image prompts an image encoder and adapters; and controls. Immutable: its modules are never changed."""
+    """A base model; for image prompts an image encoder and adapters; and controls. Immutable: its modules are never changed.
+
+    `visits`: the device that each network visits only while it computes; None leaves them all where they are.
+    """
 
     unet: UNet
     vae: VAE
-    text: TextEncoder
+    text: Text
     schedule: Schedule
     image: ImageEncoder | None = None
     adapters: tuple[IPAdapter, ...] = ()
     controls: tuple[Control, ...] = ()
+    visits: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the networks compute on."""
+        return torch.device(self.visits) if self.visits else next(self.unet.parameters()).device
+
+    def on(self, *parts: nn.Module) -> AbstractContextManager[None]:
+        """Keep these networks on the device for the body of a `with`."""
+        return visiting(parts, self.visits) if self.visits else nullcontext()
 
     @torch.no_grad()
     def embed(self, pictures: Given | Sequence[Given], fit: Fit = "crop", adapter: int = 0) -> Tensor:
         """Encode the pictures of one prompt for an adapter: features `1 k m e`, with m = 1 for a global embedding.
 
-        A picture is an RGB Pillow image, a picture file, or a file of `save_embedding`.
+        A picture is an RGB Pillow image, a picture file, a file of `save_embedding` or, for FaceID, a file of faces (`sampling.faces`).
         """
         given = [pictures] if isinstance(pictures, Image.Image | Path | str) else pictures
         opened = [one if isinstance(one, Image.Image) else open_picture(Path(one)) for one in given]
         images = [one for one in opened if isinstance(one, Image.Image)]
+        if images and self.adapters and self.adapters[adapter].image_projection.reads.face:
+            raise ValueError(NO_FACE)
         if not self.adapters or (images and self.image is None):
             raise FileNotFoundError(
                 "an image prompt needs an image encoder and an adapter; `make weights` trains the mini ones"
@@ -73,15 +88,44 @@ class Pipeline:
         seen: Iterator[Tensor] = iter(())
         if self.image is not None and images:
             pixels = torch.stack([self.image.preprocess(image, fit) for image in images])
-            features = projection.reads(self.image, pixels.to(next(self.image.parameters())))
+            with self.on(self.image):
+                features = projection.reads(self.image, pixels.to(next(self.image.parameters())))
             seen = iter(features[None].split(1, dim=1))
         return torch.cat(
-            [load_embedding(one, projection).to(like) if isinstance(one, Path) else next(seen) for one in opened], dim=1
+            [
+                self._saved(one, projection, fit).to(self.device, like.dtype) if isinstance(one, Path) else next(seen)
+                for one in opened
+            ],
+            dim=1,
         )
+
+    def _saved(self, path: Path, projection: Projection, fit: Fit) -> Tensor:
+        """Read the features in a file of faces or of `save_embedding`, `1 k m e`."""
+        faces = read_faces(path)
+        return faces.features(projection, self.image, fit) if faces else load_embedding(path, projection)
 
     def null(self, adapter: IPAdapter, like: Tensor) -> Tensor:
         """The features of the null image (section 3.2.3), `1 1 m e`, of the width, dtype and device of `like`."""
-        return adapter.image_projection.reads.null(self.image, like.shape[-1]).to(like)
+        with self.on(*[self.image] if self.image else []):
+            return adapter.image_projection.reads.null(self.image, like.shape[-1]).to(like)
+
+    @torch.no_grad()
+    def texts(
+        self, prompts: Sequence[str], negatives: Sequence[str], grid: tuple[int, int], micro: Micro, fuse: Fuse = decoupled
+    ) -> tuple[Context, Context]:
+        """(uncond, cond) of texts alone, for latents of `grid` (height, width). SDXL's also have the added vector."""
+        micro.check(self.unet.config)
+        tokens, xl, added = self.text.tokenize([*negatives, *prompts]).to(self.device), self.unet.config.added_dim > 0, None
+        with self.on(self.text):
+            text, pooled = self.text(tokens), self.text.pooled(tokens) if xl else None
+        if pooled is not None:
+            if micro.zero_negative:
+                empty = torch.tensor([negative == "" for negative in negatives] + [False] * len(prompts), device=text.device)
+                text, pooled = text.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+            height, width = (side * self.vae.config.factor for side in grid)
+            added = micro.vector(pooled, (height, width), self.unet.config)
+        both, n = Context(text, fuse=fuse, added=added), len(negatives)
+        return rows(both, slice(0, n)), rows(both, slice(n, None))
 
     @torch.no_grad()
     def contexts(
@@ -94,16 +138,16 @@ class Pipeline:
         grid: tuple[int, int] | None = None,
         against: Sequence[Tensor | None] | None = None,
         weights: Sequence[PictureWeights] | None = None,
+        micro: Micro = DRAWING,
     ) -> tuple[Context, Context]:
         """(uncond, cond) for b prompts. `embedding`: as `embed` gives it, or `b k m e`; the unconditional side has the null image.
 
         With several adapters `embedding` is a sequence, one for each, and `scale` is one for all or a sequence too. `grid` is
         (height, width) of the latents, for a mask. `against` has for each adapter embeddings that the unconditional side reads
-        in place of the null image, or None; `weights` has the weights of its pictures.
+        in place of the null image, or None; `weights` has the weights of its pictures. `micro` is for SDXL.
         """
-        device = next(self.unet.parameters()).device
-        text = self.text(self.text.tokenize([*negatives, *prompts]).to(device))
-        uncond, cond = (Context(half, fuse=fuse) for half in text.split([len(negatives), len(prompts)]))
+        grid = grid or (self.unet.config.sample_size, self.unet.config.sample_size)
+        uncond, cond = self.texts(prompts, negatives, grid, micro, fuse)
         if embedding is None:
             return uncond, cond
         embeddings = [embedding] if isinstance(embedding, Tensor) else list(embedding)
@@ -115,14 +159,14 @@ class Pipeline:
         if not len(embeddings) == len(scales) == len(against) == len(weights) == len(self.adapters):
             given = f"{len(embeddings)} embeddings and {len(scales)} scales"
             raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {given} are given")
-        grid = grid or (self.unet.config.sample_size, self.unet.config.sample_size)
         for adapter, pictures, no, lam, each in zip(self.adapters, embeddings, against, scales, weights, strict=True):
             pictures = as_features(pictures)
             features = Features(pictures, self.null(adapter, pictures) if no is None else as_features(no))
-            for part in parts(features, lam, each, self.unet.config, grid):
-                one = part.features.expand(len(prompts))
-                uncond = set_lambda(adapter(uncond, one.null), part.levels)
-                cond = set_lambda(weigh_tokens(adapter(cond, one.pictures), part.weights), part.levels)
+            with self.on(adapter):
+                for part in parts(features, lam, each, self.unet.config, grid):
+                    one = part.features.expand(len(prompts))
+                    uncond = set_lambda(adapter(uncond, one.null), part.levels)
+                    cond = set_lambda(weigh_tokens(adapter(cond, one.pictures), part.weights), part.levels)
         return uncond, cond
 
     def draw(self, request: Request) -> Image.Image:
@@ -143,8 +187,9 @@ class Pipeline:
             self.embed(prompt.negatives, request.fit, i) if prompt.negatives else None
             for i, prompt in enumerate(prompts)
         ]
+        pipeline = replace(self, schedule=replace(self.schedule, karras=True)) if request.schedule else self
         for seeds in self.batches(inputs, num):
-            drawn = self.sample(
+            drawn = pipeline.sample(
                 [request.prompt] * len(seeds),
                 seeds,
                 embeddings or None,
@@ -161,6 +206,7 @@ class Pipeline:
                 against=against or None,
                 weights=[prompt.weights for prompt in prompts] or None,
                 hints=inputs.hints,
+                micro=inputs.micro,
             )
             yield from to_images(drawn)
 
@@ -189,12 +235,13 @@ class Pipeline:
         against: Sequence[Tensor | None] | None = None,
         weights: Sequence[PictureWeights] | None = None,
         hints: Sequence[Hint] = (),
+        micro: Micro = DRAWING,
     ) -> Tensor:
         """A batch of pictures, one for each prompt and seed: `b 3 H W`, about [-1, 1]. `draw` is this for one Request.
 
         `guidance` is w (Eq. 7), of the text alone where the picture has its `image_guidance`. `size` is (height, width) in
         pixels, multiples of the VAE's factor. The noise of picture i comes from a CPU generator of its own, seeded with
-        `seeds[i]`. `watch` is called after every step. `sampler` is `DDIM` or `DPM`. `edit` is a picture to change, which sets
+        `seeds[i]`. `watch` is called after every step. `sampler` is one of `SAMPLERS`. `edit` is a picture to change, which sets
         the size. `hints` has one for each control. The rest is as in `contexts`. Raises ValueError where arguments do not fit, or
         the result is not finite.
         """
@@ -202,21 +249,25 @@ class Pipeline:
         size = size or (edit.size if edit else self.native_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise, times = sampler.noise(eta, generators), sampler.times(self.schedule, steps)
-        canvas = begin(edit, self.unet.config.in_channels, self.vae, steps, generators, size)
+        with self.on(self.vae):
+            canvas = begin(edit, self.unet.config.in_channels, self.vae, steps, generators, size)
         x, dtype = canvas.noise, next(self.unet.parameters()).dtype
         grid = x.shape[-2], x.shape[-1]
-        uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights)
+        uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights, micro)
         lambdas = scale if isinstance(scale, Sequence) else [scale] * len(self.adapters)
         running = [step.t for step in times[canvas.start :]]
         move = moving(of_prompts(lambdas, weights) if cond.image else [], running)
         sides: dict[Side, Context] = {"uncond": uncond, "image": uncond, "cond": cond}
-        control = bind(self.controls, hints, self.unet.config, sides, size, running)
-        denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move, control))
-        for state in sampler.draw(denoise, x, self.schedule, times, start=canvas.start, begin_step=canvas.begin_step, **noise):
-            x = check_finite(state.x, dtype)
-            if watch is not None:
-                watch(state)
-        drawn = check_finite(self.vae.decode(canvas.final(x).to(next(self.vae.parameters()))), dtype)
+        with self.on(self.unet, *self.controls):
+            control = bind(self.controls, hints, self.unet.config, sides, size, running)
+            denoise = canvas.denoiser(guided(self.unet, uncond, cond, guidance, image_guidance, move, control))
+            states = sampler.draw(denoise, x, self.schedule, times, start=canvas.start, begin_step=canvas.begin_step, **noise)
+            for state in states:
+                x = check_finite(state.x, dtype)
+                if watch is not None:
+                    watch(state)
+        with self.on(self.vae):
+            drawn = check_finite(self.vae.decode(canvas.final(x).to(next(self.vae.parameters()))), dtype)
         return edit.finish(drawn) if edit else drawn
 
     @property
@@ -224,67 +275,3 @@ class Pipeline:
         """Return the (height, width) in pixels of the pictures that the base model was trained on."""
         side = self.unet.config.sample_size * self.vae.config.factor
         return side, side
-
-
-def compiled(unet: UNet, mode: str = "max-autotune") -> UNet:
-    """Compile a UNet with `torch.compile`. Starting takes minutes, then drawing is faster.
-
-    On a CPU the weights are frozen into the code. On other devices `mode` is as in torch.compile; the default measures which kernels are
-    fastest, and records a step as one CUDA graph.
-    """
-    on_cpu = unet.conv_in.weight.device.type == "cpu"
-    fast: Any = torch.compile(unet, options={"freezing": True}) if on_cpu else torch.compile(unet, mode=mode)
-    return fast
-
-
-def load(
-    checkpoint: Path | str = WEIGHTS,
-    adapter: Path | str | Sequence[Path | str] | None = None,
-    image_encoder: Path | str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    prediction: Prediction | None = None,
-    vae: Path | str | None = None,
-    controls: Sequence[Path | str] = (),
-    copy: bool = False,
-) -> Pipeline:
-    """The pipeline of a base model: Stable Diffusion 1.x as a single file, a diffusers folder, or a folder of our own.
-
-    Where none is named, the folder's own `image_encoder` and `ip_adapter` are used; without them only text is read.
-    `prediction` says what the UNet predicts, whatever its files say; `vae` replaces the model's own autoencoder; `controls` are
-    ControlNets and T2I-Adapters. Weights of the requested dtype stay mapped from their files; `copy` copies them, for files that
-    may be overwritten in use. Raises
-    FileNotFoundError, naming the command that makes them, when weights are missing, ValueError when files do not fit together.
-    """
-    checkpoint = Path(checkpoint)
-    files, encoder = prompt_files(checkpoint, adapter, image_encoder)
-    config = scheduler_config(checkpoint)
-    with naming(scheduler_file(checkpoint), "is not a schedule that is read"):
-        schedule = schedule_of(config)
-    for file in files:  # reject files that are not adapters before loading the base model
-        adapter_sizes(adapter_file(file))
-    for path in controls:
-        open_control(Path(path))
-    base = load_base(checkpoint, dtype, prediction, Path(vae) if vae else None)
-    image = load_image_encoder(encoder, dtype) if encoder else None
-    adapters = tuple(load_adapter(file, base.unet, image.config if image else None, dtype) for file in files)
-    networks = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
-    for part in (base.unet, base.vae, base.text, image, *adapters, *networks):
-        if part is not None:
-            if copy:
-                copy_weights(part)
-            part.to(device)
-    schedule = replace(schedule, prediction=base.unet.config.prediction)
-    return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks)
-
-
-def prompt_files(
-    checkpoint: Path, adapter: Path | str | Sequence[Path | str] | None, image_encoder: Path | str | None
-) -> tuple[list[Path], Path | None]:
-    """Return the adapters and the image encoder to use: the named ones, or those in the checkpoint's folder."""
-    own = checkpoint / "ip_adapter.safetensors", checkpoint / "image_encoder.safetensors", checkpoint / "image_encoder"
-    encoders = [Path(image_encoder)] if image_encoder else [path for path in own[1:] if path.exists()]
-    if adapter is None:
-        adapter = [path for path in own[:1] if path.exists()]
-    named = [adapter] if isinstance(adapter, Path | str) else adapter
-    return [Path(file) for file in named], encoders[0] if encoders else None

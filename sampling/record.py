@@ -16,8 +16,8 @@ from typing import Any
 
 from checkpoints import files
 from sampling.images import read_settings
+from sampling.loading import prompt_files
 from sampling.options import PROMPT
-from sampling.pipeline import prompt_files
 from sampling.request import ImagePrompt, Model, Request, from_json, map_paths, paths, to_json
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def used_files(request: Request, model: Model) -> list[Path]:
     if request.image_prompts:
         adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
         base += [*adapters, *([encoder] if encoder else [])]
-    base += model.controls
+    base += [*model.controls, *(lora.path for lora in model.loras)]
     return [*(file for path in base for file in files.files_of(path)), *paths(request)]
 
 

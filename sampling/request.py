@@ -17,12 +17,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 VERSION = 1  # of the JSON; a later version reads the earlier ones
 LIMIT = 1e4  # largest magnitude of lambda, a guidance weight or a picture's weight: beyond it float16 and the networks overflow
 MOST_PIXELS = 1 << 24  # 4096 x 4096
+LARGEST = 1 << 16  # side of a picture that SDXL is told about
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 Fit = Literal["crop", "squash", "pad"]
 Preset = Literal["style", "layout", "finest"]
 Rule = Literal["output", "embedding", "tokens"]
-SamplerName = Literal["ddim", "dpm++"]
+SamplerName = Literal["ddim", "dpm++", "euler"]
+NoiseLevels = Literal["karras"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Layers = str | tuple[float, ...] | dict[str, Any]  # as `sampling.lambdas.layer_weights` reads them
 T = TypeVar("T")
@@ -79,7 +81,11 @@ class Request:
     `guidance` is w (Eq. 7), and of the text alone where `image_guidance` is given. Without `width` and `height` the picture has
     the size of `init_image`, or else the size that the base model was trained at. `init_image` is a picture to change by
     `strength`, in (0, 1] (default 0.8, with a mask 1); `mask` is white where to repaint it; `paste` keeps what is black as it
-    was; `crop` cuts its middle to a size that the base model draws. In Python a string does for a Path, one value for a tuple.
+    was; `crop` cuts its middle to a size that the base model draws. `schedule` sets the noise levels of Karras et al., instead of
+    those of the scheduler file. In Python a string does for a Path, one value for a tuple.
+
+    SDXL alone reads `original_size`, `target_size` (width, height), `crop_corner` (left, top) and `zero_negative`, which are
+    explained in `sampling.micro.Micro`.
 
     Raises ValueError where a field has another type or lacks its counterpart.
     """
@@ -102,6 +108,11 @@ class Request:
     paste: bool = True
     crop: bool = False
     hints: tuple[HintFile, ...] = ()
+    original_size: tuple[int, int] | None = None
+    crop_corner: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    zero_negative: bool = False
+    schedule: NoiseLevels | None = None
 
     def __post_init__(self) -> None:
         _settle(self)
@@ -111,19 +122,40 @@ class Request:
             raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {self.eta}")
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"eta is DDIM's: {self.sampler} adds no noise, so leave it at 0, not {self.eta}")
+        if self.schedule and self.sampler == "ddim":
+            raise ValueError("--schedule karras is for --sampler dpm++ and euler, not ddim")
         if self.image_guidance is not None and not self.image_prompts:
             raise ValueError("--image-guidance is for an image prompt: name it with --image")
         if self.init_image is None:
             for name in ("mask", "strength", "crop"):
                 if getattr(self, name) not in (None, False):
                     raise ValueError(f"--{name} is for a picture to change: name it with --init-image")
+        for name in ("original_size", "crop_corner", "target_size"):
+            if (pair := getattr(self, name)) is not None and not (len(pair) == 2 and all(0 <= n <= LARGEST for n in pair)):
+                raise ValueError(f"{name} must be two whole numbers from 0 to {LARGEST}, not {' '.join(map(reprlib.repr, pair))}")
+        if self.zero_negative and self.negative_prompt:
+            raise ValueError("--zero-negative is for an empty negative prompt: leave out --negative-prompt, or this option")
         if not self.paste and self.mask is None:
             raise ValueError("--no-paste is for a picture with a --mask")
 
 
 @dataclass(frozen=True)
+class LoraFile:
+    """A LoRA, as a file, and the factor s of its updates: W' = W + s (alpha / r) B A. With 0 it changes nothing."""
+
+    path: Path
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _settle(self)
+
+
+@dataclass(frozen=True)
 class Model:
-    """The files of a model, as `sampling.pipeline.load` takes them. Without names, those in the checkpoint's folder are used."""
+    """The files of a model, as `sampling.loading.load` takes them. Without names, those in the checkpoint's folder are used.
+
+    `face_lora_scale`: the factor of the LoRA inside FaceID adapters.
+    """
 
     checkpoint: Path = WEIGHTS
     adapters: tuple[Path, ...] = ()
@@ -132,6 +164,8 @@ class Model:
     prediction: Literal["epsilon", "v"] | None = None
     dtype: DtypeName = "float32"
     controls: tuple[Path, ...] = ()
+    loras: tuple[LoraFile, ...] = ()
+    face_lora_scale: float = 1.0
 
     def __post_init__(self) -> None:
         _settle(self)
@@ -163,7 +197,7 @@ def to_json(item: object) -> Any:
 
 
 def from_json(kind: type[T], data: object) -> T:
-    """Build a Request, ImagePrompt, HintFile or Model from the result of `to_json`; missing fields take their defaults.
+    """Build a Request, ImagePrompt, HintFile, LoraFile or Model from the result of `to_json`; missing fields take their defaults.
 
     Raises ValueError where `data` is anything else. It may come from a stranger.
     """
@@ -175,7 +209,11 @@ def from_json(kind: type[T], data: object) -> T:
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in names]:
         raise ValueError(f"{kind.__name__} has no setting {reprlib.repr(unknown[0])}: another version wrote it")
-    needed = {ImagePrompt: ("images", "an image prompt needs its images"), HintFile: ("picture", "a hint needs its picture")}
+    needed = {
+        ImagePrompt: ("images", "an image prompt needs its images"),
+        HintFile: ("picture", "a hint needs its picture"),
+        LoraFile: ("path", "a LoRA needs its file"),
+    }
     if kind in needed and needed[kind][0] not in values:
         raise ValueError(needed[kind][1])
     return kind(**values)

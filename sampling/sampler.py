@@ -11,14 +11,14 @@ from torch import Tensor
 
 from sampling.schedule import Schedule
 
-Denoiser = Callable[[Tensor, int], Tensor]
+Denoiser = Callable[[Tensor, float], Tensor]
 BeginStep = Callable[[int, float, Tensor], Tensor]  # (index, a_t, x) -> the latents at which this step starts
 
 
 class Step(NamedTuple):
     """One step: the timestep t that the network reads, a_t, and `after`, the value of a at the end of the step."""
 
-    t: int
+    t: float
     a: float
     after: float
 
@@ -28,7 +28,7 @@ class State:
     """The state after a step: its index and timestep, the latents x_{t-1}, and the x_0 that the network predicted from x_t."""
 
     index: int
-    t: int
+    t: float
     x: Tensor
     x0: Tensor
 
@@ -37,12 +37,13 @@ class State:
 class Sampler:
     """A sampler: `times` chooses the steps on a schedule, and `draw` runs them.
 
-    `noisy`: `draw` also takes `eta` and `generators`.
+    `peer`: the class of diffusers that it equals. `noisy`: `draw` also takes `eta` and `generators`.
     """
 
     name: str
     times: Callable[[Schedule, int], list[Step]]
     draw: Callable[..., Iterator[State]]
+    peer: str
     noisy: bool = False
 
     def noise(self, eta: float, generators: Sequence[torch.Generator]) -> dict[str, Any]:

@@ -28,9 +28,10 @@ class Schedule:
     """Stable Diffusion's schedule; the default is SD 1.5's.
 
     `spacing`: how timesteps are chosen, by one of the rules of arXiv 2305.08891, Table 2, rounded as in diffusers, or by that of
-    LDM. None is the sampler's default: leading for DDIM, linspace for DPM-Solver++. `offset` is added to leading timesteps.
-    `final_one` (DDIM): the last step ends at a = 1 instead of a_0. `karras` (DPM-Solver++): use the noise levels of arXiv
-    2206.00364. `unsupported_by_dpm`: settings of the scheduler file that our DPM-Solver++ does not support; if there are any, it raises.
+    LDM. None is the sampler's default: leading for DDIM, linspace for the others. `offset` is added to leading timesteps.
+    `final_one` (DDIM): the last step ends at a = 1 instead of a_0. `karras` (DPM-Solver++, Euler): use the noise levels of arXiv
+    2206.00364. `unsupported_by_dpm`, `unsupported_by_euler`: settings of the scheduler file that these samplers do not support; if there
+    are any, the sampler raises.
     """
 
     timesteps: int = 1000
@@ -42,6 +43,7 @@ class Schedule:
     final_one: bool = False
     karras: bool = False
     unsupported_by_dpm: tuple[str, ...] = ()
+    unsupported_by_euler: tuple[str, ...] = ()
 
     @property
     def alphas(self) -> Tensor:
@@ -108,6 +110,12 @@ class Schedule:
         if self.prediction == "epsilon":
             return output, (x - (1 - a) ** 0.5 * output) / a**0.5
         return a**0.5 * output + (1 - a) ** 0.5 * x, a**0.5 * x - (1 - a) ** 0.5 * output
+
+
+def karras_sigmas(most: float, least: float, steps: int, rho: float = 7.0) -> np.ndarray:
+    """Eq. 5 of arXiv 2206.00364: sigma^(1/rho) falls linearly from the largest value to the smallest."""
+    ramp = np.linspace(0, 1, steps)
+    return (most ** (1 / rho) + ramp * (least ** (1 / rho) - most ** (1 / rho))) ** rho
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sampling.sampler import Sampler
 from sampling.schedule import Schedule
 
 # Settings that affect every sampler, with their supported values.
@@ -20,9 +21,18 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
 }
-# Settings of diffusers' `DPMSolverMultistepScheduler`, with the values for which it equals `sampling.dpm`. It treats the
-# solver types of other schedulers ("logrho", "bh1", "bh2") as "midpoint". `lower_order_final` and `euler_at_final` have no
-# effect if the last step ends at sigma = 0.
+# Settings of diffusers' `EulerDiscreteScheduler`, with the values for which it equals `sampling.euler`.
+_EULER: dict[str, tuple[Any, ...]] = {
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "final_sigmas_type": ("zero",),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+}
+# The same for `DPMSolverMultistepScheduler` and `sampling.dpm`. It treats the solver types of other schedulers ("logrho", "bh1",
+# "bh2") as "midpoint". `lower_order_final` and `euler_at_final` have no effect if the last step ends at sigma = 0.
 _DPM: dict[str, tuple[Any, ...]] = {
     "solver_order": (2,),
     "algorithm_type": ("dpmsolver++",),
@@ -34,7 +44,6 @@ _DPM: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False,),
     "use_dynamic_shifting": (False,),
 }
-
 
 def _is_beta(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1
@@ -71,24 +80,47 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
         beta_end=config.get("beta_end", default.beta_end),
         prediction="v" if config.get("prediction_type") == "v_prediction" else "epsilon",
         spacing=config.get("timestep_spacing"),
-        final_one=config.get("set_alpha_to_one", default.final_one),
+        final_one=_is_euler(config) or config.get("set_alpha_to_one", default.final_one),
         karras=bool(config.get("use_karras_sigmas")),
     )
-    return replace(schedule, unsupported_by_dpm=_unsupported_by_dpm(config, schedule))
+    by_dpm, by_euler = _unsupported_by_dpm(config, schedule), _others(config, _EULER)
+    return replace(schedule, unsupported_by_dpm=by_dpm, unsupported_by_euler=by_euler)
+
+
+def _is_euler(config: Mapping[str, Any]) -> bool:
+    """Whether the file's own sampler is Euler at leading timesteps, as in SDXL.
+
+    It ends at a = 1, whatever `set_alpha_to_one` says, and DDIM that does so is the same sampler.
+    """
+    leading = config.get("timestep_spacing") == "leading" and not config.get("use_karras_sigmas")
+    return config.get("_class_name") == "EulerDiscreteScheduler" and leading
 
 
 def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
     return any(value is each or (value == each and type(value) is type(each)) for each in values)
 
 
+def _others(config: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
+    """List the settings with other values than the supported ones."""
+    return tuple(f"{key} = {config[key]}" for key, values in supported.items() if key in config and not _is_one_of(config[key], values))
+
+
 def _unsupported_by_dpm(config: Mapping[str, Any], schedule: Schedule) -> tuple[str, ...]:
     """List the settings that our DPM-Solver++ does not support."""
-    others = [key for key, values in _DPM.items() if key in config and not _is_one_of(config[key], values)]
+    others, a = list(_others(config, _DPM)), schedule.alphas[-1].double()
     if config.get("variance_type") in ("learned", "learned_range"):
-        others.append("variance_type")
-    a = schedule.alphas[-1].double()
-    if config.get("lambda_min_clipped", -math.inf) > 0.5 * float(
-        torch.log(a / (1 - a))
-    ):  # it would cut off the first timesteps
-        others.append("lambda_min_clipped")
-    return tuple(f"{key} = {config[key]}" for key in others)
+        others.append(f"variance_type = {config['variance_type']}")
+    cut = config.get("lambda_min_clipped", -math.inf)
+    if cut > 0.5 * float(torch.log(a / (1 - a))):  # it would cut off the first timesteps
+        others.append(f"lambda_min_clipped = {cut}")
+    return tuple(others)
+
+
+def other_scheduler(config: Mapping[str, Any], sampler: Sampler) -> str | None:
+    """Return the class that a scheduler file names, if the sampler does not equal it.
+
+    With leading spacing, DDIM that ends at a = 1 equals Euler's method.
+    """
+    name = config.get("_class_name")
+    same = sampler.name == "ddim" and _is_euler(config)
+    return name if isinstance(name, str) and name != sampler.peer and not same else None

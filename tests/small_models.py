@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peers import clip_tokenizer, clip_words, randn, text_pair, unet_pair, vae_pair, vision_pair
 from PIL import Image
 from safetensors.torch import save_file
@@ -38,6 +38,18 @@ SCHEDULER = {
 }
 
 
+# As Stable Diffusion XL ships it.
+EULER = SCHEDULER | {
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+
+
 @dataclass(frozen=True)
 class Small:
     """A small relative of a base model, the image encoder of its adapters, and the side of its pictures in latents."""
@@ -49,6 +61,7 @@ class Small:
     image: ImageConfig
     pad: str = "<|endoftext|>"
     side: int = 8
+    text_2: TextConfig | None = None  # SDXL's second text encoder
 
 
 BASES = {
@@ -82,6 +95,23 @@ BASES = {
         VAEConfig(channels=(8, 16), res_blocks=1, groups=4),
         ImageConfig(image_size=32, patch=16, width=16, layers=(2,), heads=2, output_dim=24),
         pad="!",
+    ),
+    "sdxl": Small(
+        UNetConfig(
+            channels=(16, 32, 32),
+            depth=(0, 1, 2),
+            mid_depth=2,
+            heads=(2, 4, 4),
+            context_dim=44,
+            groups=4,
+            added_dim=6 * 8 + 10,
+            added_time_dim=8,
+        ),
+        True,
+        TextConfig(width=24, layers=3, heads=3),
+        VAEConfig(channels=(8, 16), res_blocks=1, groups=4, scale=0.13025, force_upcast=True),
+        ImageConfig(image_size=32, patch=16, width=16, layers=(2,), heads=2, output_dim=24),
+        text_2=TextConfig(width=20, layers=2, heads=2, output_dim=10, activation="gelu", pad=0),
     ),
 }
 
@@ -145,11 +175,14 @@ def build(root: Path, name: str) -> Model:
     unet.save_pretrained(base / "unet")
     vae_pair(small.vae, seed=2)[0].float().save_pretrained(base / "vae")
     text_pair(small.text)[0].float().save_pretrained(base / "text_encoder")
+    if small.text_2:
+        text_pair(small.text_2)[0].float().save_pretrained(base / "text_encoder_2")
+        save_tokenizer(base / "tokenizer_2", "!", official=True)
     vision_pair(small.image)[0].float().save_pretrained(models / "image_encoder")
     save_tokenizer(base / "tokenizer", small.pad, official=name == "sd15")
     v = {"prediction_type": "v_prediction"} if small.unet.prediction == "v" else {}
     (base / "scheduler").mkdir()
-    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER | v))
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps((EULER if small.text_2 else SCHEDULER) | v))
     parts = {
         "unet": "UNet2DConditionModel",
         "vae": "AutoencoderKL",
@@ -157,8 +190,12 @@ def build(root: Path, name: str) -> Model:
         "text_encoder": "CLIPTextModel",
         "tokenizer": "CLIPTokenizer",
     }
+    if small.text_2:
+        parts |= {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
+        parts |= {"scheduler": "EulerDiscreteScheduler"}
     library = {part: "transformers" if kind.startswith("CLIP") else "diffusers" for part, kind in parts.items()}
-    index = {"_class_name": "StableDiffusionPipeline"} | {part: [library[part], kind] for part, kind in parts.items()}
+    whole = "StableDiffusionXLPipeline" if small.text_2 else "StableDiffusionPipeline"
+    index = {"_class_name": whole} | {part: [library[part], kind] for part, kind in parts.items()}
     (base / "model_index.json").write_text(json.dumps(index))
     torch.save(adapter(unet, small.image.output_dim, 3), models / "a.bin")
     save_file(flat(adapter(unet, small.image.output_dim, 4)), models / "b.safetensors")
@@ -166,8 +203,12 @@ def build(root: Path, name: str) -> Model:
     def peer(*weights: str) -> Any:
         size = small.image.image_size
         processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-        pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None, feature_extractor=processor)
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe: Any
+        if small.text_2:
+            pipe = StableDiffusionXLPipeline.from_pretrained(base, feature_extractor=processor, add_watermarker=False)
+        else:
+            pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None, feature_extractor=processor)
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         if weights:
             pipe.load_ip_adapter(models.parent, subfolder="models", weight_name=list(weights))

@@ -37,7 +37,7 @@ from eval.bench import Bench
 from eval.prompts import TASKS, Prompts
 from eval.tables import markdown
 from model.features import Features
-from sampling.pipeline import load
+from sampling.loading import load
 from train import checkpoint
 from train.judge import load_judge
 from train.loop import Plan

@@ -182,9 +182,9 @@ def fitting(unet: UNet, image_dim: int = 1024) -> Tensors:
 
 LORA = "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"
 FOREIGN = {
-    "FaceID": (nest("image_proj.proj.0.weight", "image_proj.norm.weight"), "is an IP-Adapter FaceID; only"),
-    "FaceID LoRA": (nest("image_proj.proj.weight", "ip_adapter.0.to_q_lora.down.weight"), "is an IP-Adapter FaceID"),
-    "FaceID Plus": (nest("image_proj.perceiver_resampler.proj_in.weight"), "is an IP-Adapter FaceID; only the base"),
+    "FaceID": (nest("image_proj.proj.0.weight", "image_proj.norm.weight"), r"adapter: image_proj\.proj\.2\.weight is missing"),
+    "FaceID LoRA": (nest("image_proj.proj.weight", "ip_adapter.0.to_q_lora.down.weight"), r"adapter: image_proj\.norm\.weight is missing"),
+    "FaceID Plus": (nest("image_proj.perceiver_resampler.proj_in.weight"), r"adapter: image_proj\.proj\.0\.weight is missing"),
     "LoRA": (nest(LORA), "is a LoRA; only the base"),
     "ControlNet": (nest("control_model.input_hint_block.0.weight"), "is a ControlNet"),
     "diffusers' ControlNet": (nest("controlnet_cond_embedding.conv_in.weight"), "is a ControlNet"),
@@ -200,12 +200,13 @@ def test_other_kinds_are_named(tiny: UNet, tmp_path: Path, case: str) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=sentence):
         load_adapter(tmp_path / "a.safetensors", tiny)
-    with pytest.raises(ValueError, match=r"a\.safetensors is .*; as a single file only Stable Diffusion 1\.x is supported"):
+    problem = r"is .*; a base model can be Stable Diffusion 1\.x, 2\.x or XL|is not a complete Stable|does not say what its UNet predicts"
+    with pytest.raises(ValueError, match=rf"a\.safetensors ({problem})"):
         load_base(tmp_path / "a.safetensors")
 
 
 def test_a_base_model_is_no_adapter(tiny: UNet, single: Path) -> None:
-    with pytest.raises(ValueError, match=r"is Stable Diffusion 1\.x; only the base IP-Adapter, Plus and Full are supported"):
+    with pytest.raises(ValueError, match=r"is Stable Diffusion 1\.x; only the base IP-Adapter, Plus, Full and FaceID are supported"):
         load_adapter(single, tiny)
 
 

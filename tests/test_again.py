@@ -336,11 +336,12 @@ def test_a_message_holds_no_control_characters(tmp_path: Path, monkeypatch: pyte
 
 
 def test_other_options_are_refused_beside_again(tmp_path: Path) -> None:
-    values = {"--fit": "pad", "--sampler": "ddim", "--image-rule": "tokens", "--dtype": "float16", "--prediction": "v"}
+    values = {"--fit": "pad", "--sampler": "ddim", "--schedule": "karras", "--image-rule": "tokens", "--dtype": "float16"}
+    values["--prediction"] = "v"
     for action in parser()._actions:
         flag = action.option_strings[-1]
         if action.dest not in {"again", "out", "save_embedding", "device", "help", *MACHINE}:
-            value = [] if action.nargs == 0 else [values.get(flag, "1")]
+            value = [values.get(flag, "1")] * (1 if action.nargs is None else action.nargs)
             with pytest.raises(ValueError, match=f"--again takes every setting from its picture: leave out {flag}"):
                 cli.run(["--again", str(tmp_path / "a.png"), flag, *value])
 

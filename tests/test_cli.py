@@ -24,8 +24,9 @@ from sampling import __main__ as cli
 from sampling import batch, command, machine
 from sampling.images import read_settings
 from sampling.inputs import read_inputs
+from sampling.loading import compiled, load
 from sampling.options import parser
-from sampling.pipeline import Pipeline, compiled, load
+from sampling.pipeline import Pipeline
 from sampling.request import Request
 
 
@@ -239,7 +240,7 @@ def test_errors_are_one_sentence(
 
 def test_help_lists_every_option_in_its_group_with_a_sentence() -> None:
     page = parser().format_help()
-    assert re.findall(r"^(\w+):$", page, re.MULTILINE) == ["picture", "text", "structure", "edit", "sampler", "files"]
+    assert re.findall(r"^(\w+):$", page, re.MULTILINE) == ["picture", "text", "size", "structure", "edit", "sampler", "files"]
     for option in parser()._option_string_actions:
         assert re.search(rf"^  ({option}|-h, {option})\b", page, re.MULTILINE) or option == "-h"
     for action in parser()._actions:
@@ -304,7 +305,7 @@ def test_compile_without_a_compiler_is_refused_at_once(
         for key, value in names_it.items():
             monkeypatch.setenv(key, value)
         with pytest.raises(
-            ValueError, match=f"--compile needs {re.escape(name)}.*, which is not there: install it, or leave"
+            ValueError, match=f"--compile needs {re.escape(name)}.*, which is not installed: install it, or leave"
         ):
             draw(weights, tmp_path / "a.png", "--compile", "--device", device)
 

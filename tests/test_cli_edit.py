@@ -14,9 +14,9 @@ from tiny import UNET, again, difference, draw, loud, names, pixels_of, refuses
 
 from checkpoints import cards
 from model.unet import UNet
-from sampling import pipeline
+from sampling import loading
 from sampling.images import read_settings
-from sampling.pipeline import load
+from sampling.loading import load
 from train.setting import TrainingSource, prepare
 
 
@@ -79,7 +79,7 @@ def test_adapters_cannot_be_trained_on_an_inpainting_model(nine: Path, tmp_path:
 def test_files_that_are_not_adapters_are_rejected_before_the_base_is_loaded(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "load_base", lambda *_: pytest.fail("the base was read"))
+    monkeypatch.setattr(loading, "load_base", lambda *_: pytest.fail("the base was read"))
     with pytest.raises(FileNotFoundError, match=r"none\.bin is not there"):
         load(weights, tmp_path / "none.bin")
     with pytest.raises(ValueError, match="is not an adapter; only the base IP-Adapter"):

@@ -175,7 +175,7 @@ def test_a_saved_embedding_is_its_picture(weights: Path, tmp_path: Path, image: 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"embedding": torch.zeros(1, 1, 13)}, r"is \(1, 1, 13\), but this adapter reads image embeddings, a vector of width 12 for"),
+        ({"embedding": torch.zeros(1, 1, 13)}, r"has shape \(1, 1, 13\), but this adapter reads image embeddings, a vector of width 12"),
         ({"embedding": torch.full((1, 2, 12), torch.nan)}, "not all of its numbers are finite"),
         ({"other": torch.zeros(1, 1, 12)}, "holds no image embedding"),
         ({"embedding": torch.zeros(1, 0, 12)}, "holds no image embedding"),

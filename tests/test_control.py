@@ -208,7 +208,7 @@ def test_inputs_that_do_not_match_are_rejected() -> None:
             bind(networks, hints, SMALL_SD15, contexts(), size, TIMES)
     assert bind([], [], SMALL_SD15, contexts(), (8, 8), TIMES) is None
     for start, end in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)):
-        with pytest.raises(ValueError, match="acts from start to end"):
+        with pytest.raises(ValueError, match="start and end of a control must satisfy"):
             Hint(hint, start=start, end=end)
 
 

@@ -263,7 +263,7 @@ def test_other_files_are_named(control: ControlNet, tmp_path: Path) -> None:
         open_control(tmp_path / "nothing.pth")
     path = write(official(control, "control_model."), tmp_path / "control.safetensors")
     for load in (load_single, load_base):
-        with pytest.raises(ValueError, match="is a ControlNet; as a single file"):
+        with pytest.raises(ValueError, match="is a ControlNet; a base model can be"):
             load(path)
     diffusers = tmp_path / "alone" / "control.safetensors"
     save_control_diffusers(control, tmp_path / "folder")

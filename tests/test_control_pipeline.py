@@ -285,7 +285,7 @@ MISTAKES = {
     "not a picture": ("--control {edges} --hint {edges/config.json}", "Pillow cannot read this file as a picture"),
     "a picture": ("--control {hint.png} --hint {hint.png}", "not a file of weights but a PNG picture"),
     "an adapter": ("--control {adapter} --hint {hint.png}", "only ControlNets and T2I-Adapters can be used as a control"),
-    "a range that is none": ("--control {edges} --hint {hint.png} --control-start 0.5 --control-end 0.5", "acts from start to end"),
+    "a range that is none": ("--control {edges} --hint {hint.png} --control-start 0.5 --control-end 0.5", "not 0.5 to 0.5"),
     "beyond the end": ("--control {edges} --hint {hint.png} --control-end 1.5", "0 <= start < end <= 1, not 0.0 to 1.5"),
     "too large": ("--control {edges} --hint {hint.png} --control-scale 1e9", "scale must be a number between"),
     "before both": ("--hint {hint.png} --control {edges} --control {depth} --hint {hint.png}", "its own --hint and --control-scale"),

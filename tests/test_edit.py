@@ -17,7 +17,8 @@ from tiny import difference
 from sampling.dpm import DPM
 from sampling.edit import Edit
 from sampling.images import to_images, to_tensor
-from sampling.pipeline import SAMPLERS, Pipeline, load
+from sampling.loading import load
+from sampling.pipeline import SAMPLERS, Pipeline
 
 FOX, OWL = "A photo of a fox, 4k", "blurry; an owl"
 LEVEL = 1  # of 255

@@ -17,7 +17,7 @@ from eval.__main__ import main
 from eval.bench import Bench
 from model.adapter import IPAdapter
 from model.image_projection import Resampler
-from sampling.pipeline import load
+from sampling.loading import load
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from sampling.images import read_settings
+from sampling.loading import load
 from sampling.options import PROMPT, flag, parser
-from sampling.pipeline import load
 from sampling.sheets import __main__ as sheets
 from sampling.sheets import gallery
 from sampling.sheets.layout import CELL, sheet

@@ -33,7 +33,7 @@ from model.adapter import IPAdapter
 from model.image_encoder import MINI_IMAGE, VIT_BIGG, VIT_H, VIT_L, ImageEncoder
 from model.image_projection import Resampler
 from model.text_encoder import SD15_TEXT, SD21_TEXT, TextConfig, TextEncoder
-from sampling.pipeline import load
+from sampling.loading import load
 from sampling.request import WEIGHTS
 from train.clip import MINI_TEXT
 from weights_convert import main

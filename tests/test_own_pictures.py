@@ -33,7 +33,7 @@ from checkpoints.files import sha256
 from model.adapter import IPAdapter
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
 from model.unet import UNet
-from sampling.pipeline import load
+from sampling.loading import load
 from train import adapter, encode, loop, preview, setting
 from train import unet as unet_stage
 from train.__main__ import main, status

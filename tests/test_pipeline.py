@@ -22,8 +22,8 @@ from checkpoints.adapters import load_adapter
 from eval import __main__ as measures
 from sampling import __main__ as cli
 from sampling.images import read_settings
+from sampling.loading import load
 from sampling.options import parse
-from sampling.pipeline import load
 from sampling.request import ImagePrompt, Request
 from train import __main__ as train
 
@@ -56,6 +56,7 @@ def ours(model: Model, ask: Ask, pictures: list[Path], folder: Path) -> np.ndarr
 
 FOX, OWL, LONG = "A photo of a fox, 4k", "blurry; an owl", "a very long story of foxes and owls " * 12
 LEVEL = 1  # of 255
+NATIVE = {"wide": 32, "sdxl": 16}
 ONE, THREE = [[0]], [[0, 1, 2]]
 ASKS = {
     "text, 5 steps": ("sd15", Ask(FOX, OWL)),
@@ -73,6 +74,12 @@ ASKS = {
     "v-prediction": ("sd21", Ask(FOX, OWL, [[1]], [1.0], steps=50, guidance=3)),
     "two adapters": ("sd15", Ask(FOX, OWL, [[0], [1]], [0.5, 0.8], steps=30)),
     "two adapters, images alone": ("wide", Ask("", "", [[0, 2], [1]], [0.5, 1.0], steps=5, eta=1, num=2)),
+    "SDXL, text": ("sdxl", Ask(FOX, OWL, num=2)),
+    "SDXL, long text, 30 steps": ("sdxl", Ask(LONG, "", steps=30, guidance=3)),
+    "SDXL, native size": ("sdxl", Ask("", "", ONE, [1.0], steps=30, size=(None, None))),
+    "SDXL, image and text": ("sdxl", Ask(FOX, OWL, ONE, [0.5], steps=50, size=(40, 24))),
+    "SDXL, guidance 1": ("sdxl", Ask(FOX, OWL, ONE, [0.5], guidance=1)),
+    "SDXL, two adapters": ("sdxl", Ask(FOX, OWL, [[0, 2], [1]], [0.5, 0.8], num=2)),
     "two adapters, one off": ("sd21", Ask(FOX, "", [[2], [1, 0]], [0.0, 0.6], steps=5)),
 }
 
@@ -80,12 +87,12 @@ ASKS = {
 Get = Callable[[str], Model]
 
 
-@pytest.mark.parity("diffusers StableDiffusionPipeline, in levels of 255", LEVEL)
+@pytest.mark.parity("diffusers StableDiffusionPipeline, StableDiffusionXLPipeline, in levels of 255", LEVEL)
 @pytest.mark.parametrize("name", ASKS)
 def test_the_picture_is_diffusers(model: Get, pictures: list[Path], tmp_path: Path, name: str) -> None:
     base, ask = ASKS[name]
     want, got = theirs(model(base), ask, pictures), ours(model(base), ask, pictures, tmp_path)
-    assert want.shape == (ask.num, *(side or 32 for side in ask.size), 3)
+    assert want.shape == (ask.num, *(side or NATIVE[base] for side in ask.size), 3)
     assert difference(got, want) <= LEVEL
     assert want.std() > 20 and ((want == 0) | (want == 255)).mean() < 0.5  # neither grey nor cut off
 

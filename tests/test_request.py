@@ -13,7 +13,7 @@ import pytest
 from model import image_encoder
 from sampling import request as request_file
 from sampling import schedule
-from sampling.request import HintFile, ImagePrompt, Model, Request, from_json, map_paths, paths, to_json
+from sampling.request import HintFile, ImagePrompt, LoraFile, Model, Request, from_json, map_paths, paths, to_json
 
 PROMPT = ImagePrompt(
     (Path("a.png"), Path("b/c.png")),
@@ -26,6 +26,7 @@ PROMPT = ImagePrompt(
     "tokens",
     (Path("no.png"),),
 )
+LORA = LoraFile(Path("a.safetensors"), -0.7)
 HINT = HintFile(Path("edges.png"), 0.8, 0.25, 0.75, True)
 FULL = Request(
     'a "fox" – λ 狐\n',
@@ -46,28 +47,35 @@ FULL = Request(
     False,
     True,
     (HINT, HintFile(Path("grey.png"))),
+    (800, 600),
+    (3, 5),
+    (640, 480),
+    False,
+    "karras",
 )
 MODEL = Model(
-    Path("base"), (Path("x.bin"), Path("y.bin")), Path("encoder"), Path("vae"), "v", "bfloat16", (Path("canny.pth"), Path("depth"))
-)
+    Path("base"), (Path("x.bin"), Path("y.bin")), Path("encoder"), Path("vae"), "v", "bfloat16", (Path("canny.pth"), Path("depth")),
+    (LORA, LoraFile(Path("b"))), 0.4,
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("item", [Request(), FULL, PROMPT, HINT, Model(), MODEL], ids=lambda item: type(item).__name__)
+@pytest.mark.parametrize("item", [Request(), FULL, PROMPT, HINT, LORA, Model(), MODEL], ids=lambda item: type(item).__name__)
 def test_json_gives_it_back(item: Any) -> None:
     assert from_json(type(item), json.loads(json.dumps(to_json(item)))) == item
 
 
 def test_every_field_of_the_full_ones_differs_from_its_default() -> None:
     """So that the round trip above is one of every field."""
-    for full, default in ((FULL, Request()), (MODEL, Model()), (PROMPT, ImagePrompt((Path("x"),))), (HINT, HintFile(Path("x")))):
+    files = (HINT, HintFile(Path("x"))), (LORA, LoraFile(Path("x")))
+    for full, default in ((FULL, Request()), (MODEL, Model()), (PROMPT, ImagePrompt((Path("x"),))), *files):
         same = [f.name for f in fields(full) if getattr(full, f.name) == getattr(default, f.name)]
-        assert same == (["eta"] if full is FULL else [])
+        assert same == (["eta", "zero_negative"] if full is FULL else [])  # they contradict others
 
 
 def test_what_is_absent_takes_its_default() -> None:
     """So that an option of tomorrow leaves the pictures of today readable."""
     assert from_json(Request, {"version": 1}) == Request() and from_json(Model, {}) == Model()
-    full = replace(FULL, init_image=None, mask=None, strength=None, paste=True, crop=False, image_guidance=None)
+    full = replace(FULL, init_image=None, mask=None, strength=None, paste=True, crop=False, image_guidance=None, schedule=None)
     for field in fields(Request):
         less = {key: value for key, value in to_json(full).items() if key != field.name}
         assert from_json(Request, less) == replace(full, **{field.name: getattr(Request(), field.name)})
@@ -88,7 +96,8 @@ def test_paths_are_found_and_changed() -> None:
         "a.png", "c.png", "mask.png", "no.png", "d.png", "e.png", "photo.png", "where.png", "edges.png", "grey.png",
     ]  # fmt: skip
     moved = map_paths(MODEL, lambda path: Path("there") / path.name)
-    assert paths(moved) == [Path("there") / name for name in ("base", "x.bin", "y.bin", "encoder", "vae", "canny.pth", "depth")]
+    names = "base", "x.bin", "y.bin", "encoder", "vae", "canny.pth", "depth", "a.safetensors", "b"
+    assert paths(moved) == [Path("there") / name for name in names]
     assert (
         replace(
             moved,
@@ -97,6 +106,7 @@ def test_paths_are_found_and_changed() -> None:
             image_encoder=MODEL.image_encoder,
             vae=MODEL.vae,
             controls=MODEL.controls,
+            loras=MODEL.loras,
         )
         == MODEL
     )
@@ -110,7 +120,7 @@ WRONG: dict[str, list[Any]] = {
     "image_guidance": ["2", math.nan, 1.0],  # the last: without an image prompt
     "fit": [None, "stretch", [], {}],
     "steps": [None, "abc", "20", 20.0, True, [20]],
-    "sampler": [None, "euler", 3, []],
+    "sampler": [None, "heun", 3, []],
     "eta": [None, "0", math.nan],
     "seed": [None, "0", 1.0, 2**64, -(2**63) - 1, 10**400, True],
     "width": ["64", 64.0, 10**8, 10**400],
@@ -121,6 +131,11 @@ WRONG: dict[str, list[Any]] = {
     "paste": [None, 0, "yes", False],
     "crop": [None, 1, True],
     "hints": [3, None, [3], [{}], [{"picture": 3}], [{"picture": "x", "scale": "1"}], [{"picture": "x", "guess": 1}]],
+    "original_size": [3, [3], [3, -1], [3, 10**8], [3, "4"], [3.0, 4], [3, 4, 5]],
+    "crop_corner": [True, [3], [3, -1], [3, 10**400], [3, None]],
+    "target_size": ["ab", [3], [-3, 1], [{}, 4]],
+    "zero_negative": [None, 1, "yes"],
+    "schedule": ["exponential", 3, "karras"],  # the last: with ddim
 }  # fmt: skip
 
 
@@ -162,7 +177,7 @@ def test_wrong_layers_are_refused(wrong: Any) -> None:
         ImagePrompt((Path("a"),), layers=wrong)
 
 
-@pytest.mark.parametrize("kind", [Request, Model, ImagePrompt, HintFile])
+@pytest.mark.parametrize("kind", [Request, Model, ImagePrompt, HintFile, LoraFile])
 @pytest.mark.parametrize(
     "data", [None, [], "a fox", 3, {"version": 2}, {"version": None}, {"nothing": 1}, {"__class__": "x"}]
 )

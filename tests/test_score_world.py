@@ -15,7 +15,7 @@ from eval.bench import embed
 from eval.prompts import Prompts
 from eval.scores import Scores
 from eval.world_table import line, table
-from sampling.pipeline import load
+from sampling.loading import load
 
 ROOT = Path(__file__).parent.parent
 

@@ -67,8 +67,8 @@ def test_the_config_of_a_unet_without_its_weights(base: Peers, single: Path, fol
     own = tmp_path / "own" / "unet.safetensors"
     save(base.ours.unet, own, {})
     assert [unet_config(path) for path in (single, folder, own.parent)] == [UNET] * 3
-    save_file({"conditioner.embedders.0": torch.ones(1)}, tmp_path / "xl.safetensors")
-    with pytest.raises(ValueError, match="is Stable Diffusion XL; as a single file"):
+    save_file({"conditioner.embedders.0.transformer.x": torch.ones(1)}, tmp_path / "xl.safetensors")
+    with pytest.raises(ValueError, match="is not a complete base model"):
         unet_config(tmp_path / "xl.safetensors")
 
 

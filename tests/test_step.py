@@ -13,7 +13,7 @@ import torch
 from small_run import PLAN, Batch, Net, make, noisy_loss, numbers, same, weight_sum
 from torch import Tensor, nn
 
-from train import loop
+from train import shared
 from train.data import OnTheFly
 from train.loop import run
 from train.step import GraphStep
@@ -74,6 +74,6 @@ def test_a_recorded_step_reads_every_batch(
         return run(replace(PLAN, accumulate=accumulate), net, data, loss, weight_sum, folder, workers)
 
     kept, log = trained(tmp_path / "plain")
-    monkeypatch.setattr(loop, "step_for", lambda _: Replayed)
+    monkeypatch.setattr(shared, "step_for", lambda _: Replayed)
     kept_too, log_too = trained(tmp_path / "recorded")
     assert same(kept, kept_too) and numbers(log_too) == numbers(log) and len(log) == 12

@@ -23,7 +23,7 @@ from model.features import Features
 from model.image_projection import ImageProjection, Resampler
 from model.source import Source
 from model.unet import UNet, UNetConfig
-from sampling.pipeline import load
+from sampling.loading import load
 from sampling.schedule import Prediction, Schedule
 from train import adapter as adapter_stage
 from train import preview
@@ -152,6 +152,21 @@ def test_loss_is_summed_in_float32_for_a_half_precision_base() -> None:
         Context(randn(2, 5, 8, seed=3).bfloat16()),
     )
     assert diffusion_loss(unet, Schedule(), x0, text, torch.tensor([3, 700]), eps).dtype == torch.float32
+
+
+def test_noise_offset_moves_whole_channels() -> None:
+    """The noise differs from the plain one by one number per channel, N(0, o^2); latents, timesteps and drops stay."""
+    n = 500
+    features = Features(torch.zeros(n, 1, 1, 3), torch.zeros(1, 1, 1, 3))
+    batch = Pairs(torch.zeros(n, 4, 5, 3), torch.ones(n, 4, 5, 3), torch.zeros(n, dtype=torch.long), torch.zeros(1, 77, 2), features)
+    plain, moved = (
+        noised(batch.at(torch.arange(n)), torch.Generator().manual_seed(0), dropping=True, offset=offset) for offset in (0.0, 0.5)
+    )
+    for name in ("x0", "t", "text", "image"):
+        assert torch.equal(getattr(plain, name), getattr(moved, name))
+    offset = moved.eps - plain.eps
+    torch.testing.assert_close(offset, offset[:, :, :1, :1].expand_as(offset), atol=1e-6, rtol=0)
+    assert float(offset[:, :, 0, 0].std()) == pytest.approx(0.5, abs=0.03)
 
 
 def test_timesteps_are_uniform_and_noise_is_normal() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from model.features import FINE, GLOBAL, Features
 from sampling.request import WEIGHTS
 from train import adapter, encode, gains, plus, setting
 from train.__main__ import folders, main, plans_of, source_of, status
-from train.errors import Diverged, GateError, Interrupted
+from train.errors import Diverged, GateError, Interrupted, OtherRun
 from train.gains import verdict
 from train.options import STAGES, parser
 from train.pairs import Pairs
@@ -71,6 +73,28 @@ def test_the_default_rate(stage: Any, base: Path) -> None:
     assert stage.phases_for(TrainingSource(reads=FINE if stage is plus else GLOBAL)) == stage.PHASES
 
 
+def test_the_recipe_can_be_changed(trained: Path, base: Path, tmp_path: Path) -> None:
+    """Each option reaches the plan or the loss; without options, both are the paper's."""
+    line = ("--warmup", "0", "--ema", "0", "--clip", "0.5", "--save-every", "3", "--validate-every", "4")
+    (plan,) = plans_of(arguments("adapter", *line), (adapter.PLAN,))
+    assert (plan.warmup, plan.ema, plan.clip, plan.save_every, plan.validate_every) == (0, 0.0, 0.5, 3, 4)
+    named = arguments("adapter", "--data", "cats", "--min-snr", "5", "--noise-offset", "0.1")
+    assert (source_of(named, "adapter", base).gamma, source_of(named, "adapter", base).noise_offset) == (5.0, 0.1)
+    source = TrainingSource(base, data=trained / "data", side=16)
+    own = setting.prepare(source, trained / "state")
+    assert (own.gamma, own.noise_offset) == (None, 0.0)
+    changed = setting.prepare(replace(source, gamma=5.0, noise_offset=0.1), trained / "state")
+    assert (changed.gamma, changed.noise_offset) == (5.0, 0.1)
+    for name, option in (("weights", ()), ("other", ("--min-snr", "0.01")), ("offset", ("--noise-offset", "0.3"))):
+        main([*command(trained, base, *option), "--state", str(tmp_path / name), "--weights", str(tmp_path / name)])
+    logs = [(tmp_path / name / "ip_adapter.jsonl").read_text().splitlines() for name in ("weights", "other", "offset")]
+    assert len({json.loads(lines[0])["loss"] for lines in logs}) == 3
+    with pytest.raises(OtherRun, match="with different noise offset: choose another folder"):
+        main([*command(trained, base, "--noise-offset", "0.2"), "--state", str(tmp_path / "offset"), "--weights", str(tmp_path / "offset")])
+    with pytest.raises(OSError, match="was written by another run"):
+        main([*command(trained, base), "--state", str(tmp_path / "new"), "--weights", str(tmp_path / "offset")])
+
+
 # what is said
 
 
@@ -110,6 +134,8 @@ WHOLE = "steps", "side", "accumulate", "batch"
     [
         *(((f"--{name}", value), f"argument --{name}") for name in WHOLE for value in ("0", "-1", "1.5", "many")),
         *((("--lr", value), "argument --lr") for value in ("0", "-1", "nan", "inf", "fast")),
+        *((("--ema", value), "argument --ema") for value in ("1", "-0.1", "nan", "x")),
+        *((("--noise-offset", value), "argument --noise-offset") for value in ("1", "-1", "nan")),
         *((("--seed", value), "argument --seed") for value in ("-1", "99999999999", "x")),
     ],
 )  # fmt: skip

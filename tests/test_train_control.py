@@ -19,7 +19,7 @@ from checkpoints.controls import load_control
 from checkpoints.describe import kind_of
 from checkpoints.stable_diffusion import load_unet
 from model.t2i import T2IAdapter
-from sampling.pipeline import load
+from sampling.loading import load
 from train import control, loop, structure, t2i
 from train.drawings import drawing, recolour
 from train.errors import GateError
@@ -175,5 +175,5 @@ def test_what_is_written_loads_as_a_control_of_the_base(base: Path, tmp_path: Pa
 
 
 def test_all_trains_what_ships() -> None:
-    assert [*STAGES][: len(SHIPPED)] == [*SHIPPED] and set(STAGES) - set(SHIPPED) == {"control", "t2i"}
+    assert [*STAGES][: len(SHIPPED)] == [*SHIPPED] and set(STAGES) - set(SHIPPED) == {"control", "t2i", "style"}
     assert not any((ROOT / "weights" / kind.file).exists() for kind in KINDS.values())

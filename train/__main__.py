@@ -8,12 +8,15 @@ To resume a run that was stopped (by Ctrl-C or in any other way), give the same 
   python -m train adapter --data pictures     an adapter on your own pictures, with the mini weights as the base
   python -m train adapter --data pictures --base sd15.safetensors --image-encoder models/image_encoder \\
       --from ip-adapter_sd15.safetensors --batch 8 --accumulate 8 --bf16 --checkpointing --device cuda
+  torchrun --nproc-per-node 8 -m train adapter --data pictures --base sd15.safetensors --batch 64 --device cuda   on eight GPUs
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,6 +28,7 @@ from train.options import ADAPTERS, SETTINGS, SHIPPED, parser
 
 if TYPE_CHECKING:
     from train.loop import Plan
+    from train.processes import Team
     from train.setting import TrainingSource
 
 
@@ -34,6 +38,16 @@ def allow_fast_kernels() -> None:
 
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
+
+
+def make_deterministic() -> None:
+    """Make each process compute a part alike: on one thread, and with kernels whose sums have a fixed order."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
 
 
 def folders(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -65,6 +79,8 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
         base_dtype=torch.bfloat16 if args.bf16 and has_bfloat16(args.device) else torch.float32,
         checkpointing=args.checkpointing,
         start=args.start,
+        gamma=args.min_snr,
+        noise_offset=args.noise_offset,
     )
 
 
@@ -85,16 +101,33 @@ def cost(plan: Plan) -> str:
 def run(args: argparse.Namespace, command: str) -> None:
     """Train the chosen stage, or all whose weights ship, and print the outcome."""
     from sampling.device import check_device
-    from train.checkpoint import locked
+    from train.processes import started
 
-    state, weights = folders(args)
     check_device(args.device)
     allow_fast_kernels()
-    with locked(state):
+    with started(args.device, args.deterministic) as team, contextlib.ExitStack() as stack:
+        if team.rank:  # the first process speaks for all
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        train_stages(args, command, team)
+
+
+def train_stages(args: argparse.Namespace, command: str, team: Team) -> None:
+    """Train the stages in this process, one of a team."""
+    from train.checkpoint import locked
+    from train.processes import check_shares
+
+    if team.size > 1 and args.stage not in ADAPTERS:
+        raise ValueError(f"several processes can train {' or '.join(ADAPTERS)}: start `python -m train {args.stage}` without torchrun")
+    if team.parts:
+        make_deterministic()
+    state, weights = folders(args)
+    with contextlib.nullcontext() if team.rank else locked(state):
         for name in SHIPPED if args.stage == "all" else (args.stage,):
             stage = importlib.import_module(f"train.{name}")
             source = source_of(args, name, weights) if name in ADAPTERS else None
             plans = plans_of(args, stage.phases_for(source) if source else stage.PHASES)
+            for plan in plans:
+                check_shares(plan.batch)
             print(f"{name}: {', then '.join(map(cost, plans))}, on {args.device}", flush=True)
             if source:
                 print(stage.train(state, weights, plans, source, command))
@@ -109,14 +142,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def status(argv: Sequence[str] | None = None) -> str | int:
-    """Run a command line. Return an exit status, or an error message for `sys.exit`."""
+    """Run a command line. Return an exit status, or an error message for `sys.exit`.
+
+    Of several processes, only the first to end returns the message.
+    """
+    ended = outcome(argv)
+    if isinstance(ended, str):
+        from train.processes import speaks
+
+        return ended if speaks() else 1
+    return ended
+
+
+def outcome(argv: Sequence[str] | None) -> str | int:
+    """Run a command line in this process. Return an exit status, or an error message."""
     try:
         main(argv)
     except KeyboardInterrupt:
         print("stopped; finished work is saved, and the same command resumes the run", file=sys.stderr)
         return 130
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        from train.processes import speaks
+
+        if speaks():
+            print(stopped, file=sys.stderr)
         return 128 + stopped.number
     except (ValueError, OSError, Diverged, GateError) as error:
         return f"error: {error}"
@@ -125,6 +174,10 @@ def status(argv: Sequence[str] | None = None) -> str | int:
             raise
         return "error: the mini world needs more packages: pip install -e '.[world]'"
     except RuntimeError as error:
+        from train.processes import lost_another
+
+        if lost_another(error):
+            return "error: another process of this run ended; the same command resumes the run from its last save"
         if "out of memory" not in str(error):
             raise
         return "error: out of memory: lower --batch and raise --accumulate, lower --side, or add --checkpointing or --bf16"

@@ -28,7 +28,7 @@ from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.context import Context
 from sampling.request import WEIGHTS
-from train import checkpoint, preview
+from train import checkpoint, preview, processes
 from train.card import WORLD_LICENCE, card, check_free
 from train.data import Cached
 from train.gains import check_gates, held_out_losses, verdict
@@ -81,7 +81,7 @@ def fit(
     unet, schedule, held_out = setting.pipeline.unet, setting.pipeline.schedule, setting.held_out
 
     def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
-        x = noised(batch, g, dropping=True)
+        x = noised(batch, g, dropping=True, offset=setting.noise_offset)
         context = adapter(Context(x.text, fuse=fuse), x.image)
         return {"loss": diffusion_loss(unet, schedule, x.x0, context, x.t, x.eps, setting.gamma).mean()}
 
@@ -164,6 +164,8 @@ def train(
     initial_plans = initialise(setting, adapter)
     pipeline.unet.to(source.base_dtype)
     log = run_phases(setting, source, adapter, phases, folder)
+    if processes.team().rank:
+        return Outcome(file, "the first process writes it")
     check(setting.made_from)
     licence = WORLD_LICENCE if source.data is None and source.start is None else None
     adapter_card = card((*initial_plans, *phases), log, command, provenance(setting, source), licence)

@@ -10,7 +10,7 @@ from torch import Tensor
 from model.image_encoder import normalise
 from model.text_encoder import TextEncoder
 from train.pool import in_parts, pixels_of, scenes_of
-from train.randomness import generator
+from train.randomness import Share, generator
 from train.world import BACKGROUND_NAMES
 
 GROUP = 8  # number of pictures in a batch that share concept and background
@@ -36,12 +36,14 @@ class CaptionedPictures:
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> ClipBatch:
         """Return pixels, tokens (three of four captions are rich), and the slots of the rich captions."""
-        g = generator(self.seed, step * world_size + rank)
+        g = generator(self.seed, step)
         leaders = torch.randint(len(self.pixels), (-(-self.size // GROUP), 1), generator=g)
         first, count = self.cells[leaders].unbind(dim=-1)
         rows = self.order[first + (torch.rand(len(leaders), GROUP, generator=g) * count).long()].flatten()[: self.size]
         rows = rows.to(self.pixels.device)
         plain = torch.arange(self.size, device=rows.device) % 4 == 0
+        own = Share(rank, world_size).rows(self.size)
+        rows, plain = rows[own], plain[own]
         tokens = torch.where(plain[:, None], self.plain[rows], self.rich[rows])
         return normalise(self.pixels[rows].float() / 255), tokens, self.slots[rows]
 

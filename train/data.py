@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sampling.images import open_image
-from train.randomness import generator
+from train.randomness import Share, generator
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -47,9 +47,9 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 class Data(Protocol[T_co]):
-    """An endless sequence of batches. At a step, process `rank` of `world_size` takes batch `step * world_size + rank`.
+    """An endless sequence of batches. Process `rank` of `world_size` reads its share of batch `step`: as many rows as any other.
 
-    The processes take different batches: n processes read in one step what a single process reads in n.
+    Together the processes read what a single one reads, whatever their number.
     """
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T_co: ...
@@ -57,24 +57,26 @@ class Data(Protocol[T_co]):
 
 @dataclass(frozen=True)
 class OnTheFly(Generic[T]):
-    """Generate batch i as `make(i)`."""
+    """Generate batch i as `make(i)`; a share of it is a part of its rows."""
 
     make: Callable[[int], T]
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T:
-        return self.make(step * world_size + rank)
+        if world_size == 1:
+            return self.make(step)
+        return mapped(lambda x: x[Share(rank, world_size).rows(len(x))], self.make(step))
 
 
 @dataclass(frozen=True)
 class Files:
-    """Picture files, one per batch, in a cycle. `read` maps a picture to `3 h w`; a batch is `1 3 h w`."""
+    """Picture files, one per batch, in a cycle. `read` maps a picture to `3 h w`; a batch is `1 3 h w`, which processes cannot share."""
 
     files: Sequence[Path]
     read: Callable[[Image.Image], Tensor]
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
         """Read one file. Raises ValueError, naming the file, if it is not a picture."""
-        return self.read(open_image(self.files[(step * world_size + rank) % len(self.files)]))[None]
+        return self.read(open_image(self.files[step % len(self.files)]))[None]
 
 
 class Pool(Protocol[T_co]):
@@ -100,7 +102,27 @@ class Cached(Generic[T]):
         return _order(n, self.size, self.seed, epoch)[within * self.size :][: self.size]
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T:
-        return self.pool.at(self.rows(step * world_size + rank))
+        rows = self.rows(step)
+        return self.pool.at(rows[Share(rank, world_size).rows(len(rows))])
+
+
+@dataclass(frozen=True)
+class Shared(Generic[T]):
+    """The batches that a process reads in turn: in each step, its shares of all `accumulate` batches of the step."""
+
+    data: Data[T]
+    shares: Sequence[Share]
+    accumulate: int
+
+    @property
+    def each(self) -> int:
+        """The number of batches of a step."""
+        return len(self.shares) * self.accumulate
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T:
+        step, within = divmod(step, self.each)
+        share, part = divmod(within, self.accumulate)
+        return self.data.batch(step * self.accumulate + part, *self.shares[share])
 
 
 @functools.lru_cache(maxsize=4)

@@ -24,14 +24,15 @@ from tqdm import tqdm
 from checkpoints.files import replacing
 from model.features import GLOBAL, Embedder, Features
 from model.image_encoder import ImageEncoder, centre_square, normalise
-from model.text_encoder import TextEncoder
+from model.text_encoder import Text
 from model.vae import VAE
+from train import processes
 from train.captioned import Captioned
 from train.data import Data, Files, OnTheFly, stream
 from train.fingerprint import digest, fingerprint
 from train.pairs import Pairs
 from train.pool import in_parts, pixels_of, scenes_of, to_unit
-from train.world import SAYS, Says, Scene, Split, World, pictures
+from train.world import SAYS, Says, Scene, Split, Style, World, pictures, render
 
 Encode = Callable[[Tensor], dict[str, Tensor]]
 ENCODED = 500  # pictures of the mini world that are encoded at a time
@@ -50,17 +51,24 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 def encoded(data: Data[Tensor], keys: Sequence[str], encode: Encode, folder: Path, workers: int = 2) -> dict[str, Tensor]:
     """Concatenate encode(data.batch(i)) over all keys, in half precision. Batch i is cached as `folder`/`keys[i]`.safetensors.
 
-    Each batch is encoded separately, so the result does not depend on what was cached. Raises OSError if the folder cannot be
-    written.
+    Each batch is encoded separately, so the result does not depend on what was cached. Processes share the batches that are missing.
+    Raises OSError if the folder cannot be written.
     """
     files = [folder / f"{key}.safetensors" for key in keys]
     parts = {i: tensors for i, file in enumerate(files) if (tensors := _read(file))}
-    missing = [i for i in range(len(files)) if i not in parts]
-    batches: Iterator[Tensor] = stream(data, missing, workers)
-    for i in tqdm(missing, desc=folder.name, disable=not missing):
+    missing, team = [i for i in range(len(files)) if i not in parts], processes.team()
+    processes.wait()  # so that all processes find the same files missing
+    own = missing[team.rank :: team.size]
+    batches: Iterator[Tensor] = stream(data, own, workers)
+    for i in tqdm(own, desc=folder.name, disable=not own or team.rank > 0):
         parts[i] = {name: tensor.half().cpu().contiguous() for name, tensor in encode(next(batches)).items()}
         with replacing(files[i]) as part:
             save_file(parts[i], part)
+    processes.wait()
+    for i in (i for i in missing if i not in parts):
+        if (found := _read(files[i])) is None:
+            raise FileNotFoundError(f"{files[i]}, of another process, is not here: keep --state on a disk that all processes share")
+        parts[i] = found
     return {name: torch.cat([parts[i][name] for i in range(len(files))]) for name in parts[0]}
 
 
@@ -88,7 +96,7 @@ def features(
 
 
 @torch.no_grad()
-def encode_texts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor]:
+def encode_texts(text: Text, captions: list[str]) -> tuple[Tensor, Tensor]:
     """Return the text tokens of the different captions, `m 77 c`, the empty one first, and the row of each caption, `n`."""
     different = ["", *sorted(set(captions) - {""})]
     row = {caption: i for i, caption in enumerate(different)}
@@ -99,18 +107,19 @@ def encode_texts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor
 
 
 @functools.cache
-def renderer() -> str:
+def renderer(style: Style = render) -> str:
     """Hash some rendered pictures, to detect changes of the drawings or the renderer."""
-    return hashlib.sha256(pictures([World("train")[i] for i in range(16)]).tobytes()).hexdigest()[:8]
+    return hashlib.sha256(pictures([World("train")[i] for i in range(16)], style).tobytes()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class WorldPictures:
-    """The first `count` pictures of a split, with captions that name as much as `says`."""
+    """The first `count` pictures of a split in a style, with captions that name as much as `says`."""
 
     split: Split
     count: int
     says: Says = SAYS
+    style: Style = render
 
     @property
     def scenes(self) -> list[Scene]:
@@ -119,10 +128,10 @@ class WorldPictures:
     def __len__(self) -> int:
         return self.count
 
-    def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
+    def pairs(self, vae: VAE, text: Text, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
         """Encode the pictures, `ENCODED` at a time. The pairs are on the device of `vae`. Without `image`, there are no features."""
-        scenes, pixels = self.scenes, pixels_of(self.split, self.count, 0).split(ENCODED)
-        keys = [digest([renderer(), self.split, ENCODED * i, len(part)]) for i, part in enumerate(pixels)]
+        scenes, pixels = self.scenes, pixels_of(self.split, self.count, 0, self.style).split(ENCODED)
+        keys = [digest([renderer(self.style), self.split, ENCODED * i, len(part)]) for i, part in enumerate(pixels)]
         mean, std = latents(vae, OnTheFly(lambda i: to_unit(pixels[i])), keys, folder, "world")
         read = None
         if image is not None:
@@ -133,7 +142,7 @@ class WorldPictures:
     def made_from(self) -> dict[str, str]:
         """Return hashes that identify the pictures and captions."""
         captions = digest([scene.caption for scene in self.scenes])
-        return {"pictures": f"{self.count} of {self.split}, {renderer()}", "captions": captions}
+        return {"pictures": f"{self.count} of {self.split}, {renderer(self.style)}", "captions": captions}
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,7 @@ class FilePictures:
     def __len__(self) -> int:
         return len(self.files)
 
-    def pairs(self, vae: VAE, text: TextEncoder, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
+    def pairs(self, vae: VAE, text: Text, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
         """Encode the pictures, one at a time. Without an `image` encoder, there are no features."""
         keys = [file.digest for file in self.files]
 

@@ -1,7 +1,8 @@
 """The training loop: seeded and resumable.
 
-All random numbers of step s come from (seed, s). A run that is stopped and resumed gives bit-identical results on the same machine with
-the same number of threads. On a GPU the results are close, but not bit-identical.
+All random numbers of step s come from (seed, s). Several processes (train/processes.py) share the batches of a step and take the numbers
+of their rows; the first process validates and writes. A run that is stopped and resumed gives bit-identical results on the same machine
+with the same number of threads. On a GPU the results are close, but not bit-identical.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from checkpoints.files import check_output, replacing
-from train import checkpoint
-from train.data import Data, stream
+from train import checkpoint, processes
+from train.data import Data, Shared, stream
 from train.errors import Damaged, Interrupted
 from train.fingerprint import fingerprint
 from train.interrupt import Interrupt
 from train.randomness import hashed
-from train.step import Loss, Values, check_finite, move_towards, numbers, step_for
+from train.shared import step_of
+from train.step import Loss, Values, check_finite, move_towards, numbers
 
 T = TypeVar("T")
 SAVE_SECONDS = 300.0  # save the state at least this often
@@ -85,12 +87,16 @@ class _Training(Generic[T]):
 
     def __init__(self, plan: Plan, module: nn.Module, loss: Loss[T], folder: Path, made_from: Mapping[str, Any]) -> None:
         self.plan, self.module = plan, module
-        self.made_from = {**asdict(plan), **made_from, "first weights": fingerprint(module)}
+        self.team = processes.team()
+        parts = {"parts": self.team.parts} if self.team.parts else {}
+        self.made_from = {**asdict(plan), **made_from, **parts, "first weights": fingerprint(module)}
         self.state_file, self.log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
-        self.run_step = step_for(plan.device)(module, loss, plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan))
+        settings = plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan)
+        self.run_step = step_of(self.team, plan.device, module, loss, *settings)
         self.kept = copy.deepcopy(module) if plan.ema else module
         self.step, self.seconds, self.log, self.unread = 0, 0.0, list[dict[str, Any]](), list[Values]()
         self._load()
+        processes.check_same({**self.made_from, "states": self.step})
         self.began = self.saved = time.monotonic()
 
     def _load(self) -> None:
@@ -106,8 +112,11 @@ class _Training(Generic[T]):
             raise Damaged(self.state_file, str(error).partition("\n")[0]) from None
 
     def save(self) -> None:
+        """Write the state and the log, in the first process."""
         self.read()
         self.saved = time.monotonic()
+        if self.team.rank:
+            return
         states = {"module": checkpoint.changing(self.module), "kept": checkpoint.changing(self.kept)}
         progress = {"made_from": self.made_from, "step": self.step, "seconds": self.elapsed(), "log": self.log}
         optimizer = self.run_step.optimizer.state_dict()
@@ -123,7 +132,8 @@ class _Training(Generic[T]):
         """Run one step. On a CPU, raises `Diverged` before the weights change."""
         plan, parts = self.plan, range(self.step * self.plan.accumulate, (self.step + 1) * self.plan.accumulate)
         seeds, lr = [hashed(plan.seed, part) for part in parts], plan.lr * plan.rate(self.step)
-        values = self.run_step([next(batches) for _ in parts], seeds, lr, f"{plan.name}, step {self.step + 1}")
+        own = [next(batches) for _ in self.team.shares for _ in parts]
+        values = self.run_step(own, seeds, lr, f"{plan.name}, step {self.step + 1}")
         if self.kept is not self.module:
             move_towards(self.kept, self.module, 1 - min(plan.ema, (1 + self.step) / (10 + self.step)))
         self.step += 1
@@ -139,6 +149,11 @@ class _Training(Generic[T]):
             self.log.append({"step": step + 1, "lr": self.plan.lr * self.plan.rate(step), **values})
         self.unread.clear()
         return self.log[-1]
+
+    def bar(self) -> tqdm[NoReturn]:
+        """Return the progress bar, which only the first process shows."""
+        total, hidden = self.plan.steps, self.team.rank > 0
+        return tqdm(total=total, initial=self.step, desc=self.plan.name, dynamic_ncols=True, disable=hidden)
 
     def shown(self) -> dict[str, str]:
         """Return the numbers of the last row, for the progress bar."""
@@ -168,21 +183,20 @@ def run(
     """
     check_output(folder / f"{plan.name}.pt")
     training, end = _Training(plan, module, loss, folder, made_from or {}), plan.steps if until is None else until
-    batches = stream(data, range(training.step * plan.accumulate, end * plan.accumulate), workers)
-    with (
-        Interrupt() as interrupt,
-        tqdm(total=plan.steps, initial=training.step, desc=plan.name, dynamic_ncols=True) as bar,
-    ):
+    shared, first = Shared(data, training.team.shares, plan.accumulate), training.team.rank == 0
+    batches = stream(shared, range(training.step * shared.each, end * shared.each), workers)
+    with Interrupt() as interrupt, training.bar() as bar:
         while training.step < end:
             training.advance(batches)
             done, last = training.step, training.step == end
             if last or done % plan.validate_every == 0:
-                training.read().update(seconds=training.elapsed(), **validate(training.kept))
+                training.read().update(seconds=training.elapsed(), **(validate(training.kept) if first else {}))
             bar.set_postfix(training.shown(), refresh=False)
             bar.update()
-            if last or interrupt.signal_number or done % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
+            stopped = processes.agreed(interrupt.signal_number)
+            if last or stopped or done % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
                 training.save()
-            if interrupt.signal_number and not last:
+            if stopped and not last:
                 message = f"{plan.name}: stopped after step {done}; the same command resumes the run"
-                raise Interrupted(message, interrupt.signal_number)
+                raise Interrupted(message, stopped)
     return training.kept, training.log

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from model.context import Context
-from model.unet import Residuals, UNet
+from model.unet import Residuals
 from sampling.schedule import Schedule
 from train.pairs import Batch
+from train.randomness import draw, draw_normal
 
 DROP = 0.05  # probability of each kind of dropping (section 4.1.2)
 
@@ -25,7 +26,7 @@ def min_snr(schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
 
 
 def diffusion_loss(
-    unet: UNet,
+    unet: Callable[..., Tensor],
     schedule: Schedule,
     x0: Tensor,
     context: Context,
@@ -48,14 +49,13 @@ def diffusion_loss(
 
 def noise_for(x0: Tensor, generator: torch.Generator, timesteps: int = 1000) -> tuple[Tensor, Tensor]:
     """Draw (t, eps): t uniform in [0, T), eps ~ N(0, I)."""
-    device = generator.device
-    t = torch.randint(timesteps, (len(x0),), generator=generator, device=device)
-    return t, torch.randn(x0.shape, generator=generator, device=device)
+    t = draw(lambda n: torch.randint(timesteps, (n,), generator=generator, device=generator.device), len(x0), generator)
+    return t, draw_normal(x0, generator)
 
 
 def drops(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw masks (drop the text, drop the image) for n pictures: image only, text only or both, with probability 5 % each."""
-    r = torch.rand(n, generator=generator, device=generator.device)
+    r = draw(lambda n: torch.rand(n, generator=generator, device=generator.device), n, generator)
     image = (r < DROP) | ((r >= 2 * DROP) & (r < 3 * DROP))
     text = (r >= DROP) & (r < 3 * DROP)
     return text, image
@@ -72,11 +72,16 @@ class Noised:
     image: Tensor
 
 
-def noised(batch: Batch, g: torch.Generator, dropping: bool = False) -> Noised:
-    """Draw latents, timesteps and noise for the pairs. With `dropping`, some lose their text, picture, or both."""
+def noised(batch: Batch, g: torch.Generator, dropping: bool = False, offset: float = 0.0) -> Noised:
+    """Draw latents, timesteps and noise for the pairs. With `dropping`, some lose their text, picture, or both.
+
+    `offset` is the noise offset o: eps + o n, where n ~ N(0, I) is the same at all pixels of a channel. The paper uses none.
+    """
     x0 = batch.latents(g)
     t, eps = noise_for(x0, g)
     none = torch.zeros(len(batch), dtype=torch.bool, device=g.device)
     drop_text, drop_image = drops(len(batch), g) if dropping else (none, none)
+    if offset:
+        eps = eps + offset * draw_normal(eps[:, :, :1, :1], g)
     text = torch.where(drop_text.view(-1, 1, 1), batch.empty, batch.text)
     return Noised(x0, t, eps, text, batch.images(drop_image))

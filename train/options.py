@@ -17,10 +17,12 @@ STAGES = {
     "scorer": "the second CLIP, which measures CLIP-I and CLIP-T",
     "control": "a ControlNet that reads outlines",
     "t2i": "a T2I-Adapter that reads outlines",
+    "style": "low-rank differences that give the base model another style",
 }
-SHIPPED = tuple(name for name in STAGES if name not in ("control", "t2i"))  # what `all` trains
+SHIPPED = tuple(name for name in STAGES if name not in ("control", "t2i", "style"))  # what `all` trains
 ADAPTERS = "adapter", "plus"
-SETTINGS = "steps", "batch", "accumulate", "lr", "seed"  # options that override a field of the plan
+# options that override a field of the plan
+SETTINGS = "steps", "batch", "accumulate", "lr", "seed", "warmup", "ema", "clip", "save_every", "validate_every"
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -40,6 +42,20 @@ def rate(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
+    return number
+
+
+def power_of_two(text: str) -> int:
+    number = int(text)
+    if number < 1 or number & (number - 1):
+        raise argparse.ArgumentTypeError(f"{text} is not 1, 2, 4, 8, ...")
+    return number
+
+
 def add_settings(p: argparse.ArgumentParser) -> None:
     """Add the options that all stages share."""
     files = p.add_argument_group("files")
@@ -47,10 +63,17 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     files.add_argument("--weights", type=Path, help="folder for the trained weights (default: weights)")
     group = p.add_argument_group("settings", "These override the settings of the stage.")
     group.add_argument("--steps", type=at_least(1), help="number of optimizer steps in each phase")
-    group.add_argument("--batch", type=at_least(1), help="pictures in a batch; if there are fewer, they are repeated")
+    group.add_argument(
+        "--batch", type=at_least(1), help="pictures in a batch, which processes share; if there are fewer, they are repeated"
+    )
     group.add_argument("--accumulate", type=at_least(1), help="batches per optimizer step (gradient accumulation)")
     group.add_argument("--lr", type=rate, help="learning rate")
     group.add_argument("--seed", type=at_least(0), help="seed of the initial weights, the order of pictures and the noise")
+    group.add_argument("--warmup", type=at_least(0), help="steps in which the learning rate rises")
+    group.add_argument("--ema", type=share, help="decay of the average of the weights that is kept; 0 keeps the last weights")
+    group.add_argument("--clip", type=rate, help="largest norm of the gradient; a larger gradient is scaled down")
+    group.add_argument("--save-every", type=at_least(1), help="steps between two saved states (in any case every five minutes)")
+    group.add_argument("--validate-every", type=at_least(1), help="steps between two validations")
     group.add_argument(
         "--scale", type=at_least(1), default=1, help="multiply the batch and divide the steps by this, for a GPU (default: 1)"
     )
@@ -75,6 +98,20 @@ def add_source(p: argparse.ArgumentParser) -> None:
     base.add_argument("--base", type=Path, help="base model, a file or a folder (default: the mini weights)")
     base.add_argument("--image-encoder", type=Path, help="image encoder, a file or a folder (default: the one in the base folder)")
     base.add_argument("--from", dest="start", type=Path, metavar="FILE", help="start from this trained adapter")
+    loss = p.add_argument_group("loss", "The paper uses neither.")
+    loss.add_argument("--min-snr", type=rate, metavar="GAMMA", help="min-SNR weights (default: none; mini world: 1)")
+    loss.add_argument("--noise-offset", type=share, default=0.0, help="add noise of this size that is the same at all pixels (default: 0)")
+    many = p.add_argument_group("several processes, started by torchrun")
+    many.add_argument(
+        "--deterministic",
+        type=power_of_two,
+        nargs="?",
+        const=8,
+        default=0,
+        metavar="PARTS",
+        help="compute a batch in so many parts, a power of two (default: 8), and sum them in a binary tree: "
+        "then 1, 2, 4, ... processes train the same weights to the last bit",
+    )
     base.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: slower, but saves memory")
 
 
@@ -88,5 +125,6 @@ def parser(description: str) -> argparse.ArgumentParser:
         if name in ADAPTERS:
             add_source(stage)
         else:
-            stage.set_defaults(data=None, pictures=None, side=None, base=None, image_encoder=None, start=None, checkpointing=False)
+            nothing = ("data", "pictures", "side", "base", "image_encoder", "start", "min_snr")
+            stage.set_defaults(**dict.fromkeys(nothing), checkpointing=False, noise_offset=0.0, deterministic=0)
     return p

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.features import Features
 from train.data import mapped
+from train.randomness import draw_normal
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Batch:
 
     def latents(self, generator: torch.Generator) -> Tensor:
         """Sample q(z|x) for each picture, `b c h w`, on the generator's device."""
-        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator, device=generator.device)
+        return self.mean + self.std * draw_normal(self.mean, generator)
 
 
 @dataclass(frozen=True)

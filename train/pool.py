@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.data import OnTheFly, stream
-from train.world import SAYS, Says, Scene, Split, World, pictures
+from train.world import SAYS, Says, Scene, Split, Style, World, pictures, render
 
 T = TypeVar("T")
 PART = 100  # number of scenes that a worker makes at once
@@ -37,11 +37,11 @@ def scenes_of(split: Split, count: int, first: int, says: Says = SAYS) -> list[S
 
 
 @functools.lru_cache(maxsize=16)
-def pixels_of(split: Split, count: int, first: int) -> Tensor:
+def pixels_of(split: Split, count: int, first: int, style: Style = render) -> Tensor:
     """Render the scenes first .. first + count - 1 of a split, `n 3 64 64`, bytes, channels last in memory."""
     world = World(split)
     parts = in_parts(
-        lambda indices: torch.from_numpy(pictures([world[i] for i in indices])), count, first, f"{count} pictures of {split}"
+        lambda indices: torch.from_numpy(pictures([world[i] for i in indices], style)), count, first, f"{count} pictures of {split}"
     )
     return torch.cat(parts).permute(0, 3, 1, 2)
 

@@ -14,8 +14,10 @@ from checkpoints.files import sha256
 from model.adapter import IPAdapter
 from model.features import FINE, GLOBAL, Embedder
 from model.image_projection import HEAD, ImageProjection, Projection, Resampler
-from sampling.pipeline import Pipeline, load
+from sampling.loading import load
+from sampling.pipeline import Pipeline
 from sampling.request import WEIGHTS
+from train import processes
 from train.captioned import Captioned, captioned_files, split, summary
 from train.encode import FilePictures, WorldPictures
 from train.fingerprint import digest, fingerprint
@@ -35,7 +37,7 @@ class TrainingSource:
     """The files to train on, and the size and precision of the base.
 
     `data`: a user's pictures, or None for the mini world. `reads`: how the adapter reads them; fine features are for Plus (Figure 11).
-    `start`: a trained adapter to start from.
+    `start`: a trained adapter to start from. `gamma`, `noise_offset`: see `Setting`.
     """
 
     base: Path = WEIGHTS
@@ -47,6 +49,8 @@ class TrainingSource:
     base_dtype: torch.dtype = torch.float32
     checkpointing: bool = False
     start: Path | None = None
+    gamma: float | None = None
+    noise_offset: float = 0.0
 
     def pipeline(self, device: str) -> Pipeline:
         """Load the frozen base and its image encoder. Raises ValueError if an adapter cannot be trained on them."""
@@ -55,6 +59,8 @@ class TrainingSource:
             raise ValueError(
                 f"{self.base} is an inpainting model: train on the text-to-image model instead; its adapters also work for inpainting"
             )
+        if pipeline.unet.config.added_dim:
+            raise ValueError(f"{self.base} is Stable Diffusion XL, on which training is not supported: use Stable Diffusion 1.5 or 2.1")
         if pipeline.image is None:
             raise ValueError(f"{self.base} has no image encoder: give one with --image-encoder")
         if self.side and self.side % pipeline.vae.config.factor:
@@ -96,6 +102,7 @@ class Setting:
     pairs: Pairs
     held_out: Pairs | None
     gamma: float | None = None  # of the min-SNR weights; the paper uses none
+    noise_offset: float = 0.0  # see `loss.noised`; the paper uses none
     reads: Embedder = GLOBAL
     depth: int = DEPTH  # layers of Plus
     made_from: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +133,7 @@ def made_from(pipeline: Pipeline, source: TrainingSource, sets: PictureSets) -> 
     networks = {"base": pipeline.unet, "vae": pipeline.vae, "text encoder": pipeline.text, "image encoder": pipeline.image}
     identity: dict[str, Any] = {name: fingerprint(part) for name, part in networks.items() if part is not None}
     identity |= {"precision of the base": str(source.base_dtype), "form": source.kind}
+    identity |= {name: value for name, value in {"min-snr": source.gamma, "noise offset": source.noise_offset}.items() if value}
     return {**data_identity(sets), **identity, "--from": sha256(source.start) if source.start else "nothing"}
 
 
@@ -144,13 +152,16 @@ def prepare(
 ) -> Setting:
     """Check the pictures, load the base, and encode the pictures, using the cache in `folder`.
 
-    `check` is called with the fingerprints of all inputs before anything is encoded; it may raise an error to stop.
+    `check` is called with the fingerprints of all inputs before anything is encoded; it may raise an error to stop. Raises ValueError
+    if several processes read different inputs.
     """
     files = source.files()
     pipeline = source.pipeline(device)
     sets = source.picture_sets(files, pipeline.native_size[0], says)
     identity = made_from(pipeline, source, sets)
+    processes.check_same(identity)
     check(identity)
-    mini: dict[str, Any] = {"gamma": GAMMA, "depth": MINI_DEPTH} if source.data is None else {}
+    gamma = GAMMA if source.data is None and source.gamma is None else source.gamma
+    mini: dict[str, Any] = {"depth": MINI_DEPTH} if source.data is None else {}
     pairs, held_out = encode(pipeline, sets, folder, source.reads)
-    return Setting(pipeline, pairs, held_out, made_from=identity, reads=source.reads, **mini)
+    return Setting(pipeline, pairs, held_out, made_from=identity, reads=source.reads, gamma=gamma, noise_offset=source.noise_offset, **mini)

@@ -54,22 +54,34 @@ class Step(Generic[T]):
     def set_rate(self, lr: float) -> None:
         self.optimizer.param_groups[0]["lr"] = self.lr.fill_(lr) if self.capturable else lr
 
-    def gradients(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
-        """Accumulate the gradients of the mean loss, and clip them. Return the mean of each named scalar, and the gradient norm."""
+    def generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
+        """Return the generators of the batches with these seeds."""
+        return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+
+    def accumulated(self, batches: Sequence[T], generators: Sequence[torch.Generator], count: int) -> Values:
+        """Add the gradients of the losses, divided by `count`. Return the sum of each named scalar, divided by `count`."""
         means: Values = {}
         for batch, generator in zip(batches, generators, strict=True):
             with self.autocast():
                 values = self.loss(batch, generator)
-            (values["loss"] / len(batches)).backward()
+            (values["loss"] / count).backward()
             for name, value in values.items():
-                part = value.detach() / len(batches)
+                part = value.detach() / count
                 means[name] = means[name] + part if name in means else part
+        return means
+
+    def averaged(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
+        """Compute the gradients of the mean loss, and the mean of each named scalar."""
+        return self.accumulated(batches, generators, len(batches))
+
+    def gradients(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
+        """Compute the gradients of the mean loss, and clip them. Return the mean of each named scalar, and the gradient norm."""
+        means = self.averaged(batches, generators)
         return means | {"grad_norm": nn.utils.clip_grad_norm_(self.parameters, self.clip)}
 
     def __call__(self, batches: Sequence[T], seeds: Sequence[int], lr: float, name: str) -> Values:
         """Run a step on batches with these seeds. Raises `Diverged`, before the weights change, if a number is not finite."""
-        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        values = self.gradients(mapped(lambda x: x.to(self.device), tuple(batches)), generators)
+        values = self.gradients(mapped(lambda x: x.to(self.device), tuple(batches)), self.generators(seeds))
         check_finite(numbers([values])[0], name)
         self.set_rate(lr)
         self.optimizer.step()
@@ -86,10 +98,10 @@ class GraphStep(Step[T]):
         super().__init__(*arguments)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0
-        self.generators: list[torch.Generator] = []
+        self.kept: list[torch.Generator] = []
 
     def _step(self) -> Tensor:
-        values = self.gradients(self.batches, self.generators)
+        values = self.gradients(self.batches, self.kept)
         self.optimizer.step()
         self.names = [*values]
         return torch.stack([value.float() for value in values.values()])
@@ -97,7 +109,7 @@ class GraphStep(Step[T]):
     def _record(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)  # so that the graph owns the gradients, and overwrites them in each replay
         self.graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
+        for generator in self.kept:
             self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph):
             self.values = self._step()
@@ -119,12 +131,12 @@ class GraphStep(Step[T]):
             return self._run(batches, seeds, lr)
 
     def _run(self, batches: Sequence[T], seeds: Sequence[int], lr: float) -> Values:
-        if not self.generators:
-            self.generators = [torch.Generator(self.device) for _ in seeds]
+        if not self.kept:
+            self.kept = self.generators(seeds)
             self.batches = mapped(lambda x: x.to(self.device, copy=True), tuple(batches))
-        for kept, new in zip(tensors(self.batches), tensors(tuple(batches)), strict=True):
-            kept.copy_(new, non_blocking=True)
-        for generator, seed in zip(self.generators, seeds, strict=True):
+        for old, new in zip(tensors(self.batches), tensors(tuple(batches)), strict=True):
+            old.copy_(new, non_blocking=True)
+        for generator, seed in zip(self.kept, seeds, strict=True):
             generator.manual_seed(seed)
         self.set_rate(lr)
         if self.warm < WARM_UP:

@@ -6,6 +6,7 @@ replaced by the empty one, for classifier-free guidance. The EMA of the weights 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ def fresh(seed: int) -> UNet:
     return unet
 
 
+def text_loss(unet: Callable[..., Tensor], schedule: Schedule, batch: Batch, g: torch.Generator) -> Tensor:
+    """Compute the mean loss of a batch, with min-SNR weights. The share `DROP` of the captions is replaced by the empty one."""
+    x0 = batch.latents(g)
+    t, eps = noise_for(x0, g)
+    drop = torch.rand(len(batch), generator=g, device=g.device) < DROP
+    tokens = torch.where(drop.view(-1, 1, 1), batch.empty, batch.text)
+    return diffusion_loss(unet, schedule, x0, Context(tokens), t, eps, GAMMA).mean()
+
+
 @torch.no_grad()
 def held_out_loss(unet: UNet, schedule: Schedule, pairs: Pairs, seed: int = 1) -> float:
     """Return the unweighted loss on held-out pictures, at fixed noise and timesteps."""
@@ -83,11 +93,7 @@ def train(
     unet, schedule = fresh(phases[0].seed).to(device), Schedule(prediction=MINI.prediction)
 
     def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
-        x0 = batch.latents(g)
-        t, eps = noise_for(x0, g)
-        drop = torch.rand(len(batch), generator=g, device=g.device) < DROP
-        tokens = torch.where(drop.view(-1, 1, 1), batch.empty, batch.text)
-        return {"loss": diffusion_loss(unet, schedule, x0, Context(tokens), t, eps, GAMMA).mean()}
+        return {"loss": text_loss(unet, schedule, batch, g)}
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, UNet)

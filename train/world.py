@@ -10,6 +10,7 @@ and `test`, palettes with a hue in `HELD_OUT_HUES`, or the held-out background o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -172,6 +173,9 @@ def render(scene: Scene, code: str | None = None) -> NDArray[np.uint8]:
     return np.rint(placed(scene, drawn, canvas).clip(0, 1) * 255).astype(np.uint8)
 
 
+Style = Callable[[Scene], NDArray[np.uint8]]  # renders a scene, `64 64 3`
+
+
 def placed(scene: Scene, drawn: Array, canvas: Array) -> Array:
     """Put a drawing, `s s c`, in its place on a canvas, `64 64 c`, mirrored if the scene is. Changes and returns the canvas."""
     canvas[scene.y : scene.y + scene.size, scene.x : scene.x + scene.size] = drawn[:, ::-1] if scene.mirror else drawn
@@ -230,6 +234,6 @@ class World:
                 return random_scene(rng, concept, background, says=self.says)
 
 
-def pictures(scenes: list[Scene]) -> NDArray[np.uint8]:
-    """Render scenes, `b 64 64 3`."""
-    return np.stack([render(scene) for scene in scenes])
+def pictures(scenes: list[Scene], style: Style = render) -> NDArray[np.uint8]:
+    """Render scenes in a style, `b 64 64 3`."""
+    return np.stack([style(scene) for scene in scenes])

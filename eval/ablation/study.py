@@ -19,7 +19,7 @@ from eval.ablation.forms import BASELINE, FORMS, PRIMARY
 from eval.bench import Bench
 from eval.device import processor
 from eval.prompts import Prompts
-from sampling.pipeline import load
+from sampling.loading import load
 from train.captioned import captioned_files, split
 from train.card import ROOT, code_version
 from train.fingerprint import fingerprint

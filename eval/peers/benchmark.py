@@ -35,7 +35,8 @@ from model.adapter import IPAdapter
 from model.context import Context
 from model.image_encoder import VIT_H
 from model.unet import UNet
-from sampling.pipeline import Pipeline, compiled
+from sampling.loading import compiled
+from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
 from train.loss import diffusion_loss
 

@@ -20,7 +20,7 @@ from model.vae import VAE
 from sampling.ddim import ddim, ddim_times
 from sampling.guidance import guided
 from sampling.lambdas import as_tensors
-from sampling.pipeline import compiled
+from sampling.loading import compiled
 from sampling.schedule import Schedule
 from train.loss import diffusion_loss
 

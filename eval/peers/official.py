@@ -143,6 +143,7 @@ def peer_autoencoder(config: VAEConfig) -> Any:
         latent_channels=config.latent_channels,
         norm_num_groups=config.groups,
         scaling_factor=config.scale,
+        force_upcast=config.force_upcast,
     )
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from sampling.images import check_png, open_image, save_image, to_images
-from sampling.pipeline import Pipeline, load
+from sampling.loading import load
+from sampling.pipeline import Pipeline
 from sampling.sheets.layout import sheet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -1,0 +1,187 @@
+"""Measure structure control beside image prompts, as in Figure 5.  `python -m eval structure`
+
+Each prompt is an image prompt, and the outlines of another picture of the same concept: drawn anew at another size and place, and
+often another drawing. The text names a third background. The drawing should have the lines of the hint, the palette of the image
+prompt, and the background of the text. Each combination of prompts is drawn without control, with the ControlNet and with the
+T2I-Adapter:
+
+- `hint`: no text and no image prompt;
+- `text`: "a fox on a pink background";
+- `image`: the image prompt (lambda 1);
+- `image and text`: the image prompt (lambda 1) with "on a pink background".
+
+The structure error is the chamfer distance in pixels between the lines of the drawing and those of the hint. A drawing's lines are its
+dark pixels, `lines_of`. For comparison: the error of the true picture of each hint (the floor, which is not zero because a hint is not
+binary), of that picture through the VAE, and of another prompt's picture (chance).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from checkpoints.files import check_output, sha256, write_json
+from eval.bench import draw_prompts, embed, through_the_vae
+from eval.device import dtype
+from eval.hinted import HintedPrompts
+from eval.scores import Scores, mean, score_reading
+from eval.tables import markdown
+from sampling.device import check_device
+from sampling.loading import load
+from sampling.pipeline import Pipeline
+from train.judge import Judge, load_judge
+from train.vae import bytes_to_tensor
+from train.world import pictures
+
+CONTROLS = {"control": "controlnet", "t2i": "t2i"}  # stage that trains a control -> its file
+FORMS = {"none": "no control", "control": "ControlNet", "t2i": "T2I-Adapter"}
+SCALES = 0.25, 0.5, 0.75  # weights of the residuals, beside 1, at which `image and text` is drawn
+DARK = 0.3  # a pixel is part of a line if none of its channels, in [0, 1], reaches this
+
+
+SCORED = {  # task -> attributes that its prompts determine
+    "hint": ("structure_error", "concept"),
+    "text": ("structure_error", "concept", "background"),
+    "image": ("structure_error", "concept", "background", "palette_error"),
+    "image and text": ("structure_error", "concept", "background", "palette_error"),
+}
+
+
+def lines_of(x: Tensor) -> Tensor:
+    """Return where pictures `n 3 h w` in [-1, 1] show a line: the pixels in which all channels are dark, `n h w`."""
+    return (x.clamp(-1, 1).amax(dim=1) + 1) / 2 < DARK
+
+
+def chamfer(a: Tensor, b: Tensor) -> float:
+    """Compute the mean of mean_p min_q |p - q| and mean_q min_p |p - q|, for the pixels p of mask a and q of mask b, `h w`.
+
+    If one of the masks is empty, the distance is the side of the picture.
+    """
+    if not (a.any() and b.any()):
+        return float(len(a))
+    distances = torch.cdist(a.nonzero().double(), b.nonzero().double())
+    return float((distances.min(dim=1).values.mean() + distances.min(dim=0).values.mean()) / 2)
+
+
+def structure_error(drawn: Tensor, hints: Tensor) -> list[float]:
+    """Compute the mean chamfer distance in pixels between the lines of drawings `n 3 h w` and hints `n 1 h w`, with its interval."""
+    pairs = zip(lines_of(drawn), hints[:, 0] > 0.5, strict=True)
+    return mean(torch.tensor([chamfer(lines, hint) for lines, hint in pairs]))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Draws the tasks of `prompts` and scores the drawings."""
+
+    pipeline: Pipeline
+    judge: Judge
+    prompts: HintedPrompts
+    steps: int
+    guidance: float
+
+    def scores(self, task: str, drawn: Tensor) -> Scores:
+        """Score the attributes that a task determines."""
+        read = score_reading(self.judge.read(drawn), self.prompts.target(task))
+        read["structure_error"] = structure_error(drawn, self.prompts.hints)
+        return {name: read[name] for name in SCORED[task]}
+
+    def draw(self, task: str, form: str, scale: float) -> dict[str, Any]:
+        """Draw a task with a form of control and score it; return a row of the results."""
+        controls = () if form == "none" else (self.pipeline.controls[list(CONTROLS).index(form)],)
+        pipeline = replace(self.pipeline, controls=controls)
+        embedding, hints = None, None
+        if task.startswith("image"):
+            embedding = embed(pipeline, self.prompts.images)
+        if controls:
+            hints = self.prompts.hints.expand(-1, controls[0].config.hint_channels, -1, -1)
+        name, texts = f"{task}, {FORMS[form]}, scale {scale:g}", self.prompts.texts(task)
+        drawn = draw_prompts(
+            pipeline, texts, embedding, 1.0, self.guidance, self.steps, name, hints=hints, control_scale=scale
+        )
+        return {"task": task, "form": form, "scale": scale, "scores": self.scores(task, drawn)}
+
+
+def anchors(measure: Measure) -> dict[str, list[float]]:
+    """Compute the structure error of the true pictures, of the same through the VAE, and of other prompts' pictures."""
+    true, hints = bytes_to_tensor(pictures(measure.prompts.hinted)), measure.prompts.hints
+    through = through_the_vae(measure.pipeline.vae, true)
+    shown = {"true": true, "reconstructed": through, "another": true.roll(1, dims=0)}
+    return {name: structure_error(x, hints) for name, x in shown.items()}
+
+
+def cells() -> Sequence[tuple[str, str, float]]:
+    """List (task, form, scale) of all rows."""
+    full = [(task, form, 1.0) for task in SCORED for form in FORMS]
+    return [*full, *[("image and text", form, scale) for form in CONTROLS for scale in SCALES]]
+
+
+def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, device: str) -> dict[str, Any]:
+    """Measure all rows with n prompts, and write `out` (JSON) after each.
+
+    Raises FileNotFoundError if a control is missing; the message names the command that trains it.
+    """
+    check_output(out)
+    check_device(device)
+    files = [weights / f"{name}.safetensors" for name in CONTROLS.values()]
+    for file, stage in zip(files, CONTROLS, strict=True):
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: run `python -m train {stage}` first")
+    pipeline = load(weights, device=device, controls=files)
+    judge = load_judge(weights / "judge.safetensors").to(device)
+    measure = Measure(pipeline, judge, HintedPrompts.of_the_world(n, seed=2), steps, guidance)
+    results: dict[str, Any] = {
+        "command": f"python -m eval structure --n {n} --steps {steps} --guidance {guidance:g} --device {device}",
+        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
+        "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
+        "anchors": anchors(measure),
+        "rows": [],
+    }
+    for task, form, scale in cells():
+        results["rows"].append(measure.draw(task, form, scale))
+        write_json(out, results)
+    return results
+
+
+TITLES = {
+    "structure_error": "structure error",
+    "concept": "concept",
+    "background": "background",
+    "palette_error": "palette error",
+}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Make the table of docs/world.md: a line per row, as value ± half of the 95 % interval, then the errors to compare with."""
+    lines = []
+    for row in results["rows"]:
+        at = "" if row["form"] == "none" else f", scale {row['scale']:g}"
+        lines.append({"prompts": row["task"], "control": FORMS[row["form"]] + at} | line(row["scores"]))
+    names = {
+        "true": "the hint's own picture",
+        "reconstructed": "the same through the VAE",
+        "another": "another prompt's picture",
+    }
+    lines += [{"prompts": names[key]} | line({"structure_error": value}) for key, value in results["anchors"].items()]
+    return markdown(pd.DataFrame(lines, columns=["prompts", "control", *TITLES.values()]))
+
+
+def line(scores: Scores) -> dict[str, str]:
+    """Format scores as {column title: text}, such as "0.41 ± 0.02 px", "93.8 ± 1.5 %" or "12.5 ± 0.9"."""
+    cells = {}
+    for key, (value, low, high) in scores.items():
+        half = (high - low) / 2
+        formats = {"structure_error": f"{value:.2f} ± {half:.2f} px", "palette_error": f"{value:.1f} ± {half:.1f}"}
+        cells[TITLES[key]] = formats.get(key, f"{100 * value:.1f} ± {100 * half:.1f} %")
+    return cells
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval structure`"""
+    print(table(evaluate(args.weights, args.out, args.n, args.steps, args.guidance, args.device)))

@@ -1,0 +1,119 @@
+"""Measure an adapter on another base model, as in Figure 4.  `python -m eval style`
+
+The adapter was trained with the shipped base. Here it is used unchanged on the comic base, which `python -m train style` made from it.
+Both bases draw the tasks of eval/world.py with the same prompts and noise:
+
+- `text`: "a fox on a pink background";
+- `image`: the image prompt alone (lambda 1);
+- `complementary`: the image prompt with a text that names another background, size and place (lambda 0.8).
+
+`dark` is the share of dark pixels (eval/structure.py::lines_of), in per cent: comic pictures have more because of their shadows. For
+comparison, true pictures of both styles are scored too. The judge never saw the comic style in training, so its scores of true comic
+pictures show how far it can be trusted.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from checkpoints.files import check_output, sha256, write_json
+from eval.bench import draw_prompts, embed, through_the_vae
+from eval.device import dtype
+from eval.prompts import Prompts
+from eval.scores import Scores, mean, score, values_of
+from eval.structure import lines_of
+from eval.tables import markdown, summary
+from eval.world import Task, own, tasks_of
+from eval.world_table import ERRORS, SHARES, line
+from sampling.device import check_device
+from sampling.loading import load
+from sampling.pipeline import Pipeline
+from train.comic import comic
+from train.judge import Judge, load_judge
+from train.vae import bytes_to_tensor
+from train.world import Style, pictures, render
+
+LAMBDAS = {"text": 0.0, "image": 1.0, "complementary": 0.8}
+STYLES: dict[str, Style] = {"base": render, "comic": comic}
+NAMES = {
+    "true": "held-out pictures",
+    "reconstructed": "held-out pictures through the VAE",
+    "text": "text with concept and background",
+    "image": "image prompt alone, λ = 1",
+    "complementary": "image prompt, and a text with background, size and place, λ = 0.8",
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Draws tasks and scores the drawings."""
+
+    judge: Judge
+    steps: int
+    guidance: float
+
+    def score(self, drawn: Tensor, task: Task, name: str) -> Scores:
+        """Score drawings with the judge, and compute their share of dark pixels."""
+        scores = score(self.judge, drawn, task.target)
+        scores["dark"] = mean(100 * lines_of(drawn).double().mean(dim=(1, 2)))
+        print(name, summary(values_of(scores)), flush=True)
+        return scores
+
+    def draw(self, pipeline: Pipeline, task: Task, lam: float, name: str) -> Scores:
+        """Draw a task and score the drawings."""
+        embedding = None if task.images is None else embed(pipeline, task.images)
+        drawn = draw_prompts(pipeline, list(task.texts), embedding, lam, self.guidance, self.steps, name)
+        return self.score(drawn, task, name)
+
+
+def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, device: str) -> dict[str, Any]:
+    """Measure both bases with n prompts, and write `out` (JSON) after each row.
+
+    Raises FileNotFoundError if the comic base is missing; the message names the command that trains it.
+    """
+    check_output(out)
+    check_device(device)
+    file = weights / "comic.safetensors"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: run `python -m train style` first")
+    measure = Measure(load_judge(weights / "judge.safetensors").to(device), steps, guidance)
+    tasks, prompts = tasks_of(n, seed=2), Prompts.of_the_world(n, seed=2)
+    results: dict[str, Any] = {
+        "command": f"python -m eval style --n {n} --steps {steps} --guidance {guidance:g} --device {device}",
+        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
+        "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
+        "scores": {},
+    }
+    assert prompts.truth is not None
+    true = Task([""] * n, own(prompts))
+    for name, style in STYLES.items():
+        pipeline = load(weights, device=device, loras=[(file, 1.0)] if style is comic else [])
+        shown = bytes_to_tensor(pictures(prompts.truth.scenes, style))
+        rows = results["scores"][name] = {"true": measure.score(shown, true, f"{name}, true")}
+        rows["reconstructed"] = measure.score(through_the_vae(pipeline.vae, shown), true, f"{name}, reconstructed")
+        for task, lam in LAMBDAS.items():
+            rows[task] = measure.draw(pipeline, tasks[task], lam, f"{name}, {task}")
+            write_json(out, results)
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Make the table of docs/world.md: a line per row, the two bases below each other, as value ± half of the 95 % interval."""
+    lines = []
+    for task, name in NAMES.items():
+        for base, rows in results["scores"].items():
+            value, low, high = rows[task]["dark"]
+            judged = line({key: scores for key, scores in rows[task].items() if key != "dark"})
+            lines.append({"": name, "base": base} | judged | {"dark pixels": f"{value:.1f} ± {(high - low) / 2:.1f} %"})
+    return markdown(pd.DataFrame(lines, columns=["", "base", *SHARES.values(), *ERRORS.values(), "dark pixels"]))
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval style`"""
+    print(table(evaluate(args.weights, args.out, args.n, args.steps, args.guidance, args.device)))

@@ -1,0 +1,58 @@
+"""Write a Request and a Model as the command that draws them: the inverse of `sampling.options.parse`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sampling.following import flag
+from sampling.options import CONTROL, PROMPT
+from sampling.request import HintFile, ImagePrompt, Model, Request, map_paths, to_json
+
+
+def arguments(request: Request, model: Model) -> list[str]:
+    """Return the arguments that `parse` reads as this request and model. Fields with their default value are left out."""
+    base = _options(model, {name: name for name in ("checkpoint", "image_encoder", "vae", "prediction", "dtype")})
+    lists = {"image_prompts", "hints"}
+    plain = {field.name: field.name for field in fields(Request) if field.name not in lists}
+    given = [*base, *_options(request, plain)]
+    for i in range(max(len(request.image_prompts), len(model.adapters))):
+        given += [f"--ip-adapter={path}" for path in model.adapters[i : i + 1]]
+        given += [each for prompt in request.image_prompts[i : i + 1] for each in _options(prompt, PROMPT)]
+    for control, hint in zip(model.controls, request.hints, strict=False):
+        given += [f"--control={control}", *_options(hint, CONTROL)]
+    return given
+
+
+def command_line(request: Request, model: Model) -> str:
+    """Return the whole command, quoted for a shell. Files below the current folder get their name from there."""
+    here = Path.cwd()
+
+    def near(path: Path) -> Path:
+        return path.relative_to(here) if path.is_relative_to(here) else path
+
+    apart = [one if "=-" in one else one.split("=", 1) for one in arguments(map_paths(request, near), model)]
+    words = [each for one in apart for each in ([one] if isinstance(one, str) else one)]
+    return shlex.join(["python", "-m", "sampling", *words])
+
+
+def _options(item: Request | Model | ImagePrompt | HintFile, names: dict[str, str]) -> list[str]:
+    """Write the fields of an item as `--option=value`. `names` maps options to fields."""
+    defaults = {field.name: field.default for field in fields(item)}
+    given = []
+    for option, name in names.items():
+        value = getattr(item, name)
+        if value == defaults[name]:
+            continue
+        for one in value if isinstance(value, tuple) and name != "layers" else [value]:
+            given.append(_option(option, one))
+    return given
+
+
+def _option(option: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag(option) if value else f"--no-{option}"
+    return f"{flag(option)}={json.dumps(to_json(value)) if isinstance(value, dict | tuple) else value}"

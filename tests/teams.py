@@ -1,0 +1,25 @@
+"""Run a function in several processes of one team, connected by gloo on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch._dynamo  # DDP imports it: load it once, before the processes fork
+import torch.multiprocessing as mp
+
+from train.processes import started
+
+
+def _joined(rank: int, size: int, parts: int, file: str, work: Callable[[int], None]) -> None:
+    torch.set_num_threads(1)
+    with started(parts=parts, init_method=f"file://{file}?rank={rank}&world_size={size}"):
+        work(rank)
+
+
+def together(size: int, work: Callable[[int], None], parts: int = 0) -> None:
+    """Call work(rank) in `size` processes, and wait for them. An error in one of them is raised here."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_joined, (size, parts, str(Path(folder) / "store"), work), nprocs=size, start_method="fork")
