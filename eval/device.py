@@ -1,6 +1,10 @@
-"""The device of a measurement: its batch size and dtype."""
+"""The device of a measurement: its name, batch size and dtype."""
 
 from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,9 +17,10 @@ def device_of(module: nn.Module) -> str:
     return str(next(module.parameters()).device)
 
 
-def batch_size(device: str) -> int:
-    """Return how many pictures to encode or draw at a time: 32 on the CPU, 256 on other devices."""
-    return 32 if device.startswith("cpu") else 256
+def batch_size(device: str, side: int = 64) -> int:
+    """Return how many pictures to encode or draw at a time: 32 on the CPU, 256 on other devices; fewer above 64 x 64 pixels."""
+    most = 32 if device.startswith("cpu") else 256
+    return max(1, most * 64**2 // max(64, side) ** 2)
 
 
 def precision(device: str) -> torch.autocast:
@@ -27,3 +32,12 @@ def dtype(device: str) -> str:
     """Name the dtype that `precision` selects, for a results file."""
     with precision(device):
         return "bfloat16" if torch.is_autocast_enabled(device.split(":")[0]) else "float32"
+
+
+def processor(device: str) -> str:
+    """Return the name of a GPU, or of the processor (from /proc/cpuinfo)."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return match[1] if match else platform.machine()

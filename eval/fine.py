@@ -7,38 +7,40 @@ not have equal amounts of training: Plus started from the global adapter and was
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from checkpoints.adapters import load_adapter
 from checkpoints.files import check_output, sha256, write_json
 from eval import clip_score
-from eval.ablation.report import measures
-from eval.ablation.rows import frame_of
-from eval.bench import Bench, through_the_vae
+from eval.bench import Bench, Row, through_the_vae
 from eval.device import dtype
-from eval.prompts import Prompts
+from eval.prompts import Prompts, Truth
+from eval.scores import nearest
 from eval.tables import markdown
 from model.attention import decoupled
 from sampling.device import check_device
 from sampling.loading import load
-from train.judge import load_judge
+from train.judge import delta_e, load_judge
 
 ADAPTERS = {"ip_adapter": "global: 4 tokens of the embedding", "ip_adapter_plus": "fine-grained: Plus, 16 tokens"}
-COLUMNS = {
-    "concept_own": 1,
-    "background_own": 1,
-    "drawing_own": 1,
-    "palette_error": 1,
-    "placement_error": 1,
-    "clip_i": 3,
+COLUMNS = {  # column -> title and format
+    "concept_own": ("concept", ".0%"),
+    "background_own": ("background", ".0%"),
+    "drawing_own": ("drawing", ".0%"),
+    "palette_error": ("palette error", ".1f"),
+    "placement_error": ("placement error", ".1f"),
+    "clip_i": ("CLIP-I", ".3f"),
 }
 
 
 def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, device: str) -> dict[str, Any]:
-    """Draw n held-out image prompts with both adapters, score the drawings, and write `out` (JSON; rows have the format of the ablation).
+    """Draw n held-out image prompts with both adapters, score the drawings, and write `out` (JSON).
 
     Raises FileNotFoundError if an adapter is missing; the message names the command that trains it.
     """
@@ -51,10 +53,10 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     pipeline, judge = load(weights, (), device=device), load_judge(weights / "judge.safetensors").to(device)
     bench = Bench(pipeline, Prompts.of_the_world(n, seed=4), clip_score.load(weights, device), judge, steps, guidance)
     through = through_the_vae(pipeline.vae, bench.prompts.pixels)
-    rows = [bench.read("picture", through, form="the image prompt, through the VAE")]
+    rows = [scored(bench, through, "the image prompt, through the VAE")]
     for file, form in zip(files, ADAPTERS.values(), strict=True):
         adapter = load_adapter(file, pipeline.unet).to(device)
-        rows += bench.cell("picture", adapter, decoupled, (1.0,), form=form)
+        rows.append(scored(bench, bench.draw("picture", adapter, decoupled, bench.embedding(adapter), 1.0), form))
     results = {
         "command": f"python -m eval fine --n {n} --steps {steps} --guidance {guidance:g}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
@@ -67,19 +69,48 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     return results
 
 
+def scored(bench: Bench, drawn: Tensor, form: str) -> Row:
+    """Score drawings: a list over prompts for each measure, where concept, background and drawing are indices."""
+    truth, read = bench.prompts.truth, bench.read("picture", drawn)
+    assert isinstance(truth, Truth)
+    shown = truth.shown
+    return {
+        "form": form,
+        "concept": read["concept"].tolist(),
+        "background": read["background"].tolist(),
+        "palette_error": [round(x, 1) for x in delta_e(read["palette"], shown["palette"]).tolist()],
+        "placement_error": [round(x, 1) for x in (read["placement"] - shown["placement"]).norm(dim=-1).tolist()],
+        "drawing": nearest(truth.scenes, drawn),
+        "clip_i": [round(x, 3) for x in read["clip_i"].tolist()],
+    }
+
+
+def frame_of(rows: Sequence[Row], truth: Mapping[str, Any]) -> pd.DataFrame:
+    """Make a frame with a line per drawing: `form`, `prompt` and `COLUMNS`.
+
+    Concept, background and drawing are 1 if they are those of the image prompt, otherwise 0; NaN if its concept has only one drawing.
+    """
+    frame = pd.concat([pd.DataFrame({"prompt": range(len(row["clip_i"])), **row}) for row in rows], ignore_index=True)
+    for key, own in {**truth["own"], "drawing": truth["drawing"]}.items():
+        wanted = pd.Series(np.array(own, float)[frame["prompt"]])
+        frame[f"{key}_own"] = (frame[key] == wanted).astype(float).where(wanted.notna())
+    return frame[["form", "prompt", *COLUMNS]]
+
+
 def table(results: dict[str, Any]) -> str:
     """Make the table of docs/world.md: the scores of each adapter, and their difference with a 95 % interval over prompts."""
     pictures = frame_of(results["rows"], results["truth"])
-    lines = {form: measures(group) for form, group in pictures.groupby("form", sort=False)}
-    frame = pd.DataFrame(lines).T.drop(columns=["CLIP-T", "CLIPScore"])
+    lines = {
+        form: {title: format(group[key].mean(), shown) for key, (title, shown) in COLUMNS.items()}
+        for form, group in pictures.groupby("form", sort=False)
+    }
     own, fine = (pictures[pictures["form"] == form].set_index("prompt") for form in ADAPTERS.values())
-    added = []
-    for key, digits in COLUMNS.items():
-        difference = (fine[key] - own[key]).dropna() * (100 if key.endswith("_own") else 1)
-        half = 1.96 * difference.std() / len(difference) ** 0.5
-        added.append(f"{difference.mean():+.{digits}f} ± {half:.{digits}f}")
-    frame.loc["fine-grained minus global"] = added
-    return markdown(frame.rename_axis("").reset_index())
+    lines["fine-grained minus global"] = {}
+    for key, (title, shown) in COLUMNS.items():
+        difference = (fine[key] - own[key]).dropna() * (100 if shown == ".0%" else 1)
+        half, digits = 1.96 * difference.std() / len(difference) ** 0.5, 3 if shown == ".3f" else 1
+        lines["fine-grained minus global"][title] = f"{difference.mean():+.{digits}f} ± {half:.{digits}f}"
+    return markdown(pd.DataFrame(lines).T.rename_axis("").reset_index())
 
 
 def run(args: Namespace) -> None:

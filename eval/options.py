@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -72,11 +71,8 @@ def add_ablation(commands: Commands) -> None:
     p = command(commands, "ablation", description)
     p.add_argument("--out", type=Path, default=Path("."), help="folder for RESULTS.md and results/ (default: the current one)")
     p.add_argument("--state", type=Path, help="folder for checkpoints and caches (default: runs/ablation in --out)")
-    cores = os.cpu_count() or 1
-    p.add_argument(
-        "--jobs", type=count, default=cores, help="number of processes, each with one thread (default: one per core)"
-    )
-    p.add_argument("--device", default="cpu", help="device to train and draw on (default: cpu); other devices use a single process")
+    p.add_argument("--jobs", type=count, help="number of processes, each with one thread (default: one per core; on a GPU, 6 share it)")
+    p.add_argument("--device", default="cpu", help="device to train and draw on, such as cuda (default: cpu)")
     p.add_argument("--smoke", action="store_true", help="run everything at a tiny size; the numbers mean nothing")
     description = "draw and score one cell of the results again, and compare it with the stored numbers"
     p.add_argument("--cell", metavar="FORM:SEED:TASK", help=description)
@@ -89,11 +85,11 @@ def add_ablation(commands: Commands) -> None:
     description = "CLIP that scores the drawings, an open_clip ARCHITECTURE:PRETRAINED (default: the second CLIP in --weights)"
     own.add_argument("--scorer", help=description)
     size = p.add_argument_group("size of the study")
-    size.add_argument("--seeds", type=int, help="number of adapters per form (default: 5, and up to 10 if the interval is too wide)")
+    size.add_argument("--seeds", type=int, help="number of adapters of the two forms compared first (default: 5; others: at most 3)")
     size.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
-    size.add_argument("--steps", type=int, help="training steps, at least 4 (default: 500)")
+    size.add_argument("--steps", type=int, help="training steps, at least 16 (default: 8000)")
     size.add_argument("--batch", type=int, help="pictures per training step (default: 32)")
-    size.add_argument("--prompts", type=int, help="number of held-out prompts (default: 128)")
+    size.add_argument("--prompts", type=int, help="number of test prompts (default: 128)")
 
 
 def add_peers(commands: Commands) -> None:

@@ -1,19 +1,22 @@
 """The prompts of a measurement and their ground truth.
 
-There are three tasks with the same image prompts:
+There are four tasks with the same image prompts:
 
 - `picture`: the image prompt alone;
+- `complementary`: the image prompt with a text that names another background, size and place (eval/scenes.py). The drawing should take
+  concept and palette from the image prompt, and the rest from the text;
 - `agreeing`: the image prompt with a caption that names its concept and background;
 - `conflict`: the image prompt with a text that names another concept and background. The drawing should take concept and background
   from the text, and the palette from the image prompt.
 
-The mini world has ground truth for all prompts. A user's pictures have none; their conflicting text is another picture's caption.
+The mini world has ground truth for all prompts. A user's pictures have none. They have no complementary texts, and their conflicting text
+is another picture's caption.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +25,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from eval.scenes import ScenePrompts
+from eval.scores import Target
 from model.image_encoder import centre_square
 from sampling.images import open_image
 from train.judge import ground_truth
 from train.vae import bytes_to_tensor
-from train.world import BACKGROUND_NAMES, BACKGROUNDS, CONCEPT_NAMES, CONCEPTS, Scene, caption, pictures, random_scene
+from train.world import BACKGROUND_NAMES, BACKGROUNDS, CONCEPT_NAMES, CONCEPTS, Scene, caption, random_scene
 
-TASKS = ("picture", "agreeing", "conflict")
+TASKS = ("complementary", "picture", "agreeing", "conflict")
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The ground truth of n prompts of the mini world: the scenes of the image prompts, and the indices of the concepts and
-    backgrounds named in the conflicting texts."""
+    """The ground truth of n prompts of the mini world.
+
+    `scenes`: those of the image prompts. `concept`, `background`: indices of what the conflicting texts name. `complement`: the target of
+    the complementary texts.
+    """
 
     scenes: list[Scene]
     concept: Tensor
     background: Tensor
+    complement: Target
 
     @property
     def shown(self) -> dict[str, Tensor]:
@@ -50,21 +59,16 @@ class Truth:
         """The index of the drawing that each image prompt shows; None if its concept has only one drawing."""
         return [s.drawing if len(CONCEPTS[CONCEPT_NAMES[s.concept]]) > 1 else None for s in self.scenes]
 
-    def pixels(self) -> Tensor:
-        """Render ideal answers to `conflict`, `n 3 64 64`: the text's concept and background in the image prompt's palette."""
-        rng = np.random.default_rng(0)
-        scenes = [random_scene(rng, int(c), int(b)) for c, b in zip(self.concept, self.background, strict=True)]
-        recoloured = [replace(scene, palette=own.palette) for scene, own in zip(scenes, self.scenes, strict=True)]
-        return bytes_to_tensor(pictures(recoloured))
-
 
 @dataclass(frozen=True)
 class Prompts:
-    """n image prompts, with a caption and a conflicting text for each. `truth` is None for a user's pictures."""
+    """n image prompts, with a caption, a conflicting and a complementary text for each. A user's pictures have neither `complements`
+    nor `truth`."""
 
     images: list[Image.Image]
     captions: list[str]
     conflicts: list[str]
+    complements: list[str] = field(default_factory=list)
     truth: Truth | None = None
 
     @classmethod
@@ -79,8 +83,9 @@ class Prompts:
             scenes.append(random_scene(rng, another, int((b + rng.integers(1, len(BACKGROUNDS))) % len(BACKGROUNDS))))
         captions = [caption(CONCEPT_NAMES[s.concept], None, BACKGROUND_NAMES[s.background]) for s in scenes]
         conflicts = [caption(CONCEPT_NAMES[c], None, BACKGROUND_NAMES[b]) for c, b in zip(concept, background, strict=True)]
-        truth = Truth(scenes, torch.from_numpy(concept), torch.from_numpy(background))
-        return cls([Image.fromarray(picture) for picture in pictures(scenes)], captions, conflicts, truth)
+        complements = ScenePrompts.of_scenes(scenes, np.random.default_rng((919, seed)))
+        truth = Truth(scenes, torch.from_numpy(concept), torch.from_numpy(background), complements.target)
+        return cls(complements.images, captions, conflicts, complements.texts(), truth)
 
     @classmethod
     def of_files(cls, files: Sequence[tuple[Path, str]], side: int) -> Prompts:
@@ -99,22 +104,30 @@ class Prompts:
 
     def first(self, n: int) -> Prompts:
         """Return the first n prompts."""
-        truth = self.truth and Truth(self.truth.scenes[:n], self.truth.concept[:n], self.truth.background[:n])
-        return Prompts(self.images[:n], self.captions[:n], self.conflicts[:n], truth)
+        t = self.truth
+        truth = t and Truth(t.scenes[:n], t.concept[:n], t.background[:n], t.complement.first(n))
+        return Prompts(self.images[:n], self.captions[:n], self.conflicts[:n], self.complements[:n], truth)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that can be drawn. A user's captions contradict each other already, so there they do without `agreeing`."""
+        return TASKS if self.truth else ("conflict", "picture")
 
     def texts(self, task: str) -> list[str]:
         """Return the text prompts of a task."""
-        return {"picture": [""] * len(self.captions), "agreeing": self.captions, "conflict": self.conflicts}[task]
+        texts = {"agreeing": self.captions, "conflict": self.conflicts, "complementary": self.complements}
+        return texts.get(task, [""] * len(self.captions))
 
     def to_json(self) -> dict[str, Any]:
         """Return the texts and, in the mini world, the ground truth, for a results file."""
-        seeds = list(range(len(self.captions)))
-        data: dict[str, Any] = {"prompts": {"agreeing": self.captions, "conflict": self.conflicts, "seeds": seeds}}
+        data: dict[str, Any] = {"texts": {task: self.texts(task) for task in self.tasks if task != "picture"}}
         if (truth := self.truth) is not None:
-            shown = truth.shown
+            shown, scene = truth.shown, truth.complement
+            assert scene.size is not None and scene.place is not None
             data["truth"] = {
-                "wanted": {"concept": truth.concept.tolist(), "background": truth.background.tolist()},
                 "own": {key: shown[key].tolist() for key in ("concept", "background")},
+                "conflict": {"concept": truth.concept.tolist(), "background": truth.background.tolist()},
+                "complementary": {key: getattr(scene, key).tolist() for key in ("background", "size", "place")},
                 "drawing": truth.drawing,
                 "palette": [[round(x, 2) for x in pair] for pair in shown["palette"].flatten(1).tolist()],
             }

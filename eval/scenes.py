@@ -41,10 +41,14 @@ class ScenePrompts:
 
     @classmethod
     def of_the_world(cls, n: int, seed: int) -> ScenePrompts:
-        """Draw n prompts that cover all concepts evenly. Each text gets a uniform background, size and place unlike the picture's."""
+        """Draw n prompts that cover all concepts evenly."""
         rng = np.random.default_rng((918, seed))
-        order = one_of_each(rng, n)
-        scenes = [random_scene(rng, concept, int(rng.integers(len(BACKGROUNDS)))) for concept in order]
+        scenes = [random_scene(rng, concept, int(rng.integers(len(BACKGROUNDS)))) for concept in one_of_each(rng, n)]
+        return cls.of_scenes(scenes, rng)
+
+    @classmethod
+    def of_scenes(cls, scenes: list[Scene], rng: np.random.Generator) -> ScenePrompts:
+        """Draw texts for these image prompts. Each gets a uniform background, size and place unlike the picture's."""
         own = ground_truth(scenes)
         background = other_class(rng, own["background"], len(BACKGROUNDS))
         size = other_class(rng, sizes_of(own["placement"]), len(SIZES))

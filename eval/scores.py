@@ -6,20 +6,21 @@ A score is `[value, low, high]`. Shares of drawings have Wilson's interval (1927
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from eval.bench import nearest
 from train.judge import Judge, Reading, delta_e, ground_truth
-from train.world import CONCEPT_NAMES, CONCEPTS, SIZES, Scene, place_class, size_class
+from train.vae import bytes_to_tensor
+from train.world import CONCEPT_NAMES, CONCEPTS, SIZES, Scene, pictures, place_class, size_class
 
 Scores = dict[str, list[float]]
 Z = 1.959964  # 97.5 % quantile of the normal distribution
 ANYWHERE = -1  # index of "any place is right", for large drawings, which fill the picture
 LARGE = SIZES.index("large")
 LARGEST = 62  # side in pixels of the largest drawings of the mini world
+GREY = torch.tensor([65.0, 0.0, 0.0])  # CIELAB; palettes have lightness 50 to 80
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Target:
     size: Tensor | None = None
     place: Tensor | None = None
     copied: tuple[Scene, ...] = ()
+
+    def first(self, n: int) -> Target:
+        """Return the target of the first n drawings."""
+        size, place = (None if part is None else part[:n] for part in (self.size, self.place))
+        return Target(self.concept[:n], self.background[:n], self.palette[:n], size, place, self.copied[:n])
 
     @classmethod
     def of_scenes(cls, scenes: list[Scene]) -> Target:
@@ -91,6 +97,18 @@ def score_reading(reading: Reading, target: Target) -> Scores:
         true = ground_truth(list(target.copied))["placement"]
         scores["placement_error"] = mean((reading.placement - true).norm(dim=-1))
     return scores
+
+
+def all_drawings(scene: Scene) -> Tensor:
+    """Render a scene once with each drawing of its concept, `n 3 64 64`."""
+    codes = CONCEPTS[CONCEPT_NAMES[scene.concept]]
+    return bytes_to_tensor(pictures([replace(scene, drawing=i) for i in range(len(codes))]))
+
+
+def nearest(scenes: list[Scene], drawn: Tensor) -> list[int]:
+    """Return, for each picture, the index of the drawing of its concept with the smallest mean squared pixel error."""
+    pairs = zip(scenes, drawn, strict=True)
+    return [int((all_drawings(scene) - x).square().mean(dim=(1, 2, 3)).argmin()) for scene, x in pairs]
 
 
 def share(hits: Tensor) -> list[float]:

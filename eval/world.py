@@ -22,17 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from checkpoints.files import check_output, sha256, write_json
-from eval.ablation.endpoint import GREY
 from eval.bench import Row, draw_prompts, embed, through_the_vae
 from eval.device import device_of, dtype
 from eval.prompts import Prompts
 from eval.scenes import ScenePrompts
-from eval.scores import Scores, Target, mean, score, values_of
+from eval.scores import GREY, Scores, Target, mean, score, values_of
 from eval.tables import summary
 from eval.world_table import table
 from sampling.device import check_device
@@ -141,7 +139,7 @@ def choose_lambdas(measure: Measure, n: int) -> tuple[dict[str, float], dict[str
 
 def floors(palette: Tensor) -> dict[str, Scores]:
     """Compute the palette errors of a uniform grey and of another prompt's palette. `palette`: `n 2 3`, CIELAB."""
-    others = {"grey": torch.from_numpy(GREY).to(palette).expand_as(palette), "another": palette.roll(1, dims=0)}
+    others = {"grey": GREY.to(palette).expand_as(palette), "another": palette.roll(1, dims=0)}
     return {key: {"palette_error": mean(delta_e(other, palette))} for key, other in others.items()}
 
 

@@ -39,7 +39,7 @@ def made_up() -> dict[str, Any]:
             "palette_error": [9, 20, 28, 39],
         },
     ]
-    other = {"task": "picture", "placement_error": [1.0, 2.0, 3.0, 4.0], "clip_i": [0.5, 0.6, 0.7, 0.8], "lambda": 1.0}
+    other = {"placement_error": [1.0, 2.0, 3.0, 4.0], "clip_i": [0.5, 0.6, 0.7, 0.8]}
     named = [{"form": form, **row, **other} for form, row in zip(fine.ADAPTERS.values(), rows, strict=True)]
     return {"truth": wanted, "rows": named}
 

@@ -222,16 +222,17 @@ def test_the_ablation_runs_on_the_files_of_a_base_model(model: Callable[[str], M
     data = [{"image_file": str(path), "text": f"picture {i}"} for i, path in enumerate(pictures)]
     (tmp_path / "data.json").write_text(json.dumps(data))
     named = {"base": files.base, "image-encoder": files.encoder, "data": tmp_path / "data.json", "scorer": "weights"}
-    named |= {"state": tmp_path / "state", "out": tmp_path, "seeds": 1, "steps": 4, "batch": 2, "jobs": 2}
+    named |= {"state": tmp_path / "state", "out": tmp_path, "seeds": 1, "steps": 16, "batch": 2, "rates": 1e-3, "jobs": 1}
     options = [str(part) for name, value in named.items() for part in (f"--{name}", value)]
     measures.run(measures.parser().parse_args(["ablation", "--smoke", *options]))
     found = json.loads((tmp_path / "results" / "ablation.json").read_text())
     held_out = sorted(range(20), key=lambda i: hashlib.sha256(pictures[i].read_bytes()).hexdigest())[:4]
     own = [f"picture {i}" for i in held_out]
-    assert found["prompts"]["agreeing"] == own and found["prompts"]["conflict"] == [*own[1:], own[0]]
-    assert "truth" not in found and set(found["summary"]["endpoint"]) == set(found["study"]["forms"])
+    assert found["tasks"] == ["conflict", "picture"] and found["prompts"] == {"test": {"texts": {"conflict": [*own[1:], own[0]]}}}
+    assert set(found["summary"]["endpoint"]) == set(found["study"]["forms"]) and "confirmed" not in found["summary"]
+    assert set(load_file(tmp_path / "results" / "ablation.safetensors")) == {"clip_i", "clip_t"}
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "have no ground truth" in text and "another picture's caption" in text
+    assert "have no ground truth" in text and "another picture's caption" in text and "palette information" not in text
     trained = load_file(tmp_path / "results" / "ablation" / "ip_adapter-0.safetensors")
     files.peers[0].unet._load_ip_adapter_weights([nested(trained)])
     files.peers[0].unload_ip_adapter()

@@ -11,7 +11,6 @@ import torch
 
 from eval import world
 from eval.__main__ import main
-from eval.ablation.endpoint import grey_error
 from eval.bench import embed
 from eval.prompts import Prompts
 from eval.scores import Scores
@@ -66,11 +65,12 @@ def test_tasks_with_pictures_are_those_with_a_lambda() -> None:
 
 
 def test_floors_equal_their_definitions() -> None:
-    """The palettes of two prompts differ by (3, 4), so by 5, in both colours. The error of grey equals that of the ablation."""
+    """The palettes of two prompts differ by (3, 4), so by 5, in both colours. The error of a grey of lightness 65 is its
+    distance from all four colours."""
     palette = torch.tensor([[[60.0, 40, 0], [60, 0, 40]], [[60, 43, 4], [60, 3, 44]]])
     found = world.floors(palette)
     assert found["another"]["palette_error"] == pytest.approx([5, 5, 5])
-    assert found["grey"]["palette_error"][0] == pytest.approx(grey_error(palette.numpy()))
+    assert found["grey"]["palette_error"][0] == pytest.approx((palette - torch.tensor([65.0, 0, 0])).norm(dim=-1).mean().item())
 
 
 def test_the_table_shows_values_with_half_their_intervals() -> None:

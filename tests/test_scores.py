@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from eval.scenes import ScenePrompts, other_class
-from eval.scores import ANYWHERE, Target, mean, places_of, score_reading, share, sizes_of
+from eval.scores import ANYWHERE, Target, all_drawings, mean, nearest, places_of, score_reading, share, sizes_of
 from train.judge import Reading, ground_truth
-from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, PLACES, SIZES, Scene, World, place_class, size_class
+from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, CONCEPTS, PLACES, SIZES, Scene, World, place_class, size_class
 
 TEXT = re.compile(r"(?:a (\w+) (.+)|(\w+)) on an? (\w+) background(?:, ([a-z ]+))?")
 
@@ -118,3 +118,11 @@ def test_what_texts_name_is_drawn_evenly() -> None:
 def test_prompts_depend_on_their_seed_alone() -> None:
     first, again, other = (ScenePrompts.of_the_world(20, seed=seed).texts(subject=True) for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_nearest_finds_the_drawing() -> None:
+    many = [i for i in range(200) if len(CONCEPTS[CONCEPT_NAMES[World("val")[i].concept]]) > 1][:6]
+    scenes = [World("val")[i] for i in many]
+    other = [replace(s, drawing=(s.drawing + 1) % len(all_drawings(s))) for s in scenes]
+    assert nearest(scenes, torch.stack([all_drawings(s)[s.drawing] for s in scenes])) == [s.drawing for s in scenes]
+    assert nearest(scenes, torch.stack([all_drawings(s)[s.drawing] for s in other])) == [s.drawing for s in other]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,175 +11,188 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval.ablation.endpoint import grey_error
-from eval.ablation.forms import BASELINE, FORMS, PRIMARY, SHARES
-from eval.ablation.rows import Results, fraction
-from eval.prompts import TASKS
+from eval.ablation.forms import BASELINE, FORMS, PRIMARY, fraction
+from eval.ablation.rows import Results
+from eval.ablation.summary import trainings
 from eval.tables import markdown
 
-CONTROLS = {"shuffled": "another's picture", "null": "no picture"}
-NUMBERS = {
-    "palette_error": ("palette error", ".1f"),
-    "placement_error": ("placement error", ".1f"),
+TITLES = {
+    "following": ("follows", ".0%"),
+    "concept": ("concept", ".0%"),
+    "information": ("information", ".1f"),
     "clip_i": ("CLIP-I", ".3f"),
     "clip_t": ("CLIP-T", ".3f"),
-    "clip_score": ("CLIPScore", ".2f"),
 }
+DIGITS = {"CLIP-I": 3, "retrieval AUC": 3}  # of secondary endpoints; others have one
 
 
-def measures(pictures: pd.DataFrame) -> dict[str, str]:
-    """Format the mean of each measure over pictures; missing measures are empty.
-
-    For `conflict`, concept and background show two shares: as in the text / as in the image prompt.
-    """
-
-    def mean(key: str, form: str) -> str:
-        values = pictures[key].dropna() if key in pictures else pd.Series(dtype=float)
-        return "" if values.empty else format(values.mean(), form)
-
-    line = {}
-    for key in ("concept", "background", "drawing"):
-        wanted, own = (mean(f"{key}_{whose}", ".0%") for whose in ("wanted", "own"))
-        line[key] = f"{wanted} / {own}" if wanted and (pictures["task"] == "conflict").all() else own
-    return line | {title: mean(key, form) for key, (title, form) in NUMBERS.items()}
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Format the mean over seeds, and the standard deviation between seeds if there are several."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
-def task_table(pictures: pd.DataFrame, task: str, forms: Sequence[str]) -> pd.DataFrame:
-    """Tabulate the measures of a task: the reference rows, then each form at each lambda and control."""
-    mine, lines = pictures[pictures["task"] == task], []
-    for name, group in mine[mine["seed"].isna()].groupby("form", sort=False):
-        lines.append({"form": name, "λ": "", **measures(group)})
-    for form in forms:
-        whole = mine[(mine["form"] == form) & (mine["share"] == 1)]
-        for lam, group in whole.groupby("lambda"):
-            lines.append({"form": FORMS[form].name, "λ": fraction(float(str(lam))), **measures(group)})
-        for control, group in whole.groupby("control", sort=False):
-            lines.append({"form": FORMS[form].name, "λ": f"1, {CONTROLS[str(control)]}", **measures(group)})
+def shown(difference: Mapping[str, float], digits: int = 1) -> str:
+    """Format a difference with its 95 % interval: "+2.0 [+1.0, +3.0]"."""
+    mean, low, high = (f"{difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def p_value(p: float) -> str:
+    return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def headline(results: Results) -> str:
+    """State the result of the primary comparison in one sentence (docs/ablation-protocol.md, "What counts")."""
+    summary = results.data["summary"]
+    if PRIMARY not in summary["difference"]:
+        return "The study does not hold both forms of the primary comparison."
+    first, name = summary["difference"][PRIMARY], "palette information" if results.truth() else "similarity to the image prompt"
+    both = [first, summary.get("confirmed", {}).get(PRIMARY, first)]
+    of = f", of {summary['ceilings']['vae']:.1f} at most" if results.truth() else ""
+    told = f"where both follow the text equally often, IP-Adapter's drawings have {shown(first)} more {name}{of}"
+    if any(each["high"] < 0 for each in both):
+        return f"The simple adapter beats decoupled attention here: {told}."
+    if all(each["low"] > 0 for each in both):
+        return f"Decoupled attention beats the simple adapter here: {told}."
+    if first["low"] <= 0 and any(each["low"] > 0 for each in summary["steps"]["difference"][:-1]):
+        return f"The simple adapter catches up: IP-Adapter is ahead earlier in training, but in the end, {told}."
+    return f"The study does not decide between the two forms: {told}."
+
+
+def square(results: Results) -> pd.DataFrame:
+    """Tabulate the endpoint of the four forms as a 2 x 2 table, with the share of right concepts; ">" marks curves that stay above."""
+
+    def cell(form: str) -> str:
+        found = results.data["summary"]["endpoint"].get(form)
+        if found is None:
+            return ""
+        concept = f" (concept {np.mean(found['concept']):.0%})" if "concept" in found else ""
+        return ("> " if found["above"] else "") + spread(found["information"]) + concept
+
+    rows = {"own W'_k, W'_v": ("ip_adapter", "concatenated"), "the text's W_k, W_v": ("shared", "simple")}
+    return pd.DataFrame([{"": name, "own softmax": cell(a), "joint softmax": cell(b)} for name, (a, b) in rows.items()])
+
+
+def difference_table(results: Results) -> pd.DataFrame:
+    """Tabulate IP-Adapter minus each other form, on the test and on the confirmation prompts."""
+    summary, lines = results.data["summary"], []
+    for key, prompts in (("difference", "test"), ("confirmed", "confirmation")):
+        for form, d in summary.get(key, {}).items():
+            line = {"IP-Adapter minus": FORMS[form].name, "prompts": prompts, "difference [95 %]": shown(d), "p": p_value(d["p"])}
+            lines.append(line | {"test": "primary" if form == PRIMARY else "adjusted"})
     return pd.DataFrame(lines)
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
-
-
-def primary(results: Results) -> pd.DataFrame:
-    """Tabulate the primary endpoint of each form and its difference from IP-Adapter."""
-    summary, pictures = results.data["summary"], results.pictures
-    errors = pictures[pictures["task"] == "conflict"].groupby("form")["error"].mean()
-    ceiling = errors.get("truth, through the VAE", np.nan)
-
-    def line(name: str, ends: Sequence[float]) -> dict[str, str]:
-        times = "" if np.isnan(ceiling) else f"{np.mean(ends) / ceiling:.1f}"
-        empty = {"parameters": "", "rate": "", "error": _spread(ends)}
-        return {"form": name, **empty, "times the VAE's own": times, "minus IP-Adapter [95 %]": "", "p": ""}
-
-    lines = [line("the text alone", [errors["text alone"]])]
-    for form, ends in summary["endpoint"].items():
-        size, rate = results.data["parameters"][form], results.data["rates"][form]["chosen"]
-        lines.append(line(FORMS[form].name, ends) | {"parameters": f"{size:,}", "rate": f"{rate:g}"})
-        if d := summary["difference"].get(form):
-            lines[-1]["minus IP-Adapter [95 %]"] = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
-            lines[-1]["p"] = f"{d['p']:.3f}" + (", primary" if form == PRIMARY else "")
-    return pd.DataFrame(lines)
-
-
-def verdict(results: Results) -> str:
-    """State each difference in a sentence, one per line."""
+def step_table(results: Results) -> pd.DataFrame:
+    """Tabulate the endpoint and the primary difference after each number of steps."""
+    found = results.data["summary"]["steps"]
     lines = []
-    for form, d in results.data["summary"]["difference"].items():
-        word = (
-            "is worse than" if d["low"] > 0 else "is better than" if d["high"] < 0 else "cannot be distinguished from"
-        )
-        lines.append(f"- *{FORMS[form].name}* {word} IP-Adapter: {d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}].")
-    return "\n".join(lines)
+    for i, step in enumerate(found["steps"]):
+        line = {"steps": f"{step:,}"} | {FORMS[form].short: spread(ends[i]) for form, ends in found["endpoint"].items()}
+        lines.append(line | ({"IP-Adapter minus simple": shown(found["difference"][i])} if "difference" in found else {}))
+    return pd.DataFrame(lines)
 
 
-def caveat(results: Results) -> str:
-    """Describe the limits of the endpoint: the score of a constant grey, and the short training. Empty without ground truth."""
-    shipped, study = results.data.get("shipped_pictures"), results.study
-    if results.truth is None or not shipped:
-        return ""
-    grey, own = grey_error(results.truth["palette"]), np.mean(results.data["summary"]["endpoint"][BASELINE])
-    share = study["steps"] * study["batch"] / shipped
-    return (
-        f"**Read this first.** A constant grey, which ignores the image prompt, scores {grey:.2f} on this endpoint; IP-Adapter "
-        f"scores {own:.1f}. {study['steps']} steps are {100 * share:.1f} % of the shipped adapter's training. So the differences below "
-        "compare the forms early in training; they do not show that any form reproduces the palette."
-    )
+def one_table(results: Results) -> pd.DataFrame:
+    """Tabulate all tasks at lambda 1."""
+    lines = []
+    for task in results.data["tasks"]:
+        for form, found in results.data["summary"]["paper"][task].items():
+            numbers = {TITLES[key][0]: format(np.mean(values), TITLES[key][1]) for key, values in found.items()}
+            if task == "picture":
+                numbers.pop("follows", None)
+            lines.append({"task": task, "form": FORMS[form].short, **numbers})
+    return pd.DataFrame(lines)
 
 
-def by_share(results: Results) -> pd.DataFrame:
-    """Tabulate the endpoint after each share of the training."""
-    return pd.DataFrame(
-        {"form": FORMS[form].name, **{f"{float(s):.0%} of the training": _spread(ends) for s, ends in each.items()}}
-        for form, each in results.data["summary"]["share"].items()
-    )
+def secondary_table(results: Results) -> pd.DataFrame:
+    """Tabulate the secondary endpoints, and the held-out losses."""
+    lines = []
+    for name, found in results.data["summary"]["secondary"].items():
+        digits = DIGITS.get(name, 1)
+        line = {"": name} | {FORMS[form].short: spread(values, digits) for form, values in found["forms"].items()}
+        lines.append(line | {"IP-Adapter minus simple": shown(found["difference"], digits) if found["difference"] else ""})
+    losses = results.data["summary"]["losses"]
+    return pd.DataFrame([*lines, {"": "held-out loss"} | {FORMS[form].short: spread(each, 4) for form, each in losses.items()}])
 
 
 def rate_table(results: Results) -> pd.DataFrame:
-    """Tabulate `gain_shuffled`, times 1000, after a short training at each learning rate."""
+    """Tabulate the held-out loss and the endpoint after the short training at each rate. The chosen rate is marked by "*"."""
+    lines, runs = [], trainings(results)
+    for form, rates in results.data["summary"]["rates"].items():
+        line: dict[str, Any] = {"form": FORMS[form].name, "parameters": f"{runs[form][0]['parameters']:,}"}
+        for rate, found in rates.items():
+            text = "diverged" if found["endpoint"] is None else f"{found['held_out']:.4f}, {found['endpoint']:.1f}"
+            line[rate] = text + ("\\*" if float(rate) == runs[form][0]["rate"] else "")
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def grid_table(results: Results) -> pd.DataFrame:
+    """Tabulate the lambdas of each form."""
     return pd.DataFrame(
-        {
-            "form": FORMS[form].name,
-            **{rate: "not finite" if gain is None else f"{1000 * gain:.2f}" for rate, gain in each["gains"].items()},
-        }
-        for form, each in results.data["rates"].items()
+        {"form": FORMS[form].name, "λ": ", ".join(map(fraction, results.grid(form)))} for form in results.study["forms"]
     )
 
 
-def mass_table(results: Results) -> pd.DataFrame:
-    """Tabulate 1 - g of each joint softmax, seed 0, before training and after each share of it, with and without a picture."""
-    masses, lines = results.masses, []
-    means = masses.groupby(["form", "words", "picture", "share"])["mass"].mean()
-    counts = sorted(masses["words"].unique(), reverse=True)
-    for form, words, picture in itertools.product(masses["form"].unique(), counts, ("own", "null")):
-        named = {"form": FORMS[form].name, "text keys": words, "picture": {"own": "its own", "null": "none"}[picture]}
-        shares = {"untrained": 0.0, **{f"{share:.0%}": share for share in SHARES}}
-        lines.append(named | {key: f"{means[form, words, picture, share]:.1%}" for key, share in shares.items()})
-    return pd.DataFrame(lines)
+def ceiling_table(results: Results) -> pd.DataFrame:
+    """Tabulate the ceilings and floors."""
+    names = {
+        "truth": "information of the image prompts themselves",
+        "vae": "information of the image prompts through the VAE: the ceiling",
+        "alone": "information of the text alone",
+        "error, vae": "raw palette error of the image prompts through the VAE",
+        "error, grey": "raw palette error of a grey",
+        "error, best constant": "raw palette error of the best constant palette",
+        "error, another's": "raw palette error of another image prompt's palette",
+    }
+    found = results.data["summary"]["ceilings"]
+    return pd.DataFrame({"": name, "value": f"{found[key]:.1f}"} for key, name in names.items() if key in found)
 
 
-def steps_table(results: Results) -> pd.DataFrame:
-    """Tabulate two forms drawn with few and with many steps, seed 0."""
-    lines: list[dict[str, Any]] = []
-    for form in (BASELINE, PRIMARY):
-        many, all_few = results.more_steps(form), results.pictures
-        lam, alone = many["lambda"][0], all_few[(all_few["form"] == "text alone") & (all_few["task"] == "conflict")]
-        few = all_few[(all_few["form"] == form) & (all_few["seed"] == 0) & (all_few["share"] == 1)]
-        few = few[(few["task"] == "conflict") & (few["lambda"] == lam)]
-        for drawn, steps in ((few, results.study["draw_steps"]), (many, results.study["check_steps"])):
-            follows = drawn["follows"] if results.truth else drawn["clip_t"] / alone["clip_t"].mean()
-            numbers = {"follows the text": f"{follows.mean():.0%}", "error": f"{drawn['error'].mean():.1f}"}
-            lines.append({"form": FORMS[form].name, "λ": fraction(lam), "steps": steps, **numbers})
-    return pd.DataFrame(lines)
-
-
-def half_width(summary: dict[str, Any]) -> float:
-    """Return the half-width of the interval of the primary difference."""
-    primary = summary["difference"][PRIMARY]
-    return float(primary["high"] - primary["low"]) / 2
+def records(results: Results) -> str:
+    """Say which commits and processors the rows come from, and which seeds were trained on several kinds of processor."""
+    commits = sorted({unit.made["commit"] for unit in results.units.values()})
+    processors = sorted({unit.made["processor"] for unit in results.units.values()})
+    kinds: dict[int, set[str]] = {}
+    for name, unit in results.units.items():
+        if name.startswith("train-"):
+            kinds.setdefault(unit.value["seed"], set()).add(unit.made["processor"])
+    mixed = [str(seed) for seed, each in kinds.items() if len(each) > 1]
+    said = f"All rows come from commit {commits[0]}" if len(commits) == 1 else f"**The rows come from commits {', '.join(commits)}**"
+    said += f", and were computed on {'; '.join(processors)}."
+    return said + (f" **The forms of seed {', '.join(mixed)} were trained on different processors.**" if mixed else "")
 
 
 def render(results: Results) -> str:
     """Render RESULTS.md from the template beside this file."""
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True)
     tables = {
-        "primary": primary(results),
-        "shares": by_share(results),
-        "mass": mass_table(results),
+        "square": square(results),
+        "differences": difference_table(results),
+        "steps": step_table(results),
+        "one": one_table(results),
+        "secondary": secondary_table(results),
         "rates": rate_table(results),
-        "steps": steps_table(results),
-        **{task: task_table(results.pictures, task, results.study["forms"]) for task in TASKS},
+        "grids": grid_table(results),
+        "ceilings": ceiling_table(results),
     }
+    summary = results.data["summary"]
     return templates.get_template("results.md.jinja").render(
         study=results.study,
-        prompts=len(results.data["prompts"]["conflict"]),
-        scorer=results.data["scorer"],
-        truth=results.truth is not None,
+        headline=headline(results),
+        trend=shown(summary["steps"]["trend"]) if "trend" in summary["steps"] else "",
+        p_trend=p_value(summary["steps"]["trend"]["p"]) if "trend" in summary["steps"] else "",
+        above=[FORMS[form].short for form, found in summary["endpoint"].items() if found["above"]],
+        alone={key: shown(each[PRIMARY], 3 if key == "clip_i" else 1) for key, each in summary["paper"]["difference"].items()},
+        ceilings=summary["ceilings"],
         first=FORMS[BASELINE].name,
-        second=FORMS[PRIMARY].name,
-        width=f"{half_width(results.data['summary']):.1f}",
-        caveat=caveat(results),
-        verdict=verdict(results),
+        task=results.primary,
+        truth=results.truth() is not None,
+        prompts=len(results.data["prompts"]["test"]["texts"]["conflict"]),
+        confirmation=len(results.data["prompts"].get("confirm", {"texts": {"conflict": []}})["texts"]["conflict"]),
+        scorer=results.data["made_from"]["scorer"],
+        records=records(results),
         tables={name: markdown(table) for name, table in tables.items()},
     )

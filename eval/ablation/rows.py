@@ -1,109 +1,157 @@
-"""Read a results file into data frames, with one line per picture or image mass."""
+"""Read the results of an ablation: what the judge and CLIP read from each drawing, and the curves of the forms."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
+from safetensors.torch import load_file
 
 from checkpoints.files import read_json
-from eval.bench import Row
-from eval.clip_score import clip_score
+from eval.ablation.grid import spaced
+from eval.ablation.memo import Arrays, Unit, unpack
+from eval.ablation.statistics import Array, Curve, distances, information, retrieval
+from eval.scores import ANYWHERE, places_of, sizes_of
 
+SCALES = {"concept": 1, "background": 1, "palette": 10, "placement": 10, "clip_i": 10_000, "clip_t": 10_000}  # of the int16 numbers
 SCHEMA = {
-    "made_from": "fingerprints of the base's weights; the data (number of mini world pictures, or a digest); the scorer",
+    "made_from": "fingerprints of the weights, the data, the scorer and the source files, and the settings",
     "study": "the settings (eval/ablation/study.py::Study)",
-    "scorer": "the CLIP that computes CLIP-I and CLIP-T, and its preprocessing",
-    "prompts": "the texts of two tasks, one per prompt, and the noise seeds; the third task has no text",
-    "shipped_pictures": "number of pictures on which the adapter in the base folder was trained, if there is one",
-    "rates": "form -> the chosen learning rate, and gain_shuffled after a short training at each rate",
-    "parameters": "form -> number of trained parameters",
-    "gains": "form -> per seed, the held-out losses during training (train/gains.py::held_out_losses)",
-    "truth": "mini world only: the concept and background of the conflicting text (wanted) and of the image prompt (own), the "
-    "image prompt's palette (two CIELAB colours), and the index of its drawing if its concept has several",
-    "units": "name -> {key: its inputs, value}; the value is a list of rows for rows-FORM-SEED, anchors and steps-FORM, a list of "
-    "masses for mass-FORM, and a number for FORM-rate-RATE",
-    "row": "form, seed, share of the training, task, lambda (or a control), and a list over prompts for each measure: concept, "
-    "background and drawing (indices), palette_error (CIE76), placement_error (pixels), clip_i and clip_t (cosines)",
-    "mass": "form, share, layer, timestep t, number of text keys (words), own or null picture, and 1 - g for each head",
-    "summary": "the primary endpoint of each form, seed and share, and the differences from IP-Adapter",
+    "tasks": "the tasks; the endpoint is read on the first one",
+    "prompts": "for each set of prompts, the texts of each task, and in the mini world the ground truth: indices of concept, background, "
+    "size and place (own: of the image prompt; otherwise of the text), and the image prompts' palettes (two CIELAB colours)",
+    "units": "name -> value, made (commit and processor), and the number of rows of ablation.safetensors. rate-FORM-RATE: the held-out "
+    "loss; train-FORM-SEED: parameters, learning rate and losses; grid-FORM: lambdas and following on validation prompts; alone-TASK-SET: "
+    "lambda 0; references: the image prompts, and the same through the VAE; drawn-...: form, seed, step, task, prompts, layers, lambdas",
+    "rows": "ablation.safetensors holds int16 arrays with one row per drawing, unit after unit, lambda after lambda, prompt after prompt; "
+    f"the numbers are multiplied by {SCALES}. concept, background: indices; palette: two CIELAB colours; placement: centre and side in "
+    "pixels; clip_i: cosine with the image prompt; clip_t: cosine with the text, or with the caption if there is no text",
+    "summary": "eval/ablation/summary.py::summarise",
 }
-WHERE = ("task", "form", "seed", "share", "lambda", "control", "steps")  # columns that identify a row
 
 
-def frame_of(rows: Sequence[Row], truth: Mapping[str, Any] | None) -> pd.DataFrame:
-    """Make a frame with one line per picture: `prompt`, the columns of `WHERE`, the measures of `SCHEMA["row"]`, CLIPScore, and
+def follows(task: str, arrays: Arrays, truth: Mapping[str, Any] | None, alone: Arrays) -> Array:
+    """Return 1 for each drawing that follows the text, otherwise 0 (docs/ablation-protocol.md). `arrays`: int16, one row per drawing.
 
-    - `concept_wanted`, `background_wanted`: 1 if the picture shows what the conflicting text names, otherwise 0; NaN if unknown;
-    - `concept_own`, `background_own`, `drawing_own`: the same for what the image prompt shows;
-    - `error`: the palette error; without ground truth, 100 (1 - CLIP-I);
-    - `follows`: how well the picture follows the conflicting text, which is `concept_wanted`; without ground truth, it is CLIP-T
-      divided by the mean CLIP-T of drawings from the text alone.
+    Without ground truth, return CLIP-T divided by the mean CLIP-T of the drawings from the text alone.
     """
-    parts = [pd.DataFrame({"prompt": range(len(row["clip_i"])), **row}) for row in rows]
-    frame = pd.concat(parts, ignore_index=True)
-    frame = frame.reindex(columns=list(dict.fromkeys([*WHERE, *frame.columns, "clip_t"])))
-    frame["clip_score"] = clip_score(torch.tensor(frame["clip_t"].to_numpy(float))).numpy()
-    for whose in ("wanted", "own"):
-        for key in ("concept", "background") if truth and whose in truth else ():
-            frame[f"{key}_{whose}"] = _matches(frame, key, truth[whose][key]) if truth else np.nan
-    if truth and "drawing" in frame:
-        frame["drawing_own"] = _matches(frame, "drawing", truth["drawing"])
-    frame["error"] = frame["palette_error"] if truth else 100 * (1 - frame["clip_i"])
-    alone = frame[(frame["task"] == "conflict") & (frame["form"] == "text alone")]
-    frame["follows"] = frame.get("concept_wanted", np.nan) if truth else frame["clip_t"] / alone["clip_t"].mean()
-    return frame
-
-
-def _matches(frame: pd.DataFrame, key: str, values: Sequence[int | None]) -> pd.Series[float]:
-    """Return 1 where the column `key` equals the value of its prompt, 0 where it differs, and NaN where either is missing."""
-    wanted = pd.Series(np.array(values, float)[frame["prompt"]])
-    return (frame[key] == wanted).astype(float).where(frame[key].notna() & wanted.notna())
+    if truth is None:
+        return np.asarray(arrays["clip_t"].double().flatten() / alone["clip_t"].double().mean())
+    if task == "complementary":
+        placement, wanted = arrays["placement"] / SCALES["placement"], truth["complementary"]
+        background, size, place = (torch.tensor(wanted[key]) for key in ("background", "size", "place"))
+        placed = (places_of(placement) == place) | (place == ANYWHERE)
+        hits = (arrays["background"].flatten() == background) & (sizes_of(placement) == size) & placed
+    else:
+        wanted = truth["conflict" if task == "conflict" else "own"]
+        concept, background = (arrays[key].flatten() == torch.tensor(wanted[key]) for key in ("concept", "background"))
+        hits = concept & background
+    return np.asarray(hits.double())
 
 
 @dataclass(frozen=True)
 class Results:
-    """The content of results/ablation.json (`SCHEMA`)."""
+    """The content of results/ablation.json and results/ablation.safetensors (`SCHEMA`)."""
 
     data: dict[str, Any]
+    units: dict[str, Unit]
 
     @classmethod
     def of(cls, path: Path) -> Results:
-        return cls(read_json(path))
+        """Read the results file and the arrays beside it."""
+        data = read_json(path)
+        return cls(data, unpack(data["units"], load_file(path.with_suffix(".safetensors"))))
 
     @property
     def study(self) -> dict[str, Any]:
         return dict(self.data["study"])
 
     @property
-    def truth(self) -> dict[str, Any] | None:
-        return self.data.get("truth")
+    def primary(self) -> str:
+        """The task on which the endpoint is read."""
+        return str(self.data["tasks"][0])
+
+    def truth(self, split: str = "test") -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self.data["prompts"][split].get("truth")
+        return found
+
+    def palettes(self, split: str = "test") -> Array:
+        """The palettes of the image prompts, `n 2 3`."""
+        return np.array((self.truth(split) or {})["palette"]).reshape(-1, 2, 3)
+
+    def grid(self, form: str) -> list[float]:
+        """The lambdas of a form, from 0."""
+        return list(self.units[f"grid-{form}"].value["lambdas"])
 
     @functools.cached_property
-    def pictures(self) -> pd.DataFrame:
-        """All pictures of the forms and the reference rows (`frame_of`)."""
-        units = self.data["units"].items()
-        rows = [row for name, unit in units if name.startswith(("rows-", "anchors")) for row in unit["value"]]
-        return frame_of(rows, self.truth)
+    def _measured(self) -> dict[str, dict[str, Array]]:
+        return {}
 
-    @functools.cached_property
-    def masses(self) -> pd.DataFrame:
-        """All image masses of the joint softmaxes; `mass` is 1 - g averaged over heads."""
-        units = self.data["units"].items()
-        frame = pd.DataFrame([row for name, unit in units if name.startswith("mass-") for row in unit["value"]])
-        return frame.assign(mass=[np.mean(heads) for heads in frame["heads"]])
+    def measures(self, name: str) -> dict[str, Array]:
+        """Return the measures of a unit, each `lambdas prompts`.
 
-    def more_steps(self, form: str) -> pd.DataFrame:
-        """Return the pictures of a form that were drawn with more steps."""
-        return frame_of(self.data["units"][f"steps-{form}"]["value"], self.truth)
+        `following`; `information` and `error` of the palette, and retrieval AUC; `concept`: 1 if it is the right one, that of the text for
+        `conflict` and that of the image prompt otherwise; `clip_i`, `clip_t`. Without ground truth, `information` is 100 CLIP-I.
+        """
+        if name not in self._measured:
+            self._measured[name] = self._measure(self.units[name])
+        return self._measured[name]
 
+    def _measure(self, unit: Unit) -> dict[str, Array]:
+        task, split = unit.value["task"], unit.value["split"]
+        truth, count = self.truth(split), len(unit.value.get("lambdas") or unit.value["references"])
+        parts = [dict(zip(unit.arrays, each, strict=True)) for each in zip(*(x.chunk(count) for x in unit.arrays.values()), strict=True)]
+        found: dict[str, list[Array]] = {}
+        for part in parts:
+            row = {key: np.asarray(part[key].double().flatten() / SCALES[key]) for key in ("clip_i", "clip_t")}
+            row["following"] = follows(task, part, truth, self.units[f"alone-{task}-{split}"].arrays)
+            row["information"] = 100 * row["clip_i"]
+            if truth is not None:
+                read = np.asarray(part["palette"].double() / SCALES["palette"]).reshape(-1, 2, 3)
+                d = distances(read, self.palettes(split))
+                row |= {"information": information(d), "error": np.diagonal(d), "auc": retrieval(d)}
+                wanted = truth["conflict" if task == "conflict" else "own"]["concept"]
+                row["concept"] = np.asarray((part["concept"].flatten() == torch.tensor(wanted)).double())
+            for key, values in row.items():
+                found.setdefault(key, []).append(values)
+        return {key: np.stack(values) for key, values in found.items()}
 
-def fraction(lam: float) -> str:
-    """Format a lambda: 0.25, 1/512."""
-    return f"1/{1 / lam:g}" if 0 < lam < 0.1 else f"{lam:g}"
+    def curve(
+        self,
+        form: str,
+        value: str = "information",
+        task: str = "",
+        step: int = 0,
+        split: str = "test",
+        layers: str = "all",
+        few: bool = False,
+    ) -> Curve:
+        """Return the curves of a form's seeds, from lambda 0. By default: the first task, after the whole training.
+
+        `few`: keep only the lambdas that earlier checkpoints are drawn with.
+        """
+        task, step = task or self.primary, step or self.study["steps"]
+        alone = self.measures(f"alone-{task}-{split}")
+        names = [f"drawn-{form}-{seed}-{step}-{task}-{split}-{layers}" for seed in range(self.study["seeds"])]
+        names = [name for name in names if name in self.units]
+        lambdas = self.units[names[0]].value["lambdas"]
+        wanted = spaced(lambdas, self.study["few"]) if few else lambdas
+        keep = [i for i, lam in enumerate(lambdas) if lam in wanted]
+
+        def array(key: str) -> Array:
+            return np.stack([np.concatenate([alone[key], self.measures(name)[key][keep]]) for name in names])
+
+        return Curve(array("following"), array(value))
+
+    def rate_curve(self, form: str, rate: float) -> Curve | None:
+        """Return the curve of the training that tests a learning rate; None if it diverged."""
+        name = f"drawn-rate-{form}-{rate:g}-{self.study['steps'] // 4}-{self.primary}-test-all"
+        if name not in self.units or not self.units[name].rows:
+            return None
+        both = self.measures(f"alone-{self.primary}-test"), self.measures(name)
+        return Curve(*(np.concatenate([part[key] for part in both])[None] for key in ("following", "information")))

@@ -1,8 +1,7 @@
-"""The settings of an ablation and the locations of its files.
+"""The settings of an ablation and the locations of its files (docs/ablation-protocol.md).
 
-All forms are trained with the recipe of train/adapter.py, from the same initial projection, on the same pictures in the same order with
-the same noise. They differ only in `fuse` and `own_projections`. (The simple adapter with as many parameters has more tokens, so its
-initial projection differs too.)
+All forms are trained with the recipe of train/adapter.py at a constant learning rate, from the same initial projection, on the same
+pictures in the same order with the same noise. They differ only in `fuse` and `own_projections`.
 """
 
 from __future__ import annotations
@@ -10,52 +9,54 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from checkpoints.files import read_json
 from eval import clip_score
-from eval.ablation.forms import FORMS, SHARES, Form
+from eval.ablation.forms import BASELINE, FORMS, PRIMARY
 from eval.bench import Bench
+from eval.device import processor
 from eval.prompts import Prompts
-from model.adapter import IPAdapter
 from sampling.loading import load
 from train.captioned import captioned_files, split
+from train.card import ROOT, code_version
 from train.fingerprint import fingerprint
 from train.judge import load_judge
 from train.loop import Plan
-from train.randomness import seeded
 from train.setting import Setting, TrainingSource, prepare
+
+SPLITS = {"validation": 1, "test": 3, "confirm": 6}  # sets of prompts, and their seeds
+RATE_SEED = 1000  # seed of the trainings that test a learning rate
+SOURCES = ("model", "sampling", "train")  # packages whose source files affect the digits
 
 
 @dataclass(frozen=True)
 class Study:
-    """The size of a study; the defaults are those of the first study.
+    """The size of a study; the defaults are those of the protocol.
 
-    Seeds are added one by one, from `seeds` to `most_seeds`, until the half-width of the primary difference's interval is at
-    most `half_width`.
+    `seeds`: number of adapters of `BASELINE` and `PRIMARY`; `other_seeds`: of the other forms. `prompts`: number of test prompts, and of
+    validation prompts; there are twice as many to confirm. `few`: number of lambdas at earlier checkpoints.
     """
 
-    steps: int = 500
+    steps: int = 8000
     batch: int = 32
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 9e-3, 27e-3)
-    rate_steps: int = 100
+    rates: tuple[float, ...] = (5e-4, 1.5e-3, 4.5e-3)
     seeds: int = 5
-    most_seeds: int = 10
-    half_width: float = 3.0
+    other_seeds: int = 3
     prompts: int = 128
+    few: int = 4
     draw_steps: int = 12
-    check_steps: int = 50
     guidance: float = 4.0
     forms: tuple[str, ...] = tuple(FORMS)
     level: float = 0.8
-    resamples: int = 2000
+    resamples: int = 20_000
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.steps < 4 or min(self.seeds, self.prompts, self.batch, *self.rates) <= 0:
-            raise ValueError("--steps must be at least 4; --seeds, --prompts, --batch and --rates must be positive")
+        if self.steps < 16 or self.prompts < 2 or min(self.seeds, self.other_seeds, self.batch, *self.rates) <= 0:
+            raise ValueError("--steps must be at least 16, --prompts at least 2; --seeds, --batch and --rates must be positive")
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Study:
@@ -63,20 +64,42 @@ class Study:
         given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return cls(**given)
 
-    def plan(self, form: str, seed: int, rate: float) -> Plan:
-        """Return the plan for one adapter."""
-        often: dict[str, Any] = {"save_every": 50, "validate_every": round(self.steps * SHARES[0])}
-        settings: dict[str, Any] = {"warmup": 50, "ema": 0.98, "bf16": True, "seed": seed, "device": self.device}
-        return Plan(f"{form}-{seed}", self.steps, self.batch, rate, **settings, **often)
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """The numbers of steps after which adapters are kept: each is twice the one before."""
+        return tuple(self.steps // 2**i for i in (4, 3, 2, 1, 0))
 
-    def rate_plan(self, form: str, rate: float) -> Plan:
-        """Return the plan of the short training that tests a learning rate."""
-        steps = self.rate_steps
-        return replace(self.plan(form, 1000, rate), name=f"{form}-rate-{rate:g}", steps=steps, validate_every=steps)
+    @property
+    def rate_steps(self) -> int:
+        """The number of steps after which learning rates are compared."""
+        return self.steps // 4
+
+    def seeds_of(self, form: str) -> range:
+        return range(self.seeds if form in (BASELINE, PRIMARY) else min(self.seeds, self.other_seeds))
+
+    def runs(self, *forms: str) -> list[tuple[str, int]]:
+        """List (form, seed) of the adapters of these forms, all forms of a seed before the next seed."""
+        return [(form, seed) for seed in range(self.seeds) for form in forms if seed in self.seeds_of(form)]
+
+    def plan(self, form: str, seed: int, rate: float) -> Plan:
+        """Return the plan for one adapter. The learning rate is constant after the warm-up."""
+        name = f"{form}-{seed}" if seed < RATE_SEED else f"{form}-rate-{rate:g}"
+        often = max(1, self.steps // 8)
+        settings: dict[str, Any] = {"warmup": max(1, self.steps // 80), "decay": 0.0, "ema": 0.999, "bf16": True}
+        return Plan(name, self.steps, self.batch, rate, **settings, seed=seed, device=self.device, save_every=often, validate_every=often)
+
+    def hours(self) -> float:
+        """Estimate the hours on one core of a CPU, at 49 ms per training picture and 0.1 s per drawing of the mini world."""
+        runs = len(self.runs(*self.forms))
+        trained = runs * self.steps + len(self.forms) * len(self.rates) * self.rate_steps
+        grids = 10 * (5 * runs + 2 * 2 * self.seeds + len(self.forms))  # four tasks, finest layers; confirmation; validation
+        few = self.few * (4 * runs + len(self.forms) * len(self.rates))
+        return (0.049 * self.batch * trained + 0.1 * self.prompts * (grids + few)) / 3600
 
 
 # A tiny study that runs everything in minutes; its numbers are meaningless.
-SMOKE = Study(steps=8, batch=4, rates=(1e-3, 3e-3), rate_steps=4, seeds=2, most_seeds=2, prompts=4, draw_steps=2, check_steps=3)
+SMOKE = Study(steps=16, batch=4, rates=(1e-3, 3e-3), seeds=2, other_seeds=1, prompts=4, few=2, draw_steps=2, resamples=200)
+SIZES = ("seeds", "other_seeds", "forms", "device", "level", "resamples")  # settings that change no unit of work
 
 
 @dataclass(frozen=True)
@@ -98,45 +121,62 @@ class Workspace:
         """The folder for unfinished and intermediate work."""
         return self.state / hashlib.sha256(json.dumps(self.made_from).encode()).hexdigest()[:8]
 
-    def adapter(self, form: str, seed: int, share: float = 1.0) -> Path:
-        """Return the file of an adapter after a share of its training."""
-        name = f"{form}-{seed}"
-        return self.shipped / f"{name}.safetensors" if share == 1 else self.work / f"{name}-{share:g}.safetensors"
+    def adapter(self, study: Study, plan: Plan, step: int) -> Path:
+        """Return the file of an adapter after some steps of its training."""
+        if step == study.steps and plan.seed < RATE_SEED:
+            return self.shipped / f"{plan.name}.safetensors"
+        return self.work / f"{plan.name}-{step}.safetensors"
 
-    def card(self, form: str, seed: int, share: float = 1.0) -> dict[str, Any]:
-        """Return the card of an adapter after a share of its training, or {} if the adapter does not exist."""
-        path = self.adapter(form, seed, share)
+    def card(self, study: Study, plan: Plan, step: int) -> dict[str, Any]:
+        """Return the card of an adapter after some steps of its training, or {} if the adapter does not exist."""
+        path = self.adapter(study, plan, step)
         return read_json(path.with_suffix(".json")) if path.exists() else {}
 
-    def bench(self, study: Study) -> Bench:
-        """Build the bench that draws and scores. For a user's pictures, the prompts are the held-out pictures."""
-        return _bench_once(self.source, self.scorer, study)
+    def bench(self, study: Study, split: str = "test") -> Bench:
+        """Build the bench that draws and scores a set of prompts. For a user's pictures, the prompts are the held-out pictures."""
+        return _bench_once(self.source, self.scorer, study, split)
 
-    def fingerprinted(self, bench: Bench) -> Workspace:
-        """Return a copy with `made_from` set: fingerprints of the weights, the data and the scorer."""
-        parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")}
+    def fingerprinted(self, study: Study) -> Workspace:
+        """Return a copy with `made_from` set: fingerprints of the weights, the data, the scorer and the source files, and the settings."""
+        bench = self.bench(study)
+        parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")} | {"judge": bench.judge}
         data = None if self.source.data is None else captioned_files(self.source.data)
         entries = [[file.digest, file.text] for file in data or []]
         digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:8] if data else self.source.pictures
         weights = {name: fingerprint(part) for name, part in parts.items() if part is not None}
-        return replace(self, made_from={**weights, "data": digest, "scorer": bench.scorer.name})
+        settings = {key: value for key, value in asdict(study).items() if key not in SIZES}
+        made_from = {**weights, "data": digest, "scorer": bench.scorer.name, "source": source_hash(), "settings": settings}
+        return replace(self, made_from=json.loads(json.dumps(made_from)))
 
     def setting(self, study: Study) -> Setting:
         """Prepare the base model and pictures that all forms are trained on."""
         return _prepare_once(self.source, self.state, study.device)
 
-    def shipped_pictures(self) -> int | None:
-        """Return the number of pictures that the adapter in the base folder was trained on, from its card; None if unknown."""
-        card = self.source.base / "ip_adapter.json"
-        phases = read_json(card).get("settings") if card.is_file() else None
-        return sum(phase["steps"] * phase["batch"] * phase["accumulate"] for phase in phases) if phases else None
+
+def source_hash() -> str:
+    """Hash the source files of `SOURCES` to eight hex digits."""
+    digest = hashlib.sha256()
+    for path in sorted(path for package in SOURCES for path in (ROOT / package).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
-@functools.lru_cache(maxsize=1)  # once per process
-def _bench_once(source: TrainingSource, scorer: str, study: Study) -> Bench:
+@functools.cache
+def made_on(device: str) -> dict[str, str]:
+    """Return the commit of the code and the name of the processor or GPU."""
+    return {"commit": code_version(), "processor": processor(device)}
+
+
+@functools.lru_cache(maxsize=len(SPLITS))  # per process
+def _bench_once(source: TrainingSource, scorer: str, study: Study, split_name: str) -> Bench:
+    if split_name != "test":
+        bench = _bench_once(source, scorer, study, "test")
+        n = study.prompts * (2 if split_name == "confirm" else 1)
+        return bench if source.data else replace(bench, prompts=Prompts.of_the_world(n, SPLITS[split_name]))
     pipeline, judge = load(source.base, (), source.image_encoder, device=study.device), None
     if source.data is None:
-        prompts, judge = Prompts.of_the_world(study.prompts), load_judge(source.base / "judge.safetensors")
+        prompts = Prompts.of_the_world(study.prompts, SPLITS[split_name])
+        judge = load_judge(source.base / "judge.safetensors").to(study.device)
     else:
         held_out = split(captioned_files(source.data))[1][: study.prompts]
         prompts = Prompts.of_files([(file.path, file.text) for file in held_out], pipeline.native_size[0])
@@ -146,20 +186,3 @@ def _bench_once(source: TrainingSource, scorer: str, study: Study) -> Bench:
 @functools.cache  # once per process
 def _prepare_once(source: TrainingSource, folder: Path, device: str) -> Setting:
     return prepare(source, folder, device)
-
-
-def untrained_adapter(setting: Setting, form: Form, seed: int) -> IPAdapter:
-    """Build the initial adapter of a form. With the same seed, forms with the same number of tokens get the same projection."""
-    tokens = _as_many_parameters(setting) if form.wide else None
-    with seeded(seed):
-        return setting.adapter(form.own_projections, tokens)
-
-
-def _as_many_parameters(setting: Setting) -> int:
-    """Return the number of tokens for which the projection has about as many parameters as all of IP-Adapter."""
-
-    def size(own: bool, tokens: int | None = None) -> int:
-        return sum(p.numel() for p in setting.adapter(own, tokens).parameters())
-
-    one, two = size(False, 1), size(False, 2)
-    return 1 + round((size(True) - one) / (two - one))

@@ -2,66 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from checkpoints.adapters import save_adapter
-from eval.ablation.forms import FORMS, SHARES
-from eval.ablation.memo import Memo, as_json
-from eval.ablation.study import Study, Workspace, untrained_adapter
+from checkpoints.adapters import load_adapter, save_adapter
+from eval.ablation.forms import FORMS, Form
+from eval.ablation.memo import Memo, Unit
+from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
+from model.adapter import IPAdapter
 from train import adapter as training
 from train import checkpoint
+from train.loop import Plan
+from train.randomness import seeded
+from train.setting import Setting
+
+LOSSES = ("step", "held_out", "gain_zero", "gain_shuffled")
 
 
-def try_rate(workspace: Workspace, study: Study, form: str, rate: float) -> float | None:
-    """Return `gain_shuffled` (train/adapter.py) after a short training at this rate, with seed 1000.
-
-    None if the loss was not finite.
-    """
-    plan = study.rate_plan(form, rate)
-
-    def make() -> float | None:
-        setting = workspace.setting(study)
-        start = untrained_adapter(setting, FORMS[form], 1000)
-        try:
-            _, log = training.fit(setting, start, plan, workspace.work, FORMS[form].fuse)
-        except FloatingPointError:
-            return None
-        return float(log[-1]["gain_shuffled"])
-
-    return Memo(workspace.work)(plan.name, {"plan": asdict(plan)}, make)
+def untrained_adapter(setting: Setting, form: Form, seed: int) -> IPAdapter:
+    """Build the initial adapter of a form. With the same seed, all forms get the same projection."""
+    with seeded(seed):
+        return setting.adapter(form.own_projections)
 
 
-def best_rate(gains: Mapping[float, float | None], form: str) -> float:
-    """Return the rate with the highest gain. Raises ValueError if no loss was finite."""
-    finite = {rate: gain for rate, gain in gains.items() if gain is not None}
-    if not finite:
-        raise ValueError(f"the loss of {form} is not finite at any learning rate: use lower --rates")
-    return max(finite, key=finite.__getitem__)
-
-
-def train(workspace: Workspace, study: Study, form: str, seed: int, rate: float) -> None:
-    """Train one adapter. Write it after each share of its steps, unless that file exists with the same settings."""
-    plan, fuse = study.plan(form, seed, rate), FORMS[form].fuse
-    settings, state = settings_of(workspace, study, form, seed, rate), workspace.work / f"{plan.name}.pt"
-    missing = [share for share in SHARES if workspace.card(form, seed, share).get("settings") != settings]
+def train(workspace: Workspace, study: Study, form: str, plan: Plan, steps: Sequence[int]) -> None:
+    """Train one adapter. Write it after each number of steps, unless that file exists with the same settings."""
+    settings, state = settings_of(workspace, plan), workspace.work / f"{plan.name}.pt"
+    missing = [step for step in steps if workspace.card(study, plan, step).get("settings") != settings]
     if not missing:
         return
-    if (saved := checkpoint.load(state)) and saved["step"] > round(missing[0] * plan.steps):
-        state.unlink()  # the state is past the missing share, so train from the start
-    setting = workspace.setting(study)
-    for share in SHARES:
-        start = untrained_adapter(setting, FORMS[form], seed)
-        adapter, log = training.fit(setting, start, plan, workspace.work, fuse, until=round(share * plan.steps))
-        if share in missing:
-            keys = ("step", "held_out", "gain_zero", "gain_shuffled")
-            gains = [{key: row[key] for key in keys} for row in log if "held_out" in row]
+    if (saved := checkpoint.load(state)) and saved["step"] > missing[0]:
+        state.unlink()  # the state is past the missing step, so train from the start
+    setting, fuse = workspace.setting(study), FORMS[form].fuse
+    for step in steps:
+        start = untrained_adapter(setting, FORMS[form], plan.seed)
+        adapter, log = training.fit(setting, start, plan, workspace.work, fuse, until=step)
+        if step in missing:
+            losses = [{key: row[key] for key in LOSSES} for row in log if "held_out" in row]
             size = sum(p.numel() for p in adapter.parameters())
-            card = {"command": "python -m eval ablation", "settings": settings, "parameters": size, "gains": gains}
-            save_adapter(adapter, setting.pipeline.unet, workspace.adapter(form, seed, share), card)
+            card = {"command": "python -m eval ablation", "settings": settings, "parameters": size, "losses": losses}
+            save_adapter(adapter, setting.pipeline.unet, workspace.adapter(study, plan, step), card | made_on(study.device))
 
 
-def settings_of(workspace: Workspace, study: Study, form: str, seed: int, rate: float) -> dict[str, Any]:
-    """Return the settings that the card of an adapter must record."""
-    return as_json({"made_from": workspace.made_from, **asdict(study.plan(form, seed, rate))})
+def settings_of(workspace: Workspace, plan: Plan) -> dict[str, Any]:
+    """Return the settings that the card of an adapter must record. The device is not one of them."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(plan).items() if key != "device"}
+    return {"made_from": workspace.made_from, **plain}
+
+
+def trained(workspace: Workspace, study: Study, form: str, plan: Plan, step: int) -> IPAdapter:
+    """Load an adapter as it was after some steps of its training; train it first if it is not there."""
+    needed = (study.rate_steps,) if plan.seed == RATE_SEED else study.checkpoints
+    if workspace.card(study, plan, step).get("settings") != settings_of(workspace, plan):
+        train(workspace, study, form, plan, needed)
+    unet = workspace.bench(study).pipeline.unet
+    return load_adapter(workspace.adapter(study, plan, step), unet).to(study.device)
+
+
+def try_rate(workspace: Workspace, study: Study, form: str, rate: float) -> Unit:
+    """Return the held-out loss after a short training at this rate; None if the loss was not finite."""
+
+    def make() -> Unit:
+        plan = study.plan(form, RATE_SEED, rate)
+        try:
+            train(workspace, study, form, plan, (study.rate_steps,))
+        except FloatingPointError:
+            return Unit(None, made_on(study.device))
+        return Unit(workspace.card(study, plan, study.rate_steps)["losses"][-1]["held_out"], made_on(study.device))
+
+    return Memo(workspace.work)(f"rate-{form}-{rate:g}", make)
+
+
+def best_rate(losses: Mapping[float, float | None], form: str) -> float:
+    """Return the rate with the lowest held-out loss. Raises ValueError if no loss was finite."""
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+    if not finite:
+        raise ValueError(f"the loss of {form} is not finite at any learning rate: use lower --rates")
+    return min(finite, key=finite.__getitem__)
+
+
+def chosen_rate(workspace: Workspace, study: Study, form: str) -> float:
+    """Return the learning rate of a form."""
+    return best_rate({rate: try_rate(workspace, study, form, rate).value for rate in study.rates}, form)
+
+
+def plan_of(workspace: Workspace, study: Study, form: str, seed: int) -> Plan:
+    """Return the plan of a counted adapter, at the learning rate of its form."""
+    return study.plan(form, seed, chosen_rate(workspace, study, form))

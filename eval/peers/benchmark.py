@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
-import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -28,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoints.adapters import load_adapter
 from checkpoints.files import check_output, read_json, write_json
 from checkpoints.single_file import load_single
+from eval.device import processor
 from eval.peers import columns, official
 from eval.peers.columns import inputs
 from eval.peers.timing import Timing, beside, medians, peak, training_step
@@ -133,13 +132,6 @@ def loading(folder: Path, rounds: int, dtype: str) -> Timing:
     return medians([(ours["seconds"], theirs["seconds"]) for ours, theirs in rows]) | memory
 
 
-def machine() -> str:
-    """Return the name of the processor (from /proc/cpuinfo) and the number of threads."""
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return f"{match[1] if match else platform.machine()}, {torch.get_num_threads()} threads"
-
-
 ROWS: dict[str, Callable[[Path, int], Timing]] = {
     "load, float16": partial(loading, dtype="float16"),
     "load, float32": partial(loading, dtype="float32"),
@@ -161,7 +153,8 @@ def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> 
     if unknown := [name for name in only if name not in ROWS]:
         raise ValueError(f"the benchmark has no row {unknown[0]!r}: use one of {'; '.join(ROWS)}")
     check_output(out)
-    results: dict[str, Any] = {"command": "python -m eval benchmark", "machine": machine(), "torch": torch.__version__}
+    machine = f"{processor('cpu')}, {torch.get_num_threads()} threads"
+    results: dict[str, Any] = {"command": "python -m eval benchmark", "machine": machine, "torch": torch.__version__}
     official.write(folder)
     if only:
         results = read_json(out) | results

@@ -1,0 +1,140 @@
+"""Train, draw and read: each function makes one unit of work, or returns the stored one (`Memo`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from eval.ablation.forms import FORMS
+from eval.ablation.grid import bisected, spaced
+from eval.ablation.memo import Arrays, Memo, Unit
+from eval.ablation.rows import SCALES, follows
+from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
+from eval.ablation.training import plan_of, train, trained, try_rate
+from eval.bench import Bench, through_the_vae
+from model.adapter import IPAdapter
+from model.attention import decoupled
+from sampling.lambdas import Lambda
+
+
+def encoded(read: dict[str, Tensor]) -> Arrays:
+    """Round what was read to int16, one row per drawing (`SCALES`)."""
+    flat = {key: values.reshape(len(values), -1).double() * SCALES[key] for key, values in read.items()}
+    return {key: values.round().clamp(-(2**15), 2**15 - 1).to(torch.int16) for key, values in flat.items()}
+
+
+def joined(parts: Sequence[Arrays]) -> Arrays:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Drawings of a task by one adapter, at several lambdas. `rate`: that of a training that tests a learning rate."""
+
+    form: str
+    seed: int
+    step: int
+    task: str
+    split: str = "test"
+    layers: str = "all"
+    rate: float | None = None
+
+    @property
+    def run(self) -> str:
+        """The training that it needs."""
+        return f"train-{self.form}-{self.seed}" if self.rate is None else f"rate-{self.form}-{self.rate:g}"
+
+    @property
+    def name(self) -> str:
+        run = self.run.removeprefix("train-")
+        return f"drawn-{run}-{self.step}-{self.task}-{self.split}-{self.layers}"
+
+
+def draw(workspace: Workspace, study: Study, what: Draw) -> Unit:
+    """Draw with an adapter at each lambda of its form's grid, or at a few of them unless its training is complete."""
+
+    def make() -> Unit:
+        grid = find_grid(workspace, study, what.form).value["lambdas"]
+        lambdas = [lam for lam in grid if lam] if what.step == study.steps else spaced(grid, study.few)
+        return drawn(workspace, study, what, lambdas)
+
+    return Memo(workspace.work)(what.name, make)
+
+
+def drawn(workspace: Workspace, study: Study, what: Draw, lambdas: list[float]) -> Unit:
+    """Draw at these lambdas. Nothing is drawn by an adapter whose training diverged."""
+    value = {**asdict(what), "lambdas": lambdas}
+    if what.rate is None:
+        plan = plan_of(workspace, study, what.form, what.seed)
+    elif try_rate(workspace, study, what.form, what.rate).value is None:
+        return Unit(value, made_on(study.device))
+    else:
+        plan = study.plan(what.form, RATE_SEED, what.rate)
+    adapter, bench = trained(workspace, study, what.form, plan, what.step), workspace.bench(study, what.split)
+    return Unit(value, made_on(study.device), joined([_read(bench, adapter, what, lam) for lam in lambdas]))
+
+
+def _read(bench: Bench, adapter: IPAdapter, what: Draw, lam: float) -> Arrays:
+    strength = lam if what.layers == "all" else Lambda(lam, what.layers)
+    drawn = bench.draw(what.task, adapter, FORMS[what.form].fuse, bench.embedding(adapter), strength)
+    return encoded(bench.read(what.task, drawn))
+
+
+def alone(workspace: Workspace, study: Study, task: str, split: str) -> Unit:
+    """Draw a task at lambda 0: the text alone, which is the same for all forms."""
+
+    def make() -> Unit:
+        bench = workspace.bench(study, split)
+        arrays = encoded(bench.read(task, bench.draw(task, None, decoupled, None, 0.0)))
+        return Unit({"task": task, "split": split, "lambdas": [0.0]}, made_on(study.device), arrays)
+
+    return Memo(workspace.work)(f"alone-{task}-{split}", make)
+
+
+def references(workspace: Workspace, study: Study) -> Unit:
+    """Read the image prompts themselves, and the image prompts through the VAE: the ceilings."""
+
+    def make() -> Unit:
+        bench = workspace.bench(study)
+        pixels = bench.prompts.pixels
+        parts = [encoded(bench.read("picture", x)) for x in (pixels, through_the_vae(bench.pipeline.vae, pixels))]
+        return Unit({"task": "picture", "split": "test", "references": ["truth", "vae"]}, made_on(study.device), joined(parts))
+
+    return Memo(workspace.work)("references", make)
+
+
+def find_grid(workspace: Workspace, study: Study, form: str) -> Unit:
+    """Find the lambdas of a form by bisection, with seed 0 on the validation prompts of the first task."""
+
+    def make() -> Unit:
+        bench = workspace.bench(study, "validation")
+        adapter = trained(workspace, study, form, plan_of(workspace, study, form, 0), study.steps)
+        what = Draw(form, 0, study.steps, bench.prompts.tasks[0], "validation")
+        truth, parts = bench.prompts.to_json().get("truth"), dict[float, Arrays]()
+
+        def follow(lam: float) -> float:
+            none = bench.draw(what.task, None, decoupled, None, 0.0) if lam == 0 else None
+            parts[lam] = _read(bench, adapter, what, lam) if none is None else encoded(bench.read(what.task, none))
+            return float(follows(what.task, parts[lam], truth, parts[0.0]).mean())
+
+        found = bisected(follow, FORMS[form].scale)
+        value = {**asdict(what), "lambdas": list(found), "following": list(found.values())}
+        return Unit(value, made_on(study.device), joined([parts[lam] for lam in found]))
+
+    return Memo(workspace.work)(f"grid-{form}", make)
+
+
+def train_run(workspace: Workspace, study: Study, form: str, seed: int) -> Unit:
+    """Train a counted adapter; return its size and its held-out losses."""
+    plan = plan_of(workspace, study, form, seed)
+    train(workspace, study, form, plan, study.checkpoints)
+
+    def make() -> Unit:
+        card = workspace.card(study, plan, study.steps)
+        value = {key: card[key] for key in ("parameters", "losses")} | {"form": form, "seed": seed, "rate": plan.lr}
+        return Unit(value, {key: card[key] for key in made_on(study.device)})
+
+    return Memo(workspace.work)(f"train-{form}-{seed}", make)

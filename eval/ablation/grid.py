@@ -1,0 +1,43 @@
+"""The lambdas that a form is drawn with, found by bisection (docs/ablation-protocol.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+Scale = Literal["sum", "odds"]  # what lambda multiplies: the output of the image attention, or the odds of the image keys
+TOP: dict[Scale, float] = {"sum": 2.0, "odds": 64.0}  # the largest lambda
+MOST, GAP = 10, 0.15
+
+
+def middle(a: float, b: float, scale: Scale) -> float:
+    """Return the lambda between a < b: the arithmetic mean, or for odds the geometric mean, or b / 256 between 0 and b."""
+    if scale == "sum":
+        return (a + b) / 2
+    return math.sqrt(a * b) if a else b / 256
+
+
+def bisected(follow: Callable[[float], float], scale: Scale, most: int = MOST, gap: float = GAP) -> dict[float, float]:
+    """Return {lambda: following} in ascending order, with lambda 0, 1 and the largest.
+
+    `follow(lambda)` measures the share of drawings that follow the text. Add a lambda between the neighbours that differ most, until
+    no two differ by more than `gap` times the share at lambda 0, or there are `most` lambdas above 0.
+    """
+    found = {lam: follow(lam) for lam in (0.0, 1.0, TOP[scale])}
+    while len(found) <= most:
+        a, b = max(pairwise(sorted(found)), key=lambda pair: abs(found[pair[0]] - found[pair[1]]))
+        if abs(found[a] - found[b]) <= gap * found[0.0]:
+            break
+        between = middle(a, b, scale)
+        found[between] = follow(between)
+    return dict(sorted(found.items()))
+
+
+def spaced(lambdas: Sequence[float], count: int = 4) -> list[float]:
+    """Return `count` of the lambdas above 0, evenly spaced in rank, with the smallest and the largest; all if there are fewer."""
+    above = sorted(lam for lam in lambdas if lam)
+    if len(above) <= count:
+        return above
+    return [above[round(i * (len(above) - 1) / (count - 1))] for i in range(count)]

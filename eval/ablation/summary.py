@@ -1,0 +1,155 @@
+"""All numbers of RESULTS.md, from the rows of a study (docs/ablation-protocol.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from eval.ablation.forms import BASELINE, PRIMARY
+from eval.ablation.rows import Results
+from eval.ablation.statistics import (
+    Bootstrap,
+    Curve,
+    Read,
+    at_index,
+    at_level,
+    best_constant,
+    between,
+    distances,
+    ends_above,
+    holm,
+    information,
+)
+from eval.scores import GREY
+
+BAND = 0.70, 0.95  # the levels of the mean over the curve
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """Compute all numbers. Those of each form are lists over seeds; differences are `BASELINE` minus another form."""
+    study, forms = results.study, list(results.study["forms"])
+    full = {form: results.curve(form) for form in forms}
+    found: dict[str, Any] = {
+        "endpoint": endpoints(results, full),
+        "difference": differences(full, at_level(study["level"]), Bootstrap(study["resamples"])),
+        "ceilings": ceilings(results),
+        "steps": by_step(results),
+        "rates": by_rate(results),
+        "paper": at_one(results),
+        "secondary": secondary(results),
+        "losses": {form: [run["losses"][-1]["held_out"] for run in runs] for form, runs in trainings(results).items()},
+    }
+    if "confirm" in results.data["prompts"]:
+        curves = {form: results.curve(form, split="confirm") for form in forms if form in (BASELINE, PRIMARY)}
+        found["confirmed"] = differences(curves, at_level(study["level"]), Bootstrap(study["resamples"]))
+    return found
+
+
+def trainings(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """Return the sizes, rates and losses of the adapters of each form, in the order of their seeds."""
+    runs = [unit.value for name, unit in results.units.items() if name.startswith("train-")]
+    return {form: [run for run in runs if run["form"] == form] for form in results.study["forms"]}
+
+
+def endpoints(results: Results, curves: dict[str, Curve]) -> dict[str, Any]:
+    """Return for each form: the endpoint of each seed; the share of right concepts there; the number of seeds that stay above the level."""
+    level, found = results.study["level"], dict[str, dict[str, Any]]()
+    for form, curve in curves.items():
+        found[form] = {"information": curve.seeds(at_level(level)).tolist()}
+        found[form]["above"] = sum(ends_above(each, level) for each in curve.following.mean(axis=-1))
+        if results.truth():
+            found[form]["concept"] = results.curve(form, "concept").seeds(at_level(level)).tolist()
+    return found
+
+
+def differences(curves: dict[str, Curve], read: Read, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Return `BASELINE` minus each other form. The primary p-value is not adjusted; the others are adjusted by Holm's method."""
+    found = {form: bootstrap.difference(curves[BASELINE], curve, read) for form, curve in curves.items() if form != BASELINE}
+    p = {form: each.p for form, each in found.items()}
+    p |= holm({form: p[form] for form in found if form != PRIMARY})
+    return {form: asdict(each) | {"p": p[form]} for form, each in found.items()}
+
+
+def ceilings(results: Results) -> dict[str, float]:
+    """Return the information of the truth, of the truth through the VAE and of the text alone; and raw errors that need no model."""
+    truth, through = results.measures("references")["information"].mean(axis=1).tolist()
+    found = {"truth": truth, "vae": through, "alone": results.measures(f"alone-{results.primary}-test")["information"].mean()}
+    if results.truth():
+        palettes, error = results.palettes(), results.measures("references")["error"].mean(axis=1)
+        guesses = {"grey": GREY.double().expand(2, 3).numpy(), "best constant": best_constant(palettes)}
+        found |= {f"error, {name}": distances(guess[None], palettes).mean() for name, guess in guesses.items()}
+        found |= {"error, another's": information(distances(palettes, palettes)).mean(), "error, vae": error[1]}
+    return {name: float(value) for name, value in found.items()}
+
+
+def by_step(results: Results) -> dict[str, Any]:
+    """Return the endpoint of each form after each number of steps, from a few lambdas, and the primary difference and its trend."""
+    study, read = results.study, at_level(results.study["level"])
+    steps = [study["steps"] // 2**i for i in (4, 3, 2, 1, 0)]
+    curves = {form: [results.curve(form, step=step, few=True) for step in steps] for form in study["forms"]}
+    found: dict[str, Any] = {"steps": steps, "endpoint": {form: [c.seeds(read).tolist() for c in each] for form, each in curves.items()}}
+    if {BASELINE, PRIMARY} <= set(curves):
+        bootstrap, pairs = Bootstrap(study["resamples"]), list(zip(curves[BASELINE], curves[PRIMARY], strict=True))
+        found["difference"] = [asdict(bootstrap.difference(a, b, read)) for a, b in pairs]
+        found["trend"] = asdict(bootstrap.trend(steps, pairs, read))
+    return found
+
+
+def by_rate(results: Results) -> dict[str, Any]:
+    """Return for each form and rate the held-out loss and the endpoint after the short training; None if it diverged."""
+    study, found = results.study, dict[str, dict[str, Any]]()
+    for form in study["forms"]:
+        found[form] = {}
+        for rate in study["rates"]:
+            curve = results.rate_curve(form, rate)
+            end = None if curve is None else float(curve.seeds(at_level(study["level"]))[0])
+            found[form][f"{rate:g}"] = {"held_out": results.units[f"rate-{form}-{rate:g}"].value, "endpoint": end}
+    return found
+
+
+def at_one(results: Results) -> dict[str, Any]:
+    """Return the measures of each task and form at lambda 1, the paper's setting, as lists over seeds; and differences for `picture`."""
+    keys = ("following", "concept", "information", "clip_i", "clip_t") if results.truth() else ("clip_i", "clip_t")
+    tasks = results.data["tasks"]
+    found = {task: {form: _at_one(results, form, task, keys) for form in results.study["forms"]} for task in tasks}
+    bootstrap = Bootstrap(results.study["resamples"])
+    found["difference"] = {
+        key: differences(
+            {form: _only_one(results, form, "picture", key) for form in results.study["forms"]}, at_index(0), bootstrap
+        )
+        for key in ("information", "clip_i")
+    }
+    return found
+
+
+def _only_one(results: Results, form: str, task: str, key: str) -> Curve:
+    """Return the curve at lambda 1 only."""
+    curve, index = results.curve(form, key, task), results.grid(form).index(1.0)
+    return Curve(curve.following[:, index : index + 1], curve.value[:, index : index + 1])
+
+
+def _at_one(results: Results, form: str, task: str, keys: Sequence[str]) -> dict[str, list[float]]:
+    return {key: _only_one(results, form, task, key).seeds(at_index(0)).tolist() for key in keys}
+
+
+def secondary(results: Results) -> dict[str, Any]:
+    """Return the secondary endpoints: name -> form -> list over seeds, and the primary difference with its interval."""
+    level, forms = at_level(results.study["level"]), results.study["forms"]
+    measures: dict[str, tuple[Callable[[str], Curve], Read]] = {
+        "mean over levels": (lambda form: results.curve(form), between(*BAND)),
+        "finest layers": (lambda form: results.curve(form, layers="finest"), level),
+        "CLIP-I": (lambda form: results.curve(form, "clip_i"), level),
+    }
+    if results.truth():
+        measures["conflicting text"] = (lambda form: results.curve(form, task="conflict"), level)
+        measures["retrieval AUC"] = (lambda form: results.curve(form, "auc"), level)
+        measures["raw palette error"] = (lambda form: results.curve(form, "error"), level)
+    bootstrap, found = Bootstrap(results.study["resamples"]), {}
+    for name, (curve, read) in measures.items():
+        curves = {form: curve(form) for form in forms}
+        seeds = {form: each.seeds(read).tolist() for form, each in curves.items()}
+        pair = {BASELINE, PRIMARY} <= set(forms)
+        difference = asdict(bootstrap.difference(curves[BASELINE], curves[PRIMARY], read)) if pair else None
+        found[name] = {"forms": seeds, "difference": difference}
+    return found
