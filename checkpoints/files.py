@@ -24,7 +24,6 @@ from torch import Tensor
 from checkpoints.signatures import check_not_placeholder
 
 _JSON_LIMIT = 1 << 27  # bytes; the largest file needed, a tokenizer, has 4 MB
-_CHUNK = 1 << 18  # numbers that are checked at a time, so that they stay in the cache
 
 
 def check_output(path: Path) -> None:
@@ -175,6 +174,8 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 
 def printable(text: str, limit: int = 300) -> str:
     """Make text from a file safe to print: escape control characters, and cut it off after `limit` characters."""
+    if text.isprintable() and len(text) <= limit:
+        return text
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
     return escaped + ("..." if len(text) > limit else "")
 
@@ -185,24 +186,12 @@ def short_list(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor has neither NaN nor infinity. It must not be empty; its numbers have 2, 4 or 8 bytes.
+    """Return whether a tensor, which must not be empty, has neither NaN nor infinity.
 
-    The test works on the N bits of a number, read as an integer x. Let i be the integer of +infinity. The number is not finite if all
-    bits of its exponent are 1, which means 2x >= 2i in unsigned arithmetic, because 2x drops the sign bit. Subtracting 2i - 2^(N-1)
-    modulo 2^N maps these values to the smallest signed integers, below those of all finite numbers. So it is enough to compare the
-    minimum of the tensor with one bound. This reads the memory once and is faster than a comparison of floats.
+    The smallest and the largest number tell: if one number is NaN, both are. This reads the memory once and allocates none.
     """
     if not tensor.is_floating_point():
         return True
-    kind = _INTEGERS[tensor.itemsize]
-    infinity = int(torch.tensor(math.inf, dtype=tensor.dtype).view(kind))
-    offset = 2 * infinity - 2 ** (8 * tensor.itemsize - 1)
-    start, moved = torch.tensor(-offset, dtype=kind), torch.empty(min(_CHUNK, tensor.numel()), dtype=kind)
-    for part in tensor.contiguous().view(kind).flatten().split(_CHUNK):
-        if torch.add(start, part, alpha=2, out=moved[: len(part)]).amin() < -offset:
-            return False
-    return True
+    low, high = (tensor if tensor.is_contiguous() else tensor.flatten()).aminmax()
+    return math.isfinite(low) and math.isfinite(high)

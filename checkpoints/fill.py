@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from checkpoints.configs import check_values
 from checkpoints.files import is_finite, short_list
@@ -112,11 +113,21 @@ def copy_weights(module: nn.Module) -> None:
         tensor.data = tensor.data.clone()
 
 
+class _NoInit(TorchFunctionMode):
+    """Skip the functions of `torch.nn.init`, which would spend half a second on weights that are not there."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def empty_module(module: Callable[[Any], M], config: Any) -> M:
     """Check a config and build its module on the meta device.
 
     Raises ValueError when a value is of the wrong type or implausible.
     """
     check_values(config)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         return module(config)
