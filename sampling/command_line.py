@@ -8,9 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from sampling.fields import map_paths, to_json
 from sampling.following import flag
 from sampling.options import CONTROL, PROMPT
-from sampling.request import HintFile, ImagePrompt, Model, Request, map_paths, to_json
+from sampling.request import HintFile, ImagePrompt, Model, Request
 
 
 def arguments(request: Request, model: Model) -> list[str]:

@@ -19,11 +19,12 @@ from checkpoints.stable_diffusion import unet_config
 from model.unet import UNetConfig
 from sampling.__main__ import printable
 from sampling.command import load_model
+from sampling.fields import map_paths
 from sampling.images import save_image
 from sampling.inputs import read_inputs
 from sampling.pipeline import Pipeline
 from sampling.record import digests, recall, record, sha256
-from sampling.request import HintFile, ImagePrompt, Model, Request, map_paths
+from sampling.request import HintFile, ImagePrompt, Model, Request
 from sampling.resized import resized
 from sampling.sampler import State
 

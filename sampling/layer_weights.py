@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from model.unet import UNetConfig
-from sampling.request import Preset
+from sampling.fields import Preset
 
 Blocks = Mapping[str, Any]  # the dict of diffusers' `set_ip_adapter_scale`
 

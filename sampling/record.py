@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import files
+from sampling.fields import from_json, map_paths, paths, to_json
 from sampling.images import read_settings
 from sampling.loading import prompt_files
 from sampling.options import PROMPT
-from sampling.request import ImagePrompt, Model, Request, from_json, map_paths, paths, to_json
+from sampling.request import ImagePrompt, Model, Request
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = "ip-adapter:"

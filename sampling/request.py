@@ -6,29 +6,22 @@ back. Nothing here imports torch, so that a command can read its arguments at on
 
 from __future__ import annotations
 
-import re
 import reprlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal
 
-VERSION = 1  # of the JSON; a later version reads the earlier ones
-LIMIT = 1e4  # largest magnitude of lambda, a guidance weight or a picture's weight: beyond it float16 and the networks overflow
+from sampling.fields import Layers, settle
+
 MOST_PIXELS = 1 << 24  # 4096 x 4096
 LARGEST = 1 << 16  # side of a picture that SDXL is told about
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 Fit = Literal["crop", "squash", "pad"]
-Preset = Literal["style", "layout", "finest"]
 Rule = Literal["output", "embedding", "tokens"]
 SamplerName = Literal["ddim", "dpm++", "euler"]
 NoiseLevels = Literal["karras"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
-Layers = str | tuple[float, ...] | dict[str, Any]  # as `sampling.lambdas.layer_weights` reads them
-T = TypeVar("T")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as a command line that is not UTF-8 leaves it
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class ImagePrompt:
     negatives: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        _settle(self)
+        settle(self)
         if not self.images:
             raise ValueError("an image prompt needs a picture: name it with --image")
         if self.weights and len(self.weights) != len(self.images):
@@ -71,7 +64,7 @@ class HintFile:
     guess: bool = False
 
     def __post_init__(self) -> None:
-        _settle(self)
+        settle(self)
 
 
 @dataclass(frozen=True)
@@ -90,6 +83,7 @@ class Request:
     Raises ValueError where a field has another type or lacks its counterpart.
     """
 
+    VERSION: ClassVar[int] = 1  # of the JSON; a later version reads the earlier ones
     prompt: str = ""
     image_prompts: tuple[ImagePrompt, ...] = ()
     negative_prompt: str = ""
@@ -115,7 +109,7 @@ class Request:
     schedule: NoiseLevels | None = None
 
     def __post_init__(self) -> None:
-        _settle(self)
+        settle(self)
         check_seed(self.seed)
         check_size(self.width or 1, self.height or 1)
         if not 0 <= self.eta <= 1:
@@ -147,7 +141,7 @@ class LoraFile:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _settle(self)
+        settle(self)
 
 
 @dataclass(frozen=True)
@@ -168,7 +162,29 @@ class Model:
     face_lora_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _settle(self)
+        settle(self)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for: a request drawn `num` times, and what decides no picture: where it runs and is written.
+
+    `again` is a picture to draw again: it holds the request and the model, and those here are the defaults.
+    """
+
+    request: Request = field(default_factory=Request)
+    model: Model = field(default_factory=Model)
+    num: int = 1
+    out: Path = Path("out.png")
+    again: Path | None = None
+    save_embedding: Path | None = None
+    device: str = "cpu"
+    compile: bool = False
+    fast: bool = False
+    keep_memory: bool = False
+    copy: bool = False
+    download: bool = False
+    low_memory: bool = False
 
 
 def check_seed(seed: int) -> None:
@@ -182,122 +198,3 @@ def check_size(width: int, height: int) -> None:
     if abs(width * height) > MOST_PIXELS:
         asked = f"{reprlib.repr(width)} x {reprlib.repr(height)}"
         raise ValueError(f"{asked} is too large: a picture has at most {MOST_PIXELS:,} pixels (4096 x 4096)")
-
-
-def to_json(item: object) -> Any:
-    """Convert to plain values for `json.dumps`: a Request becomes an object with a version, a Path a string, a tuple a list."""
-    if is_dataclass(item):
-        version = {"version": VERSION} if isinstance(item, Request) else {}
-        return version | {field.name: to_json(getattr(item, field.name)) for field in fields(item)}
-    if isinstance(item, Mapping):
-        return {key: to_json(value) for key, value in item.items()}
-    if isinstance(item, tuple):
-        return [to_json(value) for value in item]
-    return item.as_posix() if isinstance(item, Path) else item
-
-
-def from_json(kind: type[T], data: object) -> T:
-    """Build a Request, ImagePrompt, HintFile, LoraFile or Model from the result of `to_json`; missing fields take their defaults.
-
-    Raises ValueError where `data` is anything else. It may come from a stranger.
-    """
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{kind.__name__} must be a JSON object, not {reprlib.repr(data)}")
-    values = dict(data)
-    if kind is Request and (version := values.pop("version", None)) not in range(1, VERSION + 1):
-        raise ValueError(f"a request of version {reprlib.repr(version)}; this program reads up to version {VERSION}")
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    if unknown := [name for name in values if name not in names]:
-        raise ValueError(f"{kind.__name__} has no setting {reprlib.repr(unknown[0])}: another version wrote it")
-    needed = {
-        ImagePrompt: ("images", "an image prompt needs its images"),
-        HintFile: ("picture", "a hint needs its picture"),
-        LoraFile: ("path", "a LoRA needs its file"),
-    }
-    if kind in needed and needed[kind][0] not in values:
-        raise ValueError(needed[kind][1])
-    return kind(**values)
-
-
-def map_paths(item: T, change: Callable[[Path], Path]) -> T:
-    """Apply `change` to every path in a Request or Model."""
-
-    def changed(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(changed(each) for each in value)
-        if is_dataclass(value):
-            return map_paths(value, change)
-        return change(value) if isinstance(value, Path) else value
-
-    return replace(item, **{field.name: changed(getattr(item, field.name)) for field in fields(item)})  # type: ignore
-
-
-def paths(item: object) -> list[Path]:
-    """Every path in a Request or Model."""
-    found: list[Path] = []
-
-    def keep(path: Path) -> Path:
-        found.append(path)
-        return path
-
-    map_paths(item, keep)
-    return found
-
-
-# Types.
-
-
-def _settle(item: Any) -> None:
-    """Check the type of every field of a frozen dataclass, and convert it."""
-    hints = get_type_hints(type(item))
-    for field in fields(item):
-        object.__setattr__(item, field.name, _read(hints[field.name], getattr(item, field.name), field.name))
-
-
-def _read(kind: Any, value: object, name: str) -> Any:
-    """Convert `value` to `kind`, the type of the field `name`. Raises ValueError that names the field."""
-    if kind == Layers | None:
-        return None if value is None else _layers(value, name)
-    if get_origin(kind) in (Union, UnionType):
-        return None if value is None else _read(next(k for k in get_args(kind) if k is not NoneType), value, name)
-    if get_origin(kind) is tuple:
-        values = value if isinstance(value, list | tuple) else [value]
-        return tuple(_read(get_args(kind)[0], each, name) for each in values)
-    if is_dataclass(kind):
-        return value if isinstance(value, kind) else from_json(kind, value)  # type: ignore[arg-type]
-    if get_origin(kind) is Literal:
-        return _check(value, value in get_args(kind), name, f"one of {', '.join(get_args(kind))}")
-    if kind is float:
-        return check_number(value, name)
-    if kind is int:
-        return _check(value, isinstance(value, int) and not isinstance(value, bool), name, "a whole number")
-    if kind is Path:
-        return Path(_check(value, isinstance(value, str | Path), name, "the name of a file"))  # type: ignore[arg-type]
-    if kind is bool:
-        return _check(value, isinstance(value, bool), name, "true or false")
-    return _check(value, isinstance(value, str) and not _SURROGATE.search(value), name, "text")
-
-
-def _check(value: object, right: bool, name: str, wanted: str) -> object:
-    if not right:
-        raise ValueError(f"{name} must be {wanted}, not {reprlib.repr(value)}")
-    return value
-
-
-def check_number(value: object, name: str) -> float:
-    """Return a number as a float. Raises ValueError, with the field's name, if it is not finite or its magnitude exceeds LIMIT."""
-    right = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LIMIT  # False for NaN
-    return float(_check(value, right, name, f"a number between {-LIMIT:g} and {LIMIT:g}"))  # type: ignore[arg-type]
-
-
-def _layers(value: object, name: str) -> Layers:
-    """A preset's name, a weight for each layer, or diffusers' blocks: {"up": {"block_1": [0, 1, 0]}, "mid": 1}."""
-    if not isinstance(value, Mapping | list | tuple):
-        return str(_check(value, value in get_args(Preset), name, f"{', '.join(get_args(Preset))}, or weights in JSON"))
-
-    def weights(each: object, depth: int) -> Any:
-        if isinstance(each, Mapping) and depth:
-            return {_read(str, key, name): weights(inner, depth - 1) for key, inner in each.items()}
-        return tuple(check_number(one, name) for one in each) if isinstance(each, list | tuple) else check_number(each, name)
-
-    return weights(value, 2)

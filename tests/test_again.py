@@ -21,7 +21,7 @@ from tiny import PARTS, again, difference, draw, names, pixels_of, refuses
 from checkpoints.files import write_json
 from sampling import __main__ as cli
 from sampling.images import KEY, read_settings, save_image
-from sampling.options import MACHINE, parser
+from sampling.parser import MACHINE, parser
 from sampling.record import ROOT, recall
 
 

@@ -25,7 +25,7 @@ from sampling import batch, command, machine
 from sampling.images import read_settings
 from sampling.inputs import read_inputs
 from sampling.loading import compiled, load
-from sampling.options import parser
+from sampling.parser import parser
 from sampling.pipeline import Pipeline
 from sampling.request import Request
 

@@ -24,10 +24,11 @@ from model.context import Context
 from model.image_projection import ImageProjection
 from model.unet import Residuals
 from sampling.control import Hint, bind, ladder, to_pixels, total, weighted
+from sampling.fields import from_json, to_json
 from sampling.guidance import guided
 from sampling.inputs import read_inputs
 from sampling.options import parse
-from sampling.request import HintFile, Model, Request, from_json, to_json
+from sampling.request import HintFile, Model, Request
 
 TOLERANCE = 1e-12  # measured: 3e-14 and less
 SINGLE = 1e-6  # diffusers has its ladder in float32

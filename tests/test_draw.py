@@ -16,11 +16,12 @@ from PIL import Image
 from tiny import difference, draw
 
 from sampling.embeddings import load_embedding, save_embedding
+from sampling.fields import paths
 from sampling.loading import load
 from sampling.options import parse
 from sampling.pipeline import Pipeline
 from sampling.record import ROOT
-from sampling.request import ImagePrompt, Request, paths
+from sampling.request import ImagePrompt, Request
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,12 @@ from tiny import difference, names, pixels_of
 from eval.attention_look import cells, look
 from model.attention import concatenated, decoupled
 from sampling.command_line import arguments, command_line
+from sampling.fields import map_paths
 from sampling.form import EXAMPLES, Desk, told
 from sampling.images import save_image
 from sampling.options import parse
 from sampling.record import digests, record, sha256
-from sampling.request import HintFile, ImagePrompt, Model, Request, map_paths
+from sampling.request import HintFile, ImagePrompt, Model, Request
 from sampling.resized import resized
 from sampling.sheets.strip import sample, strip
 

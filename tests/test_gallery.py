@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sampling.following import flag
 from sampling.images import read_settings
 from sampling.loading import load
-from sampling.options import PROMPT, flag, parser
+from sampling.options import PROMPT
+from sampling.parser import parser
 from sampling.sheets import __main__ as sheets
 from sampling.sheets import gallery
 from sampling.sheets.layout import CELL, sheet

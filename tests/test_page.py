@@ -23,11 +23,12 @@ import pytest
 from PIL import Image
 
 from model.attention import concatenated, decoupled
+from sampling.fields import map_paths
 from sampling.form import EXAMPLES
 from sampling.loading import load
 from sampling.options import parse
 from sampling.record import recall
-from sampling.request import ImagePrompt, Request, map_paths
+from sampling.request import ImagePrompt, Request
 from sampling.sheets.strip import strip
 
 pytestmark = pytest.mark.browser

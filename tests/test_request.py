@@ -13,7 +13,8 @@ import pytest
 from model import image_encoder
 from sampling import request as request_file
 from sampling import schedule
-from sampling.request import HintFile, ImagePrompt, LoraFile, Model, Request, from_json, map_paths, paths, to_json
+from sampling.fields import from_json, map_paths, paths, to_json
+from sampling.request import HintFile, ImagePrompt, LoraFile, Model, Request
 
 PROMPT = ImagePrompt(
     (Path("a.png"), Path("b/c.png")),

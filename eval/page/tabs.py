@@ -14,9 +14,10 @@ from eval.attention_look import Look, cells, look
 from model.attention import concatenated, decoupled
 from sampling.command_line import command_line
 from sampling.device import check_device
+from sampling.fields import Preset, paths
 from sampling.form import EXAMPLES, ROOT, Desk, told
 from sampling.layer_weights import places
-from sampling.request import Model, Preset, SamplerName, paths
+from sampling.request import Model, SamplerName
 from sampling.sheets.strip import LAMBDAS, strip
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, caption
 

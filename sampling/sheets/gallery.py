@@ -11,11 +11,12 @@ from typing import Any, get_args
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from sampling.fields import Preset
 from sampling.images import check_png, open_image, save_image
 from sampling.inputs import read_inputs
 from sampling.loading import load
 from sampling.pipeline import Pipeline
-from sampling.request import WEIGHTS, ImagePrompt, Preset, Request, Rule
+from sampling.request import WEIGHTS, ImagePrompt, Request, Rule
 from sampling.sheets.demo import EXAMPLES, GUIDANCE, STEPS
 from sampling.sheets.layout import sheet
 
