@@ -30,7 +30,6 @@ from model.context import Context
 from sampling.request import WEIGHTS
 from train import checkpoint, preview, processes
 from train.card import WORLD_LICENCE, card, check_free
-from train.data import Cached
 from train.gains import check_gates, held_out_losses, verdict
 from train.loop import Plan, autocast, run
 from train.loss import diffusion_loss, noised
@@ -94,7 +93,7 @@ def fit(
             return held_out_losses(unet, module, schedule, held_out, fuse, plan.device)
 
     form = f"{adapter.own_projections=}, fuse={fuse.__name__}, gamma={setting.gamma}"
-    data, made_from = Cached(setting.pairs, plan.batch, plan.seed), {**setting.made_from, "adapter": form}
+    data, made_from = setting.pairs.batches(plan.batch, plan.seed), {**setting.made_from, "adapter": form}
     kept, log = run(plan, adapter, data, loss, validate, folder, 0, until, made_from)
     assert isinstance(kept, IPAdapter)
     return kept, log

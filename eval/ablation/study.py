@@ -110,16 +110,15 @@ class Workspace:
 
     def bench(self, study: Study) -> Bench:
         """Build the bench that draws and scores. For a user's pictures, the prompts are the held-out pictures."""
-        return _bench_once(self.source, self.scorer, study)
+        return _bench_once(self.source, self.scorer, study, self.state)
 
     def fingerprinted(self, bench: Bench) -> Workspace:
         """Return a copy with `made_from` set: fingerprints of the weights, the data and the scorer."""
         parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")}
-        data = None if self.source.data is None else captioned_files(self.source.data)
-        entries = [[file.digest, file.text] for file in data or []]
-        digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:8] if data else self.source.pictures
+        own = self.source.data
+        data = self.source.pictures if own is None else captioned_files(own, self.state / "cache").made_from()
         weights = {name: fingerprint(part) for name, part in parts.items() if part is not None}
-        return replace(self, made_from={**weights, "data": digest, "scorer": bench.scorer.name})
+        return replace(self, made_from={**weights, "data": data, "scorer": bench.scorer.name})
 
     def setting(self, study: Study) -> Setting:
         """Prepare the base model and pictures that all forms are trained on."""
@@ -133,13 +132,13 @@ class Workspace:
 
 
 @functools.lru_cache(maxsize=1)  # once per process
-def _bench_once(source: TrainingSource, scorer: str, study: Study) -> Bench:
+def _bench_once(source: TrainingSource, scorer: str, study: Study, state: Path) -> Bench:
     pipeline, judge = load(source.base, (), source.image_encoder, device=study.device), None
     if source.data is None:
         prompts, judge = Prompts.of_the_world(study.prompts), load_judge(source.base / "judge.safetensors")
     else:
-        held_out = split(captioned_files(source.data))[1][: study.prompts]
-        prompts = Prompts.of_files([(file.path, file.text) for file in held_out], pipeline.native_size[0])
+        held_out = split(captioned_files(source.data, state / "cache"))[1]
+        prompts = Prompts.of_files([held_out[i] for i in range(min(study.prompts, len(held_out)))], pipeline.native_size[0])
     return Bench(pipeline, prompts, clip_score.find(scorer, study.device), judge, study.draw_steps, study.guidance)
 
 
