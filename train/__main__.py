@@ -68,6 +68,8 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
     from train.setting import TrainingSource
     from train.unet import PICTURES
 
+    if args.preview_every and not args.data:
+        raise ValueError("--preview-every draws your own pictures: give --data (the mini world is drawn at every validation)")
     if args.pictures and args.data:
         raise ValueError("--pictures limits the pictures of the mini world: omit it with --data")
     return TrainingSource(
@@ -83,6 +85,8 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
         skip_broken=args.skip_broken,
         gamma=args.min_snr,
         noise_offset=args.noise_offset,
+        preview_every=args.preview_every,
+        tensorboard=args.tensorboard,
     )
 
 

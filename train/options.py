@@ -114,6 +114,10 @@ def add_source(p: argparse.ArgumentParser) -> None:
     """Add the options of the stages adapter and plus."""
     base = add_data(p)
     base.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: slower, but saves memory")
+    show = p.add_argument_group("what is shown")
+    sheets = "with --data: steps between two sheets of drawings (default: 0, none)"
+    show.add_argument("--preview-every", type=at_least(1), default=0, help=sheets)
+    show.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too, to `tensorboard` in the state folder")
     world = p.add_argument_group("mini world")
     world.add_argument("--pictures", type=at_least(1), help="pictures of the mini world to train on (default: 60,000)")
     base.add_argument("--from", dest="start", type=Path, metavar="FILE", help="start from this trained adapter")
@@ -140,7 +144,7 @@ def add_cache(p: argparse.ArgumentParser) -> None:
     p.add_argument("--for", dest="reader", choices=ADAPTERS, default="adapter", help="stage that will read the pictures (default: adapter)")
     add_device(p)
     p.set_defaults(**dict.fromkeys(("weights", "pictures", "start", "min_snr")), noise_offset=0.0, deterministic=0)
-    p.set_defaults(bf16=False, checkpointing=False)
+    p.set_defaults(bf16=False, checkpointing=False, preview_every=0, tensorboard=False)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -155,6 +159,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         else:
             nothing = ("data", "pictures", "side", "base", "image_encoder", "start", "min_snr")
             stage.set_defaults(**dict.fromkeys(nothing), checkpointing=False, skip_broken=False, noise_offset=0.0, deterministic=0)
+            stage.set_defaults(preview_every=0, tensorboard=False)
     encodes = "encode your own pictures ahead of training, and store the result in the state folder"
     add_cache(stages.add_parser("cache", help=encodes, description=f"{encodes.capitalize()}."))
     return p

@@ -40,7 +40,7 @@ class TrainingSource:
 
     `data`: a user's pictures, or None for the mini world. `skip_broken`: leave out those that cannot be read. `reads`: how the adapter
     reads them; fine features are for Plus (Figure 11).
-    `start`: a trained adapter to start from. `gamma`, `noise_offset`: see `Setting`.
+    `start`: a trained adapter to start from. `gamma`, `noise_offset`: see `Setting`. `preview_every`, `tensorboard`: see `Display`.
     """
 
     base: Path = WEIGHTS
@@ -55,6 +55,8 @@ class TrainingSource:
     skip_broken: bool = False
     gamma: float | None = None
     noise_offset: float = 0.0
+    preview_every: int = 0
+    tensorboard: bool = False
 
     def pipeline(self, device: str) -> Pipeline:
         """Load the frozen base and its image encoder. Raises ValueError if an adapter cannot be trained on them."""
