@@ -174,7 +174,6 @@ def run(
     `loss(batch, generator)` returns named scalars and minimises "loss"; `validate(module)` returns named numbers. State and log
     are kept in `folder`. If a state exists there, the run resumes from it, provided that the plan, the initial weights of `module`
     and the inputs named in `made_from` are the same. With `until`, stop after that many steps of the plan.
-
     Raises `Interrupted` after saving the state, `Diverged` before the weights change (on a GPU: before they are saved), `OtherRun`
     if the state belongs to another run, and `Damaged` if it cannot be read.
     """
