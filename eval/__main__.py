@@ -10,6 +10,7 @@ from eval.options import parser
 
 MODULES = {
     "world": "eval.world",
+    "clip": "eval.table1",
     "fine": "eval.fine",
     "frechet": "eval.frechet",
     "structure": "eval.structure",
@@ -36,7 +37,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error.name} is not installed: pip install -e '.[world,eval,test]'")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        from train.processes import speaks
+
+        sys.exit(f"error: {error}" if speaks() else 1)
 
 
 if __name__ == "__main__":

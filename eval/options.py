@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_scores(commands)
+    add_clip(commands)
     add_ablation(commands)
     add_peers(commands)
     add_calibration(commands)
@@ -64,6 +65,28 @@ def add_scores(commands: Commands) -> None:
 
     pages = command(commands, "docs", "Insert the tables of results into README.md and docs/")
     pages.add_argument("--root", type=Path, default=Path("."), help="folder of the project (default: the current one)")
+
+
+def add_clip(commands: Commands) -> None:
+    p = command(commands, "clip", "Measure an adapter as the paper does: CLIP-I and CLIP-T of variations of pictures, such as COCO's")
+    p.add_argument("--data", type=Path, required=True, help="pictures and captions, in the formats of `python -m train adapter`")
+    p.add_argument("--checkpoint", type=Path, help="base model, a file or a folder (default: --weights)")
+    p.add_argument("--ip-adapter", type=Path, help="adapter file (default: the one in the checkpoint's folder)")
+    p.add_argument("--image-encoder", type=Path, help="image encoder (default: the one in the checkpoint's folder)")
+    scorer = "ViT-L-14:openai"
+    p.add_argument("--scorer", default=scorer, help=f"CLIP, an open_clip ARCHITECTURE:PRETRAINED (default: {scorer}, the paper's)")
+    p.add_argument("--n", type=count, default=5000, help="number of pictures, the first ones of --data (default: 5000)")
+    p.add_argument("--images-per-prompt", type=count, default=4, help="drawings for each picture (default: 4)")
+    p.add_argument("--prompt", default="", help="text prompt (default: the empty one)")
+    p.add_argument("--scale", type=float, default=1.0, help="lambda, the weight of the image prompt (default: 1)")
+    p.add_argument("--steps", type=count, default=50, help="sampling steps of DDIM (default: 50)")
+    p.add_argument("--guidance", type=float, default=7.5, help="guidance weight (default: 7.5)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the first drawing (default: 0)")
+    p.add_argument("--batch", type=count, default=16, help="pictures to draw at a time (default: 16)")
+    p.add_argument("--device", default="cpu", help="device to draw and score on, such as cuda (default: cpu)")
+    p.add_argument("--state", type=Path, default=Path("runs/clip"), help="folder of finished scores (default: runs/clip)")
+    out = Path("results/clip.json")
+    p.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
 
 
 def add_ablation(commands: Commands) -> None:

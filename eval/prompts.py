@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch import Tensor
 from eval.scenes import ScenePrompts
 from eval.scores import Target
 from model.image_encoder import centre_square
-from sampling.images import open_image
+from train.album import Captioned
 from train.judge import ground_truth
 from train.vae import bytes_to_tensor
 from train.world import BACKGROUND_NAMES, BACKGROUNDS, CONCEPT_NAMES, CONCEPTS, Scene, caption, random_scene
@@ -88,13 +87,13 @@ class Prompts:
         return cls(complements.images, captions, conflicts, complements.texts(), truth)
 
     @classmethod
-    def of_files(cls, files: Sequence[tuple[Path, str]], side: int) -> Prompts:
+    def of_files(cls, files: Sequence[Captioned], side: int) -> Prompts:
         """Pair each of a user's pictures with the next different caption. Raises ValueError if all captions are equal."""
-        captions = [text for _, text in files]
+        captions = [file.text for file in files]
         if len(set(captions)) < 2:
             raise ValueError("the held-out pictures need at least two different captions: give more pictures (20 or more)")
         conflicts = [next(text for text in captions[i:] + captions[:i] if text != own) for i, own in enumerate(captions)]
-        images = [centre_square(open_image(file), side, Image.Resampling.BILINEAR) for file, _ in files]
+        images = [centre_square(file.open(), side, Image.Resampling.BILINEAR) for file in files]
         return cls(images, captions, conflicts)
 
     @property

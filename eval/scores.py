@@ -1,6 +1,6 @@
 """Score drawings against their targets. Every score has a 95 % interval over prompts.
 
-A score is `[value, low, high]`. Shares of drawings have Wilson's interval (1927), means have the normal interval.
+A score is `[value, low, high]`. Shares of drawings have Wilson's interval (1927), means have the normal interval or the bootstrap's.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from train.vae import bytes_to_tensor
 from train.world import CONCEPT_NAMES, CONCEPTS, SIZES, Scene, pictures, place_class, size_class
 
 Scores = dict[str, list[float]]
+RESAMPLES = 10_000
 Z = 1.959964  # 97.5 % quantile of the normal distribution
 ANYWHERE = -1  # index of "any place is right", for large drawings, which fill the picture
 LARGE = SIZES.index("large")
@@ -123,6 +125,13 @@ def mean(values: Tensor) -> list[float]:
     """Compute the mean of `n` values, at least two, with the normal interval: 1.96 standard errors on either side."""
     centre, half = float(values.double().mean()), Z * float(values.double().std()) / len(values) ** 0.5
     return [centre, centre - half, centre + half]
+
+
+def bootstrap(values: Tensor) -> list[float]:
+    """Compute the mean of `n` values, and the percentile interval of the means of `RESAMPLES` samples with replacement, of fixed seeds."""
+    rng, x = np.random.default_rng(0), values.double().numpy()
+    means = np.array([x[rng.integers(len(x), size=len(x))].mean() for _ in range(RESAMPLES)])
+    return [float(x.mean()), *np.quantile(means, [0.025, 0.975]).tolist()]
 
 
 def values_of(scores: Mapping[str, list[float]]) -> dict[str, float]:

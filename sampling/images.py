@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -28,18 +28,23 @@ def open_image(path: Path | str, behind: Literal["white", "black"] = "white") ->
         raise ValueError(f"{path} is a folder: give a picture file")
     if not path.is_file():
         raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}")
+    return decode_image(path, str(path), behind)
+
+
+def decode_image(source: Path | BinaryIO, name: str, behind: Literal["white", "black"] = "white") -> Image.Image:
+    """Decode a picture as `open_image` does, from a path or an open file. `name` is what error messages call it."""
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             if max(file.size) > LONGEST:
                 raise Image.DecompressionBombError
             file.load()
             return to_rgb(ImageOps.exif_transpose(file), behind)
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: Pillow cannot read this file as a picture: use a PNG, JPEG or WebP file") from None
+        raise ValueError(f"{name}: Pillow cannot read this file as a picture: use a PNG, JPEG or WebP file") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{path}: more pixels than can be read safely: make the picture smaller") from None
+        raise ValueError(f"{name}: more pixels than can be read safely: make the picture smaller") from None
     except Exception as error:  # the decoders of damaged pictures raise errors of any kind
-        raise ValueError(f"{path}: the picture is damaged or truncated ({str(error) or type(error).__name__})") from None
+        raise ValueError(f"{name}: the picture is damaged or truncated ({str(error) or type(error).__name__})") from None
 
 
 def to_rgb(image: Image.Image, behind: Literal["white", "black"] = "white") -> Image.Image:

@@ -64,6 +64,7 @@ from model.text_encoder import words_of  # noqa: E402
 from model.vae import VAE  # noqa: E402
 from train import adapter, setting  # noqa: E402
 from train import card as cards  # noqa: E402
+from train.clock import ROW  # noqa: E402
 from train.setting import TrainingSource  # noqa: E402
 
 VAE.moments = around(VAE.moments, "latents")  # type: ignore[method-assign]
@@ -94,7 +95,7 @@ def trained(base: Path, data: Path, work: Path, at: int | None) -> list[str] | N
 def result(work: Path) -> tuple[str, Any]:
     """The hash of the adapter, and its card without the clock."""
     card = json.loads((work / "out" / "ip_adapter.json").read_text())
-    card["results"].pop("seconds")
+    card["results"] = {name: value for name, value in card["results"].items() if name not in ROW}
     return hashlib.sha256((work / "out" / "ip_adapter.safetensors").read_bytes()).hexdigest(), card
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.clock import ROW
 from train.data import OnTheFly
 from train.loop import Plan, run
 
@@ -58,7 +59,7 @@ def train(
 
 def numbers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The log without its clock."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in log]
+    return [{k: v for k, v in row.items() if k not in ROW} for row in log]
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

@@ -39,6 +39,7 @@ from eval.tables import markdown
 from model.features import Features
 from sampling.loading import load
 from train import checkpoint
+from train.album import Captioned
 from train.judge import load_judge
 from train.loop import Plan
 from train.pairs import Pairs
@@ -464,7 +465,7 @@ def test_the_rate_is_the_best_of_those_whose_loss_is_finite() -> None:
 
 
 def test_a_users_pictures_conflict_with_another_caption(pictures: list[Path]) -> None:
-    files = [(pictures[i % 3], text) for i, text in enumerate(("a", "a", "b", "c"))]
+    files = [Captioned(pictures[i % 3], (text,), i) for i, text in enumerate(("a", "a", "b", "c"))]
     assert Prompts.of_files(files, 32).conflicts == ["b", "b", "c", "a"]
     with pytest.raises(ValueError, match="two different captions"):
         Prompts.of_files(files[:2], 32)

@@ -11,7 +11,12 @@ import pytest
 from own_pictures import picture, write_pictures
 from PIL import Image
 
-from train.captioned import Captioned, captioned_files, skipped, split, summary
+from train.album import Album, Captioned, Listed
+from train.captioned import captioned_files, skipped, split, summary
+
+
+def captioned(data: Path, skip_broken: bool = False) -> Album:
+    return captioned_files(data, data / "no cache", skip_broken)
 
 
 def pair(folder: Path, name: str, seed: int, text: str = "a fox") -> Path:
@@ -32,7 +37,7 @@ def pair(folder: Path, name: str, seed: int, text: str = "a fox") -> Path:
 def test_every_format_is_read(tmp_path: Path, name: str, saved_as: str | None) -> None:
     picture(0).save(tmp_path / name, saved_as)
     (tmp_path / "a.txt").write_text("a fox")
-    assert [(file.path.name, file.text) for file in captioned_files(tmp_path)] == [(name, "a fox")]
+    assert [(file.path.name, file.text) for file in captioned(tmp_path)] == [(name, "a fox")]
 
 
 @pytest.mark.parametrize(
@@ -47,10 +52,10 @@ def test_every_format_is_read(tmp_path: Path, name: str, saved_as: str | None) -
 )
 def test_captions_as_editors_write_them(tmp_path: Path, written: bytes, read: str) -> None:
     pair(tmp_path, "a.png", 0).with_suffix(".txt").write_bytes(written)
-    assert captioned_files(tmp_path)[0].text == read
+    assert captioned(tmp_path)[0].text == read
     data = tmp_path / "data.json"
     data.write_bytes(b"\xef\xbb\xbf" + json.dumps([{"image_file": "a.png", "text": read}]).encode())
-    assert captioned_files(data)[0].text == read
+    assert captioned(data)[0].text == read
 
 
 def broken_png(path: Path) -> None:
@@ -75,7 +80,7 @@ def test_each_problem_in_a_folder_is_named(tmp_path: Path, fault: str) -> None:
     spoil, sentence = FAULTS[fault]
     spoil(tmp_path / "3.png")
     with pytest.raises(ValueError, match=sentence) as refused:
-        captioned_files(tmp_path)
+        captioned(tmp_path)
     assert len(str(refused.value).splitlines()) == 2
 
 
@@ -100,7 +105,7 @@ def test_each_problem_in_a_list_is_named(tmp_path: Path, entry: str) -> None:
     wrong, sentence = ENTRIES[entry]
     (tmp_path / "data.json").write_text(json.dumps([{"image_file": "0.png", "text": "a"}, wrong]))
     with pytest.raises(ValueError, match=sentence):
-        captioned_files(tmp_path / "data.json")
+        captioned(tmp_path / "data.json")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +124,7 @@ def test_an_invalid_list_is_rejected(tmp_path: Path, content: bytes | None, sent
     if content is not None:
         (tmp_path / "data.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"data\.json: .*{sentence}"):
-        captioned_files(tmp_path / "data.json")
+        captioned(tmp_path / "data.json")
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
@@ -129,8 +134,8 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
             (tmp_path / f"{i:03}.png").write_bytes(b"")
     broken_png(tmp_path / "000.png")
     (tmp_path / "010.txt").unlink()
-    with pytest.raises(ValueError, match=r"fix or remove these before training \(119 problems\)") as refused:
-        captioned_files(tmp_path)
+    with pytest.raises(ValueError, match=r"fix or remove these before training, or train with --skip-broken \(119 problems\)") as refused:
+        captioned(tmp_path)
     lines = str(refused.value).splitlines()
     assert len(lines) == 102 and lines[-1] == "  and 19 more"
     assert "010.txt" in lines[1] and "000.png: the picture is damaged" in lines[2] and "001.png: the file is empty" in lines[3]
@@ -139,7 +144,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.md").touch()
     with pytest.raises(ValueError, match="no pictures found"):
-        captioned_files(tmp_path)
+        captioned(tmp_path)
 
 
 def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
@@ -147,16 +152,34 @@ def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
     for name in ("notes.md", "b.mp4", "lonely.txt", "._a.png", ".DS_Store"):
         (tmp_path / name).write_bytes(b"\0")
     (tmp_path / "more").mkdir()
-    files = captioned_files(tmp_path)
+    files = captioned(tmp_path)
     assert len(files) == 1 and len(skipped(tmp_path)) == 6
-    assert "6 files are skipped (.md, .mp4, .png, .txt, folders and others)" in summary(tmp_path, files, [])
+    assert "6 files are skipped (.md, .mp4, .png, .txt, folders and others)" in summary(tmp_path, files, Listed([]))
+
+
+def test_broken_pictures_are_left_out_if_asked(tmp_path: Path) -> None:
+    for i in range(5):
+        pair(tmp_path, f"{i}.png", i)
+    broken_png(tmp_path / "1.png")
+    (tmp_path / "3.txt").unlink()
+    files = captioned(tmp_path, skip_broken=True)
+    assert [file.path.name for file in files] == ["0.png", "2.png", "4.png"] and files.broken == 2
+    assert "2 left out because they are broken" in summary(tmp_path, files, Listed([]))
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="no pictures found"):
+        captioned(tmp_path, skip_broken=True)
 
 
 # held out
 
 
-def listed(*digests: int) -> list[Captioned]:
-    return [Captioned(Path(f"{i}.png"), f"caption {i}", f"{digest * 7919 % 1009:04}") for i, digest in enumerate(digests)]
+def listed(*contents: int) -> Listed:
+    return Listed([Captioned(Path(f"{i}.png"), (f"caption {i}",), content * 7919 % 1009 - 500) for i, content in enumerate(contents)])
+
+
+def keys(files: Album) -> set[int]:
+    return set(files.keys.tolist())
 
 
 @pytest.mark.parametrize(("n", "out"), [(1, 0), (19, 0), (20, 4), (50, 4), (99, 4), (100, 5), (1000, 50)])
@@ -164,21 +187,27 @@ def test_a_twentieth_is_held_out_and_at_least_four(n: int, out: int) -> None:
     files = listed(*range(n))
     train, held_out = split(files)
     assert len(held_out) == out and len(train) == n - out
-    assert not {file.digest for file in train} & {file.digest for file in held_out}
+    assert not keys(train) & keys(held_out) and keys(train) | keys(held_out) == keys(files)
     assert ("nothing is measured" in summary(Path("a"), train, held_out)) == (out == 0)
 
 
 def test_a_copy_of_a_held_out_picture_is_not_trained_on() -> None:
     train, held_out = split(listed(*range(20), *range(20), *range(20)))
-    assert len(held_out) == len({file.digest for file in held_out}) == 4 and len(train) == 48
-    assert not {file.digest for file in train} & {file.digest for file in held_out}
-    assert split(listed(*[0] * 50))[1] == []  # one picture, 50 times
+    assert len(held_out) == len(keys(held_out)) == 4 and len(train) == 48
+    assert not keys(train) & keys(held_out)
+    assert {file.text for file in held_out} <= {f"caption {i}" for i in range(20)}  # the first of the copies
+    assert len(split(listed(*[0] * 50))[1]) == 0  # one picture, 50 times
+
+
+def test_no_more_than_512_are_held_out() -> None:
+    files = Listed([Captioned(Path("a"), ("",), i) for i in range(20_000)])
+    assert len(split(files)[1]) == 512
 
 
 def test_pictures_are_compared_by_content(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "a", 2)
-    first, second = captioned_files(folder)
+    first, second = captioned(folder)
     Image.open(second.path).save(first.path)
-    assert first.digest != second.digest
-    again = captioned_files(folder)
-    assert again[0].path == first.path and again[0].digest == again[1].digest == second.digest
+    assert first.key != second.key
+    again = captioned(folder)
+    assert again[0].path == first.path and again[0].key == again[1].key == second.key

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from train.album import Captioned, Listed
 from train.data import Cached, Data, Files, OnTheFly, mapped, stream, tensors
 from train.pairs import Pairs
 from train.randomness import generator, seeded
@@ -53,7 +54,8 @@ def test_processes_share_each_batch(data: str, size: int) -> None:
 def test_files_come_in_a_cycle(tmp_path: Path) -> None:
     for i in range(3):
         Image.new("L", (4, 4), 50 * i).save(tmp_path / f"{i}.png")
-    files = Files(sorted(tmp_path.iterdir()), lambda image: torch.tensor(float(image.getpixel((0, 0))[0])))
+    album = Listed([Captioned(path, ("",), 0) for path in sorted(tmp_path.iterdir())])
+    files = Files(album, lambda image: torch.tensor(float(image.getpixel((0, 0))[0])))
     assert [float(files.batch(step)) for step in range(5)] == [0, 50, 100, 0, 50]
 
 

@@ -38,10 +38,12 @@ from train import adapter, encode, loop, preview, setting
 from train import unet as unet_stage
 from train.__main__ import main, status
 from train.card import card, code_version
-from train.data import Cached, Data, OnTheFly
+from train.data import Cached, Data
 from train.errors import OtherRun
+from train.file_pairs import FilePairs, FilePictures
 from train.pairs import Pairs
 from train.setting import TrainingSource
+from train.store import Rows
 
 __all__ = ["base", "trained"]  # fixtures
 
@@ -141,71 +143,25 @@ def test_a_second_run_in_the_folder_is_refused(base: Path, tmp_path: Path) -> No
 # caches
 
 
-def numbered(broken: int | None = None) -> tuple[Data[Tensor], list[int]]:
-    """Return batches that contain their own index, one of which may be broken, and the list of encoded indices."""
-    seen: list[int] = []
-
-    def make(i: int) -> Tensor:
-        if i == broken:
-            raise ValueError(f"{i}.png: the picture is damaged")
-        return torch.full((1, 2), float(i))
-
-    return OnTheFly(make), seen
-
-
-def count(data: Data[Tensor], seen: list[int], keys: list[str], folder: Path) -> Tensor:
-    def encode_(x: Tensor) -> dict[str, Tensor]:
-        seen.append(int(x[0, 0]))
-        return {"x": x}
-
-    return encode.encoded(data, keys, encode_, folder, workers=0)["x"]
-
-
-def test_encoded_pictures_are_kept_if_a_later_one_is_broken(tmp_path: Path) -> None:
-    keys = [f"k{i}" for i in range(6)]
-    data, seen = numbered(broken=4)
-    with pytest.raises(ValueError, match=r"^4\.png: the picture is damaged$"):
-        count(data, seen, keys, tmp_path)
-    assert seen == [0, 1, 2, 3]
-    data, seen = numbered()
-    assert count(data, seen, keys, tmp_path)[:, 0].tolist() == [0, 1, 2, 3, 4, 5] and seen == [4, 5]
-    data, seen = numbered()
-    assert count(data, seen, [keys[3], "new", keys[0]], tmp_path)[:, 0].tolist() == [3, 1, 0] and seen == [1]
-
-
-@pytest.mark.parametrize("damage", [b"", b"{}", b"half", None])
-def test_a_damaged_cache_is_named_and_computed_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: bytes | None
-) -> None:
-    keys = [f"k{i}" for i in range(3)]
-    whole = count(*numbered(), keys, tmp_path)
-    path = tmp_path / "k1.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] if damage is None else damage)
-    data, seen = numbered()
-    assert torch.equal(count(data, seen, keys, tmp_path), whole) and seen == [1]
-    assert "k1.safetensors is damaged" in capsys.readouterr().err
-    data, seen = numbered()
-    assert torch.equal(count(data, seen, keys, tmp_path), whole) and seen == []
-
-
 def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cached latents depend on the content of a picture, not on its name, and on the encoder and the size."""
     folder = write_pictures(tmp_path / "data", 3)
     encoded: list[int] = []
     real = encode.encoded
 
-    def counted(data: Data[Tensor], keys: list[str], encode_: Any, cache: Path) -> dict[str, Tensor]:
+    def counted(data: Data[Tensor], keys: Tensor, encode_: Any, cache: Path, each: int) -> dict[str, Rows]:
         def one(x: Tensor) -> dict[str, Tensor]:
             encoded.append(len(x))
             return encode_(x)
 
-        return real(data, keys, one, cache, workers=0)
+        return real(data, keys, one, cache, each, workers=0)
 
     monkeypatch.setattr(encode, "encoded", counted)
 
-    def pairs(where: Path = base, side: int = 16) -> tuple[Pairs, int]:
+    def pairs(where: Path = base, side: int = 16) -> tuple[FilePairs, int]:
         encoded.clear()
         found = setting.prepare(TrainingSource(where, data=folder, side=side), tmp_path / "state").pairs
+        assert isinstance(found, FilePairs)
         return found, len(encoded)
 
     first, n = pairs()
@@ -213,17 +169,17 @@ def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypa
     assert pairs()[1] == 0
     picture(99).save(folder / "01.png")
     second, n = pairs()
-    assert n == 2 and not torch.equal(first.mean[1], second.mean[1]) and torch.equal(first.mean[::2], second.mean[::2])
-    fresh = encode.FilePictures(TrainingSource(base, data=folder).files()[0], 16)  # type: ignore[index]
+    assert n == 2 and (first.mean.all() != second.mean.all()).flatten(1).any(dim=1).tolist() == [False, True, False]
+    fresh = FilePictures(TrainingSource(base, data=folder).files(tmp_path)[0], 16)  # type: ignore[index]
     pipeline = load(base, ())
     again = fresh.pairs(pipeline.vae, pipeline.text, pipeline.image, tmp_path / "another cache")
-    assert torch.equal(again.mean, second.mean) and again.features and second.features
-    assert torch.equal(again.features.pictures, second.features.pictures)
+    assert torch.equal(again.mean.all(), second.mean.all()) and again.read and second.read
+    assert torch.equal(again.read.all(), second.read.all())
     (folder / "00.png").rename(folder / "x.png")
     (folder / "02.png").rename(folder / "00.png")
     (folder / "x.png").rename(folder / "02.png")
     swapped, n = pairs()
-    assert n == 0 and torch.equal(swapped.mean, second.mean.flip(0))
+    assert n == 0 and torch.equal(swapped.mean.all(), second.mean.all().flip(0))
     assert pairs(side=32)[1] == 3 and pairs(write_base(tmp_path / "other", seed=1))[1] == 6
 
 

@@ -26,6 +26,7 @@ from model.features import Features
 from sampling.loading import load
 from train import adapter, checkpoint, processes
 from train.__main__ import main, status
+from train.clock import ROW
 from train.data import Cached, OnTheFly, Shared
 from train.errors import Interrupted
 from train.loss import drops, noise_for, noised
@@ -78,7 +79,7 @@ def tensors(state: Any) -> list[Tensor]:
 
 
 def plain(state: dict[str, Any]) -> list[dict[str, float]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in state["log"]]
+    return [{key: value for key, value in row.items() if key not in ROW} for row in state["log"]]
 
 
 # the numbers

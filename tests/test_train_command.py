@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.features import FINE, GLOBAL, Features
 from sampling.request import WEIGHTS
-from train import adapter, encode, gains, plus, setting
+from train import adapter, file_pairs, gains, plus, setting
 from train.__main__ import folders, main, plans_of, source_of, status
 from train.errors import Diverged, GateError, Interrupted, OtherRun
 from train.gains import verdict
@@ -194,7 +194,7 @@ def test_ctrl_c_while_encoding_is_a_sentence_and_a_status(
         raise KeyboardInterrupt
 
     write_pictures(tmp_path / "data", 3)
-    monkeypatch.setattr(encode, "latents", interrupted)
+    monkeypatch.setattr(file_pairs, "latents", interrupted)
     assert status(command(tmp_path, base)) == 130
     assert "the same command resumes the run" in capsys.readouterr().err
 
@@ -210,7 +210,7 @@ def test_known_failures_are_sentences(
         raise error
 
     write_pictures(tmp_path / "data", 3)
-    monkeypatch.setattr(encode, "latents", fails)
+    monkeypatch.setattr(file_pairs, "latents", fails)
     assert sentence in str(status(command(tmp_path, base)))
 
 

@@ -8,6 +8,7 @@ To resume a run that was stopped (by Ctrl-C or in any other way), give the same 
   python -m train adapter --data pictures     an adapter on your own pictures, with the mini weights as the base
   python -m train adapter --data pictures --base sd15.safetensors --image-encoder models/image_encoder \\
       --from ip-adapter_sd15.safetensors --batch 8 --accumulate 8 --bf16 --checkpointing --device cuda
+  python -m train cache --data shards         encode the pictures ahead of training
   torchrun --nproc-per-node 8 -m train adapter --data pictures --base sd15.safetensors --batch 64 --device cuda   on eight GPUs
 """
 
@@ -67,6 +68,8 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
     from train.setting import TrainingSource
     from train.unet import PICTURES
 
+    if args.preview_every and not args.data:
+        raise ValueError("--preview-every draws your own pictures: give --data (the mini world is drawn at every validation)")
     if args.pictures and args.data:
         raise ValueError("--pictures limits the pictures of the mini world: omit it with --data")
     return TrainingSource(
@@ -79,8 +82,11 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
         base_dtype=torch.bfloat16 if args.bf16 and has_bfloat16(args.device) else torch.float32,
         checkpointing=args.checkpointing,
         start=args.start,
+        skip_broken=args.skip_broken,
         gamma=args.min_snr,
         noise_offset=args.noise_offset,
+        preview_every=args.preview_every,
+        tensorboard=args.tensorboard,
     )
 
 
@@ -116,12 +122,17 @@ def train_stages(args: argparse.Namespace, command: str, team: Team) -> None:
     from train.checkpoint import locked
     from train.processes import check_shares
 
-    if team.size > 1 and args.stage not in ADAPTERS:
+    if team.size > 1 and args.stage not in (*ADAPTERS, "cache"):
         raise ValueError(f"several processes can train {' or '.join(ADAPTERS)}: start `python -m train {args.stage}` without torchrun")
     if team.parts:
         make_deterministic()
     state, weights = folders(args)
     with contextlib.nullcontext() if team.rank else locked(state):
+        if args.stage == "cache":
+            from train.cache import fill
+
+            print(fill(source_of(args, args.reader, weights), state, args.device))
+            return
         for name in SHIPPED if args.stage == "all" else (args.stage,):
             stage = importlib.import_module(f"train.{name}")
             source = source_of(args, name, weights) if name in ADAPTERS else None

@@ -5,11 +5,7 @@ dropped picture becomes a zero embedding. W'_k and W'_v start as copies of W_k a
 
 A user's pictures are trained on in the same way. The mini world differs in two points, because it trains for hours, where the paper
 trained for days: its captions leave out more, as captions on the web do, and min-SNR weights reduce gradient noise at timesteps where a
-picture carries no information.
-
-The log shows whether the adapter learns. `gain_zero` is the held-out loss with a zero image minus the loss with the right picture;
-`gain_shuffled` is the held-out loss with another picture's embedding minus the loss with the right one. `check_gates` runs before
-the first step.
+picture carries no information. The log shows whether the adapter learns: see `gains.held_out_losses`.
 """
 
 from __future__ import annotations
@@ -30,7 +26,8 @@ from model.context import Context
 from sampling.request import WEIGHTS
 from train import checkpoint, preview, processes
 from train.card import WORLD_LICENCE, card, check_free
-from train.data import Cached
+from train.display import Display
+from train.file_pairs import FilePairs
 from train.gains import check_gates, held_out_losses, verdict
 from train.loop import Plan, autocast, run
 from train.loss import diffusion_loss, noised
@@ -72,6 +69,7 @@ def fit(
     fuse: Fuse = decoupled,
     watch: Callable[[IPAdapter], None] = lambda _: None,
     until: int | None = None,
+    display: Display | None = None,
 ) -> tuple[IPAdapter, list[dict[str, Any]]]:
     """Train an adapter. Return the adapter to keep (the EMA, if there is one) and the log.
 
@@ -94,8 +92,8 @@ def fit(
             return held_out_losses(unet, module, schedule, held_out, fuse, plan.device)
 
     form = f"{adapter.own_projections=}, fuse={fuse.__name__}, gamma={setting.gamma}"
-    data, made_from = Cached(setting.pairs, plan.batch, plan.seed), {**setting.made_from, "adapter": form}
-    kept, log = run(plan, adapter, data, loss, validate, folder, 0, until, made_from)
+    data, made_from = setting.pairs.batches(plan.batch, plan.seed), {**setting.made_from, "adapter": form}
+    kept, log = run(plan, adapter, data, loss, validate, folder, 0, until, made_from, display)
     assert isinstance(kept, IPAdapter)
     return kept, log
 
@@ -186,11 +184,14 @@ def run_phases(
         if source.data is None:
             preview.draw_image_prompts(replace(pipeline, adapters=(module,)), folder / f"{phases[0].name}.png")
 
+    shown = setting.held_out or setting.pairs
+    draw = preview.own_pictures(pipeline, shown.files, lambda: autocast(phases[0])) if isinstance(shown, FilePairs) else None
+    display = Display(draw, source.preview_every, source.tensorboard)
     for phase in phases:
         if phase.says != says and source.data is None:
             says, sets = phase.says, source.picture_sets(None, 0, phase.says)
             pairs, held_out = encode(pipeline, sets, folder, source.reads)
             setting = replace(setting, pairs=pairs, held_out=held_out, made_from={**setting.made_from, **data_identity(sets)})
-        kept, log = fit(setting, adapter, phase, folder, watch=draw_preview)
+        kept, log = fit(setting, adapter, phase, folder, watch=draw_preview, display=display)
         adapter.load_state_dict(kept.state_dict())
     return log

@@ -2,78 +2,87 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from sampling.images import open_image
+from train.album import Album, Captioned, Listed
+from train.fingerprint import content_key
+from train.shards import indexed, shards_in
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MIN_PICTURES = 20  # with fewer different pictures than this, none are held out
+MAX_HELD_OUT = 512
 MAX_LISTED = 100  # list at most this many problems
 Pair = tuple[Path, str]
 
 
-@dataclass(frozen=True)
-class Captioned:
-    """A picture file, its caption, and the hash of the file's bytes."""
-
-    path: Path
-    text: str
-    digest: str
-
-
-def captioned_files(data: Path) -> list[Captioned]:
+def captioned_files(data: Path, cache: Path, skip_broken: bool = False) -> Album:
     """Open and check all pictures and captions in a user's data.
 
-    `data` is a folder of pictures with a `.txt` beside each, or the official trainer's JSON list
-    `[{"image_file": ..., "text": ...}]`, with paths relative to the list. Captions are UTF-8. Raises ValueError with a list of all
-    problems.
+    `data` is a folder of pictures with a `.txt` beside each, a folder of shards (train/shards.py), which are indexed in `cache`, or the
+    official trainer's JSON list `[{"image_file": ..., "text": ...}]`, with paths relative to the list. Captions are UTF-8. Raises
+    ValueError with a list of all problems; with `skip_broken`, leaves the broken pictures out.
     """
-    pairs, problems = _in_folder(data) if data.is_dir() else _in_list(data)
-    if not pairs and not problems:
-        raise ValueError(f"{data}: no pictures found: add pictures ({', '.join(PICTURES)}) and their captions")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = list(pool.map(_hash, [path for path, _ in pairs]))
-    problems += dict.fromkeys(problem for _, problem in checked if problem)
-    if problems:
+    shards = shards_in(data)
+    album, problems = indexed(shards, cache / "shards") if shards else _checked(*(_in_folder(data) if data.is_dir() else _in_list(data)))
+    if problems and not skip_broken:
         more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-        heading = f"{data}: fix or remove these before training ({len(problems)} problems)"
+        heading = f"{data}: fix or remove these before training, or train with --skip-broken ({len(problems)} problems)"
         raise ValueError("\n  ".join([heading, *problems[:MAX_LISTED], *more]))
-    return [Captioned(path, text, digest) for (path, text), (digest, _) in zip(pairs, checked, strict=True)]
+    if not len(album):
+        raise ValueError(f"{data}: no pictures found: add pictures ({', '.join(PICTURES)}) and their captions, or shards (.tar)")
+    album.broken = len(problems)
+    return album
+
+
+def _checked(pairs: list[Pair], problems: list[str]) -> tuple[Listed, list[str]]:
+    """Open all pictures. Return the good ones, and all problems."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checked = list(pool.map(_key, [path for path, _ in pairs]))
+    problems += dict.fromkeys(found for found in checked if isinstance(found, str))
+    good = zip(pairs, checked, strict=True)
+    return Listed([Captioned(path, (text,), key) for (path, text), key in good if isinstance(key, int)]), problems
 
 
 def skipped(data: Path) -> list[Path]:
     """List the entries of a folder that training ignores: other files, folders, hidden files, captions without a picture."""
     if not data.is_dir():
         return []
+    if shards := shards_in(data):
+        return sorted(set(data.iterdir()) - set(shards))
     pictures = set(_pictures_in(data))
     captions = {path.with_suffix(".txt") for path in pictures}
     return sorted(path for path in data.iterdir() if path not in pictures | captions)
 
 
-def split(files: list[Captioned]) -> tuple[list[Captioned], list[Captioned]]:
-    """Split into (training, held out). Of n >= 20 different pictures, hold out n // 20, but at least 4; of fewer, hold out none.
+def split(files: Album) -> tuple[Album, Album]:
+    """Split into (training, held out). Of n >= 20 different pictures, hold out n // 20, from 4 to `MAX_HELD_OUT`; of fewer, none.
 
     Pictures are compared by content, so copies of a held-out picture are not trained on either. The choice depends only on the
     content of the pictures, so it changes little if pictures are added.
     """
-    different = sorted({file.digest for file in files})
-    if len(different) < MIN_PICTURES:
-        return files, []
-    out = set(different[: max(4, len(different) // 20)])
-    first = {file.digest: file for file in reversed(files) if file.digest in out}
-    return [file for file in files if file.digest not in out], [first[digest] for digest in sorted(out)]
+    keys = files.keys
+    different, which = keys.unique(return_inverse=True)
+    n = len(different)
+    if n < MIN_PICTURES:
+        return files, files.chosen(torch.arange(0))
+    out = min(max(4, n // 20), MAX_HELD_OUT)
+    first = torch.full((out,), len(keys)).scatter_reduce(0, which[which < out], (which < out).nonzero()[:, 0], "amin")
+    return files.chosen((which >= out).nonzero()[:, 0]), files.chosen(first)
 
 
-def summary(data: Path, train: list[Captioned], held_out: list[Captioned]) -> str:
+def summary(data: Path, train: Album, held_out: Album) -> str:
     """Describe in one line which of a user's files are used and which are skipped."""
     parts = [f"{data}: {len(train)} pictures to train on, {len(held_out)} held out to measure whether the adapter learns"]
-    if not held_out:
+    if not len(held_out):
         parts.append(f"fewer than {MIN_PICTURES} different pictures, so none are held out and nothing is measured")
+    if train.broken:
+        parts.append(f"{train.broken} left out because they are broken")
     if others := skipped(data):
         kinds = sorted({path.suffix or "folders and others" for path in others})
         parts.append(f"{len(others)} files are skipped ({', '.join(kinds)})")
@@ -125,8 +134,8 @@ def _in_list(data: Path) -> tuple[list[Pair], list[str]]:
     return pairs, problems
 
 
-def _hash(path: Path) -> tuple[str, str]:
-    """Return (hash of a picture's bytes, problem); one of the two is empty."""
+def _key(path: Path) -> int | str:
+    """Return the key of a picture, or what is wrong with it."""
     try:
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file")
@@ -135,5 +144,5 @@ def _hash(path: Path) -> tuple[str, str]:
             raise ValueError(f"{path}: the file is empty")
         open_image(path)
     except (ValueError, OSError) as error:
-        return "", str(error)
-    return hashlib.sha256(content).hexdigest()[:32], ""
+        return str(error)
+    return content_key(content)

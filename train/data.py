@@ -6,7 +6,6 @@ import functools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sampling.images import open_image
+from train.album import Album
 from train.randomness import Share, generator
 
 T = TypeVar("T")
@@ -69,14 +68,14 @@ class OnTheFly(Generic[T]):
 
 @dataclass(frozen=True)
 class Files:
-    """Picture files, one per batch, in a cycle. `read` maps a picture to `3 h w`; a batch is `1 3 h w`, which processes cannot share."""
+    """Pictures, one per batch, in a cycle. `read` maps a picture to `3 h w`; a batch is `1 3 h w`, which processes cannot share."""
 
-    files: Sequence[Path]
+    files: Album
     read: Callable[[Image.Image], Tensor]
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
         """Read one file. Raises ValueError, naming the file, if it is not a picture."""
-        return self.read(open_image(self.files[step % len(self.files)]))[None]
+        return self.read(self.files[step % len(self.files)].open())[None]
 
 
 class Pool(Protocol[T_co]):

@@ -22,6 +22,11 @@ def digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
 
 
+def content_key(content: bytes) -> int:
+    """Hash bytes to a signed integer of 64 bits, by which files are compared and their encodings are found."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little", signed=True)
+
+
 def significant(x: float) -> float:
     """Round to four significant digits, as SD rounded its 0.18215 to five.
 

@@ -12,13 +12,13 @@ from model.unet import UNet
 from sampling.schedule import Schedule
 from train.errors import GateError
 from train.loss import diffusion_loss, noised
-from train.pairs import Pairs
+from train.pairs import EncodedPairs
 from train.randomness import generator
 
 
 @torch.no_grad()
 def losses_of(
-    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse, device: str, seed: int = 1
+    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, fuse: Fuse, device: str, seed: int = 1
 ) -> dict[str, list[Tensor]]:
     """Return the unweighted losses of each pair with the `right`, the `null` and a `wrong` picture, as lists of batches.
 
@@ -35,7 +35,7 @@ def losses_of(
 
 
 def held_out_losses(
-    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu"
+    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, fuse: Fuse = decoupled, device: str = "cpu"
 ) -> dict[str, float]:
     """Return the mean loss with the right picture, and its increase with the null image and with another picture."""
     losses = losses_of(unet, adapter, schedule, pairs, fuse, device)
@@ -43,7 +43,7 @@ def held_out_losses(
     return {"held_out": right, "gain_zero": null - right, "gain_shuffled": wrong - right}
 
 
-def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, device: str) -> str:
+def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, device: str) -> str:
     """Write a sentence about whether the adapter learned.
 
     It did if the right picture lowers the held-out loss by more than twice the standard error over pictures. If there are few
@@ -60,7 +60,9 @@ def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, de
     )
 
 
-def check_gates(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: Pairs, fuse: Fuse = decoupled, device: str = "cpu") -> None:
+def check_gates(
+    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, fuse: Fuse = decoupled, device: str = "cpu"
+) -> None:
     """Raise `GateError` if an adapter cannot be trained as it should.
 
     At scale 0, the output must equal that of the base model bit for bit. Every trainable tensor must get a gradient, and no frozen

@@ -1,8 +1,7 @@
 """The training loop: seeded and resumable.
 
-All random numbers of step s come from (seed, s). Several processes (train/processes.py) share the batches of a step and take the numbers
-of their rows; the first process validates and writes. A run that is stopped and resumed gives bit-identical results on the same machine
-with the same number of threads. On a GPU the results are close, but not bit-identical.
+All random numbers of step s come from (seed, s). Several processes (train/processes.py) share the batches of a step; the first one
+validates and writes. A run that is stopped and resumed gives bit-identical results on the same machine with as many threads (a GPU: close).
 """
 
 from __future__ import annotations
@@ -13,15 +12,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from checkpoints.files import check_output, replacing
 from train import checkpoint, processes
+from train.clock import Clock
 from train.data import Data, Shared, stream
+from train.display import Display, bar, shown
 from train.errors import Damaged, Interrupted
 from train.fingerprint import fingerprint
 from train.interrupt import Interrupt
@@ -85,19 +85,21 @@ def autocast(plan: Plan) -> torch.autocast:
 class _Training(Generic[T]):
     """The state of a run: the module, its optimizer and EMA, and the log. Loads and saves itself."""
 
-    def __init__(self, plan: Plan, module: nn.Module, loss: Loss[T], folder: Path, made_from: Mapping[str, Any]) -> None:
-        self.plan, self.module = plan, module
+    def __init__(
+        self, plan: Plan, module: nn.Module, loss: Loss[T], folder: Path, made_from: Mapping[str, Any], display: Display
+    ) -> None:
+        self.plan, self.module, self.display = plan, module, display
         self.team = processes.team()
         parts = {"parts": self.team.parts} if self.team.parts else {}
         self.made_from = {**asdict(plan), **made_from, **parts, "first weights": fingerprint(module)}
         self.state_file, self.log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
-        settings = plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan)
-        self.run_step = step_of(self.team, plan.device, module, loss, *settings)
+        self.run_step = step_of(self.team, plan.device, module, loss, plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan))
         self.kept = copy.deepcopy(module) if plan.ema else module
-        self.step, self.seconds, self.log, self.unread = 0, 0.0, list[dict[str, Any]](), list[Values]()
+        self.step, self.log, self.unread, self.clock = 0, list[dict[str, Any]](), list[Values](), Clock()
         self._load()
         processes.check_same({**self.made_from, "states": self.step})
-        self.began = self.saved = time.monotonic()
+        self.saved = time.monotonic()
+        display.start(folder, plan.name, self.step)
 
     def _load(self) -> None:
         checkpoint.refuse_other(self.state_file, self.made_from)
@@ -107,7 +109,7 @@ class _Training(Generic[T]):
             checkpoint.restore(self.module, state["module"])
             checkpoint.restore(self.kept, state["kept"])
             self.run_step.restore(state["optimizer"])
-            self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+            self.step, self.clock, self.log = state["step"], Clock(state["seconds"]), state["log"]
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise Damaged(self.state_file, str(error).partition("\n")[0]) from None
 
@@ -118,22 +120,19 @@ class _Training(Generic[T]):
         if self.team.rank:
             return
         states = {"module": checkpoint.changing(self.module), "kept": checkpoint.changing(self.kept)}
-        progress = {"made_from": self.made_from, "step": self.step, "seconds": self.elapsed(), "log": self.log}
-        optimizer = self.run_step.optimizer.state_dict()
-        checkpoint.save(self.state_file, {**progress, **states, "optimizer": optimizer})
+        progress = {"made_from": self.made_from, "step": self.step, "seconds": self.clock.elapsed(), "log": self.log}
+        checkpoint.save(self.state_file, {**progress, **states, "optimizer": self.run_step.optimizer.state_dict()})
         with replacing(self.log_file) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in self.log))
-
-    def elapsed(self) -> float:
-        """Return the seconds of training so far, including those before a restart."""
-        return self.seconds + time.monotonic() - self.began
 
     def advance(self, batches: Iterator[T]) -> None:
         """Run one step. On a CPU, raises `Diverged` before the weights change."""
         plan, parts = self.plan, range(self.step * self.plan.accumulate, (self.step + 1) * self.plan.accumulate)
         seeds, lr = [hashed(plan.seed, part) for part in parts], plan.lr * plan.rate(self.step)
-        own = [next(batches) for _ in self.team.shares for _ in parts]
-        values = self.run_step(own, seeds, lr, f"{plan.name}, step {self.step + 1}")
+        with self.clock.step(plan.batch * plan.accumulate):
+            with self.clock.waiting():
+                own = [next(batches) for _ in self.team.shares for _ in parts]
+            values = self.run_step(own, seeds, lr, f"{plan.name}, step {self.step + 1}")
         if self.kept is not self.module:
             move_towards(self.kept, self.module, 1 - min(plan.ema, (1 + self.step) / (10 + self.step)))
         self.step += 1
@@ -147,18 +146,15 @@ class _Training(Generic[T]):
         for step, values in enumerate(numbers(self.unread), start=first):
             check_finite(values, f"{self.plan.name}, step {step + 1}")
             self.log.append({"step": step + 1, "lr": self.plan.lr * self.plan.rate(step), **values})
+            self.display.row(self.log[-1])
         self.unread.clear()
         return self.log[-1]
 
-    def bar(self) -> tqdm[NoReturn]:
-        """Return the progress bar, which only the first process shows."""
-        total, hidden = self.plan.steps, self.team.rank > 0
-        return tqdm(total=total, initial=self.step, desc=self.plan.name, dynamic_ncols=True, disable=hidden)
-
-    def shown(self) -> dict[str, str]:
-        """Return the numbers of the last row, for the progress bar."""
-        row = self.log[-1] if self.log else {}
-        return {k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "lr", "seconds")}
+    def measure(self, measured: dict[str, float]) -> None:
+        """Add the clock and what validation measured to the last row."""
+        more = self.clock.row() | measured
+        self.read().update(more)
+        self.display.row({"step": self.step, **more})
 
 
 def run(
@@ -171,32 +167,33 @@ def run(
     workers: int = 1,
     until: int | None = None,
     made_from: Mapping[str, Any] | None = None,
+    display: Display | None = None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Train the parameters of `module` that require gradients. Return the module to keep (the EMA, if there is one) and the log.
 
     `loss(batch, generator)` returns named scalars and minimises "loss"; `validate(module)` returns named numbers. State and log
     are kept in `folder`. If a state exists there, the run resumes from it, provided that the plan, the initial weights of `module`
     and the inputs named in `made_from` are the same. With `until`, stop after that many steps of the plan.
-
     Raises `Interrupted` after saving the state, `Diverged` before the weights change (on a GPU: before they are saved), `OtherRun`
     if the state belongs to another run, and `Damaged` if it cannot be read.
     """
     check_output(folder / f"{plan.name}.pt")
-    training, end = _Training(plan, module, loss, folder, made_from or {}), plan.steps if until is None else until
-    shared, first = Shared(data, training.team.shares, plan.accumulate), training.team.rank == 0
+    first, end = processes.team().rank == 0, plan.steps if until is None else until
+    training = _Training(plan, module, loss, folder, made_from or {}, display if display and first else Display())
+    shared = Shared(data, training.team.shares, plan.accumulate)
     batches = stream(shared, range(training.step * shared.each, end * shared.each), workers)
-    with Interrupt() as interrupt, training.bar() as bar:
+    with Interrupt() as interrupt, bar(plan.name, plan.steps, training.step, not first) as progress:
         while training.step < end:
             training.advance(batches)
             done, last = training.step, training.step == end
             if last or done % plan.validate_every == 0:
-                training.read().update(seconds=training.elapsed(), **(validate(training.kept) if first else {}))
-            bar.set_postfix(training.shown(), refresh=False)
-            bar.update()
+                training.measure(validate(training.kept) if first else {})
+            training.display.step(training.kept, done)
+            progress.set_postfix(shown(training.log), refresh=False)
+            progress.update()
             stopped = processes.agreed(interrupt.signal_number)
             if last or stopped or done % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
                 training.save()
             if stopped and not last:
-                message = f"{plan.name}: stopped after step {done}; the same command resumes the run"
-                raise Interrupted(message, stopped)
+                raise Interrupted(f"{plan.name}: stopped after step {done}; the same command resumes the run", stopped)
     return training.kept, training.log

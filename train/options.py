@@ -58,9 +58,7 @@ def power_of_two(text: str) -> int:
 
 def add_settings(p: argparse.ArgumentParser) -> None:
     """Add the options that all stages share."""
-    files = p.add_argument_group("files")
-    files.add_argument("--state", type=Path, help="folder for the states, caches and logs of runs (default: runs)")
-    files.add_argument("--weights", type=Path, help="folder for the trained weights (default: weights)")
+    add_state(p).add_argument("--weights", type=Path, help="folder for the trained weights (default: weights)")
     group = p.add_argument_group("settings", "These override the settings of the stage.")
     group.add_argument("--steps", type=at_least(1), help="number of optimizer steps in each phase")
     group.add_argument(
@@ -77,26 +75,51 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scale", type=at_least(1), default=1, help="multiply the batch and divide the steps by this, for a GPU (default: 1)"
     )
-    machine = p.add_argument_group("machine")
-    machine.add_argument("--device", default="cpu", help="device to train on, such as cuda (default: cpu)")
+    machine = add_device(p)
     machine.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast; keep the frozen base of an adapter in bfloat16")
 
 
-def add_source(p: argparse.ArgumentParser) -> None:
-    """Add the options of the stages adapter and plus."""
+def add_state(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    files = p.add_argument_group("files")
+    files.add_argument("--state", type=Path, help="folder for the states, caches and logs of runs (default: runs)")
+    return files
+
+
+def add_device(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    machine = p.add_argument_group("machine")
+    machine.add_argument("--device", default="cpu", help="device to train on, such as cuda (default: cpu)")
+    return machine
+
+
+def add_data(p: argparse.ArgumentParser, required: bool = False) -> argparse._ArgumentGroup:
+    """Add the options that name a user's pictures and a base model. Return the group of the base model."""
     data = p.add_argument_group("your own pictures")
     data.add_argument(
         "--data",
         type=Path,
-        help='a folder of pictures with a .txt caption beside each, or a JSON list [{"image_file": ..., "text": ...}]; '
+        required=required,
+        help="a folder of pictures with a .txt caption beside each, a folder of .tar shards as webdataset writes them, or a JSON list "
+        '[{"image_file": ..., "text": ...}]; '
         "the adapter is then written to out/adapter, and the state to runs/NAME",
     )
+    data.add_argument("--skip-broken", action="store_true", help="leave out pictures and captions that cannot be read, and count them")
     data.add_argument("--side", type=at_least(1), help="size of the training pictures (default: that of the base model)")
-    world = p.add_argument_group("mini world")
-    world.add_argument("--pictures", type=at_least(1), help="pictures of the mini world to train on (default: 60,000)")
     base = p.add_argument_group("base model")
     base.add_argument("--base", type=Path, help="base model, a file or a folder (default: the mini weights)")
     base.add_argument("--image-encoder", type=Path, help="image encoder, a file or a folder (default: the one in the base folder)")
+    return base
+
+
+def add_source(p: argparse.ArgumentParser) -> None:
+    """Add the options of the stages adapter and plus."""
+    base = add_data(p)
+    base.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: slower, but saves memory")
+    show = p.add_argument_group("what is shown")
+    sheets = "with --data: steps between two sheets of drawings (default: 0, none)"
+    show.add_argument("--preview-every", type=at_least(1), default=0, help=sheets)
+    show.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too, to `tensorboard` in the state folder")
+    world = p.add_argument_group("mini world")
+    world.add_argument("--pictures", type=at_least(1), help="pictures of the mini world to train on (default: 60,000)")
     base.add_argument("--from", dest="start", type=Path, metavar="FILE", help="start from this trained adapter")
     loss = p.add_argument_group("loss", "The paper uses neither.")
     loss.add_argument("--min-snr", type=rate, metavar="GAMMA", help="min-SNR weights (default: none; mini world: 1)")
@@ -112,7 +135,16 @@ def add_source(p: argparse.ArgumentParser) -> None:
         help="compute a batch in so many parts, a power of two (default: 8), and sum them in a binary tree: "
         "then 1, 2, 4, ... processes train the same weights to the last bit",
     )
-    base.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: slower, but saves memory")
+
+
+def add_cache(p: argparse.ArgumentParser) -> None:
+    """Add the options of `cache`, and default values for those that it lacks."""
+    add_state(p)
+    add_data(p, required=True)
+    p.add_argument("--for", dest="reader", choices=ADAPTERS, default="adapter", help="stage that will read the pictures (default: adapter)")
+    add_device(p)
+    p.set_defaults(**dict.fromkeys(("weights", "pictures", "start", "min_snr")), noise_offset=0.0, deterministic=0)
+    p.set_defaults(bf16=False, checkpointing=False, preview_every=0, tensorboard=False)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -126,5 +158,8 @@ def parser(description: str) -> argparse.ArgumentParser:
             add_source(stage)
         else:
             nothing = ("data", "pictures", "side", "base", "image_encoder", "start", "min_snr")
-            stage.set_defaults(**dict.fromkeys(nothing), checkpointing=False, noise_offset=0.0, deterministic=0)
+            stage.set_defaults(**dict.fromkeys(nothing), checkpointing=False, skip_broken=False, noise_offset=0.0, deterministic=0)
+            stage.set_defaults(preview_every=0, tensorboard=False)
+    encodes = "encode your own pictures ahead of training, and store the result in the state folder"
+    add_cache(stages.add_parser("cache", help=encodes, description=f"{encodes.capitalize()}."))
     return p

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.features import Features
-from train.data import mapped
+from train.data import Cached, Data, mapped
 from train.randomness import draw_normal
 
 
@@ -44,9 +45,33 @@ class Batch:
         return self.mean + self.std * draw_normal(self.mean, generator)
 
 
+class EncodedPairs(ABC):
+    """Encoded picture-text pairs. `width` is that of the adapter's input."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def at(self, rows: Tensor) -> Batch:
+        """Return the pairs at `rows`, in float32."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int: ...
+
+    def batches(self, size: int, seed: int) -> Data[Batch]:
+        """Return endless shuffled batches."""
+        return Cached(self, size, seed)
+
+    def parts(self, device: str = "cpu", size: int = 64) -> Iterator[Batch]:
+        """Yield all pairs in order, on a device, in parts of nearly equal size, at most `size`."""
+        for rows in torch.arange(len(self)).tensor_split(-(-len(self) // size)):
+            yield self.at(rows).to(device)
+
+
 @dataclass(frozen=True)
-class Pairs:
-    """All encoded pairs, in memory in half precision.
+class Pairs(EncodedPairs):
+    """Pairs in memory, in half precision.
 
     `texts`: `m 77 c`, the text tokens of the distinct captions, the empty caption first. `caption`: `n`, each picture's row in
     `texts`. `features`: the adapter's input, one picture each, or None if there is no adapter.
@@ -72,7 +97,7 @@ class Pairs:
         features = self.features and Features(self.features.pictures[rows].float(), self.features.null.float())
         return Batch(self.mean[rows].float(), self.std[rows].float(), text, empty, features)
 
-    def parts(self, device: str = "cpu", size: int = 64) -> Iterator[Batch]:
-        """Yield all pairs in order, on a device, in parts of nearly equal size, at most `size`."""
-        for rows in torch.arange(len(self)).tensor_split(-(-len(self) // size)):
-            yield self.at(rows).to(device)
+    @property
+    def width(self) -> int:
+        assert self.features is not None
+        return self.features.pictures.shape[-1]

@@ -20,11 +20,11 @@ from model.adapter import IPAdapter
 from model.features import FINE, GLOBAL
 from train import adapter
 from train.adapter import Outcome, Recipe
-from train.data import Cached, Data
+from train.data import Data
 from train.fingerprint import fingerprint
 from train.loop import Plan, run
 from train.loss import drops
-from train.pairs import Batch, Pairs
+from train.pairs import Batch, EncodedPairs
 from train.setting import Setting, TrainingSource, encode
 
 RATE = 3e-4  # at 1e-3 a Resampler forgets its initialisation
@@ -49,8 +49,8 @@ def initialise_from(
     known: IPAdapter,
     plus: IPAdapter,
     plan: Plan,
-    embeddings: tuple[Pairs, Pairs | None],
-    features: tuple[Pairs, Pairs | None],
+    embeddings: tuple[EncodedPairs, EncodedPairs | None],
+    features: tuple[EncodedPairs, EncodedPairs | None],
     folder: Path,
     made_from: dict[str, Any] | None = None,
 ) -> None:
@@ -82,7 +82,7 @@ def initialise_from(
             own, goal = tokens(batch, torch.zeros(len(rows), dtype=torch.bool, device=plan.device))
         return {"explained": 1 - float(F.mse_loss(own, goal) / goal.var(dim=0, correction=0).mean())}
 
-    data = _PairedData(*(Cached(pairs[0], plan.batch, plan.seed) for pairs in (embeddings, features)))
+    data = _PairedData(*(pairs[0].batches(plan.batch, plan.seed) for pairs in (embeddings, features)))
     made_from = {**(made_from or {}), "adapter that Plus begins as": fingerprint(known)}
     run(plan, plus.image_projection, data, loss, validate, folder, 0, made_from=made_from)
 

@@ -1,14 +1,23 @@
-"""Draw fixed prompts at every validation, because the loss alone does not show the quality of the pictures."""
+"""Draw fixed prompts during training, because the loss alone does not show the quality of the pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import nn
 
+from checkpoints.files import replacing
+from model.adapter import IPAdapter
 from sampling.images import to_images
 from sampling.pipeline import Pipeline
+from train.album import Album
+from train.display import Draw
 from train.world import World, caption, pictures
 
 ROWS, COLUMNS = 4, 8
@@ -40,3 +49,23 @@ def draw_image_prompts(pipeline: Pipeline, path: Path) -> None:
         drawn = pipeline.sample(text, [0, 1, 0, 0, 0, 0], pipeline.embed([prompt]), scale=lam, guidance=4.0, steps=12)
         cells += [prompt, *to_images(drawn)]
     _grid(cells, 1 + len(scales)).save(path)
+
+
+def own_pictures(pipeline: Pipeline, files: Album, precision: Callable[[], AbstractContextManager[Any]]) -> Draw:
+    """Return a function that draws a sheet with an adapter, in this precision.
+
+    A row shows one of the first pictures: the image prompt, two variations, and a drawing with its caption at lambda 0.6.
+    """
+
+    def draw(adapter: nn.Module, path: Path) -> None:
+        assert isinstance(adapter, IPAdapter)
+        cells, (height, width), own = list[Image.Image](), pipeline.native_size, replace(pipeline, adapters=(adapter,))
+        for i in range(min(ROWS, len(files))):
+            prompt, lam = files[i].open(), torch.tensor([1.0, 1.0, 0.6]).view(-1, 1, 1, 1)
+            with precision():
+                drawn = own.sample(["", "", files[i].text], [0, 1, 0], own.embed([prompt]), scale=lam, steps=20)
+            cells += [ImageOps.fit(prompt, (width, height)), *to_images(drawn)]
+        with replacing(path) as part:
+            _grid(cells, 4).save(part, "PNG")
+
+    return draw

@@ -18,10 +18,12 @@ from sampling.loading import load
 from sampling.pipeline import Pipeline
 from sampling.request import WEIGHTS
 from train import processes
-from train.captioned import Captioned, captioned_files, split, summary
-from train.encode import FilePictures, WorldPictures
+from train.album import Album
+from train.captioned import captioned_files, split, summary
+from train.encode import WorldPictures
+from train.file_pairs import FilePictures
 from train.fingerprint import digest, fingerprint
-from train.pairs import Pairs
+from train.pairs import EncodedPairs
 from train.unet import HELD_OUT, PICTURES
 from train.world import Says
 
@@ -29,15 +31,16 @@ SAYS = Says(0.5, 0.9, 0.7, 0.7)  # captions of the mini world: the text names th
 TOKENS, FINE_TOKENS, DEPTH = 4, 16, 4  # DEPTH: layers of Plus; diffusers supports only 4
 MINI_DEPTH, GAMMA = 2, 1.0  # layers of Plus, and gamma of the min-SNR weights, in the mini world
 PictureSets = tuple[WorldPictures | FilePictures, WorldPictures | FilePictures]
-FileSplit = tuple[list[Captioned], list[Captioned]]
+FileSplit = tuple[Album, Album]
 
 
 @dataclass(frozen=True)
 class TrainingSource:
     """The files to train on, and the size and precision of the base.
 
-    `data`: a user's pictures, or None for the mini world. `reads`: how the adapter reads them; fine features are for Plus (Figure 11).
-    `start`: a trained adapter to start from. `gamma`, `noise_offset`: see `Setting`.
+    `data`: a user's pictures, or None for the mini world. `skip_broken`: leave out those that cannot be read. `reads`: how the adapter
+    reads them; fine features are for Plus (Figure 11).
+    `start`: a trained adapter to start from. `gamma`, `noise_offset`: see `Setting`. `preview_every`, `tensorboard`: see `Display`.
     """
 
     base: Path = WEIGHTS
@@ -49,8 +52,11 @@ class TrainingSource:
     base_dtype: torch.dtype = torch.float32
     checkpointing: bool = False
     start: Path | None = None
+    skip_broken: bool = False
     gamma: float | None = None
     noise_offset: float = 0.0
+    preview_every: int = 0
+    tensorboard: bool = False
 
     def pipeline(self, device: str) -> Pipeline:
         """Load the frozen base and its image encoder. Raises ValueError if an adapter cannot be trained on them."""
@@ -77,11 +83,14 @@ class TrainingSource:
             raise ValueError(f"{self.start} is {kind}: continue it with `python -m train {stage}`")
         return kind
 
-    def files(self) -> FileSplit | None:
-        """Check a user's pictures and split them into (training, held out). Returns None for the mini world."""
+    def files(self, folder: Path) -> FileSplit | None:
+        """Check a user's pictures and split them into (training, held out). Returns None for the mini world.
+
+        The indices of shards are kept in the state `folder`.
+        """
         if self.data is None:
             return None
-        train, held_out = split(captioned_files(self.data))
+        train, held_out = split(captioned_files(self.data, folder / "cache", self.skip_broken))
         print(summary(self.data, train, held_out))
         return train, held_out
 
@@ -99,8 +108,8 @@ class Setting:
     """What all adapters of an experiment share: the frozen base, the training pairs, and the held-out pairs, if any."""
 
     pipeline: Pipeline
-    pairs: Pairs
-    held_out: Pairs | None
+    pairs: EncodedPairs
+    held_out: EncodedPairs | None
     gamma: float | None = None  # of the min-SNR weights; the paper uses none
     noise_offset: float = 0.0  # see `loss.noised`; the paper uses none
     reads: Embedder = GLOBAL
@@ -112,8 +121,7 @@ class Setting:
 
         The weights come from torch's global generator, so call this inside `seeded`.
         """
-        assert self.pairs.features is not None
-        unet, feature_width = self.pipeline.unet, self.pairs.features.pictures.shape[-1]
+        unet, feature_width = self.pipeline.unet, self.pairs.width
         width = unet.config.context_dim
         if self.reads == FINE:
             heads = max(1, width // HEAD)
@@ -137,7 +145,7 @@ def made_from(pipeline: Pipeline, source: TrainingSource, sets: PictureSets) -> 
     return {**data_identity(sets), **identity, "--from": sha256(source.start) if source.start else "nothing"}
 
 
-def encode(pipeline: Pipeline, sets: PictureSets, folder: Path, reads: Embedder) -> tuple[Pairs, Pairs | None]:
+def encode(pipeline: Pipeline, sets: PictureSets, folder: Path, reads: Embedder) -> tuple[EncodedPairs, EncodedPairs | None]:
     """Encode the training pairs and the held-out ones, if any, or read them from the cache in `folder`."""
     parts, (train, held) = (pipeline.vae, pipeline.text, pipeline.image, folder / "cache", reads), sets
     return train.pairs(*parts), held.pairs(*parts) if len(held) else None
@@ -155,7 +163,7 @@ def prepare(
     `check` is called with the fingerprints of all inputs before anything is encoded; it may raise an error to stop. Raises ValueError
     if several processes read different inputs.
     """
-    files = source.files()
+    files = source.files(folder)
     pipeline = source.pipeline(device)
     sets = source.picture_sets(files, pipeline.native_size[0], says)
     identity = made_from(pipeline, source, sets)

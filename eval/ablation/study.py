@@ -134,18 +134,17 @@ class Workspace:
 
     def bench(self, study: Study, split: str = "test") -> Bench:
         """Build the bench that draws and scores a set of prompts. For a user's pictures, the prompts are the held-out pictures."""
-        return _bench_once(self.source, self.scorer, study, split)
+        return _bench_once(self.source, self.scorer, study, split, self.state)
 
     def fingerprinted(self, study: Study) -> Workspace:
         """Return a copy with `made_from` set: fingerprints of the weights, the data, the scorer and the source files, and the settings."""
         bench = self.bench(study)
         parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")} | {"judge": bench.judge}
-        data = None if self.source.data is None else captioned_files(self.source.data)
-        entries = [[file.digest, file.text] for file in data or []]
-        digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:8] if data else self.source.pictures
+        own = self.source.data
+        data = self.source.pictures if own is None else captioned_files(own, self.state / "cache").made_from()
         weights = {name: fingerprint(part) for name, part in parts.items() if part is not None}
         settings = {key: value for key, value in asdict(study).items() if key not in SIZES}
-        made_from = {**weights, "data": digest, "scorer": bench.scorer.name, "source": source_hash(), "settings": settings}
+        made_from = {**weights, "data": data, "scorer": bench.scorer.name, "source": source_hash(), "settings": settings}
         return replace(self, made_from=json.loads(json.dumps(made_from)))
 
     def setting(self, study: Study) -> Setting:
@@ -168,9 +167,9 @@ def made_on(device: str) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=len(SPLITS))  # per process
-def _bench_once(source: TrainingSource, scorer: str, study: Study, split_name: str) -> Bench:
+def _bench_once(source: TrainingSource, scorer: str, study: Study, split_name: str, state: Path) -> Bench:
     if split_name != "test":
-        bench = _bench_once(source, scorer, study, "test")
+        bench = _bench_once(source, scorer, study, "test", state)
         n = study.prompts * (2 if split_name == "confirm" else 1)
         return bench if source.data else replace(bench, prompts=Prompts.of_the_world(n, SPLITS[split_name]))
     pipeline, judge = load(source.base, (), source.image_encoder, device=study.device), None
@@ -178,8 +177,8 @@ def _bench_once(source: TrainingSource, scorer: str, study: Study, split_name: s
         prompts = Prompts.of_the_world(study.prompts, SPLITS[split_name])
         judge = load_judge(source.base / "judge.safetensors").to(study.device)
     else:
-        held_out = split(captioned_files(source.data))[1][: study.prompts]
-        prompts = Prompts.of_files([(file.path, file.text) for file in held_out], pipeline.native_size[0])
+        held_out = split(captioned_files(source.data, state / "cache"))[1]
+        prompts = Prompts.of_files([held_out[i] for i in range(min(study.prompts, len(held_out)))], pipeline.native_size[0])
     return Bench(pipeline, prompts, clip_score.find(scorer, study.device), judge, study.draw_steps, study.guidance)
 
 

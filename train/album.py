@@ -1,0 +1,90 @@
+"""Pictures with captions, as sequences that need not fit in memory."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sampling.images import decode_image, open_image
+from train.fingerprint import digest
+
+
+class Member(NamedTuple):
+    """A file inside a tar file: its name, and where its bytes are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A picture, its captions (at least one), and `key`, the hash of its bytes. It is a file, or a `member` of the tar file `path`."""
+
+    path: Path
+    texts: tuple[str, ...]
+    key: int
+    member: Member | None = None
+
+    @property
+    def text(self) -> str:
+        """Return the first caption."""
+        return self.texts[0]
+
+    def open(self) -> Image.Image:
+        """Open the picture as upright 8-bit RGB. Raises ValueError, naming the file, if it is not a picture."""
+        if self.member is None:
+            return open_image(self.path)
+        with open(self.path, "rb") as file:
+            file.seek(self.member.offset)
+            return decode_image(BytesIO(file.read(self.member.size)), f"{self.path}: {self.member.name}")
+
+
+class Album(Sequence[Captioned]):
+    """Pictures with captions. `broken` is the number of pictures that were left out because they cannot be read."""
+
+    broken: int
+
+    @property
+    @abstractmethod
+    def keys(self) -> Tensor:
+        """Return the keys of all pictures, `n`."""
+
+    @abstractmethod
+    def chosen(self, rows: Tensor) -> Album:
+        """Return the album of the pictures at `rows`, in that order."""
+
+    @abstractmethod
+    def made_from(self) -> dict[str, str]:
+        """Return hashes that identify the pictures and the captions."""
+
+
+class Listed(Album):
+    """An album in memory."""
+
+    def __init__(self, files: Sequence[Captioned], broken: int = 0) -> None:
+        self.files, self.broken = files, broken
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Captioned:  # type: ignore[override]
+        return self.files[i]
+
+    @property
+    def keys(self) -> Tensor:
+        return torch.tensor([file.key for file in self.files], dtype=torch.int64)
+
+    def chosen(self, rows: Tensor) -> Listed:
+        return Listed([self.files[i] for i in rows.tolist()], self.broken)
+
+    def made_from(self) -> dict[str, str]:
+        return {"pictures": digest(self.keys.tolist()), "captions": digest([file.texts for file in self.files])}

@@ -1,0 +1,108 @@
+"""A user's pictures and captions, encoded for the UNet and the adapter.
+
+Latents and features are encoded once and stay on disk (train/store.py). Captions are encoded when a batch is read: stored, their tokens
+would take more space than everything else, and encoding them takes less than one percent of the time of a step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.features import GLOBAL, Embedder, Features
+from model.image_encoder import ImageEncoder, centre_square
+from model.text_encoder import Text
+from model.vae import VAE
+from train.album import Album
+from train.data import Cached, Data, Files
+from train.encode import encode_texts, features, latents
+from train.pairs import Batch, EncodedPairs
+from train.randomness import Share, generator
+from train.store import Rows
+
+
+@dataclass(frozen=True)
+class FilePairs(EncodedPairs):
+    """Encoded pairs on disk.
+
+    `mean`, `std`: `n c h w`. `read`: the adapter's input, `n m e`, and `null`: that of the null image, `1 1 m e`; or None without an
+    adapter. `text` encodes the captions of `files`, on its device.
+    """
+
+    files: Album
+    mean: Rows
+    std: Rows
+    read: Rows | None
+    null: Tensor | None
+    text: Text
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def at(self, rows: Tensor, picks: Sequence[int] = ()) -> Batch:
+        """Return the pairs at `rows`, in float32. Of n captions, take number pick mod n, or the first without `picks`."""
+        captions = [self.files[row].texts for row in rows.tolist()]
+        chosen = [texts[pick % len(texts)] for texts, pick in zip(captions, picks or [0] * len(captions), strict=True)]
+        with warnings.catch_warnings(action="ignore"):  # about words that the vocabulary lacks, in every batch
+            texts, caption = encode_texts(self.text, chosen)
+        read = None
+        if self.read is not None and self.null is not None:
+            read = Features(self.read[rows][:, None].float(), self.null.float())
+        return Batch(self.mean[rows].float(), self.std[rows].float(), texts[caption].float(), texts[0].float(), read)
+
+    @property
+    def width(self) -> int:
+        assert self.read is not None
+        return self.read.shape[-1]
+
+    def batches(self, size: int, seed: int) -> Data[Batch]:
+        return Picked(self, size, seed)
+
+
+@dataclass(frozen=True)
+class Picked(Cached[Batch]):
+    """Shuffled batches. If a picture has several captions, one is drawn, from the seed, the step and the position in the batch."""
+
+    pool: FilePairs
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        rows, g = self.rows(step), generator(self.seed + 2, step)
+        share, picks = Share(rank, world_size).rows(len(rows)), torch.randint(1 << 32, (len(rows),), generator=g)
+        return self.pool.at(rows[share], picks[share].tolist())
+
+
+@dataclass(frozen=True)
+class FilePictures:
+    """A user's pictures: resize the short side to `side`, then crop the centre, as in the paper."""
+
+    files: Album
+    side: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def pairs(self, vae: VAE, text: Text, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> FilePairs:
+        """Encode the pictures that are not in the cache, one at a time. Without an `image` encoder, there are no features."""
+
+        def square(picture: Image.Image) -> Tensor:
+            resized = centre_square(picture, self.side, Image.Resampling.BILINEAR)
+            return torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+        keys = self.files.keys
+        mean, std = latents(vae, Files(self.files, square), keys, folder, str(self.side))
+        read, null = None, None
+        if image is not None:
+            read, null = features(image, Files(self.files, image.preprocess), keys, folder, reads)
+        text.tokenize([self.files[i].text for i in range(min(1000, len(self)))])  # warns of words that the vocabulary lacks
+        return FilePairs(self.files, mean, std, read, null, text)
+
+    def made_from(self) -> dict[str, str]:
+        """Return hashes that identify the pictures and captions."""
+        return {**self.files.made_from(), "side": str(self.side)}
