@@ -66,8 +66,8 @@ def load(
             copy_weights(part)
         part.to("cpu" if low_memory else device)
     schedule = replace(schedule, prediction=base.unet.config.prediction)
-    autoencoder = in_strips(base.vae) if low_memory else base.vae
-    return Pipeline(base.unet, autoencoder, base.text, schedule, image, adapters, networks, device if low_memory else None)
+    pipeline = Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks)
+    return replace(pipeline, vae=in_strips(base.vae), visits=device) if low_memory else pipeline
 
 
 def open_all(adapters: Sequence[Path], controls: Sequence[Path | str], loras: Sequence[Path | str]) -> None:
