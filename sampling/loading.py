@@ -45,9 +45,8 @@ def load(
 
     The first three files may be names in the Hugging Face cache (`checkpoints.hub.locate`). By default the folder's own `image_encoder`
     and `ip_adapter` are used, if they exist. `prediction` overrides what the files say about the UNet; `vae` replaces the model's own;
-    `loras` and `face_lora_scale` are as in `with_loras`. Weights of the requested dtype stay mapped from their files; `copy` copies
-    them, for files that may be overwritten in use. `low_memory` keeps one network at a time on the device, and computes the VAE of large
-    pictures in strips. Raises OSError if files are missing, and ValueError if they do not fit together.
+    `loras` and `face_lora_scale` are as in `with_loras`. `copy` copies weights that would stay mapped from their files, which may then be
+    overwritten. `low_memory` keeps one network at a time on the device. Raises OSError if files are missing, ValueError if they don't fit.
     """
     checkpoint = locate(Path(checkpoint))
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)
