@@ -91,7 +91,7 @@ def save_text(text: TextEncoder, folder: Path, dtype: torch.dtype | None = None)
     config = text.config
     if config.vocabulary or config.skip or not config.final_norm:
         raise ValueError(
-            "transformers has no text encoder with a reduced vocabulary, or that leaves out its last layers: convert it without --diffusers"
+            "transformers has no text encoder with a reduced vocabulary, or that leaves out its last layers, so diffusers can't use it"
         )
     kind = "CLIPTextModelWithProjection" if config.output_dim else "CLIPTextModel"
     rest = {"vocab_size": config.vocab_size, "max_position_embeddings": config.context_length, "bos_token_id": START, "eos_token_id": END}
