@@ -1,9 +1,9 @@
 """Inspect, convert and compare files of weights.
 
   python weights_convert.py inspect FILE              describe a file
-  python weights_convert.py convert SOURCE TARGET     convert an adapter to the official .safetensors file, or a base model to a
-                                                      folder in this project's own format
-  python weights_convert.py convert --diffusers UNET TARGET     convert a UNet, ControlNet or T2I-Adapter to a diffusers folder
+  python weights_convert.py convert SOURCE TARGET     convert an adapter to the official .safetensors or .bin file, or a base model
+                                                      to a folder in this project's own format
+  python weights_convert.py convert --diffusers SOURCE TARGET     convert a base model, or a network of one, to a diffusers folder
   python weights_convert.py verify A B                compare two checkpoints of any layout, tensor by tensor
 
 How the layouts correspond (the full tables are in checkpoints/names.py; tests/test_names.py checks that each is a bijection):
@@ -56,15 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     description = "Convert an adapter to the official layout; a base model, one of its networks or a control to this project's format."
     c = commands.add_parser("convert", help="convert weights to another layout", description=description)
     c.add_argument("source", type=Path, help="a file or folder of weights")
-    c.add_argument("target", type=Path, help="TARGET.safetensors, or a folder for a base model")
+    c.add_argument("target", type=Path, help="TARGET.safetensors (an adapter also TARGET.bin), or a folder")
     c.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: keep the dtype of each tensor")
     c.add_argument("--ema", action="store_true", help="use the EMA copy of the UNet in a single file")
-    c.add_argument(
-        "--diffusers",
-        action="store_true",
-        help="write a UNet, ControlNet or T2I-Adapter in diffusers' layout, config.json and diffusion_pytorch_model.safetensors, "
-        "to the folder TARGET (diffusers stores the prediction type, epsilon or v, in the config of the scheduler, not in this folder)",
+    about = "what the UNet predicts, for a single file of Stable Diffusion 2.x, which does not say it"
+    c.add_argument("--prediction", choices=("epsilon", "v"), help=about)
+    about = (
+        "write the folder TARGET that diffusers loads with from_pretrained: of a base model a whole pipeline, of a network or a control "
+        "its config.json and weights (then nothing says whether a UNet predicts epsilon or v: in diffusers the scheduler does)"
     )
+    c.add_argument("--diffusers", action="store_true", help=about)
     description = "Compare two checkpoints of any layout, tensor by tensor. Exits with 1 if they differ."
     v = commands.add_parser("verify", help="compare two checkpoints", description=description)
     v.add_argument("a", type=Path, help="a file or folder of weights")
@@ -98,9 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         if args.command == "convert":
-            convert(
-                args.source, args.target, getattr(torch, args.dtype) if args.dtype else None, args.ema, args.diffusers
-            )
+            dtype = getattr(torch, args.dtype) if args.dtype else None
+            convert(args.source, args.target, dtype, args.ema, args.diffusers, args.prediction)
             print("\n  ".join([str(args.target), *inspect(args.target)]))
         elif lines := verify(args.a, args.b):
             sys.exit("\n".join(lines))

@@ -87,7 +87,7 @@ def adapter_kind(file: File) -> str:
     if not any(name.startswith("image_proj.") for name in file):
         return kind if (kind := single_kind(file)) != "not a base model" else "not an adapter"
     if any(name.startswith("image_proj.perceiver_resampler.") for name in file):
-        return "IP-Adapter FaceID PlusV2" if "plusv2" in file.path.name.lower() else "IP-Adapter FaceID Plus"
+        return "IP-Adapter FaceID PlusV2" if is_plus_v2(file.path) else "IP-Adapter FaceID Plus"
     if "image_proj.latents" in file:
         over_a_face = "image_proj.proj_in.weight" in file and file.shape("image_proj.proj_in.weight")[1:] == (FACE_DIM,)
         return "IP-Adapter FaceID Portrait, unnorm" if over_a_face else "IP-Adapter Plus"
@@ -97,6 +97,11 @@ def adapter_kind(file: File) -> str:
         has_lora = any(re.match(_LORA, name) for name in file)
         return "IP-Adapter FaceID" if has_lora else "IP-Adapter FaceID Portrait"
     return "IP-Adapter" if "image_proj.proj.weight" in file else "not an adapter"
+
+
+def is_plus_v2(path: Path) -> bool:
+    """Whether the name of a FaceID Plus file says that it is PlusV2."""
+    return "plusv2" in path.name.lower()
 
 
 class _Shapes:

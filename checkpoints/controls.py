@@ -157,4 +157,4 @@ def save_control_diffusers(control: Control, folder: Path, dtype: torch.dtype | 
         config = configs.controlnet_diffusers(control.config)
     else:
         config = configs.t2i_diffusers(control.config)
-    write_diffusers(control, rows_of(control), config, folder, dtype)
+    write_diffusers(control, named(control.state_dict(), rows_of(control), 1), config, folder, dtype)

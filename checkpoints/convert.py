@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoints.adapters import adapter_file, problems
+from checkpoints.adapters import adapter_file, adapter_kind, is_plus_v2, problems
+from checkpoints.base import Base
 from checkpoints.cards import save
 from checkpoints.clip import load_image_encoder, load_text_encoder
 from checkpoints.controls import load_control, save_control_diffusers
 from checkpoints.describe import kind_of
+from checkpoints.diffusers_folder import save_image, save_pipeline, save_text, save_unet, save_vae
 from checkpoints.files import replacing_in, short_list, write_json, write_tensors
 from checkpoints.lora import open_lora
-from checkpoints.single_file import load_single
-from checkpoints.stable_diffusion import load_base, load_unet, load_vae, save_diffusers, scheduler_config
+from checkpoints.single_file import Prediction, load_single
+from checkpoints.stable_diffusion import load_base, load_unet, load_vae, scheduler_config
 
 _LOADERS: dict[str, Callable[..., nn.Module]] = {
     "unet": load_unet,
@@ -27,50 +29,78 @@ _LOADERS: dict[str, Callable[..., nn.Module]] = {
     "t2i": load_control,
 }
 _DIFFUSERS: dict[str, Callable[..., None]] = {
-    "unet": save_diffusers,
+    "unet": save_unet,
+    "vae": save_vae,
+    "text_encoder": save_text,
+    "image_encoder": save_image,
     "controlnet": save_control_diffusers,
     "t2i": save_control_diffusers,
 }
 
 
 def convert(
-    source: Path, target: Path, dtype: torch.dtype | None = None, ema: bool = False, diffusers: bool = False
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    ema: bool = False,
+    diffusers: bool = False,
+    prediction: Prediction | None = None,
 ) -> None:
     """Convert an adapter to the official layout, and a base model, one of its networks or a control to this project's format.
 
-    `ema`: use the EMA copy of the UNet in a single file. `diffusers`: write a UNet or a control as a diffusers folder.
-    `dtype=None` keeps every tensor bit for bit. Raises ValueError for invalid input, and OSError if the target cannot be
-    written. In both cases, existing files are unchanged.
+    `ema`: use the EMA copy of the UNet in a single file. `diffusers`: write a base model, network or control as a diffusers folder.
+    `prediction`: what the UNet of a base model predicts, where its files do not say it. `dtype=None` keeps every tensor bit for bit.
+    Raises ValueError for invalid input, and OSError if the target cannot be written. In both cases, existing files are unchanged.
     """
-    kind, card = kind_of(source), {"converted_from": source.name}
+    kind = kind_of(source)
+    _check(kind, source, target, ema, diffusers)
+    if kind == "adapter":
+        _convert_adapter(source, target, dtype)
+    elif kind == "base":
+        base = load_single(source, None, ema, prediction=prediction) if source.is_file() else load_base(source, None, prediction)
+        if diffusers:
+            save_pipeline(base, scheduler_config(source), target, dtype)
+        else:
+            _save_own(base, source, target, dtype)
+    elif diffusers:
+        _DIFFUSERS[kind](_LOADERS[kind](source, dtype=None), target, dtype)
+    else:
+        save(_LOADERS[kind](source, dtype=None), target, {"converted_from": source.name}, dtype)
+
+
+def _check(kind: str, source: Path, target: Path, ema: bool, diffusers: bool) -> None:
+    """Raise ValueError if the options or the kind of target do not fit the kind of source."""
     one_file = kind != "base" and not diffusers
-    if one_file and target.suffix != ".safetensors":
-        raise ValueError(f"{source} converts to one file: name TARGET.safetensors, not {target}")
+    ends = (".safetensors", ".bin") if kind == "adapter" else (".safetensors",)
     if kind == "lora":
         raise ValueError(f"{source} is a LoRA, which is not converted: merge it when drawing, with --lora")
+    if diffusers and kind == "adapter":
+        raise ValueError(f"{source} is an adapter, which diffusers reads from its official file: leave out --diffusers")
+    if one_file and target.suffix not in ends:
+        raise ValueError(f"{source} converts to one file: name TARGET{' or TARGET'.join(ends)}, not {target}")
     if ema and (kind != "base" or source.is_dir()):
         raise ValueError(f"{source} is not a base model in a single file, so it has no EMA copy: leave out --ema")
-    if diffusers and kind not in _DIFFUSERS:
-        raise ValueError(f"{source} is not a UNet or a control but {kind}: leave out --diffusers, which writes no other")
     if target.exists() and one_file == target.is_dir():
         there, needed = ("folder", "file") if one_file else ("file", "folder")
         raise ValueError(f"{target} is a {there}: name a {needed} to write")
-    if diffusers:
-        _DIFFUSERS[kind](_LOADERS[kind](source, dtype=None), target, dtype)
-    elif kind == "adapter":
-        file = adapter_file(source)
-        if found := problems(file):
-            raise ValueError(f"{source} is not a complete adapter: {'; '.join(found)}")
-        write_tensors(target, {name: file[name] for name in file}, dtype)
-    elif kind == "base":
-        base = load_single(source, None, ema) if source.is_file() else load_base(source, None)
-        with replacing_in(target) as part:
-            for name, module in base.parts.items():
-                save(module, part / f"{name}.safetensors", card, dtype)
-            if scheduler := scheduler_config(source):
-                write_json(part / "scheduler" / "scheduler_config.json", scheduler)
-    else:
-        save(_LOADERS[kind](source, dtype=None), target, card, dtype)
+
+
+def _convert_adapter(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    file = adapter_file(source)
+    if found := problems(file):
+        raise ValueError(f"{source} is not a complete adapter: {'; '.join(found)}")
+    if (kind := adapter_kind(file)).startswith("IP-Adapter FaceID Plus") and kind.endswith("V2") != is_plus_v2(target):
+        name = "keep plusv2 in its name" if kind.endswith("V2") else "leave plusv2 out of its name"
+        raise ValueError(f"{source} is {kind}, which only the name of a file says: name another TARGET than {target}, and {name}")
+    write_tensors(target, {name: file[name] for name in file}, dtype)
+
+
+def _save_own(base: Base, source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    with replacing_in(target) as part:
+        for name, module in base.parts.items():
+            save(module, part / f"{name}.safetensors", {"converted_from": source.name}, dtype)
+        if scheduler := scheduler_config(source):
+            write_json(part / "scheduler" / "scheduler_config.json", scheduler)
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:

@@ -106,8 +106,9 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Write a safetensors file. `dtype=None` keeps each tensor's dtype, and integers are always kept.
+    """Write a safetensors file, or a `.bin` of torch, where `a.b` is tensor b of group a, as in official adapters.
 
+    `dtype=None` keeps each tensor's dtype, and integers are always kept.
     Raises ValueError when a value is too large for `dtype`, and OSError when the file can't be written.
     """
     written: dict[str, Tensor] = {}
@@ -120,7 +121,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
         written[name] = cast.clone() if shared else cast
         pointers.add(cast.data_ptr())
     with replacing(path) as part:
-        save_file(written, part)
+        if path.suffix == ".bin":
+            groups: dict[str, dict[str, Tensor]] = {}
+            for name, tensor in written.items():
+                group, _, rest = name.partition(".")
+                groups.setdefault(group, {})[rest] = tensor.clone()  # torch would write all of the file that a tensor is mapped from
+            torch.save(groups, part)
+        else:
+            save_file(written, part)
 
 
 def sha256(path: Path) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints.files import naming, read_json, replacing_in, write_json, write_tensors
 from checkpoints.fill import M, empty_module
-from checkpoints.names import Row, named
+from checkpoints.names import TRANSPOSED, Names
 from checkpoints.reader import File
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -72,15 +72,23 @@ _PROJ = re.compile(r"attn\.proj_(in|out)\.weight$")
 
 
 def write_diffusers(
-    module: nn.Module, rows: Iterable[Row], config: dict[str, Any], folder: Path, dtype: torch.dtype | None
+    module: nn.Module,
+    names: Names,
+    config: dict[str, Any],
+    folder: Path,
+    dtype: torch.dtype | None,
+    stem: str = "diffusion_pytorch_model",
 ) -> None:
-    """Write a network under diffusers' names, the second column of a table, and its `config.json`.
+    """Write a network under the names of diffusers or transformers, and its `config.json`.
 
-    The linear layers around transformers become 1x1 convolutions unless the config says `use_linear_projection`.
+    A tensor with several names is split. The linear layers around transformers become 1x1 convolutions if the config says so
+    (`use_linear_projection`).
     """
-    state, conv = module.state_dict(), config.get("use_linear_projection") is False
-    names = named(state, rows, 1)
-    tensors = {names[k][0]: v[:, :, None, None] if conv and _PROJ.search(k) else v for k, v in state.items()}
+    conv, tensors = config.get("use_linear_projection") is False, dict[str, Tensor]()
+    for ours, tensor in module.state_dict().items():
+        tensor = tensor.T if names[ours][0] in TRANSPOSED else tensor
+        tensor = tensor[:, :, None, None] if conv and _PROJ.search(ours) else tensor
+        tensors |= zip(names[ours], tensor.chunk(len(names[ours])), strict=True)
     with replacing_in(folder) as part:
-        write_tensors(part / "diffusion_pytorch_model.safetensors", tensors, dtype)
+        write_tensors(part / f"{stem}.safetensors", tensors, dtype)
         write_json(part / "config.json", config)

@@ -15,7 +15,7 @@ from checkpoints.cards import load, module_from_card
 from checkpoints.clip import load_text_encoder
 from checkpoints.files import read_json_if_there
 from checkpoints.fill import assemble
-from checkpoints.folders import folder_of, has_config, module_from_config, weights_in, write_diffusers
+from checkpoints.folders import folder_of, has_config, module_from_config, weights_in
 from checkpoints.names import named, unet_rows, vae_rows
 from checkpoints.reader import File
 from checkpoints.single_file import (
@@ -164,13 +164,3 @@ def _check_fit(base: Base, path: Path) -> None:
                 f"{path} has a UNet with an added vector of width {unet.added_dim}, but its text encoder and six sizes give "
                 f"{pooled} + {6 * unet.added_time_dim}: only the base model of Stable Diffusion XL is supported"
             )
-
-
-def save_diffusers(unet: UNet, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Save a UNet's config and weights to a folder that diffusers' `UNet2DConditionModel.from_pretrained` can load.
-
-    Such a folder does not say whether the UNet predicts epsilon or v; in diffusers, the pipeline's scheduler does.
-    Raises OSError when a file can't be written, and ValueError when a value is too large for `dtype` or diffusers has
-    no such UNet.
-    """
-    write_diffusers(unet, unet_rows(unet.config), configs.diffusers_config(unet.config), folder, dtype)

@@ -116,9 +116,20 @@ def add_ablation(commands: Commands) -> None:
 
 
 def add_peers(commands: Commands) -> None:
-    description = "Compare outputs with diffusers and transformers at full size; writes 3.4 GB of random weights to --state"
+    description = (
+        "Compare outputs with diffusers and transformers at full size; writes 3.4 GB of random weights to --state. With --checkpoint, draw "
+        "one picture from your own files here and in diffusers, and compare the two"
+    )
     parity = command(commands, "parity", description)
     parity.add_argument("--side", type=count, default=64, help="side of the latents (default: 64, a 512 x 512 picture)")
+    own = parity.add_argument_group("your own files")
+    own.add_argument("--checkpoint", type=Path, help="base model, a file or a folder")
+    own.add_argument("--ip-adapter", type=Path, help="adapter file (default: none, the text alone)")
+    own.add_argument("--image-encoder", type=Path, help="image encoder, a folder in transformers' layout")
+    own.add_argument("--image", type=Path, help="picture to use as the image prompt; for FaceID a file of faces")
+    own.add_argument("--prompt", default="a photo of a fox", help="text prompt (default: a photo of a fox)")
+    own.add_argument("--steps", type=count, default=4, help="number of steps (default: 4)")
+    own.add_argument("--prediction", choices=("epsilon", "v"), help="what the UNet predicts, if its files do not say it")
     description = "Compare speed and memory with diffusers at full size; writes 3.4 GB of random weights to --state"
     speed = command(commands, "benchmark", description)
     speed.add_argument("--rounds", type=count, default=3, help="number of measurements of each implementation (default: 3)")

@@ -56,6 +56,11 @@ def vocabulary() -> dict[str, int]:
     return dict(_tokenizer().encoder)
 
 
+def merges() -> list[tuple[str, str]]:
+    """Return the pairs of pieces that CLIP's byte-pair encoding joins, in their order."""
+    return list(_tokenizer().bpe_ranks)
+
+
 def words_of(text: str) -> list[tuple[str, list[int]]]:
     """Split a prompt into words, and each word into CLIP tokens, by CLIP's rules (lower case, byte-pair encoding)."""
     tokenizer, words, pieces = _tokenizer(), [], []

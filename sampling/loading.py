@@ -24,6 +24,7 @@ from sampling.pipeline import Pipeline
 from sampling.request import WEIGHTS
 from sampling.schedule import Prediction
 from sampling.scheduler_file import schedule_of
+from sampling.strips import in_strips
 
 
 def load(
@@ -44,9 +45,8 @@ def load(
 
     The first three files may be names in the Hugging Face cache (`checkpoints.hub.locate`). By default the folder's own `image_encoder`
     and `ip_adapter` are used, if they exist. `prediction` overrides what the files say about the UNet; `vae` replaces the model's own;
-    `loras` and `face_lora_scale` are as in `with_loras`. Weights of the requested dtype stay mapped from their files; `copy` copies
-    them, for files that may be overwritten in use. `low_memory` keeps one network at a time on the device. Raises OSError if files are
-    missing, and ValueError if they do not fit together.
+    `loras` and `face_lora_scale` are as in `with_loras`. `copy` copies weights that would stay mapped from their files, which may then be
+    overwritten. `low_memory` keeps one network at a time on the device. Raises OSError if files are missing, ValueError if they don't fit.
     """
     checkpoint = locate(Path(checkpoint))
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)
@@ -65,7 +65,8 @@ def load(
             copy_weights(part)
         part.to("cpu" if low_memory else device)
     schedule = replace(schedule, prediction=base.unet.config.prediction)
-    return Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks, device if low_memory else None)
+    pipeline = Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks)
+    return replace(pipeline, vae=in_strips(base.vae), visits=device) if low_memory else pipeline
 
 
 def open_all(adapters: Sequence[Path], controls: Sequence[Path | str], loras: Sequence[Path | str]) -> None:

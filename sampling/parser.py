@@ -27,7 +27,7 @@ MACHINE = {  # options that do not change the picture, but how it is computed
     "fast": "Draw with the fast form of the UNet: needs a CPU, takes more memory and a minute more to start.",
     "keep_memory": "Keep freed memory in this process, which saves the time to get it again (Linux with glibc).",
     "download": "Download models, named as owner/name or owner/name/path, that are not in the Hugging Face cache.",
-    "low_memory": "Keep one network at a time on the device, and the others in main memory: slower, for a small GPU.",
+    "low_memory": "Keep one network at a time on the device, and decode large pictures in strips: slower, for a small GPU.",
     "copy": "Copy the weights into memory, so that their files may be overwritten while the program runs.",
 }
 

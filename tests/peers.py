@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from checkpoints.configs import diffusers_config
+from checkpoints.diffusers_folder import text_settings, vision_settings
 from checkpoints.names import TRANSPOSED, Names, image_names, named, text_names, unet_rows, vae_rows
-from eval.peers.official import peer_autoencoder, text_settings, vision_settings
+from eval.peers.official import peer_autoencoder
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.text_encoder import END, START, TextConfig, TextEncoder
 from model.unet import UNet, UNetConfig

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import IMAGE, UNET, again, difference, draw, names, refuses
 
-from checkpoints.stable_diffusion import save_diffusers
+from checkpoints.diffusers_folder import save_unet
 from model.unet import UNet
 from sampling import command
 from sampling.images import read_settings
@@ -125,7 +125,7 @@ def test_layers_that_do_not_fit_are_refused_before_the_weights_are_read(
     folder = tmp_path / "weights"
     shutil.copytree(weights, folder)
     if layout == "diffusers":
-        save_diffusers(UNet(UNET), folder / "unet")
+        save_unet(UNet(UNET), folder / "unet")
     for layers, message in (
         ("[1]", "cross-attention layers"),
         ('{"down": {"block_7": 1}}', "no cross-attention in down block_7"),

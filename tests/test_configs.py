@@ -16,8 +16,9 @@ from transformers import CLIPTokenizer
 
 from checkpoints.clip import load_text_encoder
 from checkpoints.configs import check_values, pad_token, unet_config, vae_config
+from checkpoints.diffusers_folder import save_unet
 from checkpoints.fill import empty_module
-from checkpoints.stable_diffusion import load_unet, save_diffusers
+from checkpoints.stable_diffusion import load_unet
 from model.text_encoder import END
 from model.unet import UNet
 
@@ -86,7 +87,7 @@ def test_fine_features_of_a_tower_of_one_layer_are_what_enters_it() -> None:
 @pytest.mark.parametrize("width", [8, 128, 256])
 def test_the_size_embedding_of_an_added_condition_is_kept(pair: Any, tmp_path: Path, width: int) -> None:
     unet = UNet(replace(SMALL_UNETS["sdxl"][0], added_time_dim=width, added_dim=6 * width + 10))
-    save_diffusers(unet, tmp_path / "unet")
+    save_unet(unet, tmp_path / "unet")
     assert UNet2DConditionModel.from_pretrained(tmp_path / "unet").config.addition_time_embed_dim == width
     assert load_unet(tmp_path / "unet").config == unet.config
 

@@ -162,6 +162,8 @@ MISTAKES: dict[str, list[str]] = {
     "part to a folder": ["convert", "vae", "out"],
     "ema of an adapter": ["convert", "--ema", "adapter.safetensors", "out.safetensors"],
     "diffusers of an adapter": ["convert", "--diffusers", "adapter.safetensors", "out"],
+    "an adapter of another kind of file": ["convert", "adapter.safetensors", "out.pt"],
+    "a part as bin": ["convert", "vae", "out.bin"],
     "nan": ["convert", "nan.safetensors", "out.safetensors"],
     "too large": ["convert", "--dtype", "float16", "large.safetensors", "out.safetensors"],
     "in a file": ["convert", "adapter.safetensors", "text.txt/out.safetensors"],

@@ -26,10 +26,10 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from checkpoints.base import Base
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
+from checkpoints.diffusers_folder import text_settings
 from checkpoints.names import named, unet_rows, vae_rows
 from checkpoints.single_file import FAMILIES, load_single
 from checkpoints.stable_diffusion import load_base, load_vae, scheduler_config, unet_config
-from eval.peers.official import text_settings
 from model.text_encoder import END, SD15_TEXT, SD21_TEXT, SDXL_TEXT_2, START, TextConfig, TextEncoder, TextEncoderPair
 from model.unet import SD21, SDXL, UNet, UNetConfig
 from model.vae import SDXL_VAE, VAE, VAEConfig

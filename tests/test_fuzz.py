@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.cards import save
 from checkpoints.clip import load_image_encoder
+from checkpoints.diffusers_folder import save_unet
 from checkpoints.names import Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
 from checkpoints.single_file import LDM, load_single
-from checkpoints.stable_diffusion import load_unet, load_vae, save_diffusers
+from checkpoints.stable_diffusion import load_unet, load_vae
 from model.adapter import IPAdapter
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
@@ -266,7 +267,7 @@ def folders(tmp_path: Path) -> dict[str, tuple[Path, Path, Callable[[], Parts]]]
     """Weights whose config is to be damaged: (the config, the weights, how to load)."""
     torch.manual_seed(0)
     unet, vae, image = tmp_path / "unet", tmp_path / "vae", tmp_path / "image"
-    save_diffusers(UNet(UNET), unet)
+    save_unet(UNet(UNET), unet)
     for folder, module, table in (
         (vae, VAE(VAE_CONFIG), lambda state: named(state, vae_rows(VAE_CONFIG), 1)),
         (image, ImageEncoder(IMAGE), lambda state: image_names(state, IMAGE)),

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from checkpoints.configs import diffusers_config
+from checkpoints.diffusers_folder import text_settings, vision_settings
 from checkpoints.names import TRANSPOSED, Names, Row, adapter_names, image_names, named, text_names, unet_rows, vae_rows
-from eval.peers.official import peer_autoencoder, text_settings, vision_settings
+from eval.peers.official import peer_autoencoder
 from model.adapter import IPAdapter
 from model.attention import CrossAttention
 from model.image_encoder import VIT_H, ImageEncoder

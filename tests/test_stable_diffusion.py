@@ -38,9 +38,10 @@ from checkpoints.cards import save
 from checkpoints.clip import load_image_encoder, load_text_encoder
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
+from checkpoints.diffusers_folder import save_unet
 from checkpoints.files import write_json
 from checkpoints.single_file import load_single
-from checkpoints.stable_diffusion import load_base, load_unet, load_vae, save_diffusers, unet_config
+from checkpoints.stable_diffusion import load_base, load_unet, load_vae, unet_config
 from model.context import Context
 from model.text_encoder import TextConfig
 from model.vae import VAE
@@ -143,7 +144,7 @@ def test_unets_of_several_sizes_there_and_back(pair: Pair, tmp_path: Path, name:
     ours = load_unet(tmp_path / "unet", dtype=None)
     equal(ours, both.ours, torch.float64)
     assert ours.config == config
-    save_diffusers(ours, tmp_path / "back" / "unet")
+    save_unet(ours, tmp_path / "back" / "unet")
     back = UNet2DConditionModel.from_pretrained(tmp_path / "back" / "unet", torch_dtype=torch.float64)
     want = both.peer.state_dict()
     assert back.state_dict().keys() == want.keys()

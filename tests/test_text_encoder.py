@@ -13,7 +13,7 @@ from peers import max_error, number_of, text_pair
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from eval.peers.official import text_settings
+from checkpoints.diffusers_folder import text_settings
 from model.text_encoder import END, SD15_TEXT, SD21_TEXT, START, TextConfig, TextEncoder, words_of
 from train.clip import MINI_TEXT
 from train.world import World

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints import configs
+from checkpoints.diffusers_folder import text_settings, vae_settings, vision_settings
 from checkpoints.files import write_json, write_tensors
 from checkpoints.names import TRANSPOSED, Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
 from checkpoints.single_file import LDM
 from model.adapter import IPAdapter
-from model.image_encoder import VIT_H, ImageConfig, ImageEncoder
+from model.image_encoder import VIT_H, ImageEncoder
 from model.image_projection import ImageProjection
-from model.text_encoder import SD15_TEXT, TextConfig, TextEncoder
+from model.text_encoder import SD15_TEXT, TextEncoder
 from model.unet import SD15, UNet
 from model.vae import SD_VAE, VAE, VAEConfig
 
@@ -74,32 +75,6 @@ def write(folder: Path, seed: int = 0) -> None:
     write_json(folder / ENCODER / "config.json", kind | vision_settings(VIT_H))
 
 
-def vision_settings(config: ImageConfig) -> dict[str, Any]:
-    """Convert the config of an image encoder to the entries of transformers' `CLIPVisionConfig`."""
-    return {
-        "hidden_size": config.width,
-        "intermediate_size": round(config.width * config.mlp_ratio),
-        "num_hidden_layers": config.layers[0],
-        "num_attention_heads": config.heads,
-        "patch_size": config.patch,
-        "image_size": config.image_size,
-        "projection_dim": config.output_dim,
-        "hidden_act": config.activation,
-    }
-
-
-def text_settings(config: TextConfig) -> dict[str, Any]:
-    """Convert the config of a text encoder to the entries of transformers' `CLIPTextConfig`, without the vocabulary."""
-    return {
-        "hidden_size": config.width,
-        "intermediate_size": round(config.width * config.mlp_ratio),
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "projection_dim": config.output_dim or 512,
-        "hidden_act": config.activation,
-    }
-
-
 def _fill(module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
     module.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, strict=True, assign=True)
     return module.eval().requires_grad_(False)
@@ -134,17 +109,7 @@ def peer_autoencoder(config: VAEConfig) -> Any:
     """Build diffusers' autoencoder with these sizes and its default initial weights."""
     from diffusers import AutoencoderKL
 
-    levels = len(config.channels)
-    return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=config.channels,
-        layers_per_block=config.res_blocks,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.groups,
-        scaling_factor=config.scale,
-        force_upcast=config.force_upcast,
-    )
+    return AutoencoderKL(**vae_settings(config))
 
 
 def peer_vae(folder: Path, dtype: torch.dtype) -> Any:

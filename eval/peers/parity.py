@@ -22,7 +22,7 @@ from checkpoints.adapters import load_adapter
 from checkpoints.clip import load_image_encoder
 from checkpoints.files import check_output, write_json
 from checkpoints.single_file import load_single
-from eval.peers import official
+from eval.peers import official, own_files
 from eval.tables import markdown
 from model.context import Context
 from model.image_encoder import VIT_H
@@ -134,5 +134,10 @@ def evaluate(folder: Path, out: Path, side: int) -> dict[str, Any]:
 
 
 def run(args: Namespace) -> None:
-    """`python -m eval parity`"""
+    """`python -m eval parity`; with a checkpoint, one picture from your own files."""
+    if args.checkpoint:
+        own_files.run(args)
+        return
+    if named := [name for name in ("ip_adapter", "image_encoder", "image", "prediction") if getattr(args, name)]:
+        raise ValueError(f"--{named[0].replace('_', '-')} is for your own base model: name its file with --checkpoint")
     print(table(evaluate(args.state, args.out, args.side)))
