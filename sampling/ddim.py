@@ -46,4 +46,4 @@ def ddim(
         yield State(index, t, x, x0)
 
 
-DDIM = Sampler("ddim", ddim_times, ddim, "DDIMScheduler", noisy=True)
+DDIM = Sampler("ddim", ddim_times, ddim, "DDIMScheduler", takes=("eta", "generators"))

@@ -150,8 +150,8 @@ def _edit(group: Any) -> None:
 
 def _sampler(group: Any) -> None:
     group.add_argument("--steps", type=int, help=f"Number of steps. Default {Request.steps}.")
-    about = f"DDIM, DPM-Solver++(2M), which needs fewer steps, or Euler's method. Default {Request.sampler}."
-    group.add_argument("--sampler", choices=get_args(SamplerName), help=about)
+    about = "DDIM, DPM-Solver++(2M), which needs fewer steps, Euler's method, or LCM, for a base with an LCM-LoRA."
+    group.add_argument("--sampler", choices=get_args(SamplerName), help=f"{about} Default {Request.sampler}.")
     about = "Noise levels of dpm++ and euler: karras is what is called DPM++ 2M Karras. Default: those of the scheduler file."
     group.add_argument("--schedule", choices=get_args(NoiseLevels), help=about)
     group.add_argument("--eta", type=float, help="Noise added in each step of ddim: 0 is DDIM, 1 is DDPM. Default 0.")

@@ -34,13 +34,14 @@ from sampling.guidance import Side, guided
 from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
 from sampling.lambdas import moving, set_lambda
+from sampling.lcm import LCM
 from sampling.micro import DRAWING, Micro
 from sampling.request import Request, check_seed
 from sampling.sampler import Sampler, State
 from sampling.schedule import Schedule
 from sampling.visit import visiting
 
-SAMPLERS = {sampler.name: sampler for sampler in (DDIM, DPM, EULER)}
+SAMPLERS = {sampler.name: sampler for sampler in (DDIM, DPM, EULER, LCM)}
 Given = Picture | str  # where an image prompt is meant
 
 

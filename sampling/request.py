@@ -19,7 +19,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 
 Fit = Literal["crop", "squash", "pad"]
 Rule = Literal["output", "embedding", "tokens"]
-SamplerName = Literal["ddim", "dpm++", "euler"]
+SamplerName = Literal["ddim", "dpm++", "euler", "lcm"]
 NoiseLevels = Literal["karras"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -115,9 +115,9 @@ class Request:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {self.eta}")
         if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta is DDIM's: {self.sampler} adds no noise, so leave it at 0, not {self.eta}")
-        if self.schedule and self.sampler == "ddim":
-            raise ValueError("--schedule karras is for --sampler dpm++ and euler, not ddim")
+            raise ValueError(f"eta is DDIM's: with {self.sampler}, leave it at 0, not {self.eta}")
+        if self.schedule and self.sampler not in ("dpm++", "euler"):
+            raise ValueError(f"--schedule karras is for --sampler dpm++ and euler, not {self.sampler}")
         if self.image_guidance is not None and not self.image_prompts:
             raise ValueError("--image-guidance is for an image prompt: name it with --image")
         if self.init_image is None:

@@ -37,22 +37,22 @@ class State:
 class Sampler:
     """A sampler: `times` chooses the steps on a schedule, and `draw` runs them.
 
-    `peer`: the class of diffusers that it equals. `noisy`: `draw` also takes `eta` and `generators`.
+    `peer`: the class of diffusers that it equals. `takes`: which of `eta` and `generators` `draw` takes.
     """
 
     name: str
     times: Callable[[Schedule, int], list[Step]]
     draw: Callable[..., Iterator[State]]
     peer: str
-    noisy: bool = False
+    takes: tuple[str, ...] = ()
 
     def noise(self, eta: float, generators: Sequence[torch.Generator]) -> dict[str, Any]:
         """Return the arguments of `draw` that control its noise. Raises ValueError if the sampler does not support this eta."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {eta}")
-        if eta and not self.noisy:
-            raise ValueError(f"eta works only with DDIM: {self.name} adds no noise, so eta must be 0, not {eta}")
-        return {"eta": eta, "generators": generators} if self.noisy else {}
+        if eta and "eta" not in self.takes:
+            raise ValueError(f"eta works only with DDIM: with {self.name} it must be 0, not {eta}")
+        return {name: value for name, value in {"eta": eta, "generators": generators}.items() if name in self.takes}
 
 
 def randn(shape: Sequence[int], generators: Sequence[torch.Generator], like: Tensor | None = None) -> Tensor:

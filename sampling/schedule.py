@@ -30,8 +30,8 @@ class Schedule:
     `spacing`: how timesteps are chosen, by one of the rules of arXiv 2305.08891, Table 2, rounded as in diffusers, or by that of
     LDM. None is the sampler's default: leading for DDIM, linspace for the others. `offset` is added to leading timesteps.
     `final_one` (DDIM): the last step ends at a = 1 instead of a_0. `karras` (DPM-Solver++, Euler): use the noise levels of arXiv
-    2206.00364. `unsupported_by_dpm`, `unsupported_by_euler`: settings of the scheduler file that these samplers do not support; if there
-    are any, the sampler raises.
+    2206.00364. `unsupported_by_dpm`, `unsupported_by_euler`, `unsupported_by_lcm`: settings of the scheduler file that these samplers do
+    not support; if there are any, the sampler raises.
     """
 
     timesteps: int = 1000
@@ -44,6 +44,7 @@ class Schedule:
     karras: bool = False
     unsupported_by_dpm: tuple[str, ...] = ()
     unsupported_by_euler: tuple[str, ...] = ()
+    unsupported_by_lcm: tuple[str, ...] = ()
 
     @property
     def alphas(self) -> Tensor:

@@ -44,6 +44,9 @@ _DPM: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False,),
     "use_dynamic_shifting": (False,),
 }
+# The same for `LCMScheduler` and `sampling.lcm`.
+_LCM: dict[str, tuple[Any, ...]] = {"original_inference_steps": (50,), "timestep_scaling": (10, 10.0)}
+
 
 def _is_beta(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1
@@ -83,8 +86,8 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
         final_one=_is_euler(config) or config.get("set_alpha_to_one", default.final_one),
         karras=bool(config.get("use_karras_sigmas")),
     )
-    by_dpm, by_euler = _unsupported_by_dpm(config, schedule), _others(config, _EULER)
-    return replace(schedule, unsupported_by_dpm=by_dpm, unsupported_by_euler=by_euler)
+    by_dpm, by_euler, by_lcm = _unsupported_by_dpm(config, schedule), _others(config, _EULER), _others(config, _LCM)
+    return replace(schedule, unsupported_by_dpm=by_dpm, unsupported_by_euler=by_euler, unsupported_by_lcm=by_lcm)
 
 
 def _is_euler(config: Mapping[str, Any]) -> bool:

@@ -116,7 +116,7 @@ def test_steps_that_do_not_fit_are_refused() -> None:
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="steps must be between 1 and 1000"):
             euler_times(Schedule(), steps)
-    with pytest.raises(ValueError, match="eta works only with DDIM: euler adds no noise"):
+    with pytest.raises(ValueError, match="eta works only with DDIM: with euler it must be 0"):
         EULER.noise(0.5, generators(1))
 
 
