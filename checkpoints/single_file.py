@@ -68,7 +68,7 @@ def single_settings(path: Path) -> ldm.Settings:
 
     SDXL's `.yaml` has another form and says nothing that is needed.
     """
-    return _settings(path, single_kind(open_single(path)))
+    return _settings(path, open_single(path)[1])
 
 
 def _settings(path: Path, kind: str, prediction: Prediction | None = None) -> ldm.Settings:
@@ -91,12 +91,12 @@ def _with_ema(file: File) -> File:
     return file.renamed({name: ema.get(name, name) for name in file})
 
 
-def open_single(path: Path) -> File:
-    """Open a single file. Raises ValueError when it is not a base model that can be drawn with."""
+def open_single(path: Path) -> tuple[File, str]:
+    """Open a single file; return it with its kind. Raises ValueError when it is not a base model that can be drawn with."""
     file = File(path)
     if (kind := single_kind(file)) not in FAMILIES:
         raise ValueError(f"{path} is {kind}; a base model can be Stable Diffusion 1.x, 2.x or XL: use one of these")
-    return file
+    return file, kind
 
 
 def load_single(
@@ -114,8 +114,7 @@ def load_single(
     text encoder from its config. `prediction` is what the UNet predicts, whatever the `.yaml` says. Raises ValueError when a
     part is incomplete, and when nothing says what the UNet of SD 2.x predicts.
     """
-    file = open_single(path)
-    kind = single_kind(file)
+    file, kind = open_single(path)
     settings, what = _settings(path, kind, prediction), f"a complete {kind} checkpoint"
     if settings.prediction is None:
         raise ValueError(
@@ -150,7 +149,7 @@ def _load_text(
 def single_unet_config(path: Path) -> UNetConfig:
     """The config of the UNet in a single file, without loading its weights. It may not say what the UNet predicts."""
     with naming(path, "is not a complete base model"):
-        return ldm.ldm_unet(open_single(path).part(LDM["unet"]).shapes, single_settings(path))
+        return ldm.ldm_unet(open_single(path)[0].part(LDM["unet"]).shapes, single_settings(path))
 
 
 _ATTENTION_NAMES = {
