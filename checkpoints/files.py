@@ -95,12 +95,9 @@ def replacing_in(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-_LINES = re.compile(r"\n *")
-
-
 def write_json(path: Path, data: Any) -> None:
     """Write JSON, with each list of plain values on one line. Raises OSError when it can't be written."""
-    text = re.sub(r"\[\n([^][{}]*)\n *\]", lambda m: f"[{_LINES.sub(' ', m[1]).strip()}]", json.dumps(data, indent=1))
+    text = re.sub(r"\[\n([^][{}]*)\n *\]", lambda m: "[" + re.sub(r"\n *", " ", m[1]).strip() + "]", json.dumps(data, indent=1))
     with replacing(path) as part:
         part.write_text(text + "\n")
 
@@ -108,11 +105,10 @@ def write_json(path: Path, data: Any) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
     """Write a safetensors file, or a `.bin` of torch, where `a.b` is tensor b of group a, as in official adapters.
 
-    `dtype=None` keeps each tensor's dtype, and integers are always kept.
-    Raises ValueError when a value is too large for `dtype`, and OSError when the file can't be written.
+    `dtype=None` keeps each tensor's dtype, and integers are always kept. Raises ValueError when a value is too large for `dtype`, and
+    OSError when the file can't be written.
     """
-    written: dict[str, Tensor] = {}
-    pointers = set()
+    written, pointers = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         cast = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         if cast.dtype != tensor.dtype and cast.numel() and not is_finite(cast):
@@ -199,7 +195,5 @@ def is_finite(tensor: Tensor) -> bool:
 
     The smallest and the largest number tell: if one number is NaN, both are. This reads the memory once and allocates none.
     """
-    if not tensor.is_floating_point():
-        return True
     low, high = (tensor if tensor.is_contiguous() else tensor.flatten()).aminmax()
     return math.isfinite(low) and math.isfinite(high)

@@ -24,7 +24,7 @@ from model.features import Features
 from model.image_projection import Projection
 from model.unet import UNetConfig
 from sampling.lambdas import Lambda, Level
-from sampling.layer_weights import places
+from sampling.layer_weights import attention_layers
 from sampling.request import Rule
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -88,7 +88,7 @@ def levels_of(lam: Strength, config: UNetConfig, grid: tuple[int, int], weight: 
     """Return lambda of each layer, times `weight`."""
     if isinstance(lam, Lambda):
         return lam.by_layer(config, grid, weight)
-    each = list(lam) if isinstance(lam, Sequence) else [lam] * len(places(config))
+    each = list(lam) if isinstance(lam, Sequence) else [lam] * len(attention_layers(config))
     return each if weight == 1 else [weight * level for level in each]
 
 

@@ -14,7 +14,7 @@ from model.attention import check_sign
 from model.context import Context, pyramid
 from model.source import Source
 from model.unet import UNetConfig
-from sampling.layer_weights import Blocks, layer_weights, places
+from sampling.layer_weights import Blocks, attention_layers, layer_weights
 
 Level = float | Tensor  # lambda of one layer (`Source.scale`)
 Move = Callable[[Context, float], Context]  # (context, t) -> the Context of timestep t
@@ -71,7 +71,7 @@ class Lambda:
             return list(weights)
         maps, depth = pyramid(self.mask, *grid, len(config.channels)), len(config.channels) - 1
         # the level of a layer: down blocks count from the finest level, up blocks from the deepest; the middle is the deepest
-        blocks = [(part, int(block.removeprefix("block_") or 0)) for part, block, _ in places(config)]
+        blocks = [(part, int(block.removeprefix("block_") or 0)) for part, block, _ in attention_layers(config)]
         levels = [i if part == "down" else depth - i for part, i in blocks]
         return [each * maps[level] if each else 0.0 for each, level in zip(weights, levels, strict=True)]
 

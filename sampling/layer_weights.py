@@ -11,7 +11,7 @@ from sampling.fields import Preset
 Blocks = Mapping[str, Any]  # the dict of diffusers' `set_ip_adapter_scale`
 
 
-def places(config: UNetConfig) -> list[tuple[str, str, int]]:
+def attention_layers(config: UNetConfig) -> list[tuple[str, str, int]]:
     """List (part, block, attention) of each cross-attention layer in execution order, with diffusers' names: ("up", "block_1", 0)."""
 
     def side(part: str, depths: Sequence[int], attentions: int) -> list[tuple[str, str, int]]:
@@ -47,7 +47,7 @@ def layer_weights(layers: str | Blocks | Sequence[float] | None, config: UNetCon
     `set_ip_adapter_scale`: {"down" | "up": x or {"block_i": x}, "mid": x}, where x is a number, or a list with one number per
     attention of a block. Blocks that are not named get 0. Raises ValueError if `layers` does not fit this UNet.
     """
-    found = places(config)
+    found = attention_layers(config)
     if layers is None:
         return [1.0] * len(found)
     if isinstance(layers, str):

@@ -22,7 +22,7 @@ from model.layers import Downsample
 from model.unet import MINI, SD15, SD21, SDXL
 from sampling.guidance import guided
 from sampling.lambdas import Lambda, moving, set_lambda, unmoved
-from sampling.layer_weights import layer_weights, places, preset
+from sampling.layer_weights import attention_layers, layer_weights, preset
 
 TOLERANCE = 1e-12
 
@@ -37,9 +37,9 @@ def test_places_are_those_of_diffusers() -> None:
         both = unet_pair(*SMALL_UNETS[name])
         modules = {n: m for n, m in both.peer.named_modules() if n.endswith("attn2")}
         ours = both.ours.cross_attentions()
-        assert len(places(both.ours.config)) == len(ours) == len(modules)
+        assert len(attention_layers(both.ours.config)) == len(ours) == len(modules)
         seen: dict[tuple[str, str, int], int] = {}
-        for layer, (part, block, a) in zip(ours, places(both.ours.config), strict=True):
+        for layer, (part, block, a) in zip(ours, attention_layers(both.ours.config), strict=True):
             depth = seen[part, block, a] = seen.get((part, block, a), -1) + 1
             path = "mid_block" if part == "mid" else f"{part}_blocks.{block.removeprefix('block_')}"
             peer = modules[f"{path}.attentions.{a}.transformer_blocks.{depth}.attn2"]
@@ -199,7 +199,7 @@ def one() -> tuple[Any, Any, Tensor, Tensor]:
 def halves(one: tuple[Any, Any, Tensor, Tensor], scale: Any) -> tuple[Context, Context]:
     _, adapter, text, embedding = one
     sides = adapter(Context(text[0]), 0 * embedding), adapter(Context(text[1]), embedding)
-    levels = scale if isinstance(scale, list) else [scale] * len(places(SMALL_ONE))
+    levels = scale if isinstance(scale, list) else [scale] * len(attention_layers(SMALL_ONE))
     return set_lambda(sides[0], levels), set_lambda(sides[1], levels)
 
 
@@ -211,7 +211,7 @@ TIMES = [901, 601, 301, 1]
 def test_every_step_is_that_of_a_plain_lambda(one: Any, guidance: Any, mask: Tensor | None) -> None:
     """A Lambda that moves is, step by step, as if that step's lambda had been given alone."""
     unet = one[0]
-    layers = [float(i % 3) / 2 for i in range(len(places(SMALL_ONE)))]
+    layers = [float(i % 3) / 2 for i in range(len(attention_layers(SMALL_ONE)))]
     lam = Lambda((0.3, 0.9, 0.5, 1.2), layers, 0.25, 0.75, mask)
     x = randn(2, 4, 9, 7, seed=1)
     denoise = guided(unet, *halves(one, lam.by_layer(SMALL_ONE, (9, 7))), *guidance, moving([lam], TIMES))

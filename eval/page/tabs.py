@@ -16,7 +16,7 @@ from sampling.command_line import command_line
 from sampling.device import check_device
 from sampling.fields import Preset, paths
 from sampling.form import EXAMPLES, ROOT, Desk, told
-from sampling.layer_weights import places
+from sampling.layer_weights import attention_layers
 from sampling.request import Model, SamplerName
 from sampling.sheets.strip import LAMBDAS, strip
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, caption
@@ -151,7 +151,7 @@ def lambda_tab(desk: Desk, form: dict[str, Any]) -> None:
 def look_tab(desk: Desk, form: dict[str, Any]) -> None:
     gr.Markdown("Draws once, and shows where the drawing looks: at each word, and at each token of the picture.")
     fuse, parts, seen = gr.Radio([*FUSES], value="decoupled", label="Attention"), row("Look inside"), gr.State(time_to_live=900)
-    layers = len(places(desk.config))
+    layers = len(attention_layers(desk.config))
     with gr.Row():
         step = gr.Slider(1, 20, 10, step=1, label="Step", min_width=120)
         layer = gr.Slider(1, layers, layers, step=1, label="Layer", min_width=120)
