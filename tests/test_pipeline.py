@@ -226,8 +226,8 @@ def test_the_ablation_runs_on_the_files_of_a_base_model(model: Callable[[str], M
     options = [str(part) for name, value in named.items() for part in (f"--{name}", value)]
     measures.run(measures.parser().parse_args(["ablation", "--smoke", *options]))
     found = json.loads((tmp_path / "results" / "ablation.json").read_text())
-    held_out = sorted(range(20), key=lambda i: hashlib.sha256(pictures[i].read_bytes()).hexdigest())[:4]
-    own = [f"picture {i}" for i in held_out]
+    hashes = [int.from_bytes(hashlib.sha256(path.read_bytes()).digest()[:8], "little", signed=True) for path in pictures]
+    own = [f"picture {i}" for i in sorted(range(20), key=hashes.__getitem__)[:4]]
     assert found["tasks"] == ["conflict", "picture"] and found["prompts"] == {"test": {"texts": {"conflict": [*own[1:], own[0]]}}}
     assert set(found["summary"]["endpoint"]) == set(found["study"]["forms"]) and "confirmed" not in found["summary"]
     assert set(load_file(tmp_path / "results" / "ablation.safetensors")) == {"clip_i", "clip_t"}
