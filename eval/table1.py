@@ -29,7 +29,7 @@ from sampling.images import to_images
 from sampling.loading import load
 from sampling.pipeline import Pipeline
 from train import processes
-from train.album import Album, Captioned
+from train.album import Album, Captioned, first_rows
 from train.captioned import captioned_files
 from train.card import code_version
 from train.fingerprint import digest, fingerprint
@@ -59,10 +59,7 @@ class Protocol:
 
 def first_of_each(files: Album, n: int) -> Album:
     """Return the first n different pictures, each with the first entry that names it."""
-    keys = files.keys
-    _, which = keys.unique(return_inverse=True)
-    first = torch.full((int(which.max()) + 1,), len(keys)).scatter_reduce(0, which, torch.arange(len(keys)), "amin")
-    return files.chosen(first.sort().values[:n])
+    return files.chosen(first_rows(files.keys).sort().values[:n])
 
 
 @torch.no_grad()

@@ -48,6 +48,12 @@ class Captioned:
             return decode_image(BytesIO(file.read(self.member.size)), f"{self.path}: {self.member.name}")
 
 
+def first_rows(keys: Tensor) -> Tensor:
+    """Return the row at which each different key first occurs, in the order of the keys, smallest first. `keys`: `n`, int64."""
+    different, which = keys.unique(return_inverse=True)
+    return torch.full_like(different, len(keys)).scatter_reduce(0, which, torch.arange(len(keys)), "amin")
+
+
 class Album(Sequence[Captioned]):
     """Pictures with captions. `broken` is the number of pictures that were left out because they cannot be read."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sampling.images import open_image
-from train.album import Album, Captioned, Listed
+from train.album import Album, Captioned, Listed, first_rows
 from train.fingerprint import content_key
 from train.shards import indexed, shards_in
 
@@ -72,8 +72,7 @@ def split(files: Album) -> tuple[Album, Album]:
     if n < MIN_PICTURES:
         return files, files.chosen(torch.arange(0))
     out = min(max(4, n // 20), MAX_HELD_OUT)
-    first = torch.full((out,), len(keys)).scatter_reduce(0, which[which < out], (which < out).nonzero()[:, 0], "amin")
-    return files.chosen((which >= out).nonzero()[:, 0]), files.chosen(first)
+    return files.chosen((which >= out).nonzero()[:, 0]), files.chosen(first_rows(keys)[:out])
 
 
 def summary(data: Path, train: Album, held_out: Album) -> str:

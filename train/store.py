@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from checkpoints.files import replacing
 from train import processes
+from train.album import first_rows
 from train.data import Data, stream
 from train.fingerprint import digest
 
@@ -132,9 +133,8 @@ def encoded(data: Data[Tensor], keys: Tensor, encode: Encode, folder: Path, each
     Processes share these batches.
     """
     store, team = Store(folder), processes.team()
-    different, which = keys.unique(return_inverse=True)
-    first = torch.full_like(different, len(keys)).scatter_reduce(0, which, torch.arange(len(keys)), "amin")
-    missing = (first[store.places(different) < 0] // each).unique().tolist()
+    first = first_rows(keys)
+    missing = (first[store.places(keys[first]) < 0] // each).unique().tolist()
     processes.wait()  # so that all processes find the same rows missing
     own = missing[team.rank :: team.size]
     batches = stream(data, own, workers)
