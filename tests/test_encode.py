@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from model.features import FINE, GLOBAL
-from model.image_encoder import ImageConfig, ImageEncoder
+from model.image_encoder import ImageConfig, ImageEncoder, normalise
 from model.text_encoder import TextEncoder
 from model.vae import VAE, VAEConfig
 from train import loss as loss_module
 from train.clip import MINI_TEXT
 from train.encode import WorldPictures, encode_texts
 from train.loss import noised
-from train.world import World
+from train.world import World, elsewhere
 
 
 def tiny_encoders() -> tuple[VAE, TextEncoder, ImageEncoder]:
@@ -44,6 +45,9 @@ def test_pairs_of_the_world_and_their_cache(tmp_path: Path) -> None:
     captions = [World("val")[i].caption for i in range(3)]
     texts, rows = encode_texts(encoders[1], captions)
     assert torch.equal(found.texts, texts) and torch.equal(found.caption, rows)
+    prompts = torch.from_numpy(np.stack([elsewhere(World("val")[i]) for i in range(3)])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(found.features.pictures[:, 0, 0].float(), encoders[2](normalise(prompts / 255)), atol=5e-3, rtol=5e-3)
     again = WorldPictures("val", 3).pairs(*encoders, cache)
     assert torch.equal(again.mean, found.mean) and again.features
     assert torch.equal(again.features.pictures, found.features.pictures)

@@ -35,7 +35,9 @@ from train.world import (
     World,
     article,
     caption,
+    elsewhere,
     held_out_pair,
+    moved,
     pictures,
     place_class,
     render,
@@ -301,7 +303,7 @@ def test_how_often_captions_say_what(scenes: list[Scene]) -> None:
     assert colour == pytest.approx(0.5, abs=0.03)
     size = np.mean([s.says_size for s in scenes])
     place = np.mean([s.says_place for s in scenes if SIZES[s.size_class] != "large"])
-    assert size == pytest.approx(0.3, abs=0.03) and place == pytest.approx(0.3, abs=0.035)
+    assert size == pytest.approx(0.5, abs=0.03) and place == pytest.approx(0.5, abs=0.04)
     assert not [s for s in scenes if s.says_place and SIZES[s.size_class] == "large"]
 
 
@@ -359,6 +361,19 @@ def test_rich_captions_tell_size_place_and_both_colours(scenes: list[Scene]) -> 
         place = rich.split(", ")[1]
         assert ("left" in place) <= (scene.x <= third + 1) and ("right" in place) <= (scene.x >= 2 * third - 1)
         assert ("top" in place) <= (scene.y <= third + 1) and ("bottom" in place) <= (scene.y >= 2 * third - 1)
+
+
+def test_an_image_prompt_shows_the_scene_at_another_size_and_place(scenes: list[Scene]) -> None:
+    """The same drawing in the same colours on the same background. Nothing about the new size and place follows from the old ones."""
+    found = [moved(scene) for scene in scenes]
+    assert [plain(scene) for scene in found] == [plain(moved(scene)) for scene in scenes]
+    for old, new in zip(scenes, found, strict=True):
+        assert plain(replace(new, size=old.size, x=old.x, y=old.y)) == plain(old)
+        assert min(new.x, new.y) >= 0 and max(new.x, new.y) + new.size <= SIZE
+    assert {new.size for new in found} == set(range(SIDES[0], SIDES[1] + 1))
+    for at in (lambda s: s.size, lambda s: s.x / (SIZE + 1 - s.size), lambda s: s.y / (SIZE + 1 - s.size)):
+        assert abs(np.corrcoef([at(scene) for scene in scenes], [at(scene) for scene in found])[0, 1]) < 4 / COUNT**0.5
+    assert np.array_equal(elsewhere(scenes[0]), render(found[0]))
 
 
 def test_sizes_and_places_are_equally_frequent() -> None:

@@ -17,9 +17,9 @@ from model.vae import VAE
 from train.data import Data, OnTheFly
 from train.fingerprint import content_key, digest, fingerprint
 from train.pairs import Pairs
-from train.pool import in_parts, pixels_of, scenes_of, to_unit
+from train.pool import in_parts, scenes_of, to_unit
 from train.store import Rows, encoded
-from train.world import SAYS, Says, Scene, Split, Style, World, pictures, render
+from train.world import SAYS, Says, Scene, Split, Style, World, elsewhere, pictures, render
 
 ENCODED = 500  # pictures of the mini world that are encoded at a time
 
@@ -69,7 +69,10 @@ def renderer(style: Style = render) -> str:
 
 @dataclass(frozen=True)
 class WorldPictures:
-    """The first `count` pictures of a split in a style, with captions that name as much as `says`."""
+    """The first `count` pictures of a split in a style, with captions that name as much as `says`.
+
+    The image prompt of a picture is another picture: it shows the scene with the drawing at another size and place (`world.moved`).
+    """
 
     split: Split
     count: int
@@ -85,22 +88,30 @@ class WorldPictures:
 
     def pairs(self, vae: VAE, text: Text, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> Pairs:
         """Encode the pictures, `ENCODED` at a time. The pairs are on the device of `vae`. Without `image`, there are no features."""
-        scenes, pixels = self.scenes, pixels_of(self.split, self.count, 0, self.style).split(ENCODED)
-        keys = torch.tensor([key for i, part in enumerate(pixels) for key in self.keys(ENCODED * i, len(part))])
-        mean, std = latents(vae, OnTheFly(lambda i: to_unit(pixels[i])), keys, folder, "world", ENCODED)
+        scenes = self.scenes
+
+        def rendered(style: Style, i: int) -> Tensor:
+            part = pictures(scenes[ENCODED * i : ENCODED * (i + 1)], style)
+            return torch.from_numpy(part).permute(0, 3, 1, 2)
+
+        targets = OnTheFly(lambda i: to_unit(rendered(self.style, i)))
+        mean, std = latents(vae, targets, self.keys(self.style), folder, "world", ENCODED)
         read = None
         if image is not None:
-            normalised = OnTheFly(lambda i: normalise(pixels[i].float() / 255))
-            pictures, null = features(image, normalised, keys, folder, reads, ENCODED)
-            read = Features(pictures.all()[:, None], null)
+            prompts = OnTheFly(lambda i: normalise(rendered(elsewhere, i).float() / 255))
+            found, null = features(image, prompts, self.keys(elsewhere), folder, reads, ENCODED)
+            read = Features(found.all()[:, None], null)
         texts, caption = encode_texts(text, [scene.caption for scene in scenes])
         return Pairs(mean.all(), std.all(), caption, texts, read).to(str(next(vae.parameters()).device))
 
-    def keys(self, first: int, count: int) -> list[int]:
-        """Return the keys of `count` pictures that are encoded together."""
-        return [content_key(f"{renderer(self.style)} {self.split} {first} {count} {i}".encode()) for i in range(count)]
+    def keys(self, style: Style) -> Tensor:
+        """Return the keys of the pictures in a style, `n`. They name the pictures that are encoded together."""
+        counts = [min(ENCODED, self.count - first) for first in range(0, self.count, ENCODED)]
+        names = [f"{renderer(style)} {self.split} {ENCODED * part} {count}" for part, count in enumerate(counts)]
+        return torch.tensor([content_key(f"{name} {i}".encode()) for name, count in zip(names, counts, strict=True) for i in range(count)])
 
     def made_from(self) -> dict[str, str]:
-        """Return hashes that identify the pictures and captions."""
+        """Return hashes that identify the pictures, the image prompts and the captions."""
         captions = digest([scene.caption for scene in self.scenes])
-        return {"pictures": f"{self.count} of {self.split}, {renderer(self.style)}", "captions": captions}
+        named = {"pictures": f"{self.count} of {self.split}, {renderer(self.style)}", "image prompts": renderer(elsewhere)}
+        return {**named, "captions": captions}

@@ -27,7 +27,7 @@ from train.pairs import EncodedPairs
 from train.unet import HELD_OUT, PICTURES
 from train.world import Says
 
-SAYS = Says(0.5, 0.9, 0.7, 0.7)  # captions of the mini world: the text names the scene, and often leaves the subject to the picture
+SAYS = Says(0.5, 0.7, 0.7, 0.7)  # captions of the mini world: the text names the scene, and often leaves the subject to the picture
 TOKENS, FINE_TOKENS, DEPTH = 4, 16, 4  # DEPTH: layers of Plus; diffusers supports only 4
 MINI_DEPTH, GAMMA = 2, 1.0  # layers of Plus, and gamma of the min-SNR weights, in the mini world
 PictureSets = tuple[WorldPictures | FilePictures, WorldPictures | FilePictures]

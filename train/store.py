@@ -7,6 +7,7 @@ encoder or size never reads a stale row, and an interrupted run loses at most th
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -126,13 +127,14 @@ def _opened(file: Path) -> Pack | None:
 
 
 @torch.no_grad()
-def encoded(data: Data[Tensor], keys: Tensor, encode: Encode, folder: Path, each: int = 1, workers: int = 2) -> dict[str, Rows]:
+def encoded(data: Data[Tensor], keys: Tensor, encode: Encode, folder: Path, each: int = 1, workers: int | None = None) -> dict[str, Rows]:
     """Return the named rows of encode(data.batch(i)) for all i. Row j of batch i has the key `keys[i * each + j]`.
 
     Only batches with rows that are not in `folder` are encoded, each separately, so the result does not depend on what was there.
-    Processes share these batches.
+    Processes share these batches, and the cores: `workers` of a process read ahead (default: its share of the cores).
     """
     store, team = Store(folder), processes.team()
+    workers = max(2, (os.cpu_count() or 0) // team.size) if workers is None else workers
     first = first_rows(keys)
     missing = (first[store.places(keys[first]) < 0] // each).unique().tolist()
     processes.wait()  # so that all processes find the same rows missing

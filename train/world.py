@@ -11,7 +11,7 @@ and `test`, palettes with a hue in `HELD_OUT_HUES`, or the held-out background o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -63,8 +63,8 @@ class Says:
 
     concept: float = 0.9
     background: float = 0.9
-    size: float = 0.3
-    place: float = 0.3
+    size: float = 0.5
+    place: float = 0.5
 
 
 SAYS = Says()
@@ -171,6 +171,19 @@ def render(scene: Scene, code: str | None = None) -> NDArray[np.uint8]:
     drawn = (fills * colours).sum(axis=0) + outlines + transparency * scene.background_rgb
     canvas = np.broadcast_to(scene.background_rgb, (SIZE, SIZE, 3)).copy()
     return np.rint(placed(scene, drawn, canvas).clip(0, 1) * 255).astype(np.uint8)
+
+
+def moved(scene: Scene) -> Scene:
+    """Return the scene with its drawing at another random size and place, which depend only on the scene."""
+    rng = np.random.default_rng(scene.palette.view(np.uint64).ravel())
+    size = int(rng.integers(SIDES[0], SIDES[1] + 1))
+    x, y = rng.integers(SIZE - size + 1, size=2).tolist()
+    return replace(scene, size=size, x=x, y=y)
+
+
+def elsewhere(scene: Scene) -> NDArray[np.uint8]:
+    """Render the `moved` scene, `64 64 3`."""
+    return render(moved(scene))
 
 
 Style = Callable[[Scene], NDArray[np.uint8]]  # renders a scene, `64 64 3`
