@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,18 @@ from train.randomness import generator, seeded
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_comes_in_order(workers: int) -> None:
     assert list(stream(OnTheFly(lambda step: step * step), range(3, 9), workers)) == [9, 16, 25, 36, 49, 64]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_workers_start_however_python_starts_processes(method: str) -> None:
+    """Python 3.14 starts processes by forkserver, and so do the processes of an ablation by spawn; neither can pickle a function."""
+    code = (
+        f"import multiprocessing; multiprocessing.set_start_method({method!r})\n"
+        "from train.data import OnTheFly, stream\n"
+        "print(list(stream(OnTheFly(lambda i: 10 * i), range(3), 1)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert (done.stdout, done.stderr) == ("[0, 10, 20]\n", "")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

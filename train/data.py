@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from train.album import Album
 from train.randomness import Share, generator
 
+FORK = "fork" in multiprocessing.get_all_start_methods()
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -148,7 +150,11 @@ def _unchanged(batch: T) -> T:
 
 
 def stream(data: Data[T], steps: Iterable[int], workers: int) -> Iterator[T]:
-    """Yield the batches of these steps in order. Worker processes prefetch them; errors in a worker are raised here."""
+    """Yield the batches of these steps in order. Worker processes prefetch them; errors in a worker are raised here.
+
+    Workers are forked, since most data cannot be pickled. Where that is impossible (Windows), this process makes the batches.
+    """
+    workers = workers if FORK else 0
 
     def ignore_interrupt(_: int) -> None:  # the training loop handles Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -159,6 +165,7 @@ def stream(data: Data[T], steps: Iterable[int], workers: int) -> Iterator[T]:
         sampler=steps,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers else None,
         collate_fn=_unchanged,
         worker_init_fn=ignore_interrupt,
         generator=torch.Generator(),  # otherwise it draws from the global generator
