@@ -52,7 +52,7 @@ def test_scores_are_shares_and_mean_distances() -> None:
 
 def test_the_judge_can_be_trained_and_loaded(tmp_path: Path) -> None:
     plan = replace(judge.PHASES[0], steps=2, batch=4)
-    judge.train(tmp_path / "state", tmp_path, (plan,), count=24, unknown=8)
+    judge.train(tmp_path / "state", tmp_path, (plan,), pictures=40)
     card = read_card(tmp_path / "judge.safetensors")
     assert card["command"] == "python -m train judge" and card["settings"][0]["steps"] == 2
     assert 0 <= card["results"]["concept"] <= 1
@@ -64,7 +64,7 @@ def test_the_second_clip_can_be_trained_and_loaded(tmp_path: Path, monkeypatch: 
     """Both encoders have the same output width, so their cosine is defined."""
     monkeypatch.setattr(clip, "probe", lambda image: {"concept": 0.0})
     plan = replace(scorer.PHASES[0], steps=2, batch=4, bf16=False)
-    scorer.train(tmp_path / "state", tmp_path, (plan,), count=24)
+    scorer.train(tmp_path / "state", tmp_path, (plan,), pictures=24)
     assert read_card(tmp_path / "score_text.safetensors")["command"] == "python -m train scorer"
     loaded: Any = clip_score.load(tmp_path)
     assert torch.isfinite(loaded.texts(["a fox", "an owl"])).all() and loaded.texts(["a fox"]).shape == (1, 192)

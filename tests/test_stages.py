@@ -64,9 +64,9 @@ def test_every_stage_trains_and_its_steps_wait_for_nothing(tmp_path: Path, monke
 
     monkeypatch.setattr(step.Step, "gradients", watched)
     stage, source = "vae", TrainingSource(base=weights, pictures=16)
-    vae.train(state, weights, tiny(vae.PHASES), count=16)
+    vae.train(state, weights, tiny(vae.PHASES), pictures=16)
     stage = "clip"
-    clip.train(state, weights, tiny(clip.PHASES), count=24)
+    clip.train(state, weights, tiny(clip.PHASES), pictures=24)
     stage = "unet"
     unet.train(state, weights, tiny(unet.PHASES), pictures=16)
     stage = "adapter"
@@ -74,9 +74,9 @@ def test_every_stage_trains_and_its_steps_wait_for_nothing(tmp_path: Path, monke
     stage = "plus"
     plus.train(state, weights, tiny(plus.PHASES), replace(source, reads=FINE))
     stage = "judge"
-    judge.train(state, weights, tiny(judge.PHASES), count=24, unknown=8)
+    judge.train(state, weights, tiny(judge.PHASES), pictures=40)
     stage = "scorer"
-    scorer.train(state, weights, tiny(scorer.PHASES), count=24)
+    scorer.train(state, weights, tiny(scorer.PHASES), pictures=24)
     stage = "control"
     control.train(state, weights, tiny(control.PHASES), pictures=16)
     stage = "t2i"

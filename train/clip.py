@@ -144,7 +144,7 @@ def train(
     weights: Path,
     phases: tuple[Plan, ...] = PHASES,
     command: str = "python -m train clip",
-    count: int = PICTURES,
+    pictures: int = PICTURES,
 ) -> None:
     """Train both towers; write text_encoder.safetensors and image_encoder.safetensors to the folder `weights`."""
     files = weights / "text_encoder.safetensors", weights / "image_encoder.safetensors"
@@ -152,8 +152,8 @@ def train(
         check_output(file)
     with seeded(phases[0].seed):
         clip = CLIP()
-    log = train_towers(clip, folder, phases, count, 0)
+    log = train_towers(clip, folder, phases, pictures, 0)
     unit_entries(clip.image.eval())
-    clip_card = card(phases, log, command, {"data": f"the mini world, {count} pictures", "gate": GATE}, WORLD_LICENCE)
+    clip_card = card(phases, log, command, {"data": f"the mini world, {pictures} pictures", "gate": GATE}, WORLD_LICENCE)
     for tower, file in zip((clip.text, clip.image), files, strict=True):
         cards.save(tower, file, clip_card)

@@ -31,7 +31,7 @@ from train.world import BACKGROUNDS, SIZE, Scene
 
 PHASES = (Plan("judge", 12_000, 64, 1e-3, 500, 0.7, bf16=True, validate_every=3_000),)
 FIRST = 20_000_000  # index of the first training scene; the networks that are measured see none of these
-PICTURES, STRANGERS, HELD_OUT = 40_000, 8_000, 1000
+PICTURES, HELD_OUT = 40_000, 1000
 
 
 @dataclass(frozen=True)
@@ -171,17 +171,16 @@ def train(
     weights: Path,
     phases: tuple[Plan, ...] = PHASES,
     command: str = "python -m train judge",
-    count: int = PICTURES,
-    unknown: int = STRANGERS,
+    pictures: int = PICTURES,
 ) -> None:
-    """Train the judge on `count` pictures of the concepts and `unknown` others; write `weights`/judge.safetensors and its card."""
-    out, device = weights / "judge.safetensors", phases[0].device
+    """Train the judge on `pictures` of the concepts and a fifth as many others; write judge.safetensors to the folder `weights`."""
+    out, device, unknown = weights / "judge.safetensors", phases[0].device, pictures // 5
     check_output(out)
     with seeded(phases[0].seed):
         judge = Judge()
     judge.to(memory_format=torch.channels_last)
     judge.to(device)
-    pool, true = answers(count, unknown, device), ground_truth(scenes_of("val", HELD_OUT, 0))
+    pool, true = answers(pictures, unknown, device), ground_truth(scenes_of("val", HELD_OUT, 0))
     x, log = to_unit(pixels_of("val", HELD_OUT, 0)), list[dict[str, Any]]()
 
     def validate(module: nn.Module) -> dict[str, float]:
@@ -191,7 +190,7 @@ def train(
     for plan in phases:
         data, loss = Cached(pool, plan.batch, plan.seed), functools.partial(judge_loss, judge)
         log += run(plan, judge, data, loss, validate, folder, 0, made_from={"pictures": f"{len(pool)}, {renderer()}"})[1]
-    details = {"data": f"the mini world, {count} pictures and {unknown} of other drawings"}
+    details = {"data": f"the mini world, {pictures} pictures and {unknown} of other drawings"}
     cards.save(judge, out, card(phases, log, command, details, WORLD_LICENCE))
 
 

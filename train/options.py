@@ -72,6 +72,7 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     group.add_argument("--clip", type=rate, help="largest norm of the gradient; a larger gradient is scaled down")
     group.add_argument("--save-every", type=at_least(1), help="steps between two saved states (in any case every five minutes)")
     group.add_argument("--validate-every", type=at_least(1), help="steps between two validations")
+    group.add_argument("--pictures", type=at_least(1), help="pictures of the mini world to train on (default: 20,000 to 60,000)")
     group.add_argument(
         "--scale", type=at_least(1), default=1, help="multiply the batch and divide the steps by this, for a GPU (default: 1)"
     )
@@ -118,8 +119,6 @@ def add_source(p: argparse.ArgumentParser) -> None:
     sheets = "with --data: steps between two sheets of drawings (default: 0, none)"
     show.add_argument("--preview-every", type=at_least(1), default=0, help=sheets)
     show.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too, to `tensorboard` in the state folder")
-    world = p.add_argument_group("mini world")
-    world.add_argument("--pictures", type=at_least(1), help="pictures of the mini world to train on (default: 60,000)")
     base.add_argument("--from", dest="start", type=Path, metavar="FILE", help="start from this trained adapter")
     loss = p.add_argument_group("loss", "The paper uses neither.")
     loss.add_argument("--min-snr", type=rate, metavar="GAMMA", help="min-SNR weights (default: none; mini world: 1)")
@@ -157,7 +156,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         if name in ADAPTERS:
             add_source(stage)
         else:
-            nothing = ("data", "pictures", "side", "base", "image_encoder", "start", "min_snr")
+            nothing = ("data", "side", "base", "image_encoder", "start", "min_snr")
             stage.set_defaults(**dict.fromkeys(nothing), checkpointing=False, skip_broken=False, noise_offset=0.0, deterministic=0)
             stage.set_defaults(preview_every=0, tensorboard=False)
     encodes = "encode your own pictures ahead of training, and store the result in the state folder"

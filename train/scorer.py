@@ -28,7 +28,7 @@ def train(
     weights: Path,
     phases: tuple[Plan, ...] = PHASES,
     command: str = "python -m train scorer",
-    count: int = PICTURES,
+    pictures: int = PICTURES,
 ) -> None:
     """Train both towers; write score_text.safetensors and score_image.safetensors, with cards, to the folder `weights`."""
     files = weights / "score_text.safetensors", weights / "score_image.safetensors"
@@ -36,7 +36,7 @@ def train(
         check_output(file)
     with seeded(phases[0].seed):
         towers = CLIP(TEXT, IMAGE)
-    log = train_towers(towers, folder, phases, count, FIRST)
-    scorer_card = card(phases, log, command, {"data": f"the mini world, {count} pictures"}, WORLD_LICENCE)
+    log = train_towers(towers, folder, phases, pictures, FIRST)
+    scorer_card = card(phases, log, command, {"data": f"the mini world, {pictures} pictures"}, WORLD_LICENCE)
     for tower, file in zip((towers.text, towers.image.eval()), files, strict=True):
         cards.save(tower, file, scorer_card)

@@ -88,17 +88,17 @@ def train(
     phases: tuple[Plan, ...] = PHASES,
     command: str = "python -m train vae",
     config: VAEConfig = MINI_VAE,
-    count: int = PICTURES,
+    pictures: int = PICTURES,
 ) -> None:
-    """Train the VAE on the first `count` pictures of the mini world; write vae.safetensors to the folder `weights`."""
+    """Train the VAE on the first `pictures` pictures of the mini world; write vae.safetensors to the folder `weights`."""
     check_output(weights / "vae.safetensors")
     device = phases[0].device
     with seeded(phases[0].seed):
         vae = VAE(config)
     initialise(vae.to(memory_format=torch.channels_last))
     vae.to(device)
-    pool, held_out = Pictures(pixels_of("train", count, 0).to(device)), to_unit(pixels_of("val", HELD_OUT, 0)).to(device)
-    log, made_from = list[dict[str, Any]](), {"pictures": f"{count}, {renderer()}"}
+    pool, held_out = Pictures(pixels_of("train", pictures, 0).to(device)), to_unit(pixels_of("val", HELD_OUT, 0)).to(device)
+    log, made_from = list[dict[str, Any]](), {"pictures": f"{pictures}, {renderer()}"}
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, VAE)
@@ -107,6 +107,6 @@ def train(
     for plan in phases:
         data, loss = Cached(pool, plan.batch, plan.seed), functools.partial(vae_loss, vae)
         log += run(plan, vae, data, loss, validate, folder, 0, made_from=made_from)[1]
-    some = torch.arange(min(1024, count)).split(64)
+    some = torch.arange(min(1024, pictures)).split(64)
     vae.config = replace(config, scale=unit_scale(vae, map(pool.at, some)))
     cards.save(vae, weights / "vae.safetensors", card(phases, log, command, {"data": "the mini world"}, WORLD_LICENCE))
