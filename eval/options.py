@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sampling.request import DtypeName, Model
+from train.options import STAGES
 
 Commands = Any  # what ArgumentParser.add_subparsers returns
 DESCRIPTION = """Measure how good the networks are. Most commands write their results to a file and print a table.
@@ -24,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     add_ablation(commands)
     add_peers(commands)
     add_calibration(commands)
+    add_replay(commands)
     add_attention(commands)
     add_page(commands)
     return p
@@ -149,6 +151,15 @@ def add_calibration(commands: Commands) -> None:
     )
     out = Path("results/calibration.json")
     p.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
+
+
+def add_replay(commands: Commands) -> None:
+    p = command(commands, "replay", "Train the first steps of the mini world's stages again, and compare their losses with stored ones")
+    p.add_argument("stages", nargs="*", default=tuple(STAGES), metavar="STAGE", help=f"stages (default: {', '.join(STAGES)})")
+    p.add_argument("--steps", type=count, default=200, help="number of steps of each stage (default: 200)")
+    p.add_argument("--write", action="store_true", help="store the losses instead of comparing them")
+    out = Path("results/replay.json")
+    p.add_argument("--out", type=Path, default=out, help=f"file of the stored losses (default: {out})")
 
 
 def add_attention(commands: Commands) -> None:

@@ -143,7 +143,7 @@ def train_stages(args: argparse.Namespace, command: str, team: Team) -> None:
             if source:
                 print(stage.train(state, weights, plans, source, command))
             else:
-                stage.train(state, weights, plans, command, args.pictures or stage.PICTURES)
+                stage.train(state, weights, plans, command=command, pictures=args.pictures or stage.PICTURES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
