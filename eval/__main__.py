@@ -18,6 +18,7 @@ MODULES = {
     "examples": "eval.examples",
     "docs": "eval.docs",
     "calibration": "eval.calibration",
+    "by-eye": "eval.by_eye",
     "replay": "eval.replay",
     "attention": "eval.attention_sheet",
     "page": "eval.page.command",

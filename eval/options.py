@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     add_ablation(commands)
     add_peers(commands)
     add_calibration(commands)
+    add_by_eye(commands)
     add_replay(commands)
     add_attention(commands)
     add_page(commands)
@@ -150,6 +151,15 @@ def add_calibration(commands: Commands) -> None:
         "--labels", type=Path, default=Path("results"), help="folder of labels.png and labels.json (default: results)"
     )
     out = Path("results/calibration.json")
+    p.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
+
+
+def add_by_eye(commands: Commands) -> None:
+    p = command(commands, "by-eye", "Count how many drawings of texts a person names as the text does")
+    p.add_argument("--draw", action="store_true", help="draw the pictures, for people to label")
+    folder = Path("results/by_eye")
+    p.add_argument("--labels", type=Path, default=folder, help=f"folder of labels.png and labels.json (default: {folder})")
+    out = Path("results/by_eye.json")
     p.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
 
 
