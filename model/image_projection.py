@@ -161,10 +161,12 @@ class FaceProjection(Projection):
 class FacePlus(FaceProjection):
     """FaceID Plus: the tokens x of FaceID are the queries of a Resampler over the fine features of the face's picture.
 
-    c_i = resampler(x), and with `shortcut`, which is PlusV2, c_i = x + resampler(x).
+    c_i = resampler(x), and with `shortcut`, which is PlusV2, c_i = x + s resampler(x), where s is `structure_scale`: how much of the
+    picture's face structure to add to the identity (the official `s_scale`).
     """
 
     reads = FACE_AND_FINE
+    structure_scale = 1.0
 
     def __init__(
         self,
@@ -192,4 +194,4 @@ class FacePlus(FaceProjection):
         for layer in self.layers:
             z = layer(z, fine)
         z = self.norm_out(self.proj_out(z))
-        return tokens + z if self.shortcut else z
+        return tokens + self.structure_scale * z if self.shortcut else z

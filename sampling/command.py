@@ -91,7 +91,8 @@ def load_model(model: Model, device: str, copy: bool = False, low_memory: bool =
     files = model.checkpoint, adapters, model.image_encoder
     loras = [(lora.path, lora.scale) for lora in model.loras]
     parts = model.prediction, model.vae, model.controls
-    return load(*files, dtype, device, *parts, copy, low_memory, loras, model.face_lora_scale)
+    scales = model.face_lora_scale, model.face_structure_scale
+    return load(*files, dtype, device, *parts, copy, low_memory, loras, *scales)
 
 
 def check_model(inputs: Inputs, model: Model) -> None:

@@ -18,7 +18,9 @@ from checkpoints.fill import copy_weights
 from checkpoints.hub import locate
 from checkpoints.lora import merge, open_lora, read_updates
 from checkpoints.stable_diffusion import load_base, scheduler_config, scheduler_file
+from model.adapter import IPAdapter
 from model.image_encoder import ImageConfig
+from model.image_projection import FacePlus
 from model.unet import UNet
 from sampling.pipeline import Pipeline
 from sampling.request import WEIGHTS
@@ -40,13 +42,15 @@ def load(
     low_memory: bool = False,
     loras: Sequence[tuple[Path | str, float]] = (),
     face_lora_scale: float = 1.0,
+    face_structure_scale: float = 1.0,
 ) -> Pipeline:
     """Load the pipeline of a base model: Stable Diffusion as a single file, a diffusers folder, or a folder of our own.
 
     The first three files may be names in the Hugging Face cache (`checkpoints.hub.locate`). By default the folder's own `image_encoder`
     and `ip_adapter` are used, if they exist. `prediction` overrides what the files say about the UNet; `vae` replaces the model's own;
     `loras` and `face_lora_scale` are as in `with_loras`. `copy` copies weights that would stay mapped from their files, which may then be
-    overwritten. `low_memory` keeps one network at a time on the device. Raises OSError if files are missing, ValueError if they don't fit.
+    overwritten. `low_memory` keeps one network at a time on the device. `face_structure_scale`: see `FacePlus`. Raises OSError if files are
+    missing, ValueError if they don't fit.
     """
     checkpoint = locate(Path(checkpoint))
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)
@@ -59,6 +63,7 @@ def load(
     sizes = image.config if image else None
     base = with_loras(base, loras, files, face_lora_scale, sizes)
     adapters = tuple(load_adapter(file, base.unet, sizes, dtype) for file in files)
+    scale_structure(adapters, face_structure_scale)
     networks = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
     for part in (base.unet, base.vae, base.text, *([image] if image else []), *adapters, *networks):
         if copy:
@@ -67,6 +72,16 @@ def load(
     schedule = replace(schedule, prediction=base.unet.config.prediction)
     pipeline = Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks)
     return replace(pipeline, vae=in_strips(base.vae), visits=device) if low_memory else pipeline
+
+
+def scale_structure(adapters: Sequence[IPAdapter], scale: float) -> None:
+    """Set the structure scale of FaceID PlusV2. Raises ValueError if the scale is not 1 and there is no such adapter."""
+    projections = [adapter.image_projection for adapter in adapters]
+    found = [part for part in projections if isinstance(part, FacePlus) and part.shortcut]
+    if scale != 1 and not found:
+        raise ValueError("--face-structure-scale is for IP-Adapter FaceID PlusV2: leave it out")
+    for part in found:
+        part.structure_scale = scale
 
 
 def open_all(adapters: Sequence[Path], controls: Sequence[Path | str], loras: Sequence[Path | str]) -> None:

@@ -179,6 +179,8 @@ def _files(group: Any) -> None:
     about = f"Factor of the LoRA. Default {LoraFile.scale:g}."
     group.add_argument("--lora-scale", type=float, action=FollowingLora, help=about)
     add("--face-lora-scale", f"Factor of the LoRA inside a FaceID adapter. Default {Model.face_lora_scale:g}.", float)
+    about = f"Weight of the face's structure in FaceID PlusV2. Default {Model.face_structure_scale:g}."
+    add("--face-structure-scale", about, float)
     add("--vae", "Autoencoder to use instead of the base model's own.")
     add("--prediction", "What the UNet predicts, where its files do not say it.", str, choices=("epsilon", "v"))
     add("--dtype", f"Precision. Default {Model.dtype}.", str, choices=get_args(DtypeName))

@@ -48,9 +48,7 @@ class ImagePrompt:
         if not self.images:
             raise ValueError("an image prompt needs a picture: name it with --image")
         if self.weights and len(self.weights) != len(self.images):
-            raise ValueError(
-                f"{len(self.weights)} --image-weight for {len(self.images)} --image: give each picture its own"
-            )
+            raise ValueError(f"{len(self.weights)} --image-weight for {len(self.images)} --image: give each picture its own")
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class LoraFile:
 class Model:
     """The files of a model, as `sampling.loading.load` takes them. Without names, those in the checkpoint's folder are used.
 
-    `face_lora_scale`: the factor of the LoRA inside FaceID adapters.
+    `face_lora_scale`: the factor of the LoRA inside FaceID adapters. `face_structure_scale`: s of FaceID PlusV2 (`FacePlus`).
     """
 
     checkpoint: Path = WEIGHTS
@@ -160,6 +158,7 @@ class Model:
     controls: tuple[Path, ...] = ()
     loras: tuple[LoraFile, ...] = ()
     face_lora_scale: float = 1.0
+    face_structure_scale: float = 1.0
 
     def __post_init__(self) -> None:
         settle(self)

@@ -117,21 +117,22 @@ class ProjPlusModel(nn.Module):
 
 
 @pytest.mark.parity("IP-Adapter ProjPlusModel, and diffusers IPAdapterFaceIDPlusImageProjection", EXACT)
-@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("shortcut, scale", [(False, 1.0), (True, 1.0), (True, 0.6)])
 @pytest.mark.parametrize("heads, tokens, m", [(1, 4, 2), (3, 5, 257)])
-def test_plus_equals_both(shortcut: bool, heads: int, tokens: int, m: int) -> None:
+def test_plus_equals_both(shortcut: bool, scale: float, heads: int, tokens: int, m: int) -> None:
     official = randomise(ProjPlusModel(12, 10, 15, tokens, heads), seed=heads)
     ours = FacePlus(15, 12, tokens, 20, face_dim=10, heads=heads, shortcut=shortcut).double()
     ours.load_state_dict({name: official.state_dict()[theirs] for name, theirs in plus_names(ours).items()})
+    ours.structure_scale = scale
     face, fine = randn(3, 10), randn(3, m, 15, seed=1)
     features = torch.cat([torch.cat([face, torch.zeros(3, 5)], -1)[:, None].double(), fine], dim=1)
-    wanted = official(face, fine, shortcut)
+    wanted = official(face, fine, shortcut, scale)
     assert max_error(ours(features), wanted) < EXACT
     if tokens == 4:  # the only number that diffusers reads
         state = {name: tensor.float().double() for name, tensor in official.state_dict().items()}
         peer: Any = UNet2DConditionLoadersMixin._convert_ip_adapter_image_proj_to_diffusers(None, state, False)
         assert type(peer) is IPAdapterFaceIDPlusImageProjection
-        peer.double().clip_embeds, peer.shortcut = fine[:, None], shortcut
+        peer.double().clip_embeds, peer.shortcut, peer.shortcut_scale = fine[:, None], shortcut, scale
         ours.load_state_dict({name: state[theirs] for name, theirs in plus_names(ours).items()})
         assert max_error(ours(features), peer(face)) < EXACT
 
@@ -347,6 +348,13 @@ def test_plus_reads_the_face_and_its_picture(files: Files, form: str) -> None:
     official.load_state_dict(torch.load(files.paths[form], weights_only=True)["image_proj"])
     wanted = official(face[None], e[0, :, 1:], shortcut=form == "plusv2")
     assert max_error(pipe.adapters[0].tokens(e), wanted) < 1e-5  # float32
+    weaker = functools.partial(load, files.model.base, [files.paths[form]], wide_encoder(files), face_structure_scale=0.5)
+    if form == "plusv2":
+        wanted = official(face[None], e[0, :, 1:], shortcut=True, scale=0.5)
+        assert max_error(weaker().adapters[0].tokens(e), wanted) < 1e-5
+    else:
+        with pytest.raises(ValueError, match="--face-structure-scale is for IP-Adapter FaceID PlusV2"):
+            weaker()
     ask = Ask("A photo of a fox", num=1)
     assert difference(drawn(pipe, [files.face], ask), drawn(pipe, [files.face.with_name("faces.safetensors")], ask)) > 5
 

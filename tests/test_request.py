@@ -56,7 +56,7 @@ FULL = Request(
 )
 MODEL = Model(
     Path("base"), (Path("x.bin"), Path("y.bin")), Path("encoder"), Path("vae"), "v", "bfloat16", (Path("canny.pth"), Path("depth")),
-    (LORA, LoraFile(Path("b"))), 0.4,
+    (LORA, LoraFile(Path("b"))), 0.4, 0.7,
 )  # fmt: skip
 
 
