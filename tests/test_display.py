@@ -18,6 +18,7 @@ from small_run import numbers, same, train
 
 from checkpoints.files import sha256
 from train.__main__ import main, status
+from train.clock import Clock
 from train.display import Display
 
 __all__ = ["base"]  # a fixture
@@ -34,6 +35,15 @@ def test_the_log_says_how_long_steps_wait_for_data(tmp_path: Path) -> None:
     quick, waiting = train(tmp_path / "a")[2][-1], train(tmp_path / "b", make=slow)[2][-1]
     assert 0 < quick["waiting"] < waiting["waiting"] < 1 and waiting["waiting"] > 0.5
     assert waiting["pictures_per_second"] < 4 / 0.05 and waiting["pictures_per_second"] < quick["pictures_per_second"]
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_only_an_idle_device_waits_for_data(idle: bool) -> None:
+    """A GPU that still has work does not wait while the next batch is read."""
+    clock = Clock()
+    with clock.step(4), clock.waiting(lambda: idle):
+        time.sleep(0.02)
+    assert (clock.row()["waiting"] > 0.9) == idle and (clock.row()["waiting"] == 0) != idle
 
 
 def test_previews_are_drawn_and_change_nothing(base: Path, tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ class Replayed(GraphStep[Any]):
         self.optimizer.zero_grad(set_to_none=True)
         return self._step()
 
+    def idle(self) -> bool:
+        return True
+
     def _record(self) -> None:
         graph: Any = SimpleNamespace(replay=lambda: setattr(self, "values", self._warm_up()))
         self.graph = graph

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 ROW = "seconds", "waiting", "pictures_per_second"  # what `row` returns
@@ -29,11 +29,12 @@ class Clock:
         self.pictures += pictures
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time in which a step waits for data."""
+    def waiting(self, idle: Callable[[], bool]) -> Iterator[None]:
+        """Count the time in which a step waits for data, if the device is `idle` at the end: otherwise it still had work."""
         began = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - began
+        if idle():
+            self.waited += time.perf_counter() - began
 
     def row(self) -> dict[str, float]:
         """Return `elapsed`, the share of the steps' time that they waited for data, and the pictures per second of the steps.

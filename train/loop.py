@@ -130,7 +130,7 @@ class _Training(Generic[T]):
         plan, parts = self.plan, range(self.step * self.plan.accumulate, (self.step + 1) * self.plan.accumulate)
         seeds, lr = [hashed(plan.seed, part) for part in parts], plan.lr * plan.rate(self.step)
         with self.clock.step(plan.batch * plan.accumulate):
-            with self.clock.waiting():
+            with self.clock.waiting(self.run_step.idle):
                 own = [next(batches) for _ in self.team.shares for _ in parts]
             values = self.run_step(own, seeds, lr, f"{plan.name}, step {self.step + 1}")
         if self.kept is not self.module:

@@ -54,6 +54,10 @@ class Step(Generic[T]):
     def set_rate(self, lr: float) -> None:
         self.optimizer.param_groups[0]["lr"] = self.lr.fill_(lr) if self.capturable else lr
 
+    def idle(self) -> bool:
+        """Return whether the device has finished all steps."""
+        return True
+
     def generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
         """Return the generators of the batches with these seeds."""
         return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
@@ -99,6 +103,9 @@ class GraphStep(Step[T]):
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0
         self.kept: list[torch.Generator] = []
+
+    def idle(self) -> bool:
+        return torch.cuda.current_stream(self.device).query()
 
     def _step(self) -> Tensor:
         values = self.gradients(self.batches, self.kept)
