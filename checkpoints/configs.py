@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.image_encoder import ImageConfig
 from model.text_encoder import END, TextConfig, vocabulary
-from model.unet import UNetConfig
+from model.unet import EMPTY, UNetConfig
 from model.vae import VAEConfig
 
 # Settings with a single supported value, because our modules do not implement alternatives.
@@ -59,6 +59,7 @@ def _per_level(value: Any, levels: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
 
 
+_MINIMA = dict.fromkeys(("depth", "mid_depth"), EMPTY)
 _MAXIMA = dict.fromkeys(("layers", "depth", "mid_depth", "res_blocks"), 200)  # more would take too long to build
 
 
@@ -75,7 +76,7 @@ def check_values(config: Any) -> None:
         else:
             numbers = value if isinstance(value, tuple) else (value,)
             good = isinstance(value, tuple) == (kind is not int) and all(
-                type(n) is int and 0 <= n <= _MAXIMA.get(name, n) for n in numbers
+                type(n) is int and _MINIMA.get(name, 0) <= n <= _MAXIMA.get(name, n) for n in numbers
             )
         if not good:
             raise ValueError(f"its {name} is {value!r}, which is not a valid value")
@@ -86,6 +87,8 @@ def unet_config(c: Mapping[str, Any], prediction: str = "epsilon") -> UNetConfig
     encoder = encoder_config(c)
     if list(c["up_block_types"]) != [f"{'CrossAttnUp' if depth else 'Up'}Block2D" for depth in reversed(encoder["depth"])]:
         raise ValueError(f"it has blocks that are not supported: {c['down_block_types']!r}, {c['up_block_types']!r}")
+    if EMPTY in (*encoder["depth"], encoder["mid_depth"]):
+        raise ValueError("it has transformers without blocks, which are supported only in ControlNets")
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"its prediction_type is {prediction!r}, but only epsilon and v_prediction are supported")
     return UNetConfig(
@@ -111,8 +114,8 @@ def encoder_config(c: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "in_channels": c["in_channels"],
         "channels": tuple(c["block_out_channels"]),
-        "depth": tuple(d if cross else 0 for d, cross in zip(depth, kinds, strict=True)),
-        "mid_depth": depth[-1],
+        "depth": tuple((d or EMPTY) if cross else 0 for d, cross in zip(depth, kinds, strict=True)),
+        "mid_depth": depth[-1] or EMPTY,
         "heads": _per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8), len(kinds)),
         "res_blocks": _single_value(c.get("layers_per_block", 2)),
         "context_dim": _single_value(c["cross_attention_dim"]),
@@ -143,7 +146,7 @@ def diffusers_config(c: UNetConfig) -> dict[str, Any]:
         "block_out_channels": c.channels,
         "down_block_types": ["CrossAttnDownBlock2D" if x else "DownBlock2D" for x in cross],
         "up_block_types": ["CrossAttnUpBlock2D" if x else "UpBlock2D" for x in reversed(cross)],
-        "transformer_layers_per_block": [*(depth or 1 for depth in c.depth[:-1]), c.mid_depth],
+        "transformer_layers_per_block": [*(max(depth, 0) if depth else 1 for depth in c.depth[:-1]), max(c.mid_depth, 0)],
         "layers_per_block": c.res_blocks,
         "attention_head_dim": c.heads,
         "cross_attention_dim": c.context_dim,

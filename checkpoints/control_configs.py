@@ -22,12 +22,8 @@ def controlnet_config(c: Mapping[str, Any]) -> ControlNetConfig:
     """Return the config of diffusers' `ControlNetModel`."""
     if (order := c.get("controlnet_conditioning_channel_order", "rgb")) != "rgb":
         raise ValueError(f"it reads its hint as {order!r}, but only rgb is supported")
-    encoder = encoder_config(c)
-    crossed = [depth for depth, kind in zip(encoder["depth"], c["down_block_types"], strict=True) if "Cross" in kind]
-    if 0 in (*crossed, encoder["mid_depth"]):
-        raise ValueError("it has transformers without blocks, as the small ControlNets of SDXL do, which are not supported")
     return ControlNetConfig(
-        **encoder,
+        **encoder_config(c),
         hint=tuple(c.get("conditioning_embedding_out_channels") or HINT),
         hint_channels=c.get("conditioning_channels", 3),
         pooled=bool(c.get("global_pool_conditions")),

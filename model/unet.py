@@ -20,6 +20,8 @@ from model.attention import CrossAttention
 from model.context import Context
 from model.layers import Downsample, ResBlock, SpatialTransformer, Upsample, keep_channels_last, timestep_embedding
 
+EMPTY = -1  # depth of a transformer without blocks, whose projections remain; only the small ControlNets of SDXL have it
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -28,7 +30,7 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks per residual block, at each level
+    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks per residual block, at each level; 0: no transformer
     mid_depth: int = 1
     heads: tuple[int, ...] = (8, 8, 8, 8)
     res_blocks: int = 2

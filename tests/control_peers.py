@@ -14,11 +14,14 @@ from checkpoints.names import named
 from model.controlnet import ControlNet, ControlNetConfig
 from model.t2i import T2IAdapter as OurT2I
 from model.t2i import T2IConfig
+from model.unet import EMPTY
 
 SMALL_CONTROLS = {
     "sd15": (ControlNetConfig.of(SMALL_SD15, (4, 6, 8, 10)), False),
     "sd21": (ControlNetConfig.of(SMALL_SD21, (4, 6)), True),
     "sdxl": (ControlNetConfig.of(SMALL_SDXL, (4, 6, 8, 10)), True),
+    "sdxl_mid": (replace(ControlNetConfig.of(SMALL_SDXL, (4, 6)), depth=(0, EMPTY, 1), mid_depth=1), True),
+    "sdxl_small": (replace(ControlNetConfig.of(SMALL_SDXL, (4, 6)), depth=(0, 0, 0), mid_depth=EMPTY), True),
     "one_block": (replace(ControlNetConfig.of(SMALL_ONE, (4,)), hint_channels=1), True),
     "shuffle": (ControlNetConfig.of(SMALL_SD15, (4, 6, 8), pooled=True), False),
 }

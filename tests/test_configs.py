@@ -39,7 +39,7 @@ def test_equivalent_spellings_of_a_unet(pair: Any, entries: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("entries", [
     {"time_embedding_act_fn": "silu"}, {"time_embedding_dim": 64}, {"layers_per_block": [1, 2]}, {"cross_attention_dim": [6, 8]},
-    {"only_cross_attention": [False, True]}, {"addition_embed_type": "image"}, {"act_fn": "mish"},
+    {"only_cross_attention": [False, True]}, {"addition_embed_type": "image"}, {"act_fn": "mish"}, {"transformer_layers_per_block": 0},
 ], ids=str)  # fmt: skip
 def test_unets_that_ask_for_more_are_refused(pair: Any, entries: dict[str, Any]) -> None:
     with pytest.raises(ValueError):

@@ -275,7 +275,6 @@ def test_other_files_are_named(control: ControlNet, tmp_path: Path) -> None:
 
 CONFIGS = {
     "bgr": ({"controlnet_conditioning_channel_order": "bgr"}, "reads its hint as 'bgr'"),
-    "small SDXL": ({"transformer_layers_per_block": [0, 1]}, "transformers without blocks"),
     "other blocks": ({"down_block_types": ["SimpleDownBlock2D"] * 2}, "blocks that are not supported"),
     "more levels": ({"block_out_channels": [32, 64, 64]}, "not a supported config of a ControlNet"),
     "another class": ({"_class_name": "AutoencoderTiny", "cross_attention_dim": None}, "not a supported config"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from checkpoints.names import named
 from model.attention import SelfAttention
 from model.context import Context
 from model.controlnet import CONTROLNET_SD15, CONTROLNET_SD21, CONTROLNET_SDXL, ControlNet, ControlNetConfig
-from model.unet import Residuals, UNet
+from model.unet import EMPTY, Residuals, UNet
 
 SIZES = [(16, 16), (17, 13), (9, 5)]
 TOLERANCE = 1e-12  # measured: 2e-14 and less
@@ -148,7 +149,13 @@ def test_a_hint_of_another_size_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("config", "parameters", "keys"),
-    [(CONTROLNET_SD15, 361_279_120, 340), (CONTROLNET_SD21, 364_228_240, 340), (CONTROLNET_SDXL, 1_251_014_160, 844)],
+    [
+        (CONTROLNET_SD15, 361_279_120, 340),
+        (CONTROLNET_SD21, 364_228_240, 340),
+        (CONTROLNET_SDXL, 1_251_014_160, 844),
+        (replace(CONTROLNET_SDXL, depth=(0, EMPTY, 1), mid_depth=1), 272_586_000, 224),  # controlnet-*-sdxl-1.0-mid
+        (replace(CONTROLNET_SDXL, depth=(0, 0, 0), mid_depth=EMPTY), 160_111_120, 140),  # controlnet-*-sdxl-1.0-small
+    ],
 )
 def test_official_sizes(config: ControlNetConfig, parameters: int, keys: int) -> None:
     with torch.device("meta"):
