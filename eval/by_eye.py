@@ -16,7 +16,7 @@ import pandas as pd
 from einops import rearrange
 from PIL import Image
 
-from checkpoints.files import check_output, read_json, replacing, sha256, write_json
+from checkpoints.files import check_output, read_json, read_json_if_there, replacing, sha256, write_json
 from eval.bench import draw_prompts
 from eval.calibration import Labels, read, share, tiles_of
 from eval.tables import markdown
@@ -38,8 +38,13 @@ def texts(seed: int = 0) -> list[tuple[str, str]]:
 
 
 def draw(weights: Path, out: Path) -> None:
-    """Draw the pictures with seeds 0, 1, ..., and write the sheet and what it should show to the folder `out`."""
+    """Draw the pictures with seeds 0, 1, ..., and write the sheet and what it should show to the folder `out`.
+
+    Raises FileExistsError if the folder holds labels, which would not be those of the new pictures.
+    """
     sheet, record = out / "labels.png", out / "labels.json"
+    if read_json_if_there(record).get("labels"):
+        raise FileExistsError(f"{record} holds the labels of other pictures: choose another folder with --labels")
     for path in (sheet, record):
         check_output(path)
     pairs = texts()

@@ -44,6 +44,9 @@ def test_the_sheet_and_what_it_should_show(tmp_path: Path, monkeypatch: pytest.M
     assert [int(tile.mean()) for tile in tiles_of(tmp_path / "labels.png")] == pytest.approx([2 * i for i in range(128)], abs=1)
     with pytest.raises(ValueError, match=r"labels\.json holds no labels yet"):
         evaluate(load_judge(ROOT / "weights" / "judge.safetensors"), tmp_path)
+    (tmp_path / "labels.json").write_text(json.dumps(data | {"labels": [{"concept": []}]}))
+    with pytest.raises(FileExistsError, match="holds the labels of other pictures"):
+        by_eye.draw(ROOT / "weights", tmp_path)
 
 
 def test_shares_are_of_what_the_text_names(tmp_path: Path) -> None:
