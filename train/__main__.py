@@ -79,7 +79,7 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
         pictures=args.pictures or PICTURES,
         data=args.data,
         side=args.side,
-        base_dtype=torch.bfloat16 if args.bf16 and has_bfloat16(args.device) else torch.float32,
+        base_dtype=torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 and has_bfloat16(args.device) else torch.float32,
         checkpointing=args.checkpointing,
         start=args.start,
         skip_broken=args.skip_broken,
@@ -96,7 +96,8 @@ def plans_of(args: argparse.Namespace, phases: tuple[Plan, ...]) -> tuple[Plan, 
 
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
     scaled = (plan.scaled(args.scale) for plan in phases)
-    return tuple(replace(plan, device=args.device, bf16=args.bf16 or plan.bf16, **given) for plan in scaled)
+    given["fp16"] = args.fp16
+    return tuple(replace(plan, device=args.device, bf16=args.bf16 or (plan.bf16 and not args.fp16), **given) for plan in scaled)
 
 
 def cost(plan: Plan) -> str:
@@ -191,7 +192,7 @@ def outcome(argv: Sequence[str] | None) -> str | int:
             return "error: another process of this run ended; the same command resumes the run from its last save"
         if "out of memory" not in str(error):
             raise
-        return "error: out of memory: lower --batch and raise --accumulate, lower --side, or add --checkpointing or --bf16"
+        return "error: out of memory: lower --batch and raise --accumulate, lower --side, or add --checkpointing, --bf16 or --fp16"
     return 0
 
 

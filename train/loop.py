@@ -56,6 +56,7 @@ class Plan:
     accumulate: int = 1
     save_every: int = 1000
     validate_every: int = 250
+    fp16: bool = False
 
     def scaled(self, factor: int) -> Plan:
         """Return the plan for batches `factor` times as large: as many pictures in fewer steps, at the same learning rates."""
@@ -77,9 +78,9 @@ def has_bfloat16(device: str) -> bool:
 
 
 def autocast(plan: Plan) -> torch.autocast:
-    """Autocast to bfloat16 if the plan asks for it and the device supports it."""
-    enabled = plan.bf16 and has_bfloat16(plan.device)
-    return torch.autocast(plan.device.split(":")[0], torch.bfloat16, enabled=enabled)
+    """Autocast to float16, or to bfloat16 where the device supports it, if the plan asks for it."""
+    dtype, enabled = torch.float16 if plan.fp16 else torch.bfloat16, plan.fp16 or (plan.bf16 and has_bfloat16(plan.device))
+    return torch.autocast(plan.device.split(":")[0], dtype, enabled=enabled)
 
 
 class _Training(Generic[T]):
@@ -93,7 +94,9 @@ class _Training(Generic[T]):
         parts = {"parts": self.team.parts} if self.team.parts else {}
         self.made_from = {**asdict(plan), **made_from, **parts, "first weights": fingerprint(module)}
         self.state_file, self.log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
-        self.run_step = step_of(self.team, plan.device, module, loss, plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan))
+        scaler = torch.amp.GradScaler(plan.device.split(":")[0], enabled=plan.fp16)
+        settings = plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan), scaler
+        self.run_step = step_of(self.team, plan.device, module, loss, *settings)
         self.kept = copy.deepcopy(module) if plan.ema else module
         self.step, self.log, self.unread, self.clock = 0, list[dict[str, Any]](), list[Values](), Clock()
         self._load()
@@ -108,7 +111,7 @@ class _Training(Generic[T]):
         try:
             checkpoint.restore(self.module, state["module"])
             checkpoint.restore(self.kept, state["kept"])
-            self.run_step.restore(state["optimizer"])
+            self.run_step.restore(state["optimizer"], state["scaler"])
             self.step, self.clock, self.log = state["step"], Clock(state["seconds"]), state["log"]
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise Damaged(self.state_file, str(error).partition("\n")[0]) from None
@@ -121,7 +124,8 @@ class _Training(Generic[T]):
             return
         states = {"module": checkpoint.changing(self.module), "kept": checkpoint.changing(self.kept)}
         progress = {"made_from": self.made_from, "step": self.step, "seconds": self.clock.elapsed(), "log": self.log}
-        checkpoint.save(self.state_file, {**progress, **states, "optimizer": self.run_step.optimizer.state_dict()})
+        optimizer, scaler = self.run_step.optimizer.state_dict(), self.run_step.scaler.state_dict()
+        checkpoint.save(self.state_file, {**progress, **states, "optimizer": optimizer, "scaler": scaler})
         with replacing(self.log_file) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in self.log))
 

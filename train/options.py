@@ -77,7 +77,12 @@ def add_settings(p: argparse.ArgumentParser) -> None:
         "--scale", type=at_least(1), default=1, help="multiply the batch and divide the steps by this, for a GPU (default: 1)"
     )
     machine = add_device(p)
-    machine.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast; keep the frozen base of an adapter in bfloat16")
+    precision = machine.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--bf16", action="store_true", help="train in bfloat16 autocast; keep the frozen base of an adapter in bfloat16"
+    )
+    about = "the same in float16, with a scaled loss, for GPUs without bfloat16"
+    precision.add_argument("--fp16", action="store_true", help=about)
 
 
 def add_state(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -143,7 +148,7 @@ def add_cache(p: argparse.ArgumentParser) -> None:
     p.add_argument("--for", dest="reader", choices=ADAPTERS, default="adapter", help="stage that will read the pictures (default: adapter)")
     add_device(p)
     p.set_defaults(**dict.fromkeys(("weights", "pictures", "start", "min_snr")), noise_offset=0.0, deterministic=0)
-    p.set_defaults(bf16=False, checkpointing=False, preview_every=0, tensorboard=False)
+    p.set_defaults(bf16=False, fp16=False, checkpointing=False, preview_every=0, tensorboard=False)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

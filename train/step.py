@@ -36,8 +36,9 @@ class Step(Generic[T]):
         weight_decay: float,
         clip: float,
         autocast: Callable[[], AbstractContextManager[Any]],
+        scaler: torch.amp.GradScaler,
     ) -> None:
-        self.loss, self.clip, self.autocast = loss, clip, autocast
+        self.loss, self.clip, self.autocast, self.scaler = loss, clip, autocast, scaler
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.lr = torch.zeros((), device=self.device)
@@ -46,9 +47,10 @@ class Step(Generic[T]):
             self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=self.capturable
         )
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Load the state of an optimizer."""
-        self.optimizer.load_state_dict(state)
+    def restore(self, optimizer: dict[str, Any], scaler: dict[str, Any]) -> None:
+        """Load the states of an optimizer and of a scaler of the loss."""
+        self.optimizer.load_state_dict(optimizer)
+        self.scaler.load_state_dict(scaler)
         self.set_rate(0.0)
 
     def set_rate(self, lr: float) -> None:
@@ -68,7 +70,7 @@ class Step(Generic[T]):
         for batch, generator in zip(batches, generators, strict=True):
             with self.autocast():
                 values = self.loss(batch, generator)
-            (values["loss"] / count).backward()
+            self.scaler.scale(values["loss"] / count).backward()
             for name, value in values.items():
                 part = value.detach() / count
                 means[name] = means[name] + part if name in means else part
@@ -79,16 +81,26 @@ class Step(Generic[T]):
         return self.accumulated(batches, generators, len(batches))
 
     def gradients(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
-        """Compute the gradients of the mean loss, and clip them. Return the mean of each named scalar, and the gradient norm."""
+        """Compute the gradients of the mean loss, and clip them. Return the mean of each named scalar, and the gradient norm.
+
+        In float16, the loss is scaled before the backward pass, so that small gradients do not become 0; `loss_scale` is returned too.
+        """
         means = self.averaged(batches, generators)
-        return means | {"grad_norm": nn.utils.clip_grad_norm_(self.parameters, self.clip)}
+        scale = {"loss_scale": self.scaler.scale(torch.ones((), device=self.device))} if self.scaler.is_enabled() else {}
+        self.scaler.unscale_(self.optimizer)
+        return means | {"grad_norm": nn.utils.clip_grad_norm_(self.parameters, self.clip)} | scale
+
+    def update(self) -> None:
+        """Step the optimizer. In float16, skip the step if a gradient is not finite, and adapt the scale of the loss."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def __call__(self, batches: Sequence[T], seeds: Sequence[int], lr: float, name: str) -> Values:
         """Run a step on batches with these seeds. Raises `Diverged`, before the weights change, if a number is not finite."""
         values = self.gradients(mapped(lambda x: x.to(self.device), tuple(batches)), self.generators(seeds))
         check_finite(numbers([values])[0], name)
         self.set_rate(lr)
-        self.optimizer.step()
+        self.update()
         self.optimizer.zero_grad(set_to_none=True)
         return values
 
@@ -109,7 +121,7 @@ class GraphStep(Step[T]):
 
     def _step(self) -> Tensor:
         values = self.gradients(self.batches, self.kept)
-        self.optimizer.step()
+        self.update()
         self.names = [*values]
         return torch.stack([value.float() for value in values.values()])
 
@@ -171,8 +183,11 @@ def numbers(rows: Sequence[Values]) -> list[dict[str, float]]:
 
 
 def check_finite(values: dict[str, float], name: str) -> None:
-    """Raise `Diverged` if the loss or the gradient norm is not finite."""
-    if not math.isfinite(values["loss"] + values["grad_norm"]):
+    """Raise `Diverged` if the loss or the gradient norm is not finite; in float16, if no scale of the loss keeps them finite."""
+    if "loss_scale" in values:
+        if values["loss_scale"] < 1:
+            raise Diverged(f"{name}: float16 overflows in every step; train with --bf16, or restart with a lower --lr")
+    elif not math.isfinite(values["loss"] + values["grad_norm"]):
         raise Diverged(f"{name}: the loss or gradient is not finite; restart with a lower --lr")
 
 

@@ -131,10 +131,10 @@ def encoded(data: Data[Tensor], keys: Tensor, encode: Encode, folder: Path, each
     """Return the named rows of encode(data.batch(i)) for all i. Row j of batch i has the key `keys[i * each + j]`.
 
     Only batches with rows that are not in `folder` are encoded, each separately, so the result does not depend on what was there.
-    Processes share these batches, and the cores: `workers` of a process read ahead (default: its share of the cores).
+    Processes share these batches, and the cores: `workers` of a process read ahead (default: its share of the cores, at most 16).
     """
     store, team = Store(folder), processes.team()
-    workers = max(2, (os.cpu_count() or 0) // team.size) if workers is None else workers
+    workers = min(16, max(2, (os.cpu_count() or 0) // team.size)) if workers is None else workers
     first = first_rows(keys)
     missing = (first[store.places(keys[first]) < 0] // each).unique().tolist()
     processes.wait()  # so that all processes find the same rows missing
