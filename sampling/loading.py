@@ -48,9 +48,8 @@ def load(
 
     The first three files may be names in the Hugging Face cache (`checkpoints.hub.locate`). By default the folder's own `image_encoder`
     and `ip_adapter` are used, if they exist. `prediction` overrides what the files say about the UNet; `vae` replaces the model's own;
-    `loras` and `face_lora_scale` are as in `with_loras`. `copy` copies weights that would stay mapped from their files, which may then be
-    overwritten. `low_memory` keeps one network at a time on the device. `face_structure_scale`: see `FacePlus`. Raises OSError if files are
-    missing, ValueError if they don't fit.
+    `loras` and `face_lora_scale` are as in `with_loras`, `face_structure_scale` as in `FacePlus`. `copy` copies weights that would stay
+    mapped. `low_memory` keeps one network at a time on the device. Raises OSError or ValueError for unsuitable files.
     """
     checkpoint = locate(Path(checkpoint))
     files, encoder = prompt_files(checkpoint, adapter, image_encoder)
@@ -62,8 +61,7 @@ def load(
     image = load_image_encoder(encoder, dtype) if encoder else None
     sizes = image.config if image else None
     base = with_loras(base, loras, files, face_lora_scale, sizes)
-    adapters = tuple(load_adapter(file, base.unet, sizes, dtype) for file in files)
-    scale_structure(adapters, face_structure_scale)
+    adapters = load_adapters(files, base.unet, sizes, dtype, face_structure_scale)
     networks = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
     for part in (base.unet, base.vae, base.text, *([image] if image else []), *adapters, *networks):
         if copy:
@@ -74,14 +72,18 @@ def load(
     return replace(pipeline, vae=in_strips(base.vae), visits=device) if low_memory else pipeline
 
 
-def scale_structure(adapters: Sequence[IPAdapter], scale: float) -> None:
-    """Set the structure scale of FaceID PlusV2. Raises ValueError if the scale is not 1 and there is no such adapter."""
+def load_adapters(
+    files: Sequence[Path], unet: UNet, encoder: ImageConfig | None, dtype: torch.dtype, structure_scale: float
+) -> tuple[IPAdapter, ...]:
+    """Load adapters, and set the structure scale of FaceID PlusV2. Raises ValueError if it is not 1 and there is no such adapter."""
+    adapters = tuple(load_adapter(file, unet, encoder, dtype) for file in files)
     projections = [adapter.image_projection for adapter in adapters]
     found = [part for part in projections if isinstance(part, FacePlus) and part.shortcut]
-    if scale != 1 and not found:
+    if structure_scale != 1 and not found:
         raise ValueError("--face-structure-scale is for IP-Adapter FaceID PlusV2: leave it out")
     for part in found:
-        part.structure_scale = scale
+        part.structure_scale = structure_scale
+    return adapters
 
 
 def open_all(adapters: Sequence[Path], controls: Sequence[Path | str], loras: Sequence[Path | str]) -> None:
