@@ -62,13 +62,12 @@ def load(
     sizes = image.config if image else None
     base = with_loras(base, loras, files, face_lora_scale, sizes)
     adapters = load_adapters(files, base.unet, sizes, dtype, face_structure_scale)
-    networks = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
-    for part in (base.unet, base.vae, base.text, *([image] if image else []), *adapters, *networks):
+    loaded = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
+    for part in (base.unet, base.vae, base.text, *([image] if image else []), *adapters, *loaded):
         if copy:
             copy_weights(part)
         part.to("cpu" if low_memory else device)
-    schedule = replace(schedule, prediction=base.unet.config.prediction)
-    pipeline = Pipeline(base.unet, base.vae, base.text, schedule, image, adapters, networks)
+    pipeline = Pipeline(base.unet, base.vae, base.text, replace(schedule, prediction=base.unet.config.prediction), image, adapters, loaded)
     return replace(pipeline, vae=in_strips(base.vae), visits=device) if low_memory else pipeline
 
 
