@@ -33,8 +33,7 @@ def test_a_stage_gives_the_same_losses_again(tmp_path: Path, monkeypatch: pytest
     assert len(stored["vae"]["losses"]) == 2 and stored["vae"]["pictures"] == 16
     assert replayed(monkeypatch, "vae", "--steps", "2", "--out", str(out)) is None
     assert "| vae | 2 | 0.0" in capsys.readouterr().out
-    stored["vae"]["losses"] = [1.2 * loss for loss in stored["vae"]["losses"]]
-    out.write_text(json.dumps(stored))
+    monkeypatch.setattr(replay, "first_losses", lambda *_: [1.2 * loss for loss in stored["vae"]["losses"]])
     assert replayed(monkeypatch, "vae", "--steps", "2", "--out", str(out)) == "a loss differs from the stored one by more than 5 %"
 
 
