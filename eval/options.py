@@ -16,9 +16,7 @@ DESCRIPTION = """Measure how good the networks are. Most commands write their re
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m eval", description=DESCRIPTION)
-    p.add_argument(
-        "--weights", type=Path, default=Path("weights"), help="folder of the mini weights (default: weights)"
-    )
+    p.add_argument("--weights", type=Path, default=Path("weights"), help="folder of the mini weights (default: weights)")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_scores(commands)
     add_clip(commands)
@@ -104,9 +102,7 @@ def add_ablation(commands: Commands) -> None:
     p.add_argument("--cell", metavar="FORM:SEED:TASK", help=description)
     own = p.add_argument_group("your own base and pictures")
     own.add_argument("--base", type=Path, help="base model, a file or a folder (default: --weights); needs --data")
-    own.add_argument(
-        "--image-encoder", type=Path, help="image encoder, a file or a folder (default: the one in the base folder)"
-    )
+    own.add_argument("--image-encoder", type=Path, help="image encoder, a file or a folder (default: the one in the base folder)")
     own.add_argument("--data", type=Path, help="pictures and captions, in the format of `python -m train adapter`")
     description = "CLIP that scores the drawings, an open_clip ARCHITECTURE:PRETRAINED (default: the second CLIP in --weights)"
     own.add_argument("--scorer", help=description)
@@ -147,9 +143,7 @@ def add_peers(commands: Commands) -> None:
 def add_calibration(commands: Commands) -> None:
     description = "Measure how often the judge agrees with labels given by eye"
     p = command(commands, "calibration", description)
-    p.add_argument(
-        "--labels", type=Path, default=Path("results"), help="folder of labels.png and labels.json (default: results)"
-    )
+    p.add_argument("--labels", type=Path, default=Path("results"), help="folder of labels.png and labels.json (default: results)")
     out = Path("results/calibration.json")
     p.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
 

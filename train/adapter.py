@@ -104,10 +104,7 @@ def fit(
 
 
 def initial_adapter(setting: Setting, source: TrainingSource, seed: int) -> IPAdapter:
-    """Load the adapter in `source.start`, or initialise one from `seed`.
-
-    Raises ValueError if the file holds an adapter for another base or encoder.
-    """
+    """Load the adapter in `source.start`, or initialise one from `seed`. Raises ValueError if it is for another base or encoder."""
     pipeline = setting.pipeline
     if source.start is None:
         with seeded(seed):

@@ -89,13 +89,11 @@ class _Training(Generic[T]):
     def __init__(
         self, plan: Plan, module: nn.Module, loss: Loss[T], folder: Path, made_from: Mapping[str, Any], display: Display
     ) -> None:
-        self.plan, self.module, self.display = plan, module, display
-        self.team = processes.team()
+        self.plan, self.module, self.display, self.team = plan, module, display, processes.team()
         parts = {"parts": self.team.parts} if self.team.parts else {}
         self.made_from = {**asdict(plan), **made_from, **parts, "first weights": fingerprint(module)}
         self.state_file, self.log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
-        scaler = torch.amp.GradScaler(plan.device.split(":")[0], enabled=plan.fp16)
-        settings = plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan), scaler
+        settings = plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan), plan.fp16
         self.run_step = step_of(self.team, plan.device, module, loss, *settings)
         self.kept = copy.deepcopy(module) if plan.ema else module
         self.step, self.log, self.unread, self.clock = 0, list[dict[str, Any]](), list[Values](), Clock()
@@ -122,10 +120,10 @@ class _Training(Generic[T]):
         self.saved = time.monotonic()
         if self.team.rank:
             return
-        states = {"module": checkpoint.changing(self.module), "kept": checkpoint.changing(self.kept)}
-        progress = {"made_from": self.made_from, "step": self.step, "seconds": self.clock.elapsed(), "log": self.log}
-        optimizer, scaler = self.run_step.optimizer.state_dict(), self.run_step.scaler.state_dict()
-        checkpoint.save(self.state_file, {**progress, **states, "optimizer": optimizer, "scaler": scaler})
+        state = {"made_from": self.made_from, "step": self.step, "seconds": self.clock.elapsed(), "log": self.log}
+        state |= {"module": checkpoint.changing(self.module), "kept": checkpoint.changing(self.kept)}
+        state |= {"optimizer": self.run_step.optimizer.state_dict(), "scaler": self.run_step.scaler.state_dict()}
+        checkpoint.save(self.state_file, state)
         with replacing(self.log_file) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in self.log))
 
@@ -146,8 +144,7 @@ class _Training(Generic[T]):
 
     def read(self) -> dict[str, Any]:
         """Append the rows of the last steps to the log, and return the last. Raises `Diverged` if a number is not finite."""
-        first = self.step - len(self.unread)
-        for step, values in enumerate(numbers(self.unread), start=first):
+        for step, values in enumerate(numbers(self.unread), start=self.step - len(self.unread)):
             check_finite(values, f"{self.plan.name}, step {step + 1}")
             self.log.append({"step": step + 1, "lr": self.plan.lr * self.plan.rate(step), **values})
             self.display.row(self.log[-1])

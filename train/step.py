@@ -36,16 +36,15 @@ class Step(Generic[T]):
         weight_decay: float,
         clip: float,
         autocast: Callable[[], AbstractContextManager[Any]],
-        scaler: torch.amp.GradScaler,
+        fp16: bool,
     ) -> None:
-        self.loss, self.clip, self.autocast, self.scaler = loss, clip, autocast, scaler
+        self.loss, self.clip, self.autocast = loss, clip, autocast
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.lr = torch.zeros((), device=self.device)
         lr = self.lr if self.capturable else 0.0
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=self.capturable
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, lr, betas, weight_decay=weight_decay, fused=True, capturable=self.capturable)
 
     def restore(self, optimizer: dict[str, Any], scaler: dict[str, Any]) -> None:
         """Load the states of an optimizer and of a scaler of the loss."""
@@ -184,11 +183,10 @@ def numbers(rows: Sequence[Values]) -> list[dict[str, float]]:
 
 def check_finite(values: dict[str, float], name: str) -> None:
     """Raise `Diverged` if the loss or the gradient norm is not finite; in float16, if no scale of the loss keeps them finite."""
-    if "loss_scale" in values:
-        if values["loss_scale"] < 1:
-            raise Diverged(f"{name}: float16 overflows in every step; train with --bf16, or restart with a lower --lr")
-    elif not math.isfinite(values["loss"] + values["grad_norm"]):
-        raise Diverged(f"{name}: the loss or gradient is not finite; restart with a lower --lr")
+    scaled = "loss_scale" in values
+    if not (values["loss_scale"] >= 1 if scaled else math.isfinite(values["loss"] + values["grad_norm"])):
+        instead = "train with --bf16, or restart" if scaled else "restart"
+        raise Diverged(f"{name}: the loss or gradient is not finite; {instead} with a lower --lr")
 
 
 @torch.no_grad()
