@@ -3,11 +3,10 @@
 Minimise Eq. 6 with a frozen base and AdamW (weight decay 0.01). Drop the text, the picture or both in 5 % of the samples each; a
 dropped picture becomes a zero embedding. W'_k and W'_v start as copies of W_k and W_v. Only the projection and W'_k, W'_v are trained.
 
-A user's pictures are trained on in the same way. The mini world differs in three points. It trains for hours, where the paper trained
-for days: so its captions leave out more, as captions on the web do, and min-SNR weights reduce gradient noise at timesteps where a
-picture carries no information. And the image prompt shows the drawing at another size and place (`world.moved`), because an
-adapter that is trained on the same picture copies size and place too, against the text. The log shows whether the adapter learns: see
-`gains.held_out_losses`.
+A user's pictures are trained on in the same way. The mini world differs in three points. Its captions leave out more, as captions on the
+web do. Min-SNR weights reduce gradient noise at timesteps where a picture carries no information, because training takes hours, where the
+paper's took days. And the image prompt shows the drawing at another size and place (`world.moved`): an adapter that is trained on the same
+picture copies size and place too, against the text. The log shows whether the adapter learns: see `gains.held_out_losses`.
 """
 
 from __future__ import annotations
