@@ -56,7 +56,7 @@ def load(
     config = scheduler_config(checkpoint)
     with naming(scheduler_file(checkpoint), "is not a schedule that is read"):
         schedule = schedule_of(config)
-    open_all(files, controls, [path for path, _ in loras])
+    open_all(files, controls, [path for path, _ in loras], face_structure_scale)
     base = load_base(checkpoint, dtype, prediction, Path(vae) if vae else None)
     image = load_image_encoder(encoder, dtype) if encoder else None
     sizes = image.config if image else None
@@ -74,21 +74,21 @@ def load(
 def load_adapters(
     files: Sequence[Path], unet: UNet, encoder: ImageConfig | None, dtype: torch.dtype, structure_scale: float
 ) -> tuple[IPAdapter, ...]:
-    """Load adapters, and set the structure scale of FaceID PlusV2. Raises ValueError if it is not 1 and there is no such adapter."""
+    """Load adapters, and set the structure scale of FaceID PlusV2."""
     adapters = tuple(load_adapter(file, unet, encoder, dtype) for file in files)
-    projections = [adapter.image_projection for adapter in adapters]
-    found = [part for part in projections if isinstance(part, FacePlus) and part.shortcut]
-    if structure_scale != 1 and not found:
-        raise ValueError("--face-structure-scale is for IP-Adapter FaceID PlusV2: leave it out")
-    for part in found:
-        part.structure_scale = structure_scale
+    for adapter in adapters:
+        if isinstance(adapter.image_projection, FacePlus):
+            adapter.image_projection.structure_scale = structure_scale
     return adapters
 
 
-def open_all(adapters: Sequence[Path], controls: Sequence[Path | str], loras: Sequence[Path | str]) -> None:
-    """Reject files that are not adapters, controls or LoRAs, before the base model is loaded."""
-    for file in adapters:
-        adapter_sizes(adapter_file(file))
+def open_all(
+    adapters: Sequence[Path], controls: Sequence[Path | str], loras: Sequence[Path | str], structure_scale: float = 1.0
+) -> None:
+    """Reject files that are not adapters, controls or LoRAs, and a scale that none reads, before the base model is loaded."""
+    sizes = [adapter_sizes(adapter_file(file)) for file in adapters]
+    if structure_scale != 1 and not any(each.get("shortcut") for each in sizes):
+        raise ValueError("--face-structure-scale is for IP-Adapter FaceID PlusV2: leave it out")
     for path in controls:
         open_control(Path(path))
     for path in loras:
