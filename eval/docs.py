@@ -10,7 +10,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from checkpoints.files import read_json, replacing
-from eval import calibration, fine, frechet, world_table
+from eval import by_eye, calibration, fine, frechet, world_table
+from eval.ablation import report
+from eval.ablation.rows import Results
 from eval.peers import benchmark, marks, parity
 
 PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -20,7 +22,9 @@ def inserts(root: Path) -> dict[str, str]:
     """Return the generated texts by name, computed from the files in `root`/results and the marks in `root`/tests."""
     results = {path.stem: read_json(path) for path in sorted((root / "results").glob("*.json"))}
     return {
+        "ablation": report.lead(Results.of(root / "results" / "ablation.json")),
         "world": world_table.table(results["world"]),
+        "by_eye": by_eye.table(results["by_eye"]),
         "calibration": calibration.table(results["calibration"]),
         "frechet": frechet.table(results["frechet"]),
         "fine": fine.table(results["fine"]),

@@ -80,7 +80,7 @@ def scored(bench: Bench, drawn: Tensor, form: str) -> Row:
         "background": read["background"].tolist(),
         "palette_error": [round(x, 1) for x in delta_e(read["palette"], shown["palette"]).tolist()],
         "placement_error": [round(x, 1) for x in (read["placement"] - shown["placement"]).norm(dim=-1).tolist()],
-        "drawing": nearest(truth.scenes, drawn),
+        "drawing": nearest(truth.scenes, drawn, read["placement"]),
         "clip_i": [round(x, 3) for x in read["clip_i"].tolist()],
     }
 

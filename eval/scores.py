@@ -5,6 +5,7 @@ A score is `[value, low, high]`. Shares of drawings have Wilson's interval (1927
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from train.judge import Judge, Reading, delta_e, ground_truth
 from train.vae import bytes_to_tensor
-from train.world import CONCEPT_NAMES, CONCEPTS, SIZES, Scene, pictures, place_class, size_class
+from train.world import CONCEPT_NAMES, CONCEPTS, SIDES, SIZE, SIZES, Scene, pictures, place_class, size_class
 
 Scores = dict[str, list[float]]
 RESAMPLES = 10_000
 Z = 1.959964  # 97.5 % quantile of the normal distribution
 ANYWHERE = -1  # index of "any place is right", for large drawings, which fill the picture
 LARGE = SIZES.index("large")
-LARGEST = 62  # side in pixels of the largest drawings of the mini world
+SHIFT = 2  # pixels by which the judge may misread the centre or side of a drawing
 GREY = torch.tensor([65.0, 0.0, 0.0])  # CIELAB; palettes have lightness 50 to 80
 
 
@@ -63,19 +64,20 @@ def sizes_of(placement: Tensor) -> Tensor:
 def places_of(placement: Tensor) -> Tensor:
     """Return the index in `PLACES` of each placement `n 3` (centre x, centre y, side): `n`.
 
-    Drawings lie on whole pixels, so corners are rounded. Sides are clipped to `LARGEST`.
+    Drawings lie on whole pixels, so corners are rounded. Sides are clipped to the largest.
     """
-    rows = [(x, y, min(side, LARGEST)) for x, y, side in placement.tolist()]
+    rows = [(x, y, min(side, SIDES[1])) for x, y, side in placement.tolist()]
     return torch.tensor([place_class(round(x - side / 2), round(y - side / 2), round(side)) for x, y, side in rows])
 
 
 def score(judge: Judge, drawn: Tensor, target: Target) -> Scores:
     """Score drawings `n 3 64 64`: the shares that are right in each attribute of `target`, and the mean errors."""
-    scores = score_reading(judge.read(drawn), target)
+    reading = judge.read(drawn)
+    scores = score_reading(reading, target)
     several = [i for i, scene in enumerate(target.copied) if len(CONCEPTS[CONCEPT_NAMES[scene.concept]]) > 1]
     if several:
         scenes = [target.copied[i] for i in several]
-        found = zip(nearest(scenes, drawn[several]), scenes, strict=True)
+        found = zip(nearest(scenes, drawn[several], reading.placement[several]), scenes, strict=True)
         scores["drawing"] = share(torch.tensor([index == scene.drawing for index, scene in found]))
     return scores
 
@@ -107,10 +109,27 @@ def all_drawings(scene: Scene) -> Tensor:
     return bytes_to_tensor(pictures([replace(scene, drawing=i) for i in range(len(codes))]))
 
 
-def nearest(scenes: list[Scene], drawn: Tensor) -> list[int]:
-    """Return, for each picture, the index of the drawing of its concept with the smallest mean squared pixel error."""
-    pairs = zip(scenes, drawn, strict=True)
-    return [int((all_drawings(scene) - x).square().mean(dim=(1, 2, 3)).argmin()) for scene, x in pairs]
+def placed(scene: Scene, placement: Tensor) -> Scene:
+    """Move the drawing of a scene to a placement `3` (centre x, centre y, side), rounded and clipped to the picture."""
+    x, y, side = placement.tolist()
+    size = min(max(round(side), SIDES[0]), SIDES[1])
+    left, top = (min(max(round(centre - size / 2), 0), SIZE - size) for centre in (x, y))
+    return replace(scene, size=size, x=left, y=top)
+
+
+def nearest(scenes: list[Scene], drawn: Tensor, placement: Tensor) -> list[int]:
+    """Return, for each picture `n 3 64 64`, the index of the drawing of its concept with the smallest mean squared pixel error.
+
+    The drawings are compared at the `placement`, `n 3`, that the judge reads, and up to `SHIFT` pixels around it in position and side: an
+    image prompt does not say where its subject should be.
+    """
+    by, found = range(-SHIFT, SHIFT + 1), []
+    for scene, x, where in zip(scenes, drawn, placement, strict=True):
+        shifted = torch.stack([x.roll(shift, (1, 2)) for shift in itertools.product(by, by)])
+        sides = [all_drawings(placed(scene, where + torch.tensor([0, 0, more]))) for more in by]
+        errors = torch.stack([(shifted[:, None] - each).square().mean(dim=(2, 3, 4)) for each in sides])
+        found.append(int(errors.amin(dim=(0, 1)).argmin()))
+    return found
 
 
 def share(hits: Tensor) -> list[float]:

@@ -1,19 +1,23 @@
 """The pages show the numbers of the result files, and these files belong to the shipped weights."""
 
+import importlib
 import json
 import re
-import subprocess
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
+import torch
 
 from checkpoints.cards import read_card
 from checkpoints.clip import load_image_encoder
 from checkpoints.files import sha256
 from eval import docs
+from eval.ablation import report
+from eval.ablation.rows import Results
+from train.fingerprint import fingerprint
+from train.judge import load_judge
 
 ROOT = Path(__file__).parent.parent
 RESULTS = json.loads((ROOT / "results" / "world.json").read_text())
@@ -59,54 +63,85 @@ def test_weights_are_small_and_licensed():
     assert all("OpenMoji" in read_card(f)["licence"] for f in files)
 
 
-def first_study() -> dict[str, Any]:
-    """The results of the first ablation, from the commit that RESULTS.md names."""
-    commit = re.findall(r"Commit ([0-9a-f]{7})", PAGE)
-    assert len(commit) == 1, "RESULTS.md does not name one commit"
-    command = ["git", "show", f"{commit[0]}:results/ablation.json"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if shown.returncode and subprocess.run(["git", "log", "-1", commit[0]], cwd=ROOT, capture_output=True).returncode:
-        pytest.skip("this copy of the project does not hold the history")
-    assert not shown.returncode, shown.stderr
-    return dict(json.loads(shown.stdout))
+STAGES = {
+    "vae": ("vae",),
+    "clip": ("image_encoder", "text_encoder"),
+    "unet": ("unet",),
+    "adapter": ("ip_adapter",),
+    "plus": ("ip_adapter_plus",),
+    "judge": ("judge",),
+    "scorer": ("score_image", "score_text"),
+}
 
 
-def drawings(study: dict[str, Any]) -> pd.DataFrame:
-    """One line per drawing of the finished adapters; `follows`: it has the concept of the conflicting text."""
-    rows = [row for name, unit in study["units"].items() if name.startswith("rows-") for row in unit["value"]]
-    whole = [pd.DataFrame(row) for row in rows if "lambda" in row and row["share"] == 1]
-    wanted = study["truth"]["wanted"]["concept"]
-    return pd.concat(whole).assign(follows=lambda all_rows: all_rows["concept"] == np.tile(wanted, len(whole)))
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_weights_were_trained_by_the_recipe_in_the_tree(stage: str) -> None:
+    """The settings in the cards are those of `make weights DEVICE=cuda`, at the commit that the card names."""
+    phases = importlib.import_module(f"train.{stage}").PHASES
+    plans = [json.loads(json.dumps(asdict(replace(plan.scaled(4), device="cuda")))) for plan in phases]
+    for name in STAGES[stage]:
+        card = read_card(ROOT / "weights" / f"{name}.safetensors")
+        assert [{"fp16": False, **settings} for settings in card["settings"]] == plans  # fp16 is newer than some cards
+        assert re.fullmatch(r"python -m train \w+ --device cuda --scale 4", card["command"])
+        assert re.fullmatch(r"[0-9a-f]{12}", card["code"])
 
 
-def test_the_page_of_the_first_ablation_says_what_its_results_say() -> None:
-    """The numbers are recomputed from the rows in the commit that the page names, with pandas' rank correlations."""
-    found, said = first_study(), " ".join(PAGE.split())
-    pictures, study = drawings(found), found["study"]
-    d, ends = found["summary"]["difference"]["simple"], found["summary"]["endpoint"]
-    assert f"worse than IP-Adapter by {d['mean']:.1f} [{d['low']:.1f}, {d['high']:.1f}]" in said
-    palettes = np.reshape(found["truth"]["palette"], (-1, 3))
-    grey, best = np.linalg.norm(palettes - [65, 0, 0], axis=-1).mean(), np.mean(ends["ip_adapter"])
-    assert f"scores {grey:.2f}. IP-Adapter, the best form, scores {best:.1f}" in said
-    assert best == min(np.mean(values) for values in ends.values())
-    share = 100 * study["steps"] * study["batch"] / found["shipped_pictures"]
-    assert f"{study['steps']} training steps are {share:.1f} %" in said
-    alone = pictures[pictures["task"] == "picture"].groupby("form")[["palette_error", "clip_i"]].mean()
-    worse = (alone.loc["simple"] - alone.loc["ip_adapter"]).abs()
-    assert f"was worse by {worse['palette_error']:.1f} [" in said and f"by {worse['clip_i']:.3f} [" in said
-    at_one = pictures[(pictures["task"] == "conflict") & (pictures["lambda"] == 1)].groupby(["form", "seed"])["follows"].mean()
-    assert (at_one["simple_wide"].sort_values() * 100).round().tolist() == [1, 2, 2, 50, 73]
-    each = [(form, seed) for form in study["forms"] for seed in range(study["seeds"])]
-    lines = [(found["gains"][form][seed][-1]["gain_shuffled"], ends[form][seed], at_one[form, seed]) for form, seed in each]
-    _, end, follows = pd.DataFrame(lines).corr("spearman")[0]
-    assert f"{len(each)} adapters, its Spearman correlation is {end:+.2f} with the endpoint and {follows:+.2f} with" in said
+def test_the_labels_are_of_the_shipped_weights() -> None:
+    labels = json.loads((ROOT / "results" / "by_eye" / "labels.json").read_text())
+    shares = json.loads((ROOT / "results" / "by_eye.json").read_text())
+    assert labels["made"]["unet"] == sha256(ROOT / "weights" / "unet.safetensors")
+    assert shares["sha256"] == {"judge.safetensors": sha256(ROOT / "weights" / "judge.safetensors")}
 
 
-def test_the_readme_does_not_claim_what_the_first_ablation_did_not_show() -> None:
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    claim = readme[readme.index("## The claim") : readme.index("## Official weights")]
-    assert "does not support the claim" in claim and "(RESULTS.md)" in claim and "new study is under way" in claim
-    assert "does not support the claim" in PAGE and len(PAGE.splitlines()) <= 40
+@pytest.fixture(scope="module")
+def study() -> Results:
+    return Results.of(ROOT / "results" / "ablation.json")
+
+
+def test_the_page_of_the_ablation_says_what_its_results_say(study: Results) -> None:
+    assert report.render(study) == PAGE
+
+
+def test_the_ablation_was_made_on_the_shipped_base(study: Results) -> None:
+    """The fingerprints are those that the card of the shipped adapter names."""
+    base, made_from = read_card(ROOT / "weights" / "ip_adapter.safetensors")["made_from"], study.data["made_from"]
+    names = {"unet": "base", "vae": "vae", "text": "text encoder", "image": "image encoder"}
+    assert {name: made_from[name] for name in names} == {name: base[other] for name, other in names.items()}
+    assert made_from["judge"] == fingerprint(load_judge(ROOT / "weights" / "judge.safetensors"))
+
+
+def test_the_adapters_of_the_ablation_ship(study: Results) -> None:
+    folder = ROOT / "results" / "ablation"
+    runs = {name.removeprefix("train-"): unit for name, unit in study.units.items() if name.startswith("train-")}
+    assert {path.stem for path in folder.glob("*.safetensors")} == set(runs)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 15e6
+    for name, unit in runs.items():
+        made = read_card(folder / f"{name}.safetensors")
+        assert (made["settings"]["steps"], made["settings"]["lr"]) == (study.study["steps"], unit.value["rate"])
+        assert made["settings"]["made_from"] == study.data["made_from"] and made["losses"] == unit.value["losses"]
+
+
+@pytest.mark.parametrize("form", ["ip_adapter", "simple", "shared", "concatenated"])
+def test_the_endpoint_of_the_ablation_is_that_of_its_drawings(study: Results, form: str) -> None:
+    """Computed again from the palettes that the judge read, drawing by drawing, with torch's distances and numpy's interpolation."""
+    palettes = torch.tensor(study.data["prompts"]["test"]["truth"]["palette"], dtype=torch.float64).view(-1, 2, 3)
+    found, alone = [], study.measures("alone-complementary-test")
+    for name in (name for name in study.units if re.fullmatch(rf"drawn-{form}-\d-8000-complementary-test-all", name)):
+        read = study.units[name].arrays["palette"].double().view(-1, len(palettes), 2, 3) / 10
+        following = [alone["following"].mean(), *study.measures(name)["following"].mean(axis=1)]
+        values = [alone["information"].mean()]
+        for each in read:
+            d = (torch.cdist(each[:, 0], palettes[:, 0]) + torch.cdist(each[:, 1], palettes[:, 1])) / 2
+            others = ~torch.eye(len(d), dtype=torch.bool)
+            values.append(float(d[others].mean() - d.diagonal().mean()))
+        last = max(i for i, share in enumerate(following) if share >= 0.8 * following[0])
+        below, above = last + 1, last
+        found.append(np.interp(0.8 * following[0], [following[below], following[above]], [values[below], values[above]]))
+    assert found == pytest.approx(study.data["summary"]["endpoint"][form]["information"], abs=0.01)
+
+
+def test_every_training_of_the_ablation_used_one_kind_of_gpu_and_one_commit(study: Results) -> None:
+    assert len({(unit.made["commit"], unit.made["processor"]) for unit in study.units.values()}) == 1
 
 
 def test_the_second_clip_is_another_than_the_adapters() -> None:

@@ -13,7 +13,18 @@ import torch
 from eval.scenes import ScenePrompts, other_class
 from eval.scores import ANYWHERE, Target, all_drawings, mean, nearest, places_of, score_reading, share, sizes_of
 from train.judge import Reading, ground_truth
-from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, CONCEPTS, PLACES, SIZES, Scene, World, place_class, size_class
+from train.world import (
+    BACKGROUND_NAMES,
+    CONCEPT_NAMES,
+    CONCEPTS,
+    PLACES,
+    SIZES,
+    Scene,
+    World,
+    moved,
+    place_class,
+    size_class,
+)
 
 TEXT = re.compile(r"(?:a (\w+) (.+)|(\w+)) on an? (\w+) background(?:, ([a-z ]+))?")
 
@@ -124,5 +135,6 @@ def test_nearest_finds_the_drawing() -> None:
     many = [i for i in range(200) if len(CONCEPTS[CONCEPT_NAMES[World("val")[i].concept]]) > 1][:6]
     scenes = [World("val")[i] for i in many]
     other = [replace(s, drawing=(s.drawing + 1) % len(all_drawings(s))) for s in scenes]
-    assert nearest(scenes, torch.stack([all_drawings(s)[s.drawing] for s in scenes])) == [s.drawing for s in scenes]
-    assert nearest(scenes, torch.stack([all_drawings(s)[s.drawing] for s in other])) == [s.drawing for s in other]
+    for shown in (scenes, other, [moved(s) for s in scenes], [moved(s) for s in other]):
+        placement = ground_truth(shown)["placement"] + torch.tensor([2.0, -2.0, 1.0])  # the judge is not exact
+        assert nearest(scenes, torch.stack([all_drawings(s)[s.drawing] for s in shown]), placement) == [s.drawing for s in shown]

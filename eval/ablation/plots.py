@@ -36,8 +36,8 @@ def plot_all(results: Results, workspace: Workspace, study: Study, folder: Path)
         figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
     matched = {form: matched_lambda(results, form) for form in study.forms}
-    level = f"where at least {study.level:.0%} of the text alone's following is kept"
-    contact_sheet(workspace, study, matched, f"The largest lambda of the grid {level}", folder / "ablation_matched.png")
+    level = f"where {study.level:.0%} of the text alone's following is kept"
+    contact_sheet(workspace, study, matched, f"The lambda {level}", folder / "ablation_matched.png")
     contact_sheet(workspace, study, dict.fromkeys(study.forms, 1.0), "Lambda 1, the paper's setting", folder / "ablation_one.png")
 
 
@@ -104,10 +104,9 @@ def colours(results: Results) -> dict[str, str]:
 
 
 def matched_lambda(results: Results, form: str) -> float:
-    """Return the largest lambda of a form's grid where its mean following over seeds is at least at the level."""
+    """Return the highest lambda at which the mean following over seeds is at the level, linear between the lambdas of the grid."""
     following = results.curve(form).following.mean(axis=(0, 2))
-    allowed = [lam for lam, share in zip(results.grid(form), following, strict=True) if share >= results.study["level"] * following[0]]
-    return max(allowed)
+    return float(at_level(results.study["level"])(following, np.array(results.grid(form))))
 
 
 def contact_sheet(workspace: Workspace, study: Study, lambdas: Mapping[str, float], title: str, path: Path) -> None:

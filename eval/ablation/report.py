@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from eval.ablation.against import against, not_beaten
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY, fraction
 from eval.ablation.rows import Results
 from eval.ablation.summary import trainings
-from eval.tables import markdown
+from eval.tables import markdown, shown
 
 TITLES = {
     "following": ("follows", ".0%"),
@@ -30,12 +31,6 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     """Format the mean over seeds, and the standard deviation between seeds if there are several."""
     mean = f"{np.mean(values):.{digits}f}"
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
-
-
-def shown(difference: Mapping[str, float], digits: int = 1) -> str:
-    """Format a difference with its 95 % interval: "+2.0 [+1.0, +3.0]"."""
-    mean, low, high = (f"{difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
 
 
 def p_value(p: float) -> str:
@@ -72,6 +67,11 @@ def square(results: Results) -> pd.DataFrame:
 
     rows = {"own W'_k, W'_v": ("ip_adapter", "concatenated"), "the text's W_k, W_v": ("shared", "simple")}
     return pd.DataFrame([{"": name, "own softmax": cell(a), "joint softmax": cell(b)} for name, (a, b) in rows.items()])
+
+
+def lead(results: Results) -> str:
+    """State the result, the forms that are not beaten, and the 2 x 2 table."""
+    return "\n\n".join([headline(results), *not_beaten(results), markdown(square(results))])
 
 
 def difference_table(results: Results) -> pd.DataFrame:
@@ -169,7 +169,6 @@ def render(results: Results) -> str:
     """Render RESULTS.md from the template beside this file."""
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True)
     tables = {
-        "square": square(results),
         "differences": difference_table(results),
         "steps": step_table(results),
         "one": one_table(results),
@@ -181,7 +180,8 @@ def render(results: Results) -> str:
     summary = results.data["summary"]
     return templates.get_template("results.md.jinja").render(
         study=results.study,
-        headline=headline(results),
+        lead=lead(results),
+        against=against(results),
         trend=shown(summary["steps"]["trend"]) if "trend" in summary["steps"] else "",
         p_trend=p_value(summary["steps"]["trend"]["p"]) if "trend" in summary["steps"] else "",
         above=[FORMS[form].short for form, found in summary["endpoint"].items() if found["above"]],

@@ -16,29 +16,27 @@ from sampling.sheets.layout import sheet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS, GUIDANCE, STEPS = 4, 4.0, 20
-SCENES = ("pink", "white", "yellow")
-SCENE = 0.8  # lambda if the text names a scene
-LAMBDAS = (0.0, 0.4, 0.8, 1.5)
-CONFLICT, CONFLICT_LAMBDAS = "a cupcake on a yellow background", (0.3, 0.8)
+SCENES = {  # heading -> text: none names the subject
+    '"on pink"': "on a pink background",
+    '"small, top left"': "small on a white background, top left",
+    '"bottom, yellow"': "on a yellow background, bottom",
+}
+LAMBDAS = (0.0, 0.4, 1.0, 1.5)
+CONFLICT, CONFLICT_LAMBDAS = "a cupcake on a yellow background", (0.3, 0.6)
 COLUMNS = (
     ["image prompt"],
     ["variations", ""],
-    [f'"on {colour}"' for colour in SCENES],
+    list(SCENES),
     [f"lambda {scale:g}" for scale in LAMBDAS],
     [f"conflict, {scale:g}" for scale in CONFLICT_LAMBDAS],
 )
 
 
-def scene(colour: str) -> str:
-    """Write a text that names only the background."""
-    return f"on a {colour} background"
-
-
 def cells() -> list[tuple[str, int, float]]:
     """Return (text, offset of the seed, lambda) for each drawing in a row."""
     variations = [("", 0, 1.0), ("", 1, 1.0)]
-    scenes = [(scene(colour), 0, SCENE) for colour in SCENES]
-    growing = [(scene(SCENES[0]), 0, scale) for scale in LAMBDAS]
+    scenes = [(text, 0, 1.0) for text in SCENES.values()]
+    growing = [(scenes[0][0], 0, scale) for scale in LAMBDAS]
     return [*variations, *scenes, *growing, *[(CONFLICT, 0, scale) for scale in CONFLICT_LAMBDAS]]
 
 

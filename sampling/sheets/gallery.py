@@ -133,8 +133,8 @@ def regions(artist: Artist) -> Cells:
 
 
 def two_guidances(artist: Artist) -> Cells:
-    weights, text, rows = (1.0, 2.0, 4.0, 8.0), "an owl on a yellow background", []
-    mushroom = prompt("mushroom", scale=0.6)
+    weights, text, rows = (1.0, 2.0, 4.0, 8.0), "small on a yellow background, top left", []
+    mushroom = prompt("mushroom")
     for w_t in weights:
         drawn = [artist.draw(mushroom, text=text, guidance=w_t, image_guidance=w_i)[0] for w_i in weights]
         rows.append([*shown("mushroom"), *drawn])
