@@ -45,7 +45,7 @@ def headline(results: Results) -> str:
     first, name = summary["difference"][PRIMARY], "palette information" if results.truth() else "similarity to the image prompt"
     both = [first, summary.get("confirmed", {}).get(PRIMARY, first)]
     of = f", of {summary['ceilings']['vae']:.1f} at most" if results.truth() else ""
-    told = f"where both follow the text equally often, IP-Adapter's drawings have {shown(first)} more {name}{of}"
+    told = f"where both follow the text equally often, IP-Adapter minus the simple adapter is {shown(first)} in {name}{of}"
     if any(each["high"] < 0 for each in both):
         return f"The simple adapter beats decoupled attention here: {told}."
     if all(each["low"] > 0 for each in both):

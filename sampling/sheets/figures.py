@@ -31,7 +31,6 @@ from sampling.sheets.layout import sheet
 
 HINTS = EXAMPLES / "hints"  # outlines of test pictures, written by `python -m eval examples`
 CONTROLNET, T2I, COMIC = (WEIGHTS / f"{name}.safetensors" for name in ("controlnet", "t2i", "comic"))
-SCENE = 0.8  # lambda beside a text that names a scene
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def figure_1(studio: Studio) -> Cells:
             [
                 *shown(name),
                 *studio.base.draw(prompt(name), num=2),
-                *studio.base.draw(prompt(name, scale=SCENE), text=text),
+                *studio.base.draw(prompt(name), text=text),
                 open_image(hint(lines)),
                 *studio.controlnet.draw(prompt(name), hints=(HintFile(hint(lines)),)),
                 *shown(start),
@@ -107,7 +106,7 @@ def figure_8(studio: Studio) -> Cells:
     """Multimodal prompts: the image prompt is the subject, the text its scene."""
     texts = ["on a pink background", "on a white background", "small, top left", "large on a blue background"]
     rows = [
-        [*shown(name), *(drawn for text in texts for drawn in studio.base.draw(prompt(name, scale=SCENE), text=text))]
+        [*shown(name), *(drawn for text in texts for drawn in studio.base.draw(prompt(name), text=text))]
         for name in ("owl", "mouse", "snail", "hat")
     ]
     return [["image prompt"], texts], rows, [""] * len(rows)

@@ -155,7 +155,7 @@ def samplers(artist: Artist) -> Cells:
 def fine_grained(artist: Artist) -> Cells:
     plus = replace(artist, pipeline=load(adapter=WEIGHTS / "ip_adapter_plus.safetensors"))
     rows = []
-    for name in ("alien", "cake", "train", "hat"):
+    for name in ("alien", "cake", "owl", "hat"):
         drawn = [each.draw(prompt(name), num=3) for each in (artist, plus)]
         rows.append([*shown(name), *drawn[0], *drawn[1]])
     return [["image prompt"], ["global: 4 tokens", "", ""], ["fine-grained: 16 tokens", "", ""]], rows, [""] * 4
