@@ -49,10 +49,25 @@ def _edges(results: Results) -> list[str]:
     rates, runs = results.study["rates"], trainings(results)
     edges = (min(rates), max(rates)) if len(rates) > 1 else ()
     at_edge = [FORMS[form].short for form, each in runs.items() if each and each[0]["rate"] in edges]
-    chosen = f"Rates were chosen after {results.study['steps'] // 4:,} steps with one seed. No form was trained longer at other rates."
-    if not at_edge:
-        return [chosen]
-    return [f"The learning rate of {', '.join(f'`{name}`' for name in at_edge)} is at the edge of the range. {chosen}"]
+    told = f"Rates were chosen after {results.study['steps'] // 4:,} steps with one seed."
+    if at_edge:
+        told = f"The learning rate of {', '.join(f'`{name}`' for name in at_edge)} is at the edge of the range. {told}"
+    best = _best(results)
+    if not {BASELINE, PRIMARY} <= set(best):
+        return [f"{told} No form was trained longer at other rates."]
+    told += f" Over all rates and lengths, the best endpoint of the simple adapter is {best[PRIMARY]}"
+    return [f"{told}; that of IP-Adapter is {best[BASELINE]}."]
+
+
+def _best(results: Results) -> dict[str, str]:
+    """Return the best endpoint of each form that was trained to the end at every rate, and where it is reached."""
+    found = {}
+    for form, rates in results.data["summary"]["rates"].items():
+        ends = [(end, step, rate) for rate, each in rates.items() for step, end in each.get("through", {}).items() if end is not None]
+        if ends:
+            end, step, rate = max(ends)
+            found[form] = f"{end:.1f} (rate {rate}, {int(step):,} steps)"
+    return found
 
 
 def _sizes(results: Results) -> list[str]:

@@ -58,7 +58,7 @@ def draw(workspace: Workspace, study: Study, what: Draw) -> Unit:
 
     def make() -> Unit:
         grid = find_grid(workspace, study, what.form).value["lambdas"]
-        lambdas = [lam for lam in grid if lam] if what.step == study.steps else spaced(grid, study.few)
+        lambdas = [lam for lam in grid if lam] if what.step == study.steps and what.rate is None else spaced(grid, study.few)
         return drawn(workspace, study, what, lambdas)
 
     return Memo(workspace.work)(what.name, make)
@@ -69,7 +69,7 @@ def drawn(workspace: Workspace, study: Study, what: Draw, lambdas: list[float]) 
     value = {**asdict(what), "lambdas": lambdas}
     if what.rate is None:
         plan = plan_of(workspace, study, what.form, what.seed)
-    elif try_rate(workspace, study, what.form, what.rate).value is None:
+    elif try_rate(workspace, study, what.form, what.rate, what.step > study.rate_steps).value is None:
         return Unit(value, made_on(study.device))
     else:
         plan = study.plan(what.form, RATE_SEED, what.rate)

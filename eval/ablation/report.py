@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.ablation.against import against, not_beaten
-from eval.ablation.forms import BASELINE, FORMS, PRIMARY, fraction
+from eval.ablation.appendix import ceiling_table, grid_table, rate_table, through_table
+from eval.ablation.forms import BASELINE, FORMS, PRIMARY
 from eval.ablation.rows import Results
-from eval.ablation.summary import trainings
 from eval.tables import markdown, shown
 
 TITLES = {
@@ -117,40 +116,6 @@ def secondary_table(results: Results) -> pd.DataFrame:
     return pd.DataFrame([*lines, {"": "held-out loss"} | {FORMS[form].short: spread(each, 4) for form, each in losses.items()}])
 
 
-def rate_table(results: Results) -> pd.DataFrame:
-    """Tabulate the held-out loss and the endpoint after the short training at each rate. The chosen rate is marked by "*"."""
-    lines, runs = [], trainings(results)
-    for form, rates in results.data["summary"]["rates"].items():
-        line: dict[str, Any] = {"form": FORMS[form].name, "parameters": f"{runs[form][0]['parameters']:,}"}
-        for rate, found in rates.items():
-            text = "diverged" if found["endpoint"] is None else f"{found['held_out']:.4f}, {found['endpoint']:.1f}"
-            line[rate] = text + ("\\*" if float(rate) == runs[form][0]["rate"] else "")
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def grid_table(results: Results) -> pd.DataFrame:
-    """Tabulate the lambdas of each form."""
-    return pd.DataFrame(
-        {"form": FORMS[form].name, "λ": ", ".join(map(fraction, results.grid(form)))} for form in results.study["forms"]
-    )
-
-
-def ceiling_table(results: Results) -> pd.DataFrame:
-    """Tabulate the ceilings and floors."""
-    names = {
-        "truth": "information of the image prompts themselves",
-        "vae": "information of the image prompts through the VAE: the ceiling",
-        "alone": "information of the text alone",
-        "error, vae": "raw palette error of the image prompts through the VAE",
-        "error, grey": "raw palette error of a grey",
-        "error, best constant": "raw palette error of the best constant palette",
-        "error, another's": "raw palette error of another image prompt's palette",
-    }
-    found = results.data["summary"]["ceilings"]
-    return pd.DataFrame({"": name, "value": f"{found[key]:.1f}"} for key, name in names.items() if key in found)
-
-
 def records(results: Results) -> str:
     """Say which commits and processors the rows come from, and which seeds were trained on several kinds of processor."""
     commits = sorted({unit.made["commit"] for unit in results.units.values()})
@@ -174,6 +139,7 @@ def render(results: Results) -> str:
         "one": one_table(results),
         "secondary": secondary_table(results),
         "rates": rate_table(results),
+        "through": through_table(results),
         "grids": grid_table(results),
         "ceilings": ceiling_table(results),
     }
@@ -194,5 +160,5 @@ def render(results: Results) -> str:
         confirmation=len(results.data["prompts"].get("confirm", {"texts": {"conflict": []}})["texts"]["conflict"]),
         scorer=results.data["made_from"]["scorer"],
         records=records(results),
-        tables={name: markdown(table) for name, table in tables.items()},
+        tables={name: markdown(table) if len(table) else "" for name, table in tables.items()},
     )

@@ -97,14 +97,21 @@ def by_step(results: Results) -> dict[str, Any]:
 
 
 def by_rate(results: Results) -> dict[str, Any]:
-    """Return for each form and rate the held-out loss and the endpoint after the short training; None if it diverged."""
+    """Return for each form and rate the held-out loss and the endpoint after the short training; None if it diverged.
+
+    `through`: steps -> the endpoint, for forms that were trained to the end at every rate.
+    """
     study, found = results.study, dict[str, dict[str, Any]]()
+    read, steps = at_level(study["level"]), [study["steps"] // 4, study["steps"] // 2, study["steps"]]
     for form in study["forms"]:
         found[form] = {}
         for rate in study["rates"]:
-            curve = results.rate_curve(form, rate)
-            end = None if curve is None else float(curve.seeds(at_level(study["level"]))[0])
-            found[form][f"{rate:g}"] = {"held_out": results.units[f"rate-{form}-{rate:g}"].value, "endpoint": end}
+            curves = {step: results.rate_curve(form, rate, step) for step in steps}
+            ends = {str(step): None if curve is None else float(curve.seeds(read)[0]) for step, curve in curves.items()}
+            held_out = results.units[f"rate-{form}-{rate:g}"].value
+            found[form][f"{rate:g}"] = {"held_out": held_out, "endpoint": ends[str(steps[0])]}
+            if f"through-{form}-{rate:g}" in results.units:
+                found[form][f"{rate:g}"]["through"] = ends
     return found
 
 

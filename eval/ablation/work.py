@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
@@ -59,7 +59,14 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
         jobs += [drawing(Draw(form, seed, step, first)) for step in study.checkpoints[:-1]]
         jobs.append(drawing(Draw(form, seed, last, first, layers="finest")))
     tried = itertools.product(study.forms, study.rates)
-    return jobs + [drawing(Draw(form, RATE_SEED, study.rate_steps, first, rate=rate)) for form, rate in tried]
+    jobs += [drawing(Draw(form, RATE_SEED, study.rate_steps, first, rate=rate)) for form, rate in tried]
+    for form, rate in study.through_runs():
+        whole = Job(f"through-{form}-{rate:g}", partial(try_rate, workspace, study, form, rate, True), (f"rate-{form}-{rate:g}",))
+        jobs.append(whole)
+        for step in study.rate_checkpoints[1:]:  # one after the other, because both may have to train
+            each = drawing(Draw(form, RATE_SEED, step, first, rate=rate))
+            jobs.append(replace(each, after=(jobs[-1].name, *each.after)))
+    return jobs
 
 
 def missing(workspace: Workspace, jobs: Sequence[Job]) -> list[Job]:

@@ -1,0 +1,56 @@
+"""Tables at the end of RESULTS.md: learning rates, lambdas, floors and ceilings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from eval.ablation.forms import FORMS, fraction
+from eval.ablation.rows import Results
+from eval.ablation.summary import trainings
+
+
+def rate_table(results: Results) -> pd.DataFrame:
+    """Tabulate the held-out loss and the endpoint after the short training at each rate. The chosen rate is marked by "*"."""
+    lines, runs = [], trainings(results)
+    for form, rates in results.data["summary"]["rates"].items():
+        line: dict[str, Any] = {"form": FORMS[form].name, "parameters": f"{runs[form][0]['parameters']:,}"}
+        for rate, found in rates.items():
+            text = "diverged" if found["endpoint"] is None else f"{found['held_out']:.4f}, {found['endpoint']:.1f}"
+            line[rate] = text + ("\\*" if float(rate) == runs[form][0]["rate"] else "")
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def through_table(results: Results) -> pd.DataFrame:
+    """Tabulate the endpoint of the trainings that went on to the end at every rate; empty if there are none."""
+    lines = []
+    for form, rates in results.data["summary"]["rates"].items():
+        ends = {rate: found["through"] for rate, found in rates.items() if "through" in found}
+        for step in next(iter(ends.values()), {}):
+            shown = {rate: "diverged" if end[step] is None else f"{end[step]:.1f}" for rate, end in ends.items()}
+            lines.append({"form": FORMS[form].short, "steps": f"{int(step):,}", **shown})
+    return pd.DataFrame(lines)
+
+
+def grid_table(results: Results) -> pd.DataFrame:
+    """Tabulate the lambdas of each form."""
+    return pd.DataFrame(
+        {"form": FORMS[form].name, "λ": ", ".join(map(fraction, results.grid(form)))} for form in results.study["forms"]
+    )
+
+
+def ceiling_table(results: Results) -> pd.DataFrame:
+    """Tabulate the ceilings and floors."""
+    names = {
+        "truth": "information of the image prompts themselves",
+        "vae": "information of the image prompts through the VAE: the ceiling",
+        "alone": "information of the text alone",
+        "error, vae": "raw palette error of the image prompts through the VAE",
+        "error, grey": "raw palette error of a grey",
+        "error, best constant": "raw palette error of the best constant palette",
+        "error, another's": "raw palette error of another image prompt's palette",
+    }
+    found = results.data["summary"]["ceilings"]
+    return pd.DataFrame({"": name, "value": f"{found[key]:.1f}"} for key, name in names.items() if key in found)
