@@ -232,6 +232,9 @@ def test_the_other_tabs(page: Any) -> None:
     page.wait_for_function(f"!document.body.innerText.includes({before!r})")
     tab(page, "The study")
     page.get_by_role("tabpanel").locator("h1:visible").wait_for()
+    before = page.locator(".grid-wrap img:visible").count()
+    page.get_by_role("button", name="Draw this point").click()
+    page.wait_for_function(f"[...document.querySelectorAll('.grid-wrap img')].filter(i => i.offsetParent).length == {before + 8}")
 
 
 def test_the_keyboard_alone(page: Any) -> None:

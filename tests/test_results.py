@@ -14,10 +14,11 @@ from checkpoints.cards import read_card
 from checkpoints.clip import load_image_encoder
 from checkpoints.files import sha256
 from eval import docs
-from eval.ablation import report
+from eval.ablation import points, report
 from eval.ablation.rows import Results
 from train.fingerprint import fingerprint
-from train.judge import load_judge
+from train.judge import delta_e, load_judge
+from train.vae import bytes_to_tensor
 
 ROOT = Path(__file__).parent.parent
 RESULTS = json.loads((ROOT / "results" / "world.json").read_text())
@@ -138,6 +139,20 @@ def test_the_endpoint_of_the_ablation_is_that_of_its_drawings(study: Results, fo
         below, above = last + 1, last
         found.append(np.interp(0.8 * following[0], [following[below], following[above]], [values[below], values[above]]))
     assert found == pytest.approx(study.data["summary"]["endpoint"][form]["information"], abs=0.01)
+
+
+@pytest.mark.parametrize(("form", "lam"), [("ip_adapter", 1.0), ("simple", 1 / 64)])
+def test_the_shipped_adapters_draw_what_the_ablation_read(study: Results, form: str, lam: float) -> None:
+    """Eight drawings, read by the judge again. The stored ones are from a GPU in bfloat16, so colours differ a little."""
+    unit = study.units[f"drawn-{form}-0-8000-complementary-test-all"]
+    first = unit.value["lambdas"].index(lam) * 128
+    stored = {key: values[first : first + points.SHOWN] for key, values in unit.arrays.items()}
+    drawn = bytes_to_tensor(np.stack([np.asarray(picture) for picture, _ in points.point(form, lam)]))
+    read = load_judge(ROOT / "weights" / "judge.safetensors").read(drawn)
+    for key in ("concept", "background"):
+        same = getattr(read, key).argmax(dim=1) == stored[key].flatten()
+        assert same.sum() >= points.SHOWN - 1
+    assert delta_e(read.palette, stored["palette"].view(-1, 2, 3) / 10).mean() < 5
 
 
 def test_every_training_of_the_ablation_used_one_kind_of_gpu_and_one_commit(study: Results) -> None:

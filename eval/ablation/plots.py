@@ -11,18 +11,15 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from PIL import Image
 
-from checkpoints.adapters import load_adapter
 from checkpoints.files import replacing
 from eval.ablation.forms import FORMS, fraction
+from eval.ablation.points import SHOWN, drawn_at
 from eval.ablation.rows import Results
 from eval.ablation.statistics import at_level
 from eval.ablation.study import Study, Workspace
-from eval.ablation.training import plan_of
-from sampling.images import to_images
 from sampling.sheets.layout import sheet
 
 matplotlib.use("agg")
-SHOWN = 8  # prompts on a contact sheet
 
 
 def plot_all(results: Results, workspace: Workspace, study: Study, folder: Path) -> None:
@@ -114,10 +111,7 @@ def contact_sheet(workspace: Workspace, study: Study, lambdas: Mapping[str, floa
     bench = workspace.bench(study).first(SHOWN)
     task, columns = bench.prompts.tasks[0], [bench.prompts.images]
     for form, lam in lambdas.items():
-        path_of = workspace.adapter(study, plan_of(workspace, study, form, 0), study.steps)
-        adapter = load_adapter(path_of, bench.pipeline.unet).to(study.device)
-        drawn = bench.draw(task, adapter, FORMS[form].fuse, bench.embedding(adapter) if lam else None, lam)
-        columns.append(to_images(drawn))
+        columns.append(drawn_at(bench, workspace.shipped / f"{form}-0.safetensors", form, lam))
     rows: list[tuple[Image.Image, ...]] = list(zip(*columns, strict=True))
     heads = [f"{FORMS[form].short} {fraction(lam)}" for form, lam in lambdas.items()]
     drawing = sheet([["image prompt"], heads], rows, bench.prompts.texts(task), note_at=1, title=title)

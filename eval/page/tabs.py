@@ -10,6 +10,8 @@ from typing import Any, get_args
 
 import gradio as gr
 
+from eval.ablation import points
+from eval.ablation.forms import FORMS, fraction
 from eval.attention_look import Look, cells, look
 from model.attention import concatenated, decoupled
 from sampling.command_line import command_line
@@ -175,11 +177,19 @@ def look_tab(desk: Desk, form: dict[str, Any]) -> None:
 
 
 def study_tab() -> None:
-    """Show RESULTS.md as it is, and the pictures that it names."""
+    """Show RESULTS.md as it is, and the pictures that it names; draw the points of its curves."""
     text, link = (ROOT / "RESULTS.md").read_text(), r"!\[(.*?)\]\((.*?)\)"
     gr.Markdown(re.sub(link, "", text))
     if found := [(ROOT / path, about) for about, path in re.findall(link, text) if (ROOT / path).is_file()]:
         gr.Gallery(found, show_label=False, columns=2, **FLAT)
+    choices = {name: [(fraction(lam), lam) for lam in grid] for name, grid in points.grids().items()}
+    gr.Markdown("## Points\nThe drawings behind a point of the curves: one form at one λ, with seed 0 and the first prompts.")
+    with gr.Row():
+        form = gr.Dropdown([(FORMS[name].name, name) for name in choices], value="ip_adapter", label="Form")
+        lam = gr.Dropdown(choices["ip_adapter"], value=1.0, label="λ")
+    button, drawn = gr.Button("Draw this point"), gr.Gallery(show_label=False, columns=4, **FLAT)
+    form.change(lambda name: gr.Dropdown(choices[name], value=1.0), form, lam, api_visibility="private")
+    button.click(points.point, [form, lam], drawn, concurrency_id="draw", api_visibility="private")
 
 
 def build(desk: Desk) -> gr.Blocks:
