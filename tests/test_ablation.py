@@ -434,6 +434,8 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert said.rstrip().endswith("agrees with the stored numbers within the tolerance") and len(lines) == 2 * len(TOLERANCE)
         assert all(float(line[4]) == 0 and line[2] == line[3] for line in lines)
         (tmp_path / "results" / "ablation" / "shared-0.safetensors").unlink()
+        with pytest.raises(FileExistsError, match=r"made from other rates: .* choose another folder with --out"):
+            call("--smoke", "--seeds", "1", "--rates", "0.002", "0.003")
         with pytest.raises(FileNotFoundError, match=r"shared-0\.safetensors is not the adapter of the stored results"):
             call("--cell", "shared:0:agreeing")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,12 +43,21 @@ TOLERANCE = {
 
 
 def execute(workspace: Workspace, study: Study, out: Path, jobs: int) -> None:
-    """Run the parts of the study that are missing; write results/ablation.json and .safetensors, RESULTS.md and its figures to `out`."""
+    """Run the parts of the study that are missing; write results/ablation.json and .safetensors, RESULTS.md and its figures to `out`.
+
+    Raises FileExistsError if `out` holds the results of another study.
+    """
     path = out / "results" / "ablation.json"
     check_output(path)
     check_output(out / "RESULTS.md")
     workspace = workspace.fingerprinted(study)  # loads the scorer and the judge before hours of training
-    if path.exists() and (before := Results.of(path)).data["made_from"] == workspace.made_from:
+    if path.exists():
+        before = Results.of(path)
+        if other := differing(before.data["made_from"], workspace.made_from):
+            raise FileExistsError(
+                f"{path} holds a study that was made from other {', '.join(other)}: continue it at a commit where they are the same, "
+                "or choose another folder with --out"
+            )
         Memo(workspace.work).restore(before.units)
     if study.device == "cpu":
         torch.set_num_threads(1)
@@ -59,6 +70,13 @@ def execute(workspace: Workspace, study: Study, out: Path, jobs: int) -> None:
     plots.plot_all(results, workspace, study, out / "results")
     with replacing(out / "RESULTS.md") as part:
         part.write_text(report.render(results))
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """List the names whose values differ. `settings` are compared one by one."""
+    flat = [{name: value for name, value in each.items() if name != "settings"} | each.get("settings", {}) for each in (before, now)]
+    names = {"source": "source files"}
+    return [names.get(name, name) for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
 
 
 def redraw(workspace: Workspace, out: Path, name: str, device: str) -> pd.DataFrame:
