@@ -1,7 +1,8 @@
 """Compare global with fine-grained image features (Figure 11).  `python -m eval fine`
 
-The image prompt is the only prompt (empty text, lambda 1). The scores show how well the drawing reproduces it. The shipped adapters do
-not have equal amounts of training: Plus started from the global adapter and was trained further.
+Each adapter draws the image prompts alone (empty text, lambda 1), which shows how well it reproduces them, and beside texts that name
+another background, size and place (eval/scenes.py), which shows how well it follows a text. The shipped adapters do not have equal
+amounts of training: Plus started from the global adapter and was trained further.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from checkpoints.adapters import load_adapter
@@ -21,12 +23,12 @@ from eval import clip_score
 from eval.bench import Bench, Row, through_the_vae
 from eval.device import dtype
 from eval.prompts import Prompts, Truth
-from eval.scores import nearest
+from eval.scores import hits_of, nearest
 from eval.tables import markdown
 from model.attention import decoupled
 from sampling.device import check_device
 from sampling.loading import load
-from train.judge import delta_e, load_judge
+from train.judge import Judge, delta_e, load_judge
 
 ADAPTERS = {"ip_adapter": "global: 4 tokens of the embedding", "ip_adapter_plus": "fine-grained: Plus, 16 tokens"}
 COLUMNS = {  # column -> title and format
@@ -36,6 +38,7 @@ COLUMNS = {  # column -> title and format
     "palette_error": ("palette error", ".1f"),
     "placement_error": ("placement error", ".1f"),
     "clip_i": ("CLIP-I", ".3f"),
+    "follows": ("follows a text", ".0%"),
 }
 
 
@@ -56,7 +59,8 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     rows = [scored(bench, through, "the image prompt, through the VAE")]
     for file, form in zip(files, ADAPTERS.values(), strict=True):
         adapter = load_adapter(file, pipeline.unet).to(device)
-        rows.append(scored(bench, bench.draw("picture", adapter, decoupled, bench.embedding(adapter), 1.0), form))
+        alone, beside = (bench.draw(task, adapter, decoupled, bench.embedding(adapter), 1.0) for task in ("picture", "complementary"))
+        rows.append(scored(bench, alone, form) | {"follows": following(bench, judge, beside)})
     results = {
         "command": f"python -m eval fine --n {n} --steps {steps} --guidance {guidance:g}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
@@ -85,12 +89,20 @@ def scored(bench: Bench, drawn: Tensor, form: str) -> Row:
     }
 
 
+def following(bench: Bench, judge: Judge, drawn: Tensor) -> list[int]:
+    """Return 1 for each drawing whose background, size and place are those of the complementary text, otherwise 0."""
+    assert isinstance(bench.prompts.truth, Truth)
+    hits = hits_of(judge.read(drawn), bench.prompts.truth.complement)
+    return torch.stack([hits[key] for key in ("background", "size", "place")]).all(dim=0).int().tolist()
+
+
 def frame_of(rows: Sequence[Row], truth: Mapping[str, Any]) -> pd.DataFrame:
     """Make a frame with a line per drawing: `form`, `prompt` and `COLUMNS`.
 
     Concept, background and drawing are 1 if they are those of the image prompt, otherwise 0; NaN if its concept has only one drawing.
+    `follows` is NaN for pictures that no text was drawn with.
     """
-    frame = pd.concat([pd.DataFrame({"prompt": range(len(row["clip_i"])), **row}) for row in rows], ignore_index=True)
+    frame = pd.concat([pd.DataFrame({"prompt": range(len(row["clip_i"])), "follows": np.nan, **row}) for row in rows], ignore_index=True)
     for key, own in {**truth["own"], "drawing": truth["drawing"]}.items():
         wanted = pd.Series(np.array(own, float)[frame["prompt"]])
         frame[f"{key}_own"] = (frame[key] == wanted).astype(float).where(wanted.notna())
@@ -101,7 +113,7 @@ def table(results: dict[str, Any]) -> str:
     """Make the table of docs/world.md: the scores of each adapter, and their difference with a 95 % interval over prompts."""
     pictures = frame_of(results["rows"], results["truth"])
     lines = {
-        form: {title: format(group[key].mean(), shown) for key, (title, shown) in COLUMNS.items()}
+        form: {title: format(group[key].mean(), shown) for key, (title, shown) in COLUMNS.items() if group[key].notna().any()}
         for form, group in pictures.groupby("form", sort=False)
     }
     own, fine = (pictures[pictures["form"] == form].set_index("prompt") for form in ADAPTERS.values())

@@ -82,11 +82,8 @@ def score(judge: Judge, drawn: Tensor, target: Target) -> Scores:
     return scores
 
 
-def score_reading(reading: Reading, target: Target) -> Scores:
-    """Score a reading of the judge, as `score` does, but without the share of right OpenMoji drawings.
-
-    `all`: the share of drawings with the right concept, background, size and place, if the target has a size and a place.
-    """
+def hits_of(reading: Reading, target: Target) -> dict[str, Tensor]:
+    """Return which of n drawings are right in concept, background, size and place, and in all of them, if the target has these."""
     hits = {
         "concept": reading.concept.argmax(dim=1) == target.concept,
         "background": reading.background.argmax(dim=1) == target.background,
@@ -95,7 +92,12 @@ def score_reading(reading: Reading, target: Target) -> Scores:
         hits["size"] = sizes_of(reading.placement) == target.size
         hits["place"] = (places_of(reading.placement) == target.place) | (target.place == ANYWHERE)
         hits["all"] = torch.stack(list(hits.values())).all(dim=0)
-    scores = {name: share(hit) for name, hit in hits.items()}
+    return hits
+
+
+def score_reading(reading: Reading, target: Target) -> Scores:
+    """Score a reading of the judge, as `score` does, but without the share of right OpenMoji drawings."""
+    scores = {name: share(hit) for name, hit in hits_of(reading, target).items()}
     scores["palette_error"] = mean(delta_e(reading.palette, target.palette))
     if target.copied:
         true = ground_truth(list(target.copied))["placement"]

@@ -39,7 +39,7 @@ def made_up() -> dict[str, Any]:
             "palette_error": [9, 20, 28, 39],
         },
     ]
-    other = {"placement_error": [1.0, 2.0, 3.0, 4.0], "clip_i": [0.5, 0.6, 0.7, 0.8]}
+    other = {"placement_error": [1.0, 2.0, 3.0, 4.0], "clip_i": [0.5, 0.6, 0.7, 0.8], "follows": [1, 1, 0, 1]}
     named = [{"form": form, **row, **other} for form, row in zip(fine.ADAPTERS.values(), rows, strict=True)]
     return {"truth": wanted, "rows": named}
 
@@ -83,7 +83,9 @@ def test_both_adapters_are_read(
     monkeypatch.setattr("sys.argv", command)
     main()
     results = json.loads(out.read_text())
-    assert drawn == [("picture", 1.0, False), ("picture", 1.0, True)]  # one embedding, and a grid of features, for each picture
+    tasks = ("picture", "complementary")
+    assert drawn == [(task, 1.0, fine) for fine in (False, True) for task in tasks]  # one embedding, and a grid of features
+    assert "follows" not in results["rows"][0] and all(set(row["follows"]) <= {0, 1} for row in results["rows"][1:])
     assert [row["form"] for row in results["rows"][1:]] == list(fine.ADAPTERS.values())
     assert all(len(row["placement_error"]) == 6 and "clip_t" not in row for row in results["rows"])
     names = [f"{name}.safetensors" for name in fine.ADAPTERS]
