@@ -100,6 +100,7 @@ def add_ablation(commands: Commands) -> None:
     p.add_argument("--smoke", action="store_true", help="run everything at a tiny size; the numbers mean nothing")
     description = "draw and score one cell of the results again, and compare it with the stored numbers"
     p.add_argument("--cell", metavar="FORM:SEED:TASK", help=description)
+    p.add_argument("--report", action="store_true", help="write the summary, figures and RESULTS.md again, from the stored results")
     own = p.add_argument_group("your own base and pictures")
     own.add_argument("--base", type=Path, help="base model, a file or a folder (default: --weights); needs --data")
     own.add_argument("--image-encoder", type=Path, help="image encoder, a file or a folder (default: the one in the base folder)")

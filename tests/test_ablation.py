@@ -22,6 +22,7 @@ from checkpoints.files import write_json
 from eval import __main__ as commands
 from eval import clip_score
 from eval.ablation import report
+from eval.ablation.against import against, parts
 from eval.ablation.appendix import through_table
 from eval.ablation.command import TOLERANCE, compare
 from eval.ablation.draws import Draw, encoded
@@ -227,7 +228,7 @@ def test_the_endpoint_is_the_information_at_equal_following() -> None:
 
     for form in results.study["forms"]:
         found = summary["endpoint"][form]
-        assert found["information"] == pytest.approx([(at(KNOWN[form][0]) + at(KNOWN[form][1])) / 2] * 2, abs=0.02) and not found["above"]
+        assert found["information"] == pytest.approx([(at(KNOWN[form][0]) + at(KNOWN[form][1])) / 2] * 2, abs=0.02) and not found["end"]
         assert found["concept"] == pytest.approx([(KNOWN[form][0] + KNOWN[form][1]) / 2 / N] * 2)
         assert matched_lambda(results, form) == pytest.approx(sum(LAMBDAS[form][:2]) / 2)
     d = summary["difference"]["simple"]
@@ -248,7 +249,8 @@ def test_the_page_states_the_result() -> None:
     d = summary["difference"][PRIMARY]
     told = "Decoupled attention beats the simple adapter here: where both follow the text equally often"
     assert f"{told}, IP-Adapter minus the simple adapter is {shown(d)} in palette information" in page
-    assert f"of {summary['ceilings']['vae']:.1f} at most" in page and "commit abc, and were computed on x." in page
+    assert f"the ceiling is {summary['ceilings']['vae']:.1f}" in page and "commit abc, and were computed on x." in page
+    assert "2 of IP-Adapter and simple" in page and all(f"- {each}" in page for each in against(results))
     assert markdown(report.square(results)) in page and "(concept 40%)" in page and "| simple |" in page
     swapped = made_up({BASELINE: KNOWN[PRIMARY], PRIMARY: KNOWN[BASELINE]})
     swapped.data["summary"] = summarise(swapped)
@@ -262,6 +264,27 @@ def test_the_page_states_the_result() -> None:
     assert report.headline(results).startswith("The study does not decide"), "the confirmation prompts must agree"
 
 
+def test_the_primary_difference_is_read_in_other_ways() -> None:
+    """At 70 %, each form is read at its second lambda. As only backgrounds are wrong, counting them alone changes nothing."""
+    results = made_up()
+    found = summarise(results)
+    other, ours, simple = found["robustness"], *(results.curve(form).value.mean(axis=(0, 2)) for form in (BASELINE, PRIMARY))
+    assert other["levels"]["70%"]["mean"] == pytest.approx(ours[2] - simple[2])
+    assert other["backgrounds"]["test"] == found["difference"][PRIMARY] and set(other["backgrounds"]) == {"test"}
+    assert other["smallest"] == pytest.approx({"share": 0.9, "information": simple[1]})
+    assert other["extremes"] == pytest.approx([simple.max(), ours[2:].min()])
+    assert found["secondary"]["finest layers"]["read"] == {form: {"end": 0, "start": 0} for form in (BASELINE, PRIMARY)}
+
+
+def test_what_each_change_gives_alone_is_said() -> None:
+    results, four = made_up(), dict.fromkeys(FORMS, 0.0) | {BASELINE: 50.0, "shared": 40.0, "concatenated": 30.0}
+    d = {"mean": 1.0, "low": -1.0, "high": 3.0, "p": 0.5}
+    ends = {form: {"information": [value, value]} for form, value in four.items()}
+    results.data["summary"] = {"endpoint": ends, "difference": {PRIMARY: d | {"low": 0.5}, "shared": d | {"low": 0.1}, "concatenated": d}}
+    said = "Each change alone gives most of this lead: an own softmax 80%, own projections 60%. No difference is shown between"
+    assert parts(results) == [f"{said} IP-Adapter and `joint` (own projections, joint softmax): +1.0 [-1.0, +3.0]."]
+
+
 def test_the_page_says_how_rates_and_lengths_of_training_matter() -> None:
     """Until both forms are trained to the end at every rate, the page says that they are not; then it compares their best endpoints."""
     results = made_up()
@@ -269,7 +292,7 @@ def test_the_page_says_how_rates_and_lengths_of_training_matter() -> None:
     assert "No form was trained longer at other rates" in report.render(results) and through_table(results).empty
     for form, more in ((BASELINE, 10.0), (PRIMARY, 0.0)):
         rates = {rate: {"4": more + 1.0, "8": more + i, "16": None} for i, rate in enumerate(("0.1", "0.2", "0.3"))}
-        summary["rates"][form] = {rate: {"held_out": 1.0, "endpoint": ends["4"], "through": ends} for rate, ends in rates.items()}
+        summary["rates"][form] = {rate: {"held_out": 1.0, "endpoint": e, "end": dict.fromkeys(e, False)} for rate, e in rates.items()}
     page = report.render(results)
     assert "of the simple adapter is 2.0 (rate 0.3, 8 steps); that of IP-Adapter is 12.0 (rate 0.3, 8 steps)" in page
     assert "| simple | 16 | diverged | diverged | diverged |" in page and "| IP-Adapter | 8 | 10.0 | 11.0 | 12.0 |" in page

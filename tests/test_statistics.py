@@ -19,12 +19,12 @@ from eval.ablation.statistics import (
     best_constant,
     between,
     distances,
-    ends_above,
     holm,
     information,
     interval,
     read_at,
     retrieval,
+    where_read,
 )
 from train.world import random_palette
 
@@ -109,7 +109,8 @@ def test_a_level_that_is_never_reached_gives_nan() -> None:
 def test_the_level_is_relative_to_the_text_alone() -> None:
     following, value = np.array([[0.5, 0.45, 0.35], [1.0, 0.9, 0.7]]), np.array([[0.0, 10, 20], [0, 10, 20]])
     assert at_level(0.8)(following, value) == pytest.approx([15, 15])
-    assert ends_above(np.array([0.5, 0.41]), 0.8) and not ends_above(np.array([0.5, 0.39]), 0.8)
+    places = {"end": [0.5, 0.3, 0.41], "start": [0.5, 0.39, 0.1], "between": [0.5, 0.41, 0.39]}
+    assert all(where_read(np.array(following), 0.8) == place for place, following in places.items())
     assert at_index(1)(following, value).tolist() == [10, 10]
 
 

@@ -1,33 +1,55 @@
-"""What speaks against the headline of RESULTS.md, found in the numbers."""
+"""What the two changes do alone, and what speaks against the headline of RESULTS.md, found in the numbers."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from eval.ablation.forms import BASELINE, FORMS, PRIMARY
+from eval.ablation.forms import BASELINE, FORMS, PRIMARY, fraction
 from eval.ablation.rows import Results
 from eval.ablation.summary import trainings
 from eval.tables import shown
 
+SETS = {"test": "test prompts", "confirm": "confirmation prompts"}
+
+
+def parts(results: Results) -> list[str]:
+    """Say in sentences how much of the lead each change gives alone, and which forms IP-Adapter is not shown to beat."""
+    summary, told = results.data["summary"], []
+    ends = {form: np.mean(found["information"]) for form, found in summary["endpoint"].items()}
+    if set(ends) == set(FORMS) and (lead := ends[BASELINE] - ends[PRIMARY]) > 0:
+        shares = {form: (ends[form] - ends[PRIMARY]) / lead for form in ("shared", "concatenated")}
+        how = "gives most" if min(shares.values()) > 0.5 else "gives a part"
+        each = f"an own softmax {shares['shared']:.0%}, own projections {shares['concatenated']:.0%}"
+        told.append(f"Each change alone {how} of this lead: {each}.")
+    for form, difference in summary["difference"].items():
+        if form != PRIMARY and difference["low"] <= 0 <= difference["high"]:
+            told.append(f"No difference is shown between IP-Adapter and `{FORMS[form].short}` ({FORMS[form].name}): {shown(difference)}.")
+    return [" ".join(told)] if told else []
+
 
 def against(results: Results) -> list[str]:
-    """List in sentences what weakens the claim: the length of training, the learning rates, and the numbers of parameters."""
-    return [*_length(results), *_edges(results), *_sizes(results)]
+    """List in sentences what weakens the claim, and on what its size depends."""
+    return [*_reading(results), *_length(results), *_edges(results), *_sizes(results), *_other_measures(results)]
 
 
-def not_beaten(results: Results) -> list[str]:
-    """Name in sentences the forms that IP-Adapter is not shown to beat, and how much of its lead over the simple adapter they have."""
-    found = results.data["summary"]["difference"]
-    told = []
-    for form, difference in found.items():
-        if form == PRIMARY or difference["low"] > 0 or PRIMARY not in found:
-            continue
-        share = 1 - difference["mean"] / found[PRIMARY]["mean"]
-        told.append(
-            f"IP-Adapter is not shown to beat `{FORMS[form].short}` ({FORMS[form].name}): {shown(difference)}. "
-            f"That form has {share:.0%} of IP-Adapter's lead over the simple adapter."
-        )
-    return told
+def _reading(results: Results) -> list[str]:
+    """Say how the primary difference depends on the level, and on the straight line from the text alone to the smallest lambda."""
+    summary, found = results.data["summary"], results.data["summary"]["robustness"]
+    if not found:
+        return []
+    levels = ", ".join(f"{shown(each)} at {level}" for level, each in found["levels"].items())
+    grounds = " and ".join(f"{shown(each)} ({SETS[name]})" for name, each in found["backgrounds"].items())
+    told = f"The size of the lead depends on the level: {levels}. If only the background counts as following, it is {grounds}."
+    end, smallest = summary["endpoint"][PRIMARY], found["smallest"]
+    if not end["start"]:
+        return [told]
+    lead = np.mean(summary["endpoint"][BASELINE]["information"]) - smallest["information"]
+    line = (
+        f"{end['start']} of {len(end['information'])} seeds of the simple adapter are read on the straight line from the text alone to "
+        f"their smallest lambda, {fraction(results.grid(PRIMARY)[1])}. At that lambda it follows {smallest['share']:.0%} as often as "
+        f"the text alone, and has {smallest['information']:.1f}; with this number, the lead would be {lead:+.1f}."
+    )
+    return [told, line]
 
 
 def _length(results: Results) -> list[str]:
@@ -36,20 +58,25 @@ def _length(results: Results) -> list[str]:
     if "difference" not in found:
         return []
     steps, means = found["steps"], [each["mean"] for each in found["difference"]]
-    simple = np.mean(found["endpoint"][PRIMARY], axis=1)
-    least, best = int(np.argmin(means)), int(np.argmax(simple))
+    simple, least = np.mean(found["endpoint"][PRIMARY], axis=1), int(np.argmin(means))
     told = f"The lead depends on the length of training. It is smallest after {steps[least]:,} steps: {means[least]:+.1f}."
-    if best < len(steps) - 1:
-        told += f" The simple adapter is best after {steps[best]:,} steps ({simple[best]:.1f}), and worse in the end ({simple[-1]:.1f})."
+    if 0 < least < len(steps) - 1:
+        told += " Before, it shrinks, and then it grows; the slope per doubling hides this."
+    if end := found["read"][PRIMARY][least]["end"]:
+        seeds = len(found["endpoint"][PRIMARY][least])
+        told += f" There, {end} of {seeds} seeds of the simple adapter are still above the level at their largest lambda; "
+        told += "a larger one may be better."
+    if simple[-1] < simple.max():
+        told += f" The simple adapter falls from {simple.max():.1f} to {simple[-1]:.1f} in the end."
     return [told]
 
 
 def _edges(results: Results) -> list[str]:
-    """Name the forms whose learning rate is at the edge of the range."""
+    """Name the forms whose learning rate is at the edge of the range, and compare the best endpoints over all rates."""
     rates, runs = results.study["rates"], trainings(results)
     edges = (min(rates), max(rates)) if len(rates) > 1 else ()
     at_edge = [FORMS[form].short for form, each in runs.items() if each and each[0]["rate"] in edges]
-    told = f"Rates were chosen after {results.study['steps'] // 4:,} steps with one seed."
+    told = f"Rates were chosen by the held-out loss after {results.study['steps'] // 4:,} steps, with one seed; some losses hardly differ."
     if at_edge:
         told = f"The learning rate of {', '.join(f'`{name}`' for name in at_edge)} is at the edge of the range. {told}"
     best = _best(results)
@@ -63,8 +90,8 @@ def _best(results: Results) -> dict[str, str]:
     """Return the best endpoint of each form that was trained to the end at every rate, and where it is reached."""
     found = {}
     for form, rates in results.data["summary"]["rates"].items():
-        ends = [(end, step, rate) for rate, each in rates.items() for step, end in each.get("through", {}).items() if end is not None]
-        if ends:
+        ends = [(end, step, rate) for rate, each in rates.items() for step, end in each["endpoint"].items() if end is not None]
+        if ends and len({step for _, step, _ in ends}) > 1:
             end, step, rate = max(ends)
             found[form] = f"{end:.1f} (rate {rate}, {int(step):,} steps)"
     return found
@@ -75,6 +102,19 @@ def _sizes(results: Results) -> list[str]:
     sizes = {form: runs[0]["parameters"] for form, runs in trainings(results).items() if runs}
     if sizes.get(BASELINE, 0) <= sizes.get(PRIMARY, 0) or PRIMARY not in sizes:
         return []
-    alike = [f"`{FORMS[form].short}`" for form, size in sizes.items() if size == sizes[PRIMARY] and form != PRIMARY]
+    ends = {form: np.mean(found["information"]) for form, found in results.data["summary"]["endpoint"].items()}
+    same = [form for form in sizes if form != PRIMARY and sizes[form] == sizes[PRIMARY]]
+    alike = [f"`{FORMS[form].short}`, as small, leads it by {ends[form] - ends[PRIMARY]:+.1f}" for form in same]
     told = f"IP-Adapter has {sizes[BASELINE] / sizes[PRIMARY]:.1f} times as many trained parameters as the simple adapter."
-    return [told + (f" {' and '.join(alike)} has as few as the simple adapter." if alike else "")]
+    return [f"{told} But {'; '.join(alike)}." if alike else told]
+
+
+def _other_measures(results: Results) -> list[str]:
+    """Name measures that do not favour IP-Adapter: CLIP-I of the image prompt alone, and the held-out loss."""
+    summary, told = results.data["summary"], []
+    if (clip := summary["paper"]["difference"]["clip_i"].get(PRIMARY)) and clip["low"] <= 0:
+        told.append(f"With the image prompt alone at lambda 1, CLIP-I does not separate the two forms: {shown(clip, 3)}.")
+    means = {form: np.mean(losses) for form, losses in summary["losses"].items()}
+    if lower := [f"`{FORMS[form].short}`" for form in means if means[form] < means[BASELINE]]:
+        told.append(f"The held-out loss of {' and '.join(lower)} is lower than that of IP-Adapter.")
+    return told

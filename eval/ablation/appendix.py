@@ -17,8 +17,9 @@ def rate_table(results: Results) -> pd.DataFrame:
     for form, rates in results.data["summary"]["rates"].items():
         line: dict[str, Any] = {"form": FORMS[form].name, "parameters": f"{runs[form][0]['parameters']:,}"}
         for rate, found in rates.items():
-            text = "diverged" if found["endpoint"] is None else f"{found['held_out']:.4f}, {found['endpoint']:.1f}"
-            line[rate] = text + ("\\*" if float(rate) == runs[form][0]["rate"] else "")
+            step, end = next(iter(found["endpoint"].items()))
+            text = "diverged" if end is None else f"{found['held_out']:.5f}, {'> ' if found['end'][step] else ''}{end:.1f}"
+            line[rate] = text + (" \\*" if float(rate) == runs[form][0]["rate"] else "")
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -27,9 +28,11 @@ def through_table(results: Results) -> pd.DataFrame:
     """Tabulate the endpoint of the trainings that went on to the end at every rate; empty if there are none."""
     lines = []
     for form, rates in results.data["summary"]["rates"].items():
-        ends = {rate: found["through"] for rate, found in rates.items() if "through" in found}
-        for step in next(iter(ends.values()), {}):
-            shown = {rate: "diverged" if end[step] is None else f"{end[step]:.1f}" for rate, end in ends.items()}
+        if any(len(found["endpoint"]) == 1 for found in rates.values()):
+            continue
+        for step in next(iter(rates.values()), {"endpoint": {}})["endpoint"]:
+            ends = {rate: (found["endpoint"][step], found["end"][step]) for rate, found in rates.items()}
+            shown = {rate: "diverged" if end is None else f"{'> ' if above else ''}{end:.1f}" for rate, (end, above) in ends.items()}
             lines.append({"form": FORMS[form].short, "steps": f"{int(step):,}", **shown})
     return pd.DataFrame(lines)
 

@@ -62,14 +62,37 @@ def execute(workspace: Workspace, study: Study, out: Path, jobs: int) -> None:
     if study.device == "cpu":
         torch.set_num_threads(1)
     data, units = evaluate(workspace, study, jobs)
-    data["summary"] = summarise(Results(data, units))
-    rows, arrays = pack(units)
+    write(Results(data, units), workspace, study, out)
+
+
+def write(results: Results, workspace: Workspace, study: Study, out: Path) -> None:
+    """Summarise results, and write them, the figures and RESULTS.md to `out`."""
+    path = out / "results" / "ablation.json"
+    rows, arrays = pack(results.units)
     write_tensors(path.with_suffix(".safetensors"), arrays, None)
-    write_json(path, {"schema": SCHEMA, **data, "units": rows})
+    write_json(path, {"schema": SCHEMA, **results.data, "summary": summarise(results), "units": rows})
     results = Results.of(path)
     plots.plot_all(results, workspace, study, out / "results")
     with replacing(out / "RESULTS.md") as part:
         part.write_text(report.render(results))
+
+
+def rewrite(workspace: Workspace, out: Path, device: str) -> None:
+    """Write the summary, the figures and RESULTS.md again, from the stored results and the shipped adapters.
+
+    Raises FileNotFoundError if there are no stored results.
+    """
+    results = stored(out)
+    data = {key: value for key, value in results.data.items() if key not in ("schema", "units")}
+    write(Results(data, results.units), workspace, replace(Study.of(results.study), device=device), out)
+
+
+def stored(out: Path) -> Results:
+    """Read the results in `out`. Raises FileNotFoundError if there are none."""
+    path = out / "results" / "ablation.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: run `python -m eval ablation` first")
+    return Results.of(path)
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -84,10 +107,7 @@ def redraw(workspace: Workspace, out: Path, name: str, device: str) -> pd.DataFr
 
     Raises FileNotFoundError if there are no stored results or their adapter is not there, and ValueError if there is no such cell.
     """
-    path = out / "results" / "ablation.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: run `python -m eval ablation` first")
-    results = Results.of(path)
+    results = stored(out)
     study, tasks = replace(Study.of(results.study), device=device), results.data["tasks"]
     form, seed, task = (*name.split(":"), "", "")[:3]
     if form not in study.forms or seed not in map(str, study.seeds_of(form)) or task not in tasks:
@@ -101,7 +121,7 @@ def redraw(workspace: Workspace, out: Path, name: str, device: str) -> pd.DataFr
     plan, what = plan_of(workspace, study, form, int(seed)), Draw(form, int(seed), study.steps, task)
     if workspace.card(study, plan, study.steps).get("settings") != settings_of(workspace, plan):
         adapter = workspace.adapter(study, plan, study.steps)
-        raise FileNotFoundError(f"{adapter} is not the adapter of the stored results: restore it and its card from the commit of {path}")
+        raise FileNotFoundError(f"{adapter} is not the adapter of the stored results: restore it from the commit of RESULTS.md")
     again = drawn(workspace, study, what, results.units[what.name].value["lambdas"])
     return compare(results, Results(results.data, results.units | {what.name: again}), what.name)
 
@@ -146,6 +166,9 @@ def study_of(args: Namespace) -> Study:
 def run(args: Namespace) -> None:
     """`python -m eval ablation`"""
     workspace = workspace_of(args)
+    if args.report:
+        rewrite(workspace, args.out, args.device)
+        return
     if args.cell is None:
         study = study_of(args)
         execute(workspace, study, args.out, args.jobs or (os.cpu_count() or 1 if study.device == "cpu" else GPU_JOBS))

@@ -28,14 +28,17 @@ def plot_all(results: Results, workspace: Workspace, study: Study, folder: Path)
     plot_curves(results, curves)
     plot_steps(results, steps)
     plot_alone(results, alone)
+    if results.truth():
+        for axes in (curves, steps):
+            axes.set_ylim(-3, results.data["summary"]["ceilings"]["vae"] + 4)
     figure.tight_layout()
     with replacing(folder / "ablation.png") as part:
         figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
     matched = {form: matched_lambda(results, form) for form in study.forms}
-    level = f"where {study.level:.0%} of the text alone's following is kept"
-    contact_sheet(workspace, study, matched, f"The lambda {level}", folder / "ablation_matched.png")
-    contact_sheet(workspace, study, dict.fromkeys(study.forms, 1.0), "Lambda 1, the paper's setting", folder / "ablation_one.png")
+    level = f"Each form at the lambda that keeps {study.level:.0%} of the following of the text alone"
+    contact_sheet(workspace, study, matched, level, folder / "ablation_matched.png")
+    contact_sheet(workspace, study, dict.fromkeys(study.forms, 1.0), "Lambda 1", folder / "ablation_one.png")
 
 
 def unit(results: Results) -> str:
@@ -43,66 +46,78 @@ def unit(results: Results) -> str:
 
 
 def plot_curves(results: Results, axes: Axes) -> None:
-    """Plot the trade-off of each form: seeds as thin lines, their mean, and a band of one standard deviation between seeds."""
-    for i, (form, colour) in enumerate(colours(results).items()):
+    """Plot the trade-off of each form: seeds as thin lines, their mean, and a band of one standard deviation between seeds.
+
+    The line from the text alone to the smallest lambda is dotted, and has neither mean nor band: nothing was drawn there.
+    """
+    for form, (colour, style) in looks(results).items():
         curve = results.curve(form)
         follow, value = curve.following.mean(axis=-1), curve.value.mean(axis=-1)
         share = 100 * follow / follow[:, :1].clip(1e-9)
-        axes.plot(share.T, value.T, color=colour, linewidth=0.6, alpha=0.6)
-        levels = np.linspace(max(share.min(axis=1).max() / 100, 0.0), 1, 41)
+        axes.plot(share[:, 1:].T, value[:, 1:].T, color=colour, linewidth=0.6, alpha=0.6)
+        axes.plot(share[:, :2].T, value[:, :2].T, ":", color=colour, linewidth=0.6, alpha=0.6)
+        drawn = share[:, 1:].max(axis=1).min() / 100  # the highest level that every seed reaches with a drawn lambda
+        levels = np.linspace(max(share.min(axis=1).max() / 100, 0.0), drawn, 41)
         each = np.stack([curve.seeds(at_level(level)) for level in levels])
-        mean, spread = each.mean(axis=1), each.std(axis=1)
-        axes.plot(100 * levels, mean, color=colour, linewidth=2, label=FORMS[form].short)
+        mean, spread = each.mean(axis=1), each.std(axis=1, ddof=1 if each.shape[1] > 1 else 0)
+        axes.plot(100 * levels, mean, style, color=colour, linewidth=2, label=FORMS[form].short)
         axes.fill_between(100 * levels, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
         one = results.grid(form).index(1.0)
-        axes.plot(share[:, one].mean(), value[:, one].mean(), "o", color=colour, label="lambda 1" if i == 0 else None)
+        axes.plot(share[:, one].mean(), value[:, one].mean(), "o", color=colour)
+    axes.plot([], [], "o", color="grey", label="lambda 1")
     lines(results, axes)
-    axes.axvline(100 * results.study["level"], color="grey", linewidth=0.8, linestyle=":")
-    axes.annotate("better", (0.98, 0.9), (0.84, 0.74), "axes fraction", arrowprops={"arrowstyle": "->"}, color="grey")
+    level = 100 * results.study["level"]
+    axes.axvline(level, color="grey", linewidth=0.8, linestyle=":")
+    axes.annotate(f"{level:.0f} %", (level, 0.02), (3, 0), ("data", "axes fraction"), "offset points", color="grey")
+    axes.annotate("better", (0.3, 0.45), (0.18, 0.3), "axes fraction", arrowprops={"arrowstyle": "->"}, color="grey")
     axes.set_xlabel("following the text, % of the text alone")
     axes.set_ylabel(f"{unit(results)}, {results.primary} task")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
 
 
 def plot_steps(results: Results, axes: Axes) -> None:
-    """Plot the endpoint against the steps of training, on a log axis."""
+    """Plot the endpoint against the steps of training, on a log axis. An open marker: some seeds are read at their largest lambda."""
     found = results.data["summary"]["steps"]
-    for form, colour in colours(results).items():
+    for form, (colour, style) in looks(results).items():
         ends = np.array(found["endpoint"][form])
         axes.plot(found["steps"], ends, color=colour, linewidth=0.6, alpha=0.6)
-        axes.plot(found["steps"], ends.mean(axis=1), color=colour, linewidth=2, marker="o", markersize=3)
+        axes.plot(found["steps"], ends.mean(axis=1), style, color=colour, linewidth=2)
+        for step, mean, read in zip(found["steps"], ends.mean(axis=1), found["read"][form], strict=True):
+            axes.plot(step, mean, "o", color=colour, markersize=5, markerfacecolor="white" if read["end"] else colour)
     lines(results, axes)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(found["steps"], [str(step) for step in found["steps"]])
+    axes.set_xticks(found["steps"], [f"{step:,}" for step in found["steps"]])
     axes.set_xlabel("training steps")
-    axes.set_ylabel(f"{unit(results)} at the level")
+    axes.set_ylabel(f"{unit(results)} at {results.study['level']:.0%} following")
 
 
 def plot_alone(results: Results, axes: Axes) -> None:
     """Plot the image prompt alone at lambda 1: CLIP-I against palette information, a point for each seed."""
-    for form, colour in colours(results).items():
+    for form, (colour, _) in looks(results).items():
         found = results.data["summary"]["paper"]["picture"][form]
         axes.plot(found["clip_i"], found.get("information", found["clip_t"]), "o", color=colour)
     axes.set_xlabel("CLIP-I, image prompt alone, lambda 1")
     axes.set_ylabel(unit(results) if results.truth() else "CLIP-T with the caption")
     if results.truth():
-        lines(results, axes)
+        lines(results, axes, floor=False)
 
 
-def lines(results: Results, axes: Axes) -> None:
-    """Draw the floor, where nothing is known, and the ceiling, the VAE."""
+def lines(results: Results, axes: Axes, floor: bool = True) -> None:
+    """Draw the ceiling, the VAE, and the floor, where nothing is known."""
     if results.truth():
-        axes.axhline(0, color="grey", linewidth=0.8)
         axes.axhline(results.data["summary"]["ceilings"]["vae"], color="grey", linewidth=0.8, linestyle="--")
+        if floor:
+            axes.axhline(0, color="grey", linewidth=0.8)
 
 
-def colours(results: Results) -> dict[str, str]:
-    return {form: f"C{i}" for i, form in enumerate(results.study["forms"])}
+def looks(results: Results) -> dict[str, tuple[str, str]]:
+    """Choose the colour and line style of each form."""
+    return {form: (f"C{i}", ("-", "--", "-.", ":")[i % 4]) for i, form in enumerate(results.study["forms"])}
 
 
 def matched_lambda(results: Results, form: str) -> float:
-    """Return the highest lambda at which the mean following over seeds is at the level, linear between the lambdas of the grid."""
-    following = results.curve(form).following.mean(axis=(0, 2))
+    """Return the highest lambda at which seed 0 of a form is at the level, linear between the lambdas of the grid."""
+    following = results.curve(form).following[0].mean(axis=-1)
     return float(at_level(results.study["level"])(following, np.array(results.grid(form))))
 
 
@@ -113,7 +128,7 @@ def contact_sheet(workspace: Workspace, study: Study, lambdas: Mapping[str, floa
     for form, lam in lambdas.items():
         columns.append(drawn_at(bench, workspace.shipped / f"{form}-0.safetensors", form, lam))
     rows: list[tuple[Image.Image, ...]] = list(zip(*columns, strict=True))
-    heads = [f"{FORMS[form].short} {fraction(lam)}" for form, lam in lambdas.items()]
+    heads = [f"{FORMS[form].short}, {fraction(lam)}" for form, lam in lambdas.items()]
     drawing = sheet([["image prompt"], heads], rows, bench.prompts.texts(task), note_at=1, title=title)
     with replacing(path) as part:
         drawing.save(part, "PNG")

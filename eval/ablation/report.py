@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval.ablation.against import against, not_beaten
+from eval.ablation.against import against, parts
 from eval.ablation.appendix import ceiling_table, grid_table, rate_table, through_table
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY
 from eval.ablation.rows import Results
@@ -32,6 +32,11 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
+def marked(number: str, read: Mapping[str, int]) -> str:
+    """Mark a number that some seeds read at the end of their curve by ">", and one that some read before their smallest lambda by "†"."""
+    return ("> " if read.get("end") else "") + number + (" †" if read.get("start") else "")
+
+
 def p_value(p: float) -> str:
     return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -43,8 +48,9 @@ def headline(results: Results) -> str:
         return "The study does not hold both forms of the primary comparison."
     first, name = summary["difference"][PRIMARY], "palette information" if results.truth() else "similarity to the image prompt"
     both = [first, summary.get("confirmed", {}).get(PRIMARY, first)]
-    of = f", of {summary['ceilings']['vae']:.1f} at most" if results.truth() else ""
-    told = f"where both follow the text equally often, IP-Adapter minus the simple adapter is {shown(first)} in {name}{of}"
+    again = f" (on the confirmation prompts {shown(both[1])})" if "confirmed" in summary else ""
+    of = f"; the ceiling is {summary['ceilings']['vae']:.1f}" if results.truth() else ""
+    told = f"where both follow the text equally often, IP-Adapter minus the simple adapter is {shown(first)} in {name}{again}{of}"
     if any(each["high"] < 0 for each in both):
         return f"The simple adapter beats decoupled attention here: {told}."
     if all(each["low"] > 0 for each in both):
@@ -55,22 +61,22 @@ def headline(results: Results) -> str:
 
 
 def square(results: Results) -> pd.DataFrame:
-    """Tabulate the endpoint of the four forms as a 2 x 2 table, with the share of right concepts; ">" marks curves that stay above."""
+    """Tabulate the endpoint of the four forms as a 2 x 2 table, with the share of right concepts."""
 
     def cell(form: str) -> str:
         found = results.data["summary"]["endpoint"].get(form)
         if found is None:
             return ""
         concept = f" (concept {np.mean(found['concept']):.0%})" if "concept" in found else ""
-        return ("> " if found["above"] else "") + spread(found["information"]) + concept
+        return marked(spread(found["information"]), found) + concept
 
     rows = {"own W'_k, W'_v": ("ip_adapter", "concatenated"), "the text's W_k, W_v": ("shared", "simple")}
     return pd.DataFrame([{"": name, "own softmax": cell(a), "joint softmax": cell(b)} for name, (a, b) in rows.items()])
 
 
 def lead(results: Results) -> str:
-    """State the result, the forms that are not beaten, and the 2 x 2 table."""
-    return "\n\n".join([headline(results), *not_beaten(results), markdown(square(results))])
+    """State the result, what each of the two changes does alone, and the 2 x 2 table."""
+    return "\n\n".join([headline(results), *parts(results), markdown(square(results))])
 
 
 def difference_table(results: Results) -> pd.DataFrame:
@@ -88,7 +94,8 @@ def step_table(results: Results) -> pd.DataFrame:
     found = results.data["summary"]["steps"]
     lines = []
     for i, step in enumerate(found["steps"]):
-        line = {"steps": f"{step:,}"} | {FORMS[form].short: spread(ends[i]) for form, ends in found["endpoint"].items()}
+        ends = {form: marked(spread(each[i]), found["read"][form][i]) for form, each in found["endpoint"].items()}
+        line = {"steps": f"{step:,}"} | {FORMS[form].short: end for form, end in ends.items()}
         lines.append(line | ({"IP-Adapter minus simple": shown(found["difference"][i])} if "difference" in found else {}))
     return pd.DataFrame(lines)
 
@@ -110,10 +117,26 @@ def secondary_table(results: Results) -> pd.DataFrame:
     lines = []
     for name, found in results.data["summary"]["secondary"].items():
         digits = DIGITS.get(name, 1)
-        line = {"": name} | {FORMS[form].short: spread(values, digits) for form, values in found["forms"].items()}
+        ends = {form: marked(spread(values, digits), found["read"].get(form, {})) for form, values in found["forms"].items()}
+        line = {"": name} | {FORMS[form].short: end for form, end in ends.items()}
         lines.append(line | {"IP-Adapter minus simple": shown(found["difference"], digits) if found["difference"] else ""})
     losses = results.data["summary"]["losses"]
-    return pd.DataFrame([*lines, {"": "held-out loss"} | {FORMS[form].short: spread(each, 4) for form, each in losses.items()}])
+    return pd.DataFrame([*lines, {"": "held-out loss"} | {FORMS[form].short: spread(each, 5) for form, each in losses.items()}])
+
+
+def seed_counts(results: Results) -> str:
+    """Say how many seeds each form has: "5 of IP-Adapter and simple, 3 of shared and joint"."""
+    found: dict[int, list[str]] = {}
+    for form, each in results.data["summary"]["endpoint"].items():
+        found.setdefault(len(each["information"]), []).append(FORMS[form].short)
+    return ", ".join(f"{count} of {' and '.join(names)}" for count, names in found.items())
+
+
+def following_alone(results: Results) -> str:
+    """Say how often drawings from the text alone follow it, on each set of prompts."""
+    names = {"test": "test", "confirm": "confirmation"}
+    found = {names[split]: results.measures(f"alone-{results.primary}-{split}") for split in names if split in results.data["prompts"]}
+    return ", ".join(f"{each['following'].mean():.0%} of the {name} prompts" for name, each in found.items())
 
 
 def records(results: Results) -> str:
@@ -150,7 +173,6 @@ def render(results: Results) -> str:
         against=against(results),
         trend=shown(summary["steps"]["trend"]) if "trend" in summary["steps"] else "",
         p_trend=p_value(summary["steps"]["trend"]["p"]) if "trend" in summary["steps"] else "",
-        above=[FORMS[form].short for form, found in summary["endpoint"].items() if found["above"]],
         alone={key: shown(each[PRIMARY], 3 if key == "clip_i" else 1) for key, each in summary["paper"]["difference"].items()},
         ceilings=summary["ceilings"],
         first=FORMS[BASELINE].name,
@@ -158,6 +180,9 @@ def render(results: Results) -> str:
         truth=results.truth() is not None,
         prompts=len(results.data["prompts"]["test"]["texts"]["conflict"]),
         confirmation=len(results.data["prompts"].get("confirm", {"texts": {"conflict": []}})["texts"]["conflict"]),
+        robustness=summary["robustness"],
+        counts=seed_counts(results),
+        follows=following_alone(results),
         scorer=results.data["made_from"]["scorer"],
         records=records(results),
         tables={name: markdown(table) if len(table) else "" for name, table in tables.items()},

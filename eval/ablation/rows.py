@@ -96,7 +96,8 @@ class Results:
         """Return the measures of a unit, each `lambdas prompts`.
 
         `following`; `information` and `error` of the palette, and retrieval AUC; `concept`: 1 if it is the right one, that of the text for
-        `conflict` and that of the image prompt otherwise; `clip_i`, `clip_t`. Without ground truth, `information` is 100 CLIP-I.
+        `conflict` and that of the image prompt otherwise; `right background`: 1 if it is that of the text, or of the image prompt if the
+        text names none; `clip_i`, `clip_t`. Without ground truth, `information` is 100 CLIP-I.
         """
         if name not in self._measured:
             self._measured[name] = self._measure(self.units[name])
@@ -116,7 +117,9 @@ class Results:
                 d = distances(read, self.palettes(split))
                 row |= {"information": information(d), "error": np.diagonal(d), "auc": retrieval(d)}
                 wanted = truth["conflict" if task == "conflict" else "own"]["concept"]
+                ground = truth[task if task in ("conflict", "complementary") else "own"]["background"]
                 row["concept"] = np.asarray((part["concept"].flatten() == torch.tensor(wanted)).double())
+                row["right background"] = np.asarray((part["background"].flatten() == torch.tensor(ground)).double())
             for key, values in row.items():
                 found.setdefault(key, []).append(values)
         return {key: np.stack(values) for key, values in found.items()}
@@ -130,10 +133,11 @@ class Results:
         split: str = "test",
         layers: str = "all",
         few: bool = False,
+        following: str = "following",
     ) -> Curve:
         """Return the curves of a form's seeds, from lambda 0. By default: the first task, after the whole training.
 
-        `few`: keep only the lambdas that earlier checkpoints are drawn with.
+        `few`: keep only the lambdas that earlier checkpoints are drawn with. `following`: the measure that takes the place of following.
         """
         task, step = task or self.primary, step or self.study["steps"]
         alone = self.measures(f"alone-{task}-{split}")
@@ -146,7 +150,7 @@ class Results:
         def array(key: str) -> Array:
             return np.stack([np.concatenate([alone[key], self.measures(name)[key][keep]]) for name in names])
 
-        return Curve(array("following"), array(value))
+        return Curve(array(following), array(value))
 
     def rate_curve(self, form: str, rate: float, step: int) -> Curve | None:
         """Return the curve of a training that tests a learning rate after some steps; None if it diverged or was not drawn with."""

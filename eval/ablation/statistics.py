@@ -85,9 +85,11 @@ def at_index(index: int) -> Read:
     return lambda following, value: value[..., index]
 
 
-def ends_above(following: Array, level: float) -> bool:
-    """Return whether a curve `lambdas` is still at or above the level at its last lambda."""
-    return bool(following[-1] >= level * following[0])
+def where_read(following: Array, level: float) -> str:
+    """Say where a curve `lambdas` is read: at its "end", if it is still at the level at its last lambda; at its "start", if it falls below
+    the level before its smallest lambda above 0, so that the reading lies on a straight line from the text alone; or "between"."""
+    above = np.flatnonzero(following >= level * following[0])
+    return "end" if above[-1] == len(following) - 1 else "start" if above[-1] == 0 else "between"
 
 
 @dataclass(frozen=True)

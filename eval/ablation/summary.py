@@ -17,13 +17,14 @@ from eval.ablation.statistics import (
     best_constant,
     between,
     distances,
-    ends_above,
     holm,
     information,
+    where_read,
 )
 from eval.scores import GREY
 
 BAND = 0.70, 0.95  # the levels of the mean over the curve
+LEVELS = 0.6, 0.7, 0.95  # other levels at which the primary difference is read
 
 
 def summarise(results: Results) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "rates": by_rate(results),
         "paper": at_one(results),
         "secondary": secondary(results),
+        "robustness": robustness(results),
         "losses": {form: [run["losses"][-1]["held_out"] for run in runs] for form, runs in trainings(results).items()},
     }
     if "confirm" in results.data["prompts"]:
@@ -53,14 +55,19 @@ def trainings(results: Results) -> dict[str, list[dict[str, Any]]]:
 
 
 def endpoints(results: Results, curves: dict[str, Curve]) -> dict[str, Any]:
-    """Return for each form: the endpoint of each seed; the share of right concepts there; the number of seeds that stay above the level."""
+    """Return for each form: the endpoint of each seed, where the seeds are read (`counted`), and the share of right concepts there."""
     level, found = results.study["level"], dict[str, dict[str, Any]]()
     for form, curve in curves.items():
-        found[form] = {"information": curve.seeds(at_level(level)).tolist()}
-        found[form]["above"] = sum(ends_above(each, level) for each in curve.following.mean(axis=-1))
+        found[form] = {"information": curve.seeds(at_level(level)).tolist()} | counted(curve, level)
         if results.truth():
             found[form]["concept"] = results.curve(form, "concept").seeds(at_level(level)).tolist()
     return found
+
+
+def counted(curve: Curve, level: float) -> dict[str, int]:
+    """Count the seeds that are read at the `end` of their curve, and at its `start` (`statistics.where_read`)."""
+    places = [where_read(each, level) for each in curve.following.mean(axis=-1)]
+    return {place: places.count(place) for place in ("end", "start")}
 
 
 def differences(curves: dict[str, Curve], read: Read, bootstrap: Bootstrap) -> dict[str, Any]:
@@ -89,6 +96,7 @@ def by_step(results: Results) -> dict[str, Any]:
     steps = [study["steps"] // 2**i for i in (4, 3, 2, 1, 0)]
     curves = {form: [results.curve(form, step=step, few=True) for step in steps] for form in study["forms"]}
     found: dict[str, Any] = {"steps": steps, "endpoint": {form: [c.seeds(read).tolist() for c in each] for form, each in curves.items()}}
+    found["read"] = {form: [counted(c, study["level"]) for c in each] for form, each in curves.items()}
     if {BASELINE, PRIMARY} <= set(curves):
         bootstrap, pairs = Bootstrap(study["resamples"]), list(zip(curves[BASELINE], curves[PRIMARY], strict=True))
         found["difference"] = [asdict(bootstrap.difference(a, b, read)) for a, b in pairs]
@@ -97,21 +105,19 @@ def by_step(results: Results) -> dict[str, Any]:
 
 
 def by_rate(results: Results) -> dict[str, Any]:
-    """Return for each form and rate the held-out loss and the endpoint after the short training; None if it diverged.
-
-    `through`: steps -> the endpoint, for forms that were trained to the end at every rate.
-    """
+    """Return for each form and rate the held-out loss, and the endpoint after some steps: None if it diverged. `end`: whether it is read
+    at the end of the curve. Only forms that were trained to the end at every rate have more than one number of steps."""
     study, found = results.study, dict[str, dict[str, Any]]()
     read, steps = at_level(study["level"]), [study["steps"] // 4, study["steps"] // 2, study["steps"]]
     for form in study["forms"]:
         found[form] = {}
         for rate in study["rates"]:
-            curves = {step: results.rate_curve(form, rate, step) for step in steps}
-            ends = {str(step): None if curve is None else float(curve.seeds(read)[0]) for step, curve in curves.items()}
+            drawn = steps if f"through-{form}-{rate:g}" in results.units else steps[:1]
+            curves = {str(step): results.rate_curve(form, rate, step) for step in drawn}
+            ends = {step: None if curve is None else float(curve.seeds(read)[0]) for step, curve in curves.items()}
+            end = {step: bool(curve and counted(curve, study["level"])["end"]) for step, curve in curves.items()}
             held_out = results.units[f"rate-{form}-{rate:g}"].value
-            found[form][f"{rate:g}"] = {"held_out": held_out, "endpoint": ends[str(steps[0])]}
-            if f"through-{form}-{rate:g}" in results.units:
-                found[form][f"{rate:g}"]["through"] = ends
+            found[form][f"{rate:g}"] = {"held_out": held_out, "endpoint": ends, "end": end}
     return found
 
 
@@ -141,22 +147,47 @@ def _at_one(results: Results, form: str, task: str, keys: Sequence[str]) -> dict
 
 
 def secondary(results: Results) -> dict[str, Any]:
-    """Return the secondary endpoints: name -> form -> list over seeds, and the primary difference with its interval."""
-    level, forms = at_level(results.study["level"]), results.study["forms"]
-    measures: dict[str, tuple[Callable[[str], Curve], Read]] = {
-        "mean over levels": (lambda form: results.curve(form), between(*BAND)),
+    """Return the secondary endpoints: name -> form -> list over seeds; where they are read; and the primary difference."""
+    level, forms = results.study["level"], results.study["forms"]
+    measures: dict[str, tuple[Callable[[str], Curve], float | None]] = {
+        "mean over levels": (lambda form: results.curve(form), None),
         "finest layers": (lambda form: results.curve(form, layers="finest"), level),
         "CLIP-I": (lambda form: results.curve(form, "clip_i"), level),
     }
     if results.truth():
         measures["conflicting text"] = (lambda form: results.curve(form, task="conflict"), level)
+        measures["conflicting text, at 20 %"] = (lambda form: results.curve(form, task="conflict"), 0.2)
         measures["retrieval AUC"] = (lambda form: results.curve(form, "auc"), level)
         measures["raw palette error"] = (lambda form: results.curve(form, "error"), level)
     bootstrap, found = Bootstrap(results.study["resamples"]), {}
-    for name, (curve, read) in measures.items():
-        curves = {form: curve(form) for form in forms}
-        seeds = {form: each.seeds(read).tolist() for form, each in curves.items()}
+    for name, (curve, at) in measures.items():
+        curves, read = {form: curve(form) for form in forms}, between(*BAND) if at is None else at_level(at)
         pair = {BASELINE, PRIMARY} <= set(forms)
-        difference = asdict(bootstrap.difference(curves[BASELINE], curves[PRIMARY], read)) if pair else None
-        found[name] = {"forms": seeds, "difference": difference}
+        found[name] = {
+            "forms": {form: each.seeds(read).tolist() for form, each in curves.items()},
+            "read": {form: counted(each, at) for form, each in curves.items()} if at else {},
+            "difference": asdict(bootstrap.difference(curves[BASELINE], curves[PRIMARY], read)) if pair else None,
+        }
+    return found
+
+
+def robustness(results: Results) -> dict[str, Any]:
+    """Return the primary difference read in other ways: at other `levels`, and where only `backgrounds` follow the text.
+
+    `smallest`: the share of following and the information of the simple adapter at its smallest lambda. `extremes`: the largest
+    information of the simple adapter, with any seed at any lambda, and the smallest of IP-Adapter from lambda 1 on.
+    """
+    if not {BASELINE, PRIMARY} <= set(results.study["forms"]) or results.truth() is None:
+        return {}
+    bootstrap, level = Bootstrap(results.study["resamples"]), results.study["level"]
+    ours, simple = (results.curve(form) for form in (BASELINE, PRIMARY))
+    levels = {f"{at:.0%}": asdict(bootstrap.difference(ours, simple, at_level(at))) for at in LEVELS}
+    found: dict[str, Any] = {"levels": levels, "backgrounds": {}}
+    for split in [split for split in ("test", "confirm") if split in results.data["prompts"]]:
+        a, b = (results.curve(form, split=split, following="right background") for form in (BASELINE, PRIMARY))
+        found["backgrounds"][split] = asdict(bootstrap.difference(a, b, at_level(level)))
+    share = simple.following.mean(axis=(0, 2))
+    found["smallest"] = {"share": float(share[1] / share[0]), "information": float(simple.value[:, 1].mean())}
+    from_one = ours.value[:, results.grid(BASELINE).index(1.0) :]
+    found["extremes"] = [float(simple.value.mean(axis=-1).max()), float(from_one.mean(axis=-1).min())]
     return found
