@@ -78,7 +78,7 @@ notebooks: .venv/tests
 constraints:
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -e '.[world,eval,test,page,browser]'
+	$(BIN)/python -m pip install -q -e '.[world,eval,test,page,browser,notebooks,tensorboard]'
 	(echo '# The versions that the tests ran on; `make constraints` updates them. CUDA libraries follow torch.'; \
 	  $(BIN)/python -m pip freeze --exclude-editable | grep '==' | grep -viE '^(nvidia|cuda|triton)') > constraints.txt
 

@@ -160,7 +160,7 @@ def projection_of(file: File) -> Projection:
 
 
 def encoder_name(reads: Embedder, width: int) -> str:
-    """The name of the image encoder whose features have this width; it says when they are the fine ones."""
+    """Return the name of the image encoder whose features have this width. The name mentions fine features."""
     name = display_name(ENCODERS[reads], width)
     return name if reads == GLOBAL else f"the {reads.name} of {name}"
 

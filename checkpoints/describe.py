@@ -115,7 +115,7 @@ _FOR = {  # what the name of a released file says of its use; the first that fit
 
 
 def _uses(path: Path, projection: Projection, has_lora: bool) -> list[str]:
-    """Say which release an adapter is, what it needs, and what it goes with."""
+    """Describe an adapter: its release, what it needs, and the base models it fits."""
     reads, base = projection.reads, display_name(BASES, projection.context_dim)
     needs = []
     if reads.face:

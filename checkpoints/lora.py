@@ -143,11 +143,6 @@ def _twin(base: Base) -> Base:
     return copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
 
 
-def load_loras(base: Base, files: Sequence[tuple[Path, float]]) -> Base:
-    """Merge the LoRAs of files, (path, scale), into a copy of a base model. Raises ValueError as `read_updates` and `merge` do."""
-    return merge(base, [(path, read_updates(open_lora(path)), scale) for path, scale in files]) if files else base
-
-
 def open_lora(path: Path) -> File:
     """Open a file of LoRA updates. Raises FileNotFoundError, and ValueError if it is something else."""
     if not path.exists():

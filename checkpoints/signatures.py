@@ -31,7 +31,7 @@ def check_not_placeholder(path: Path) -> None:
 
 
 def check_is_weights(path: Path) -> None:
-    """Raise ValueError if a file is neither weights nor an index of shards. The message says what the file is."""
+    """Raise ValueError, naming what the file is, unless it holds weights or an index of shards."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file of weights in it")
     if path.exists() and not path.is_file():

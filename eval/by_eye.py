@@ -1,4 +1,4 @@
-"""Draw two pictures of each concept from text alone, and count how many a person names as the text does.  `python -m eval by-eye`
+"""Draw two pictures of each concept from text alone, and measure how often people's labels match the text.  `python -m eval by-eye`
 
 `--draw` draws the pictures in random order, as the sheet labels.png, and writes what they should show to labels.json, in the format of
 eval/calibration.py. People then label the sheet without seeing the texts; their labels are added to labels.json by hand. Without

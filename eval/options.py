@@ -150,7 +150,7 @@ def add_calibration(commands: Commands) -> None:
 
 
 def add_by_eye(commands: Commands) -> None:
-    p = command(commands, "by-eye", "Count how many drawings of texts a person names as the text does")
+    p = command(commands, "by-eye", "Measure how often labels given by eye match the text of a drawing")
     p.add_argument("--draw", action="store_true", help="draw the pictures, for people to label")
     folder = Path("results/by_eye")
     p.add_argument("--labels", type=Path, default=folder, help=f"folder of labels.png and labels.json (default: {folder})")

@@ -158,7 +158,7 @@ TITLES = {
 
 
 def table(results: dict[str, Any]) -> str:
-    """Make the table of docs/world.md: a line per row, as value ± half of the 95 % interval, then the errors to compare with."""
+    """Make a table with a line per row, as value ± half of the 95 % interval, then the errors to compare with."""
     lines = []
     for row in results["rows"]:
         at = "" if row["form"] == "none" else f", scale {row['scale']:g}"

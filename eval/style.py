@@ -104,7 +104,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
 
 
 def table(results: dict[str, Any]) -> str:
-    """Make the table of docs/world.md: a line per row, the two bases below each other, as value ± half of the 95 % interval."""
+    """Make a table with a line per row, the two bases below each other, as value ± half of the 95 % interval."""
     lines = []
     for task, name in NAMES.items():
         for base, rows in results["scores"].items():

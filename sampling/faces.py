@@ -62,7 +62,7 @@ def read_faces(path: Path) -> Faces | None:
     if faces.ndim != 2 or not faces.is_floating_point() or not faces.numel() or not faces.isfinite().all():
         raise ValueError(f"{path}: `face` must be finite numbers, 512 for each face, not {list(faces.shape)} of {faces.dtype}")
     if not faces.any(dim=-1).all():
-        raise ValueError(f"{path}: a face embedding of zeros stands for no face at all: make it again from a picture of a face")
+        raise ValueError(f"{path}: a face embedding is all zeros: compute it again from a picture of a face")
     if pictures is None:
         return Faces(path, faces.float())
     pictures = pictures[None] if pictures.ndim == 3 else pictures

@@ -88,7 +88,7 @@ def to_json(item: object) -> Any:
 def from_json(kind: type[T], data: object) -> T:
     """Build a dataclass from the result of `to_json`; missing fields take their defaults.
 
-    Raises ValueError where `data` is anything else. It may come from a stranger.
+    Treats `data` as untrusted: raises ValueError where it is anything else.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__} must be a JSON object, not {reprlib.repr(data)}")

@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Comman
 
 
 def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[ImagePrompt, ...]:
-    """Take the options of image prompts out of `given`. Raises ValueError for what could be misread."""
+    """Take the options of image prompts out of `given`. Raises ValueError if they are ambiguous."""
     several, prompts = len(adapters) > 1, []
     for place, own in enumerate(following(given, PROMPT, "ip_adapter", adapters, "--image and --scale", REPEATED)):
         if "image" in own:
@@ -69,7 +69,7 @@ def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[Imag
             raise ValueError(
                 f"of several --ip-adapter, each is followed by its own --image; {adapters[place]} has none"
             )
-        elif alone := [name for name in own if name != "scale"]:  # the lambda of no picture does no harm
+        elif alone := [name for name in own if name != "scale"]:  # a scale without a picture has no effect
             raise ValueError(f"{flag(alone[0])} is for an image prompt: name it with --image")
         else:
             for value in own.get("scale", ()):
@@ -78,7 +78,7 @@ def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[Imag
 
 
 def hint_files(given: dict[str, Any], controls: Sequence[Path]) -> tuple[HintFile, ...]:
-    """Take the options of controls out of `given`. Raises ValueError for what could be misread, or a control without a hint."""
+    """Take the options of controls out of `given`. Raises ValueError if they are ambiguous, or if a control has no hint."""
     found = []
     for place, own in enumerate(following(given, CONTROL, "control", controls, "--hint and --control-scale")):
         if own and not controls:
@@ -91,7 +91,7 @@ def hint_files(given: dict[str, Any], controls: Sequence[Path]) -> tuple[HintFil
 
 
 def lora_files(given: dict[str, Any]) -> tuple[LoraFile, ...]:
-    """Take the LoRAs and their scales out of `given`. Raises ValueError for what could be misread."""
+    """Take the LoRAs and their scales out of `given`. Raises ValueError if they are ambiguous."""
     files = given.pop("lora", [])
     scales = [own.get("lora_scale", [LoraFile.scale]) for own in following(given, ["lora_scale"], "lora", files, "--lora-scale")]
     if not files and scales != [[LoraFile.scale]]:

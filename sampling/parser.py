@@ -1,4 +1,4 @@
-"""The parser of `python -m sampling`. Options have no defaults of their own: what is not given keeps that of a Request or a Model."""
+"""The parser of `python -m sampling`. Options that are not given keep the defaults of Request and Model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def parser(about: str | None = None) -> argparse.ArgumentParser:
     )
     _picture(p.add_argument_group("picture", "Image prompts. Of several --ip-adapter, each takes those that follow it."))
     _text(p.add_argument_group("text"))
-    _micro(p.add_argument_group("size", "What Stable Diffusion XL is told about the training picture to imitate."))
+    _micro(p.add_argument_group("size", "SDXL's size conditioning: the size and crop that a training picture would have had."))
     _control(p.add_argument_group("structure", "Controls. Of several --control, each takes those that follow it."))
     _edit(p.add_argument_group("edit", "Start from a picture instead of noise."))
     _sampler(p.add_argument_group("sampler"))
@@ -70,7 +70,7 @@ def _picture(group: Any) -> None:
         Path,
     )
     add("--scale", f"Lambda, the weight of the image prompt (Eq. 8). Default {ImagePrompt.scale:g}.")
-    add("--negative-image", "Picture to keep away from: the unconditional pass sees it. May be given again.", Path)
+    add("--negative-image", "Negative image prompt, for the unconditional pass. May be given again.", Path)
     add("--image-weight", "Weight of one picture. Give one for each --image, in the same order.")
     add(
         "--image-rule",
@@ -102,7 +102,7 @@ def _picture(group: Any) -> None:
 
 def _text(group: Any) -> None:
     group.add_argument("--prompt", help="Text prompt.")
-    group.add_argument("--negative-prompt", help="Text of the unconditional pass: what to keep away from.")
+    group.add_argument("--negative-prompt", help="Negative text prompt, for the unconditional pass.")
     about = f"w, the guidance weight (Eq. 7). Default {Request.guidance:g}."
     group.add_argument("--guidance", type=float, help=about)
 

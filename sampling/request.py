@@ -166,7 +166,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for: a request drawn `num` times, and what decides no picture: where it runs and is written.
+    """What the command line asks for: a request drawn `num` times, and options that do not affect the picture: where to run and to write.
 
     `again` is a picture to draw again: it holds the request and the model, and those here are the defaults.
     """

@@ -14,7 +14,7 @@ from sampling.images import open_image
 def resized(path: Path | str, size: tuple[int, int], folder: Path, mask: bool = False) -> Path | None:
     """Crop and scale a picture file to `size` (height, width), and write it into `folder` under a name made of its pixels.
 
-    With `mask`, the file is paint on nothing. It becomes white paint on nothing, or None if nothing was painted.
+    With `mask`, the file has strokes on a transparent background. Make the strokes white; return None if there are none.
     """
     image = ImageOps.fit(open_image(path, "black" if mask else "white"), size[::-1])
     if mask:

@@ -383,7 +383,7 @@ def test_a_photograph_is_refused(files: Files, tmp_path: Path) -> None:
 WRONG: dict[str, tuple[Tensors, str, str]] = {
     "size": ({"face": torch.ones(128)}, "faceid", "holds face embeddings of 128 numbers, but this adapter reads 512"),
     "no picture": ({"face": torch.ones(512)}, "plus", "holds no `picture` of the face, which FaceID Plus reads too"),
-    "zeros": ({"face": torch.zeros(512)}, "faceid", "a face embedding of zeros stands for no face"),
+    "zeros": ({"face": torch.zeros(512)}, "faceid", "a face embedding is all zeros: compute it again"),
     "not finite": ({"face": torch.full((512,), float("nan"))}, "faceid", "`face` must be finite numbers"),
     "integers": ({"face": torch.ones(512, dtype=torch.int64)}, "faceid", "`face` must be finite numbers, 512 for each face"),
     "pictures": ({"face": torch.ones(2, 512), "picture": torch.zeros(1, 9, 9, 3, dtype=torch.uint8)}, "plus", "for each of 2 faces"),

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from checkpoints.base import Base
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
-from checkpoints.lora import load_loras, merge, open_lora, read_updates
+from checkpoints.lora import merge, open_lora, read_updates
 from checkpoints.names import attention_order, named, unet_rows
 from model.context import Context
 from model.text_encoder import TextConfig
 from model.vae import VAEConfig
 from sampling.images import to_images
-from sampling.loading import load
+from sampling.loading import load, with_loras
 from sampling.options import parse
 from sampling.request import LoraFile
 
@@ -129,7 +129,7 @@ def outputs(unet: Any, ours: bool) -> Tensor:
 def test_a_merged_lora_is_the_sum_in_every_layer(tmp_path: Path, layout: str, alphas: bool) -> None:
     unet, text, base = small("sd15" if alphas else "one_block")
     updates = write(tmp_path / "a.safetensors", layout, {"unet": unet, "text_encoder": text}, alphas)
-    merged = load_loras(base, [(tmp_path / "a.safetensors", SCALE)])
+    merged = with_loras(base, [(tmp_path / "a.safetensors", SCALE)], (), 1.0)
     want = outputs(beside(unet, updates["unet"]), ours=False)
     assert max_error(outputs(merged.unet, ours=True), want) < EXACT
     assert max_error(want, outputs(unet, ours=False)) > 0.1
@@ -158,7 +158,7 @@ def test_kohyas_names_of_sdxl_are_read_as_in_diffusers(tmp_path: Path) -> None:
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(len(down))}
     assert len(updates) == len(keys) > 100
     save_file(tensors, tmp_path / "a.safetensors")
-    merged = load_loras(base, [(tmp_path / "a.safetensors", 0.5)])
+    merged = with_loras(base, [(tmp_path / "a.safetensors", 0.5)], (), 1.0)
 
     x, c, added = randn(1, 4, 8, 12), randn(1, 7, 24, seed=2), {"text_embeds": randn(1, 10), "time_ids": randn(1, 6).abs() * 100}
     want = beside(peer, updates)(x, 400, c, added_cond_kwargs=added).sample
@@ -196,13 +196,13 @@ def test_the_base_model_stays_as_it_is(file: Path) -> None:
     """Merging makes a copy. What it does not change is shared, and scale 0 changes nothing."""
     *_, base = small("one_block")
     before = state(base)
-    merged = load_loras(base, [(file, 0.8)])
+    merged = with_loras(base, [(file, 0.8)], (), 1.0)
     assert all(torch.equal(before[name], tensor) for name, tensor in state(base).items())
     assert any(not torch.equal(before[name], tensor) for name, tensor in state(merged).items())
     assert merged.vae.encoder.conv_in.weight is base.vae.encoder.conv_in.weight
     shared = [name for name, p in base.unet.named_parameters() if merged.unet.get_parameter(name) is p]
     assert shared and all(name.endswith("bias") or "norm" in name for name in shared)
-    off = load_loras(base, [(file, 0.0)])
+    off = with_loras(base, [(file, 0.0)], (), 1.0)
     assert all(torch.equal(before[name], tensor) for name, tensor in state(off).items())
 
 
@@ -212,7 +212,7 @@ def test_several_are_added_and_rounded_once(tmp_path: Path, file: Path) -> None:
     low = copy.deepcopy(base)
     for part in low.parts.values():
         part.bfloat16()
-    a, b = load_loras(low, [(file, 0.3), (file, 0.5)]), load_loras(low, [(file, 0.8)])
+    a, b = with_loras(low, [(file, 0.3), (file, 0.5)], (), 1.0), with_loras(low, [(file, 0.8)], (), 1.0)
     updates = read_updates(open_lora(file))
     update = updates["lora_unet_conv_in"]
     weight = low.unet.conv_in.weight
@@ -262,7 +262,7 @@ def test_a_wrong_file_is_refused_by_name(file: Path, case: str) -> None:
     edit, sentence = WRONG[case]
     *_, base = small("one_block")
     with pytest.raises(ValueError, match=sentence) as refused:
-        load_loras(base, [(change(file, edit), 1.0)])
+        with_loras(base, [(change(file, edit), 1.0)], (), 1.0)
     assert "a.safetensors" in str(refused.value) and "\n" not in str(refused.value)
 
 

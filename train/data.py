@@ -48,9 +48,9 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 class Data(Protocol[T_co]):
-    """An endless sequence of batches. Process `rank` of `world_size` reads its share of batch `step`: as many rows as any other.
+    """An endless sequence of batches. Process `rank` of `world_size` reads its share of batch `step`.
 
-    Together the processes read what a single one reads, whatever their number.
+    The shares have equal size. Their union is the same batch for any number of processes.
     """
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T_co: ...

@@ -38,8 +38,7 @@ class LoRA(nn.Module):
 
     def forward(self, unet: UNet, *arguments: object) -> Tensor:
         """Run the UNet with the changed weights."""
-        out: Tensor = functional_call(unet, self.weights(unet), arguments)
-        return out
+        return functional_call(unet, self.weights(unet), arguments)
 
     @torch.no_grad()
     def merged(self, unet: UNet) -> UNet:

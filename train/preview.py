@@ -31,12 +31,18 @@ def _grid(images: list[Image.Image], columns: int) -> Image.Image:
     return grid
 
 
+def _write(image: Image.Image, path: Path) -> None:
+    with replacing(path) as part:
+        image.save(part, "PNG")
+
+
 def draw_captions(pipeline: Pipeline, path: Path) -> None:
     """Draw the captions of the first validation scenes; write the sheet and the captions."""
     prompts = [World("val")[i].caption for i in range(ROWS * COLUMNS)]
     drawn = pipeline.sample(prompts, list(range(len(prompts))), guidance=4.0, steps=12)
-    _grid(to_images(drawn), COLUMNS).save(path)
-    path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
+    _write(_grid(to_images(drawn), COLUMNS), path)
+    with replacing(path.with_suffix(".txt")) as part:
+        part.write_text("\n".join(prompts) + "\n")
 
 
 def draw_image_prompts(pipeline: Pipeline, path: Path) -> None:
@@ -48,7 +54,7 @@ def draw_image_prompts(pipeline: Pipeline, path: Path) -> None:
         lam = torch.tensor(scales).view(-1, 1, 1, 1)
         drawn = pipeline.sample(text, [0, 1, 0, 0, 0, 0], pipeline.embed([prompt]), scale=lam, guidance=4.0, steps=12)
         cells += [prompt, *to_images(drawn)]
-    _grid(cells, 1 + len(scales)).save(path)
+    _write(_grid(cells, 1 + len(scales)), path)
 
 
 def own_pictures(pipeline: Pipeline, files: Album, precision: Callable[[], AbstractContextManager[Any]]) -> Draw:

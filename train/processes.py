@@ -135,7 +135,7 @@ def wait() -> None:
 
 
 def speaks() -> bool:
-    """Return whether this process reports the error that it ends with. Only the first process of a run to ask does."""
+    """Return True in the first process of a run that calls this, so that an error is printed once."""
     with suppress(Exception):  # the store may be gone; a process that cannot ask reports
         return _team.store is None or _team.store.add("errors", 1) == 1
     return True

@@ -61,7 +61,7 @@ def form_of(desk: Desk) -> dict[str, Any]:
         form["num"] = gr.Slider(1, 8, 1, step=1, label="Number of pictures")
         form["sampler"] = gr.Radio(get_args(SamplerName), value="ddim", label="Sampler")
         form["layers"] = gr.Radio(["all", *get_args(Preset)], value="all", label="Layers in which the picture acts")
-        form["negative_prompt"] = gr.Textbox("", label="Text to keep away from")
+        form["negative_prompt"] = gr.Textbox("", label="Negative text prompt")
         if desk.model.controls:
             form["hint"] = gr.Image(label="Hint for the control", type="filepath", sources=["upload", "clipboard"])
     with gr.Accordion("Change a picture", open=False):
