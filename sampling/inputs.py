@@ -53,7 +53,7 @@ def read_inputs(request: Request) -> Inputs:
 
     Raises ValueError if a file is missing or damaged, or if it does not fit the request.
     """
-    prompts, hints = tuple(map(_image_prompt, request.image_prompts)), tuple(map(_hint, request.hints))
+    prompts, hints = tuple(map(prompt_inputs, request.image_prompts)), tuple(map(_hint, request.hints))
     return Inputs(request, prompts, _edit(request), hints)
 
 
@@ -62,7 +62,8 @@ def open_picture(path: Path) -> Picture:
     return path if path.suffix == ".safetensors" else open_image(path)
 
 
-def _image_prompt(prompt: ImagePrompt) -> PromptInputs:
+def prompt_inputs(prompt: ImagePrompt) -> PromptInputs:
+    """Open the pictures and the mask of an image prompt."""
     pictures, negatives = (tuple(map(open_picture, each)) for each in (prompt.images, prompt.negatives))
     mask = read_mask(prompt.mask)[0, 0] if prompt.mask else None
     lam = Lambda(prompt.scale, prompt.layers, prompt.start, prompt.end, mask)

@@ -18,7 +18,7 @@ def test_columns_take_turns_and_ratios_are_taken_by_round(monkeypatch: pytest.Mo
         assert dtype == "bfloat16"
         return float(times[column][asked.count(column) - 1])
 
-    monkeypatch.setattr(columns, "_measure", measure)
+    monkeypatch.setattr(columns, "measured_seconds", measure)
     row = columns.columns(Path("x"), 3, "bfloat16")
     assert asked == [*columns.COLUMNS] * 3
     assert (row["ours"], row["theirs"], row["ratio"]) == (8, 10, 0.7)

@@ -109,7 +109,7 @@ def _members(shard: Path, first: bool = False) -> tuple[list[tarfile.TarInfo], s
     return members, ""
 
 
-def _scan(shard: Path) -> tuple[list[tuple[list[str], int, int, int]], list[str]]:
+def scan(shard: Path) -> tuple[list[tuple[list[str], int, int, int]], list[str]]:
     """Read a shard. Return an entry for each good picture ([name, *captions], offset, size, key), and a sentence for each broken one."""
     members, cut = _members(shard)
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
@@ -158,7 +158,7 @@ def _captions(text: bytes | None, described: bytes | None) -> list[str]:
 
 def _write(file: Path, shard: Path) -> None:
     """Make the index of a shard."""
-    state, (entries, problems) = _state(shard), _scan(shard)
+    state, (entries, problems) = _state(shard), scan(shard)
     words, offsets, sizes, keys = zip(*entries, strict=True) if entries else ((), (), (), ())
     texts = [json.dumps(each).encode() for each in words]
 

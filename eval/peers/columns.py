@@ -62,13 +62,14 @@ def columns(folder: Path, rounds: int, dtype: str) -> dict[str, Any]:
 
     `ours` is the fast form, and `theirs` diffusers' default.
     """
-    times = pd.DataFrame([{name: _measure(folder, name, dtype) for name in COLUMNS} for _ in range(rounds)])
+    times = pd.DataFrame([{name: measured_seconds(folder, name, dtype) for name in COLUMNS} for _ in range(rounds)])
     ratios = pd.DataFrame({name: times[a] / times[b] for name, (a, b) in RATIOS.items()})
     row = {"ours": times["fast"].median(), "theirs": times["diffusers"].median(), "ratio": ratios["fast / diffusers"].median()}
     return row | {"seconds": _summary(times), "ratios": _summary(ratios)}
 
 
-def _measure(folder: Path, column: str, dtype: str) -> float:
+def measured_seconds(folder: Path, column: str, dtype: str) -> float:
+    """Measure the seconds of a step of one column, in a process of its own."""
     command = [sys.executable, "-m", "eval.peers.columns", str(folder), column, dtype]
     return float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 

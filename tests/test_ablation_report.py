@@ -1,0 +1,254 @@
+"""What the ablation reads from drawings, and what RESULTS.md says about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from eval import clip_score
+from eval.ablation import report
+from eval.ablation.against import against, parts
+from eval.ablation.appendix import through_table
+from eval.ablation.command import TOLERANCE, compare
+from eval.ablation.draws import Draw, encoded
+from eval.ablation.forms import BASELINE, FORMS, PRIMARY, fraction
+from eval.ablation.memo import Unit
+from eval.ablation.plots import matched_lambda
+from eval.ablation.rows import Results, follows
+from eval.ablation.statistics import distances, information
+from eval.ablation.study import RATE_SEED, SMOKE
+from eval.ablation.summary import summarise
+from eval.bench import Bench
+from eval.prompts import TASKS, Prompts
+from eval.tables import markdown, shown
+from sampling.loading import load
+from train.judge import load_judge
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = ROOT / "weights"
+N = 40  # prompts of the results that are made up
+
+
+# what is read from drawings
+
+
+def right(prompts: Prompts, task: str) -> dict[str, Tensor]:
+    """Return what a judge without errors reads from ideal drawings. Drawings in the middle of their cells are placed well."""
+    truth = prompts.truth
+    assert truth is not None
+    shown, scene = truth.shown, truth.complement
+    found = {"concept": shown["concept"], "background": shown["background"], "palette": shown["palette"]}
+    if task == "conflict":
+        found |= {"concept": truth.concept, "background": truth.background}
+    placement = shown["placement"].double()
+    if task == "complementary":
+        assert scene.size is not None and scene.place is not None
+        found["background"] = scene.background
+        side = torch.tensor([43.0, 51.0, 59.0])[scene.size]
+        cell = scene.place.clamp(min=0)
+        x, y = ((part + 0.5) * (65 - side) / 3 for part in (cell % 3, cell // 3))
+        placement = torch.stack([x + side / 2, y + side / 2, side], dim=1).double()
+    return found | {"placement": placement, "clip_i": torch.full((len(placement),), 0.5), "clip_t": torch.full((len(placement),), 0.25)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_ideal_drawings_follow_their_text(task: str) -> None:
+    """And a mistake in any attribute that the text names makes a drawing fail, while one in the palette does not."""
+    prompts = Prompts.of_the_world(60)
+    truth, arrays = prompts.to_json()["truth"], encoded(right(prompts, task))
+    assert follows(task, arrays, truth, arrays).tolist() == [1.0] * 60
+    named = {"complementary": ["background", "placement"]}.get(task, ["concept", "background"])
+    for key in arrays:
+        spoiled = {**arrays, key: arrays[key] + (400 if key == "placement" else 1)}
+        assert (follows(task, spoiled, truth, arrays).mean() < 0.7) == (key in named), key
+
+
+def test_without_ground_truth_following_is_relative_to_the_text_alone() -> None:
+    alone, drawn = ({"clip_t": torch.tensor(values, dtype=torch.int16)[:, None]} for values in ([2000, 4000], [1500, 6000]))
+    assert follows("conflict", drawn, None, alone).tolist() == [0.5, 2]
+
+
+def test_readings_are_rounded_to_int16() -> None:
+    palette = torch.tensor([[[61.26, -40.04, 0.0], [5, 6, 7]]])
+    found = encoded({"palette": palette, "clip_i": torch.tensor([0.12346]), "clip_t": torch.tensor([9.0])})
+    assert found["palette"].tolist() == [[613, -400, 0, 50, 60, 70]] and found["clip_i"].tolist() == [[1235]]
+    assert found["clip_t"].tolist() == [[32767]] and {array.dtype for array in found.values()} == {torch.int16}
+
+
+def test_the_judge_reads_true_pictures() -> None:
+    """All but one concept: the judge names 99.6 % of true pictures. Palettes are within a CIE76 of 5."""
+    prompts = Prompts.of_the_world(12)
+    scorer = clip_score.Scorer("none", lambda pictures: torch.ones(len(pictures), 2), lambda texts: torch.ones(len(texts), 2))
+    read = Bench(load(WEIGHTS), prompts, scorer, load_judge(WEIGHTS / "judge.safetensors")).read("picture", prompts.pixels)
+    assert prompts.truth is not None
+    shown = prompts.truth.shown
+    assert (read["concept"] == shown["concept"]).sum() >= 11 and torch.equal(read["background"], shown["background"])
+    assert (read["palette"] - shown["palette"]).norm(dim=-1).mean() < 5 and read["clip_i"].tolist() == pytest.approx([1] * 12)
+
+
+# results
+
+
+LAMBDAS = {"ip_adapter": [0.5, 1.0, 2.0], "simple": [0.25, 1.0, 64.0]}
+KNOWN = {"ip_adapter": [8, 24, 40], "simple": [4, 12, 40]}  # drawings with the true palette, at each lambda; the others are grey
+FOLLOW = [36, 28, 0]  # drawings that follow the text, of 40
+
+
+def made_up(known: Mapping[str, list[int]] = KNOWN, seeds: int = 2) -> Results:
+    """Results of two forms, the same for all seeds, tasks and steps."""
+    prompts = Prompts.of_the_world(N)
+    told = prompts.to_json()
+
+    def unit(task: str, lambdas: list[float], known: list[int], follow: list[int], **where: Any) -> Unit:
+        parts = []
+        for k, f in zip(known, follow, strict=True):
+            read = right(prompts, task)
+            read["palette"] = torch.where((torch.arange(N) < k)[:, None, None], read["palette"], torch.tensor([65.0, 0, 0]))
+            read["background"] = torch.where(torch.arange(N) < f, read["background"], (read["background"] + 1) % 10)
+            read["concept"] = torch.where(torch.arange(N) < k, read["concept"], 64)
+            parts.append(encoded(read))
+        arrays = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return Unit({"task": task, "split": "test", "lambdas": lambdas, **where}, {"commit": "abc", "processor": "x"}, arrays)
+
+    study = replace(SMOKE, seeds=seeds, forms=("ip_adapter", "simple"), prompts=N, few=2, steps=16)
+    units = {f"alone-{task}-test": unit(task, [0.0], [0], [N]) for task in TASKS}
+    both = unit("picture", [0, 1], [N, N], [N, N])
+    units["references"] = replace(both, value={"task": "picture", "split": "test", "references": ["truth", "vae"]})
+    for form in study.forms:
+        units[f"grid-{form}"] = Unit({"lambdas": [0.0, *LAMBDAS[form]]}, {"commit": "abc", "processor": "x"})
+        for rate in study.rates:
+            units[f"rate-{form}-{rate:g}"] = Unit(1.5, {"commit": "abc", "processor": "x"})
+            name = Draw(form, RATE_SEED, study.rate_steps, TASKS[0], rate=rate).name
+            units[name] = unit(TASKS[0], [LAMBDAS[form][0], LAMBDAS[form][-1]], [known[form][0], known[form][-1]], [FOLLOW[0], FOLLOW[-1]])
+        for seed in range(seeds):
+            run = {"form": form, "seed": seed, "rate": study.rates[0], "parameters": 1234, "losses": [{"held_out": 0.5}]}
+            units[f"train-{form}-{seed}"] = Unit(run, {"commit": "abc", "processor": "x"})
+            cells = [(study.steps, task, "all") for task in TASKS] + [(study.steps, TASKS[0], "finest")]
+            cells += [(step, TASKS[0], "all") for step in study.checkpoints[:-1]]
+            for step, task, layers in cells:
+                few = slice(None, None, 1 if step == study.steps else 2)
+                values = LAMBDAS[form][few], known[form][few], FOLLOW[few]
+                units[Draw(form, seed, step, task, layers=layers).name] = unit(task, *values)
+    data = {"study": json.loads(json.dumps(study.__dict__)), "tasks": list(TASKS), "prompts": {"test": told}}
+    return Results(data | {"made_from": {"scorer": "a CLIP"}}, units)
+
+
+def test_the_endpoint_is_the_information_at_equal_following() -> None:
+    """80 % lies between 90 % and 70 %. Information at a lambda: that of the drawings with the true palette, and of the grey ones. The
+    error allowed is that of colours rounded to tenths."""
+    results = made_up()
+    summary = summarise(results)
+    true = np.round(results.palettes(), 1)
+    grey = information(distances(np.broadcast_to([65.0, 0, 0], true.shape), results.palettes()))
+    known = information(distances(true, results.palettes()))
+
+    def at(k: int) -> float:
+        return float((known[:k].sum() + grey[k:].sum()) / N)
+
+    for form in results.study["forms"]:
+        found = summary["endpoint"][form]
+        assert found["information"] == pytest.approx([(at(KNOWN[form][0]) + at(KNOWN[form][1])) / 2] * 2, abs=0.02) and not found["end"]
+        assert found["concept"] == pytest.approx([(KNOWN[form][0] + KNOWN[form][1]) / 2 / N] * 2)
+        assert matched_lambda(results, form) == pytest.approx(sum(LAMBDAS[form][:2]) / 2)
+    d = summary["difference"]["simple"]
+    assert d["mean"] == pytest.approx((at(8) + at(24) - at(4) - at(12)) / 2, abs=0.02) and d["low"] > 0
+    assert summary["ceilings"]["truth"] == pytest.approx(known.mean(), abs=0.02)
+    assert summary["ceilings"]["alone"] == pytest.approx(0, abs=1e-9) and summary["ceilings"]["error, grey"] > 40
+    assert summary["ceilings"]["error, best constant"] < summary["ceilings"]["error, grey"] < summary["ceilings"]["error, another's"]
+    assert summary["paper"]["picture"]["simple"]["information"] == pytest.approx([at(12)] * 2, abs=0.02)
+    few = (36 - 32) / (36 - 0)  # of the way from the first of two lambdas to the last, where following falls to 80 %
+    assert summary["steps"]["endpoint"]["simple"][0] == pytest.approx([(1 - few) * at(4) + few * at(40)] * 2, abs=0.02)
+    assert len(summary["steps"]["difference"]) == 5 and summary["steps"]["trend"]["mean"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_page_states_the_result() -> None:
+    results = made_up()
+    results.data["summary"] = summary = summarise(results)
+    page = report.render(results)
+    d = summary["difference"][PRIMARY]
+    told = "Decoupled attention beats the simple adapter here: where both follow the text equally often"
+    assert f"{told}, IP-Adapter minus the simple adapter is {shown(d)} in palette information" in page
+    assert f"the ceiling is {summary['ceilings']['vae']:.1f}" in page and "commit abc, and were computed on x." in page
+    assert "2 of IP-Adapter and simple" in page and all(f"- {each}" in page for each in against(results))
+    assert markdown(report.square(results)) in page and "(concept 40%)" in page and "| simple |" in page
+    swapped = made_up({BASELINE: KNOWN[PRIMARY], PRIMARY: KNOWN[BASELINE]})
+    swapped.data["summary"] = summarise(swapped)
+    assert report.headline(swapped).startswith("The simple adapter beats decoupled attention")
+    even = made_up(dict.fromkeys(KNOWN, KNOWN[BASELINE]))
+    even.data["summary"] = summarise(even)
+    assert report.headline(even).startswith("The study does not decide")
+    even.data["summary"]["steps"]["difference"][1] = d
+    assert report.headline(even).startswith("The simple adapter catches up")
+    results.data["summary"]["confirmed"] = {PRIMARY: d | {"low": -1.0}}
+    assert report.headline(results).startswith("The study does not decide"), "the confirmation prompts must agree"
+
+
+def test_the_primary_difference_is_read_in_other_ways() -> None:
+    """At 70 %, each form is read at its second lambda. As only backgrounds are wrong, counting them alone changes nothing."""
+    results = made_up()
+    found = summarise(results)
+    other, ours, simple = found["robustness"], *(results.curve(form).value.mean(axis=(0, 2)) for form in (BASELINE, PRIMARY))
+    assert other["levels"]["70%"]["mean"] == pytest.approx(ours[2] - simple[2])
+    assert other["backgrounds"]["test"] == found["difference"][PRIMARY] and set(other["backgrounds"]) == {"test"}
+    assert other["smallest"] == pytest.approx({"share": 0.9, "information": simple[1]})
+    assert other["extremes"] == pytest.approx([simple.max(), ours[2:].min()])
+    assert found["secondary"]["finest layers"]["read"] == {form: {"end": 0, "start": 0} for form in (BASELINE, PRIMARY)}
+
+
+def test_what_each_change_gives_alone_is_said() -> None:
+    results, four = made_up(), dict.fromkeys(FORMS, 0.0) | {BASELINE: 50.0, "shared": 40.0, "concatenated": 30.0}
+    d = {"mean": 1.0, "low": -1.0, "high": 3.0, "p": 0.5}
+    ends = {form: {"information": [value, value]} for form, value in four.items()}
+    results.data["summary"] = {"endpoint": ends, "difference": {PRIMARY: d | {"low": 0.5}, "shared": d | {"low": 0.1}, "concatenated": d}}
+    said = "Each change alone gives most of this lead: an own softmax 80%, own projections 60%. No difference is shown between"
+    assert parts(results) == [f"{said} IP-Adapter and `joint` (own projections, joint softmax): +1.0 [-1.0, +3.0]."]
+
+
+def test_the_page_says_how_rates_and_lengths_of_training_matter() -> None:
+    """Until both forms are trained to the end at every rate, the page says that they are not; then it compares their best endpoints."""
+    results = made_up()
+    results.data["summary"] = summary = summarise(results)
+    assert "No form was trained longer at other rates" in report.render(results) and through_table(results).empty
+    for form, more in ((BASELINE, 10.0), (PRIMARY, 0.0)):
+        rates = {rate: {"4": more + 1.0, "8": more + i, "16": None} for i, rate in enumerate(("0.1", "0.2", "0.3"))}
+        summary["rates"][form] = {rate: {"held_out": 1.0, "endpoint": e, "end": dict.fromkeys(e, False)} for rate, e in rates.items()}
+    page = report.render(results)
+    assert "of the simple adapter is 2.0 (rate 0.3, 8 steps); that of IP-Adapter is 12.0 (rate 0.3, 8 steps)" in page
+    assert "| simple | 16 | diverged | diverged | diverged |" in page and "| IP-Adapter | 8 | 10.0 | 11.0 | 12.0 |" in page
+
+
+def test_mixed_records_are_reported() -> None:
+    results = made_up()
+    units = results.units | {"train-simple-1": replace(results.units["train-simple-1"], made={"commit": "def", "processor": "a GPU"})}
+    said = report.records(Results(results.data, units))
+    assert "commits abc, def**" in said and "a GPU; x" in said and "The forms of seed 1 were trained on different processors" in said
+
+
+@pytest.mark.parametrize(("lam", "says"), [(0.25, "0.25"), (1 / 512, "1/512"), (1 / 8, "0.125"), (64.0, "64"), (0.0, "0")])
+def test_lambdas_are_formatted_as_fractions(lam: float, says: str) -> None:
+    assert fraction(lam) == says
+
+
+@pytest.mark.parametrize(("p", "says"), [(0.0004, "< 0.001"), (0.001, "0.001"), (float("nan"), "")])
+def test_small_p_values_are_not_written_out(p: float, says: str) -> None:
+    assert report.p_value(p) == says
+
+
+def test_a_cell_that_differs_is_told() -> None:
+    """The first drawing of lambda 1 has other colours, by 30 in each; at the other lambdas, nothing differs."""
+    results, name = made_up(), Draw("simple", 1, 16, "conflict").name
+    arrays = {key: array.clone() for key, array in results.units[name].arrays.items()}
+    arrays["palette"][N] += 300
+    table = compare(results, Results(results.data, results.units | {name: replace(results.units[name], arrays=arrays)}), name)
+    off = table[table["largest difference"] > 0]
+    assert set(off["lambda"]) == {1.0} and set(off["measure"]) <= {"error", "information", "auc"} and len(table) == 3 * len(TOLERANCE)
+    error = off.set_index("measure").loc["error"]
+    assert error["largest difference"] == pytest.approx(30 * 3**0.5, abs=5) and not error["within"]
