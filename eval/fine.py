@@ -59,7 +59,8 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     rows = [scored(bench, through, "the image prompt, through the VAE")]
     for file, form in zip(files, ADAPTERS.values(), strict=True):
         adapter = load_adapter(file, pipeline.unet).to(device)
-        alone, beside = (bench.draw(task, adapter, decoupled, bench.embedding(adapter), 1.0) for task in ("picture", "complementary"))
+        embedding = bench.embedding(adapter)
+        alone, beside = (bench.draw(task, adapter, decoupled, embedding, 1.0) for task in ("picture", "complementary"))
         rows.append(scored(bench, alone, form) | {"follows": following(bench, judge, beside)})
     results = {
         "command": f"python -m eval fine --n {n} --steps {steps} --guidance {guidance:g}",

@@ -220,6 +220,9 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [*through_table(results)] == ["form", "steps", "0.001", "0.003"] and markdown(through_table(results)) in text
     links = [link for link in re.findall(r"\]\((.*?)\)", text) if not link.startswith("docs/")]
     assert len(links) >= 4 and all((tmp_path / link).exists() for link in links)
+    (tmp_path / "RESULTS.md").unlink()
+    call("--report")
+    assert (tmp_path / "RESULTS.md").read_text() == text and path.read_text() == written
     for folder in (each for each in (tmp_path / "runs" / "ablation").iterdir() if len(each.name) == 8):
         shutil.rmtree(folder)
     with monkeypatch.context() as patch:

@@ -219,7 +219,7 @@ def test_the_page_says_how_rates_and_lengths_of_training_matter() -> None:
     assert "No form was trained longer at other rates" in report.render(results) and through_table(results).empty
     for form, more in ((BASELINE, 10.0), (PRIMARY, 0.0)):
         rates = {rate: {"4": more + 1.0, "8": more + i, "16": None} for i, rate in enumerate(("0.1", "0.2", "0.3"))}
-        summary["rates"][form] = {rate: {"held_out": 1.0, "endpoint": e, "end": dict.fromkeys(e, False)} for rate, e in rates.items()}
+        summary["rates"][form] = {rate: {"held_out": 1.0, "endpoint": e, "read": {step: {} for step in e}} for rate, e in rates.items()}
     page = report.render(results)
     assert "of the simple adapter is 2.0 (rate 0.3, 8 steps); that of IP-Adapter is 12.0 (rate 0.3, 8 steps)" in page
     assert "| simple | 16 | diverged | diverged | diverged |" in page and "| IP-Adapter | 8 | 10.0 | 11.0 | 12.0 |" in page

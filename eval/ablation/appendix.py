@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -11,6 +12,11 @@ from eval.ablation.rows import Results
 from eval.ablation.summary import trainings
 
 
+def marked(number: str, read: Mapping[str, int]) -> str:
+    """Mark a number that some seeds read at the end of their curve by ">", and one that some read before their smallest lambda by "†"."""
+    return ("> " if read.get("end") else "") + number + (" †" if read.get("start") else "")
+
+
 def rate_table(results: Results) -> pd.DataFrame:
     """Tabulate the held-out loss and the endpoint after the short training at each rate. The chosen rate is marked by "*"."""
     lines, runs = [], trainings(results)
@@ -18,7 +24,7 @@ def rate_table(results: Results) -> pd.DataFrame:
         line: dict[str, Any] = {"form": FORMS[form].name, "parameters": f"{runs[form][0]['parameters']:,}"}
         for rate, found in rates.items():
             step, end = next(iter(found["endpoint"].items()))
-            text = "diverged" if end is None else f"{found['held_out']:.5f}, {'> ' if found['end'][step] else ''}{end:.1f}"
+            text = "diverged" if end is None else f"{found['held_out']:.5f}, {marked(f'{end:.1f}', found['read'][step])}"
             line[rate] = text + (" \\*" if float(rate) == runs[form][0]["rate"] else "")
         lines.append(line)
     return pd.DataFrame(lines)
@@ -31,8 +37,8 @@ def through_table(results: Results) -> pd.DataFrame:
         if any(len(found["endpoint"]) == 1 for found in rates.values()):
             continue
         for step in next(iter(rates.values()), {"endpoint": {}})["endpoint"]:
-            ends = {rate: (found["endpoint"][step], found["end"][step]) for rate, found in rates.items()}
-            shown = {rate: "diverged" if end is None else f"{'> ' if above else ''}{end:.1f}" for rate, (end, above) in ends.items()}
+            ends = {rate: (found["endpoint"][step], found["read"][step]) for rate, found in rates.items()}
+            shown = {rate: "diverged" if end is None else marked(f"{end:.1f}", read) for rate, (end, read) in ends.items()}
             lines.append({"form": FORMS[form].short, "steps": f"{int(step):,}", **shown})
     return pd.DataFrame(lines)
 

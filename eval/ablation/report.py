@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval.ablation.against import against, parts
-from eval.ablation.appendix import ceiling_table, grid_table, rate_table, through_table
+from eval.ablation.against import SETS, against, parts
+from eval.ablation.appendix import ceiling_table, grid_table, marked, rate_table, through_table
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY
 from eval.ablation.rows import Results
 from eval.tables import markdown, shown
@@ -30,11 +30,6 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     """Format the mean over seeds, and the standard deviation between seeds if there are several."""
     mean = f"{np.mean(values):.{digits}f}"
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
-
-
-def marked(number: str, read: Mapping[str, int]) -> str:
-    """Mark a number that some seeds read at the end of their curve by ">", and one that some read before their smallest lambda by "†"."""
-    return ("> " if read.get("end") else "") + number + (" †" if read.get("start") else "")
 
 
 def p_value(p: float) -> str:
@@ -134,9 +129,8 @@ def seed_counts(results: Results) -> str:
 
 def following_alone(results: Results) -> str:
     """Say how often drawings from the text alone follow it, on each set of prompts."""
-    names = {"test": "test", "confirm": "confirmation"}
-    found = {names[split]: results.measures(f"alone-{results.primary}-{split}") for split in names if split in results.data["prompts"]}
-    return ", ".join(f"{each['following'].mean():.0%} of the {name} prompts" for name, each in found.items())
+    found = {SETS[split]: results.measures(f"alone-{results.primary}-{split}") for split in SETS if split in results.data["prompts"]}
+    return ", ".join(f"{each['following'].mean():.0%} of the {name}" for name, each in found.items())
 
 
 def records(results: Results) -> str:

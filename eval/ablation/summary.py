@@ -105,8 +105,8 @@ def by_step(results: Results) -> dict[str, Any]:
 
 
 def by_rate(results: Results) -> dict[str, Any]:
-    """Return for each form and rate the held-out loss, and the endpoint after some steps: None if it diverged. `end`: whether it is read
-    at the end of the curve. Only forms that were trained to the end at every rate have more than one number of steps."""
+    """Return for each form and rate the held-out loss, and the endpoint after some steps: None if it diverged. `read`: where it is
+    read (`counted`). Only forms that were trained to the end at every rate have more than one number of steps."""
     study, found = results.study, dict[str, dict[str, Any]]()
     read, steps = at_level(study["level"]), [study["steps"] // 4, study["steps"] // 2, study["steps"]]
     for form in study["forms"]:
@@ -115,9 +115,9 @@ def by_rate(results: Results) -> dict[str, Any]:
             drawn = steps if f"through-{form}-{rate:g}" in results.units else steps[:1]
             curves = {str(step): results.rate_curve(form, rate, step) for step in drawn}
             ends = {step: None if curve is None else float(curve.seeds(read)[0]) for step, curve in curves.items()}
-            end = {step: bool(curve and counted(curve, study["level"])["end"]) for step, curve in curves.items()}
+            places = {step: {} if curve is None else counted(curve, study["level"]) for step, curve in curves.items()}
             held_out = results.units[f"rate-{form}-{rate:g}"].value
-            found[form][f"{rate:g}"] = {"held_out": held_out, "endpoint": ends, "end": end}
+            found[form][f"{rate:g}"] = {"held_out": held_out, "endpoint": ends, "read": places}
     return found
 
 
@@ -187,7 +187,7 @@ def robustness(results: Results) -> dict[str, Any]:
         a, b = (results.curve(form, split=split, following="right background") for form in (BASELINE, PRIMARY))
         found["backgrounds"][split] = asdict(bootstrap.difference(a, b, at_level(level)))
     share = simple.following.mean(axis=(0, 2))
-    found["smallest"] = {"share": float(share[1] / share[0]), "information": float(simple.value[:, 1].mean())}
+    found["smallest"] = {"share": float(share[1] / max(share[0], 1e-9)), "information": float(simple.value[:, 1].mean())}
     from_one = ours.value[:, results.grid(BASELINE).index(1.0) :]
     found["extremes"] = [float(simple.value.mean(axis=-1).max()), float(from_one.mean(axis=-1).min())]
     return found
