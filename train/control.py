@@ -15,9 +15,9 @@ from model.unet import Residuals, UNet, UNetConfig
 from train import structure
 from train.loop import Plan
 from train.loss import noise_for
-from train.unet import PICTURES
+from train.structure import PICTURES
 
-PHASES = (Plan("controlnet", 8_000, 32, 5e-4, 200, 0.6, ema=0.999, bf16=True, validate_every=2_000),)
+PHASES = (Plan("controlnet", 3_000, 32, 1e-3, 100, 0.5, ema=0.998, bf16=True, validate_every=500),)
 
 
 def build(unet: UNet, factor: int) -> ControlNet:

@@ -36,7 +36,7 @@ from train.outlines import Hinted, HintedBatch, outlines_of
 from train.randomness import generator, seeded
 from train.unet import GAMMA
 
-HELD_OUT, DROP = 512, 0.5
+PICTURES, HELD_OUT, DROP = 20_000, 512, 0.5
 Times = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 

@@ -35,7 +35,7 @@ from train.randomness import seeded
 from train.unet import HELD_OUT, held_out_loss, text_loss
 
 RANK, PICTURES = 16, 20_000
-PHASES = (Plan("comic", 4_000, 32, 2e-3, 100, 0.8, ema=0.995, bf16=True, validate_every=1_000),)
+PHASES = (Plan("comic", 2_000, 32, 2e-3, 100, 0.8, ema=0.995, bf16=True, validate_every=500),)
 
 
 def peft_layout(lora: LoRA, unet: UNet) -> dict[str, Tensor]:

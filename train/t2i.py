@@ -15,9 +15,9 @@ from model.t2i import T2IAdapter, T2IConfig, residuals
 from model.unet import Residuals, UNet, UNetConfig
 from train import structure
 from train.loop import Plan
-from train.unet import PICTURES
+from train.structure import PICTURES
 
-PHASES = (Plan("t2i", 8_000, 32, 1e-3, 200, 0.6, ema=0.999, bf16=True, validate_every=2_000),)
+PHASES = (Plan("t2i", 3_000, 32, 1e-3, 100, 0.5, ema=0.998, bf16=True, validate_every=500),)
 
 
 def build(unet: UNet, factor: int) -> T2IAdapter:
