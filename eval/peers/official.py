@@ -34,7 +34,7 @@ _PEAKY = re.compile(r"(to_q|to_k(\.\d+)?|in_proj)[._]weight$")
 _CONV = re.compile(r"(attn\.proj_(in|out)|mid\.1\.attn\.\w+)\.weight$")  # 1 x 1 convolutions in a single file
 
 
-def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Draw a random tensor, scaled to keep activations near 1. Query and key weights are doubled, to make attention peaky."""
     noise = torch.randn(shape, generator=generator)
     if len(shape) < 2:
@@ -45,7 +45,7 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 def _tensors(module: nn.Module, names: Names, prefix: str, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     """Yield random tensors for a module, with the names and shapes of the official file."""
     for name, like in module.state_dict().items():
-        value = _random(name, like.shape, generator).half()
+        value = random_tensor(name, like.shape, generator).half()
         value = value.T if names[name][0] in TRANSPOSED else value
         value = value[:, :, None, None] if _CONV.search(name) else value
         yield from zip((f"{prefix}{n}" for n in names[name]), value.chunk(len(names[name])), strict=True)
@@ -95,14 +95,17 @@ def peer_unet(folder: Path, dtype: torch.dtype, adapter: bool = True) -> Any:
     unet = UNet2DConditionModel.from_config(config)
     tensors = convert_ldm_unet_checkpoint(_part(folder, LDM["unet"]), dict(unet.config))
     unet = _fill(unet, tensors, dtype)
-    if adapter:
-        state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-        for name, tensor in load_file(folder / ADAPTER).items():
-            group, _, rest = name.partition(".")
-            state[group][rest] = tensor
-        unet._load_ip_adapter_weights([state])
-        unet.to(dtype)
-    return unet
+    return attach_adapter(unet, folder / ADAPTER) if adapter else unet
+
+
+def attach_adapter(unet: Any, path: Path) -> Any:
+    """Load an adapter file into diffusers' UNet, in the dtype of the UNet."""
+    state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for name, tensor in load_file(path).items():
+        group, _, rest = name.partition(".")
+        state[group][rest] = tensor
+    unet._load_ip_adapter_weights([state])
+    return unet.to(unet.dtype)
 
 
 def peer_autoencoder(config: VAEConfig) -> Any:

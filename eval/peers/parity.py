@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,95 +17,36 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints.adapters import load_adapter
-from checkpoints.clip import load_image_encoder
 from checkpoints.files import check_output, write_json
-from checkpoints.single_file import load_single
-from eval.peers import official, own_files
+from eval.peers import own_files
+from eval.peers.parts import SUITES, Part, Suite
 from eval.tables import markdown
-from model.context import Context
-from model.image_encoder import VIT_H
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Network = Callable[..., Tensor]
-Make = Callable[[Path, torch.dtype], Network]
 
 
-def _peer_unet(folder: Path, dtype: torch.dtype) -> Network:
-    unet = official.peer_unet(folder, dtype)
-    return lambda x, t, text, image: unet(x, t, text, added_cond_kwargs={"image_embeds": [image[:, None]]}).sample
-
-
-def _our_unet(folder: Path, dtype: torch.dtype) -> Network:
-    unet = load_single(folder / official.SINGLE, dtype).unet
-    adapter = load_adapter(folder / official.ADAPTER, unet, VIT_H, dtype)
-    return lambda x, t, text, image: unet(x, t, adapter(Context(text), image))
-
-
-def _peer_encode(folder: Path, dtype: torch.dtype) -> Network:
-    vae = official.peer_vae(folder, dtype)
-    return lambda x: vae.encode(x).latent_dist.mean * vae.config.scaling_factor
-
-
-def _peer_decode(folder: Path, dtype: torch.dtype) -> Network:
-    vae = official.peer_vae(folder, dtype)
-    return lambda z: vae.decode(z / vae.config.scaling_factor).sample
-
-
-def _peer_text(folder: Path, dtype: torch.dtype) -> Network:
-    text = official.peer_text(folder, dtype)
-    return lambda tokens: text(tokens).last_hidden_state
-
-
-def _peer_image(folder: Path, dtype: torch.dtype) -> Network:
-    image = official.peer_image(folder, dtype)
-    return lambda pixels: image(pixels).image_embeds
-
-
-PARTS: dict[str, tuple[Make, Make]] = {
-    "UNet + adapter": (_peer_unet, _our_unet),
-    "VAE, encode": (_peer_encode, lambda f, d: load_single(f / official.SINGLE, d).vae.encode),
-    "VAE, decode": (_peer_decode, lambda f, d: load_single(f / official.SINGLE, d).vae.decode),
-    "text encoder": (_peer_text, lambda f, d: load_single(f / official.SINGLE, d).text),
-    "image encoder": (_peer_image, lambda f, d: load_image_encoder(f / official.ENCODER, d)),
-}
-
-
-def inputs(part: str, side: int, dtype: torch.dtype) -> tuple[Any, ...]:
+def inputs(part: Part, side: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Draw random inputs for a part; `side` is the side of the latents."""
-    g = torch.Generator().manual_seed(1)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g).to(dtype)
-
-    if part == "UNet + adapter":
-        return randn(2, 4, side, side), torch.tensor([981, 21]), randn(2, 77, 768), randn(2, 1024)
-    if part == "VAE, encode":
-        return (randn(1, 3, 8 * side, 8 * side).clamp(-1, 1),)
-    if part == "VAE, decode":
-        return (randn(1, 4, side, side),)
-    if part == "text encoder":
-        return (torch.randint(49406, (2, 77), generator=g),)
-    return (randn(2, 3, 224, 224),)
+    drawn = part.inputs(side, torch.Generator().manual_seed(1))
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in drawn)
 
 
 @torch.no_grad()
-def measure(folder: Path, side: int = 64, parts: tuple[str, ...] = tuple(PARTS)) -> dict[str, Any]:
+def measure(suite: Suite, folder: Path, side: int = 64) -> dict[str, Any]:
     """Return {part: {dtype: [error of the public network, our error]}}."""
-    official.write(folder)
+    suite.write(folder)
     results: dict[str, Any] = {}
-    for part in tqdm(parts, desc="parity", unit="part"):
-        peer, ours = PARTS[part]
-        want = peer(folder, torch.float64)(*inputs(part, side, torch.float64))
+    for name, part in tqdm(suite.parts.items(), desc="parity", unit="part"):
+        want = part.peer(folder, torch.float64)(*inputs(part, side, torch.float64))
         gc.collect()
-        results[part] = {}
-        for name, dtype in DTYPES.items():
+        results[name] = {}
+        for precision, dtype in DTYPES.items():
             errors = []
-            for make in (peer, ours):
-                got = make(folder, dtype)(*inputs(part, side, dtype)).double()
+            for load in (part.peer, part.ours):
+                got = load(folder, dtype)(*inputs(part, side, dtype)).double()
                 errors.append(float((got - want).abs().max() / want.abs().max()))
                 gc.collect()
-            results[part][name] = errors
+            results[name][precision] = errors
     return results
 
 
@@ -121,11 +61,14 @@ def table(results: dict[str, Any]) -> str:
     return markdown(frame.set_axis(["", *(name for dtype in DTYPES for name in (f"{dtype}: public", "ours"))], axis=1))
 
 
-def evaluate(folder: Path, out: Path, side: int) -> dict[str, Any]:
-    """Measure all parts and write `out` (JSON). Raises ValueError if our error is more than twice the public one."""
+def evaluate(base: str, folder: Path, out: Path, side: int) -> dict[str, Any]:
+    """Measure all parts of a base model, with random weights in `folder`, and write `out` (JSON).
+
+    Raises ValueError if our error is more than twice the public one.
+    """
     check_output(out)
-    parts = measure(folder, side)
-    results = {"command": f"python -m eval parity --side {side}", "latents": side, "parts": parts}
+    parts = measure(SUITES[base], folder, side)
+    results = {"command": f"python -m eval parity --base {base} --side {side}", "latents": side, "parts": parts}
     write_json(out, results)
     pairs = {f"{part} in {name}": pair for part, errors in parts.items() for name, pair in errors.items()}
     if worse := [f"{what}: {ours:.1e} against {theirs:.1e}" for what, (theirs, ours) in pairs.items() if ours > 2 * theirs]:
@@ -140,4 +83,6 @@ def run(args: Namespace) -> None:
         return
     if named := [name for name in ("ip_adapter", "image_encoder", "image", "prediction") if getattr(args, name)]:
         raise ValueError(f"--{named[0].replace('_', '-')} is for your own base model: name its file with --checkpoint")
-    print(table(evaluate(args.state, args.out, args.side)))
+    xl = args.base == "sdxl"
+    state, out = args.state / "sdxl" if xl else args.state, args.out or Path("results", "parity_sdxl.json" if xl else "parity.json")
+    print(table(evaluate(args.base, state, out, args.side)))
