@@ -87,8 +87,8 @@ def _check(kind: str, source: Path, target: Path, ema: bool, diffusers: bool) ->
 
 def _convert_adapter(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     file = adapter_file(source)
-    if found := problems(file):
-        raise ValueError(f"{source} is not a complete adapter: {'; '.join(found)}")
+    if reasons := problems(file):
+        raise ValueError(f"{source} is not a complete adapter: {'; '.join(reasons)}")
     if (kind := adapter_kind(file)).startswith("IP-Adapter FaceID Plus") and kind.endswith("V2") != is_plus_v2(target):
         name = "keep plusv2 in its name" if kind.endswith("V2") else "leave plusv2 out of its name"
         raise ValueError(f"{source} is {kind}, which only the name of a file says: name another TARGET than {target}, and {name}")

@@ -23,17 +23,17 @@ def locate(path: Path, download: bool = False) -> Path:
     """
     if path.exists() or path.is_absolute() or len(path.parts) < 2 or not all(map(_PART.fullmatch, path.parts)):
         return path
-    found = _cached(path)
-    if found.exists():
-        return found
+    cached = _cached(path)
+    if cached.exists():
+        return cached
     if not download:
         raise FileNotFoundError(
             f"{path} is neither here nor in the Hugging Face cache: name a file or folder, or add --download to download it"
         )
     _download(path)
-    if not found.exists() and not (found := _cached(path)).exists():
+    if not cached.exists() and not (cached := _cached(path)).exists():
         raise FileNotFoundError(f"{path} is not in the repository {'/'.join(path.parts[:2])}: look up its name")
-    return found
+    return cached
 
 
 def _cached(path: Path) -> Path:

@@ -43,11 +43,11 @@ _OTHERS = {"StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "StableCasc
 def check_folder(path: Path) -> None:
     """Raise ValueError if a diffusers folder holds a model that can't be drawn with, and say which one."""
     kind = str(read_json_if_there(path / "model_index.json").get("_class_name", ""))
-    found = next((name for start, name in _OTHERS.items() if kind.startswith(start)), "")
+    other = next((name for start, name in _OTHERS.items() if kind.startswith(start)), "")
     if kind.startswith("StableDiffusionXL") and not (path / "text_encoder").exists():
-        found = "the refiner of Stable Diffusion XL"
-    if found:
-        raise ValueError(f"{path} is {found}; a base model can be Stable Diffusion 1.x, 2.x or XL: use one of these")
+        other = "the refiner of Stable Diffusion XL"
+    if other:
+        raise ValueError(f"{path} is {other}; a base model can be Stable Diffusion 1.x, 2.x or XL: use one of these")
 
 
 def scheduler_config(path: Path) -> dict[str, Any]:

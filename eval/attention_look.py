@@ -70,16 +70,16 @@ def cells(encoder: Text, seen: Look, step: int, layer: int, head: int) -> tuple[
     maps, mass, prompted = seen.of(step, layer, head)
     words, tokens = name_maps(encoder, seen.prompt, maps)
     labelled = overlays(seen.drawn, [*words, *tokens])
-    found = [(seen.drawn, "the drawing"), *((heat, name.removesuffix(" of the attention")) for heat, name in labelled)]
+    pictures = [(seen.drawn, "the drawing"), *((heat, name.removesuffix(" of the attention")) for heat, name in labelled)]
     if not prompted:
-        return found, "There is no image prompt, so the text keeps all of the attention."
+        return pictures, "There is no image prompt, so the text keeps all of the attention."
     if mass is None:
-        return found, (
+        return pictures, (
             "Text and picture each have a softmax of their own. The text keeps all of its attention, and what is read from the "
             "picture is multiplied by λ and added to it."
         )
-    found.append((overlay(seen.drawn, mass), f"all image tokens\n{mass.mean():.1%}"))
-    return found, f"The picture takes {mass.mean():.1%} of the one softmax (the image mass). The text keeps the rest."
+    pictures.append((overlay(seen.drawn, mass), f"all image tokens\n{mass.mean():.1%}"))
+    return pictures, f"The picture takes {mass.mean():.1%} of the one softmax (the image mass). The text keeps the rest."
 
 
 def _conditional(maps: LayerMaps) -> LayerMaps:

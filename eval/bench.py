@@ -53,13 +53,13 @@ class Bench:
         paper's Table 1. In the mini world also what the judge sees: `concept` and `background`, indices; `palette`, `n 2 3`;
         `placement`, `n 3`.
         """
-        found: dict[str, Tensor] = {}
+        readings: dict[str, Tensor] = {}
         if self.judge is not None:
             seen = self.judge.read(drawn)
-            found = {"concept": seen.concept.argmax(dim=1), "background": seen.background.argmax(dim=1)}
-            found |= {"palette": seen.palette, "placement": seen.placement}
+            readings = {"concept": seen.concept.argmax(dim=1), "background": seen.background.argmax(dim=1)}
+            readings |= {"palette": seen.palette, "placement": seen.placement}
         shown, texts = self.scorer.images(to_images(drawn)), self.prompts.texts("agreeing" if task == "picture" else task)
-        return found | {"clip_i": cosine(shown, self._prompt_embeddings), "clip_t": cosine(shown, self.scorer.texts(texts))}
+        return readings | {"clip_i": cosine(shown, self._prompt_embeddings), "clip_t": cosine(shown, self.scorer.texts(texts))}
 
     @functools.cached_property
     def _prompt_embeddings(self) -> Tensor:

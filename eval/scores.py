@@ -77,8 +77,8 @@ def score(judge: Judge, drawn: Tensor, target: Target) -> Scores:
     several = [i for i, scene in enumerate(target.copied) if len(CONCEPTS[CONCEPT_NAMES[scene.concept]]) > 1]
     if several:
         scenes = [target.copied[i] for i in several]
-        found = zip(nearest(scenes, drawn[several], reading.placement[several]), scenes, strict=True)
-        scores["drawing"] = share(torch.tensor([index == scene.drawing for index, scene in found]))
+        pairs = zip(nearest(scenes, drawn[several], reading.placement[several]), scenes, strict=True)
+        scores["drawing"] = share(torch.tensor([index == scene.drawing for index, scene in pairs]))
     return scores
 
 
@@ -125,13 +125,13 @@ def nearest(scenes: list[Scene], drawn: Tensor, placement: Tensor) -> list[int]:
     The drawings are compared at the `placement`, `n 3`, that the judge reads, and up to `SHIFT` pixels around it in position and side: an
     image prompt does not say where its subject should be.
     """
-    by, found = range(-SHIFT, SHIFT + 1), []
+    by, indices = range(-SHIFT, SHIFT + 1), []
     for scene, x, where in zip(scenes, drawn, placement, strict=True):
         shifted = torch.stack([x.roll(shift, (1, 2)) for shift in itertools.product(by, by)])
         sides = [all_drawings(placed(scene, where + torch.tensor([0, 0, more]))) for more in by]
         errors = torch.stack([(shifted[:, None] - each).square().mean(dim=(2, 3, 4)) for each in sides])
-        found.append(int(errors.amin(dim=(0, 1)).argmin()))
-    return found
+        indices.append(int(errors.amin(dim=(0, 1)).argmin()))
+    return indices
 
 
 def share(hits: Tensor) -> list[float]:

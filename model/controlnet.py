@@ -100,10 +100,10 @@ class ControlNet(UNetEncoder):
             raise ValueError(f"the hint is {hint.shape[-1]} x {hint.shape[-2]}: resize it to {width} x {height}")
         emb = self.embed(torch.as_tensor(t, device=x.device).expand(x.shape[0]), context.added, x.dtype)
         mid, skips = self.encode(x, emb, context, {0: guide})
-        found = [zero(skip) for zero, skip in zip([*self.zero, self.zero_mid], [*skips, mid], strict=True)]
+        residuals = [zero(skip) for zero, skip in zip([*self.zero, self.zero_mid], [*skips, mid], strict=True)]
         if self.config.pooled:
-            found = [each.mean(dim=(2, 3), keepdim=True) for each in found]
-        return Residuals(found[:-1], found[-1])
+            residuals = [each.mean(dim=(2, 3), keepdim=True) for each in residuals]
+        return Residuals(residuals[:-1], residuals[-1])
 
 
 def encoder_names(control: ControlNet) -> set[str]:

@@ -83,10 +83,10 @@ def ladder(count: int) -> list[float]:
     return [10 ** (i / (count - 1) - 1) for i in range(count)]
 
 
-def weighted(found: Residuals, weights: Sequence[float]) -> Residuals:
+def weighted(residuals: Residuals, weights: Sequence[float]) -> Residuals:
     """Multiply the residuals of a ControlNet by `weights`: one for each skip, and the last for the middle."""
-    assert found.mid is not None
-    return Residuals([w * skip for w, skip in zip(weights, found.skips, strict=False)], weights[-1] * found.mid)
+    assert residuals.mid is not None
+    return Residuals([w * skip for w, skip in zip(weights, residuals.skips, strict=False)], weights[-1] * residuals.mid)
 
 
 def total(parts: Sequence[Residuals]) -> Residuals:

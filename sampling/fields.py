@@ -125,11 +125,11 @@ def map_paths(item: T, change: Callable[[Path], Path]) -> T:
 
 def paths(item: object) -> list[Path]:
     """Every path in a dataclass."""
-    found: list[Path] = []
+    collected: list[Path] = []
 
     def keep(path: Path) -> Path:
-        found.append(path)
+        collected.append(path)
         return path
 
     map_paths(item, keep)
-    return found
+    return collected

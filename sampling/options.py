@@ -79,15 +79,15 @@ def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[Imag
 
 def hint_files(given: dict[str, Any], controls: Sequence[Path]) -> tuple[HintFile, ...]:
     """Take the options of controls out of `given`. Raises ValueError if they are ambiguous, or if a control has no hint."""
-    found = []
+    hints = []
     for place, own in enumerate(following(given, CONTROL, "control", controls, "--hint and --control-scale")):
         if own and not controls:
             raise ValueError(f"{flag(next(iter(own)))} is for a control: name its file with --control")
         if controls and "hint" not in own:
             raise ValueError(f"{controls[place]} needs a hint, such as a picture of edges: name it with --hint")
         if own:
-            found.append(HintFile(**{CONTROL[name]: values[0] for name, values in own.items()}))
-    return tuple(found)
+            hints.append(HintFile(**{CONTROL[name]: values[0] for name, values in own.items()}))
+    return tuple(hints)
 
 
 def lora_files(given: dict[str, Any]) -> tuple[LoraFile, ...]:

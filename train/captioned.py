@@ -44,7 +44,7 @@ def _checked(pairs: list[Pair], problems: list[str]) -> tuple[Listed, list[str]]
     """Open all pictures. Return the good ones, and all problems."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = list(pool.map(_key, [path for path, _ in pairs]))
-    problems += dict.fromkeys(found for found in checked if isinstance(found, str))
+    problems += dict.fromkeys(result for result in checked if isinstance(result, str))
     good = zip(pairs, checked, strict=True)
     return Listed([Captioned(path, (text,), key) for (path, text), key in good if isinstance(key, int)]), problems
 

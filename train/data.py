@@ -42,9 +42,9 @@ def mapped(function: Callable[[Tensor], Any], batch: Any) -> Any:
 
 def tensors(batch: Any) -> list[Tensor]:
     """List all tensors in a batch."""
-    found = list[Tensor]()
-    mapped(found.append, batch)
-    return found
+    collected = list[Tensor]()
+    mapped(collected.append, batch)
+    return collected
 
 
 class Data(Protocol[T_co]):

@@ -99,8 +99,8 @@ class WorldPictures:
         read = None
         if image is not None:
             prompts = OnTheFly(lambda i: normalise(rendered(elsewhere, i).float() / 255))
-            found, null = features(image, prompts, self.keys(elsewhere), folder, reads, ENCODED)
-            read = Features(found.all()[:, None], null)
+            rows, null = features(image, prompts, self.keys(elsewhere), folder, reads, ENCODED)
+            read = Features(rows.all()[:, None], null)
         texts, caption = encode_texts(text, [scene.caption for scene in scenes])
         return Pairs(mean.all(), std.all(), caption, texts, read).to(str(next(vae.parameters()).device))
 

@@ -124,9 +124,9 @@ def agreed(number: int) -> int:
     """Return the largest `number` of all processes."""
     if _team.size == 1:
         return number
-    found = torch.tensor(number)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def wait() -> None:
@@ -143,5 +143,5 @@ def speaks() -> bool:
 
 def lost_another(error: RuntimeError) -> bool:
     """Return whether an error means that another process ended."""
-    found = str(error).lower()
-    return _team.size > 1 and (isinstance(error, dist.DistError) or "gloo" in found or "connection" in found)
+    message = str(error).lower()
+    return _team.size > 1 and (isinstance(error, dist.DistError) or "gloo" in message or "connection" in message)

@@ -56,10 +56,10 @@ def indexed(shards: Sequence[Path], folder: Path) -> tuple[Shards, list[str]]:
     processes.wait()
     indices, problems = list[dict[str, Tensor]](), list[str]()
     for file, shard in zip(files, shards, strict=True):
-        if (found := _read(file, shard)) is None:
+        if (pair := _read(file, shard)) is None:
             raise FileNotFoundError(f"{file} is not here, or {shard} is being changed: keep --state on a disk that all processes share")
-        indices.append(found[0])
-        problems += found[1]
+        indices.append(pair[0])
+        problems += pair[1]
     return Shards(shards, indices, torch.arange(sum(len(index["keys"]) for index in indices))), problems
 
 
@@ -142,7 +142,7 @@ def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 def _captions(text: bytes | None, described: bytes | None) -> list[str]:
     """Return the different captions in a text and a JSON member; either may be missing. Raises ValueError if there are none."""
     try:
-        found = [text.decode("utf-8-sig").strip()] if text is not None else []
+        captions = [text.decode("utf-8-sig").strip()] if text is not None else []
         value = json.loads(described.decode("utf-8-sig")) if described is not None else {}
     except UnicodeDecodeError:
         raise ValueError("its caption is not UTF-8") from None
@@ -150,10 +150,10 @@ def _captions(text: bytes | None, described: bytes | None) -> list[str]:
         raise ValueError("its .json member is not JSON") from None
     for name in CAPTIONS:
         given = value.get(name) if isinstance(value, dict) else None
-        found += [given] if isinstance(given, str) else given if isinstance(given, list) else []
-    if not found or not all(isinstance(each, str) for each in found):
+        captions += [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    if not captions or not all(isinstance(each, str) for each in captions):
         raise ValueError('it has no caption: add a .txt member, or a .json member {"caption": ...}')
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(captions))
 
 
 def _write(file: Path, shard: Path) -> None:

@@ -46,11 +46,11 @@ class Rows:
         """Read the rows `b`: `b ...`, in half precision."""
         places = self.places[rows]
         pack = torch.bucketize(places, self.starts, right=True) - 1
-        found = torch.empty(len(rows), *self.shape[1:], dtype=self.packs[0].dtype)
+        values = torch.empty(len(rows), *self.shape[1:], dtype=self.packs[0].dtype)
         for i in pack.unique().tolist():
             here = pack == i
-            found[here] = self.packs[i][places[here] - self.starts[i]]
-        return found
+            values[here] = self.packs[i][places[here] - self.starts[i]]
+        return values
 
     def all(self) -> Tensor:
         """Read all rows into memory."""

@@ -22,9 +22,9 @@ def rate_table(results: Results) -> pd.DataFrame:
     lines, runs = [], trainings(results)
     for form, rates in results.data["summary"]["rates"].items():
         line: dict[str, Any] = {"form": FORMS[form].name, "parameters": f"{runs[form][0]['parameters']:,}"}
-        for rate, found in rates.items():
-            step, end = next(iter(found["endpoint"].items()))
-            text = "diverged" if end is None else f"{found['held_out']:.5f}, {marked(f'{end:.1f}', found['read'][step])}"
+        for rate, row in rates.items():
+            step, end = next(iter(row["endpoint"].items()))
+            text = "diverged" if end is None else f"{row['held_out']:.5f}, {marked(f'{end:.1f}', row['read'][step])}"
             line[rate] = text + (" \\*" if float(rate) == runs[form][0]["rate"] else "")
         lines.append(line)
     return pd.DataFrame(lines)
@@ -34,10 +34,10 @@ def through_table(results: Results) -> pd.DataFrame:
     """Tabulate the endpoint of the trainings that went on to the end at every rate; empty if there are none."""
     lines = []
     for form, rates in results.data["summary"]["rates"].items():
-        if any(len(found["endpoint"]) == 1 for found in rates.values()):
+        if any(len(row["endpoint"]) == 1 for row in rates.values()):
             continue
         for step in next(iter(rates.values()), {"endpoint": {}})["endpoint"]:
-            ends = {rate: (found["endpoint"][step], found["read"][step]) for rate, found in rates.items()}
+            ends = {rate: (row["endpoint"][step], row["read"][step]) for rate, row in rates.items()}
             shown = {rate: "diverged" if end is None else marked(f"{end:.1f}", read) for rate, (end, read) in ends.items()}
             lines.append({"form": FORMS[form].short, "steps": f"{int(step):,}", **shown})
     return pd.DataFrame(lines)
@@ -61,5 +61,5 @@ def ceiling_table(results: Results) -> pd.DataFrame:
         "error, best constant": "raw palette error of the best constant palette",
         "error, another's": "raw palette error of another image prompt's palette",
     }
-    found = results.data["summary"]["ceilings"]
-    return pd.DataFrame({"": name, "value": f"{found[key]:.1f}"} for key, name in names.items() if key in found)
+    values = results.data["summary"]["ceilings"]
+    return pd.DataFrame({"": name, "value": f"{values[key]:.1f}"} for key, name in names.items() if key in values)

@@ -120,9 +120,9 @@ def find_grid(workspace: Workspace, study: Study, form: str) -> Unit:
             parts[lam] = _read(bench, adapter, what, lam) if none is None else encoded(bench.read(what.task, none))
             return float(follows(what.task, parts[lam], truth, parts[0.0]).mean())
 
-        found = bisected(follow, FORMS[form].scale)
-        value = {**asdict(what), "lambdas": list(found), "following": list(found.values())}
-        return Unit(value, made_on(study.device), joined([parts[lam] for lam in found]))
+        grid = bisected(follow, FORMS[form].scale)
+        value = {**asdict(what), "lambdas": list(grid), "following": list(grid.values())}
+        return Unit(value, made_on(study.device), joined([parts[lam] for lam in grid]))
 
     return Memo(workspace.work)(f"grid-{form}", make)
 

@@ -77,16 +77,16 @@ def plot_curves(results: Results, axes: Axes) -> None:
 
 def plot_steps(results: Results, axes: Axes) -> None:
     """Plot the endpoint against the steps of training, on a log axis. An open marker: some seeds are read at their largest lambda."""
-    found = results.data["summary"]["steps"]
+    summary = results.data["summary"]["steps"]
     for form, (colour, style) in looks(results).items():
-        ends = np.array(found["endpoint"][form])
-        axes.plot(found["steps"], ends, color=colour, linewidth=0.6, alpha=0.6)
-        axes.plot(found["steps"], ends.mean(axis=1), style, color=colour, linewidth=2)
-        for step, mean, read in zip(found["steps"], ends.mean(axis=1), found["read"][form], strict=True):
+        ends = np.array(summary["endpoint"][form])
+        axes.plot(summary["steps"], ends, color=colour, linewidth=0.6, alpha=0.6)
+        axes.plot(summary["steps"], ends.mean(axis=1), style, color=colour, linewidth=2)
+        for step, mean, read in zip(summary["steps"], ends.mean(axis=1), summary["read"][form], strict=True):
             axes.plot(step, mean, "o", color=colour, markersize=5, markerfacecolor="white" if read["end"] else colour)
     lines(results, axes)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(found["steps"], [f"{step:,}" for step in found["steps"]])
+    axes.set_xticks(summary["steps"], [f"{step:,}" for step in summary["steps"]])
     axes.set_xlabel("training steps")
     axes.set_ylabel(f"{unit(results)} at {results.study['level']:.0%} following")
 
@@ -94,8 +94,8 @@ def plot_steps(results: Results, axes: Axes) -> None:
 def plot_alone(results: Results, axes: Axes) -> None:
     """Plot the image prompt alone at lambda 1: CLIP-I against palette information, a point for each seed."""
     for form, (colour, _) in looks(results).items():
-        found = results.data["summary"]["paper"]["picture"][form]
-        axes.plot(found["clip_i"], found.get("information", found["clip_t"]), "o", color=colour)
+        measures = results.data["summary"]["paper"]["picture"][form]
+        axes.plot(measures["clip_i"], measures.get("information", measures["clip_t"]), "o", color=colour)
     axes.set_xlabel("CLIP-I, image prompt alone, lambda 1")
     axes.set_ylabel(unit(results) if results.truth() else "CLIP-T with the caption")
     if results.truth():

@@ -59,11 +59,11 @@ def square(results: Results) -> pd.DataFrame:
     """Tabulate the endpoint of the four forms as a 2 x 2 table, with the share of right concepts."""
 
     def cell(form: str) -> str:
-        found = results.data["summary"]["endpoint"].get(form)
-        if found is None:
+        endpoint = results.data["summary"]["endpoint"].get(form)
+        if endpoint is None:
             return ""
-        concept = f" (concept {np.mean(found['concept']):.0%})" if "concept" in found else ""
-        return marked(spread(found["information"]), found) + concept
+        concept = f" (concept {np.mean(endpoint['concept']):.0%})" if "concept" in endpoint else ""
+        return marked(spread(endpoint["information"]), endpoint) + concept
 
     rows = {"own W'_k, W'_v": ("ip_adapter", "concatenated"), "the text's W_k, W_v": ("shared", "simple")}
     return pd.DataFrame([{"": name, "own softmax": cell(a), "joint softmax": cell(b)} for name, (a, b) in rows.items()])
@@ -86,12 +86,12 @@ def difference_table(results: Results) -> pd.DataFrame:
 
 def step_table(results: Results) -> pd.DataFrame:
     """Tabulate the endpoint and the primary difference after each number of steps."""
-    found = results.data["summary"]["steps"]
+    summary = results.data["summary"]["steps"]
     lines = []
-    for i, step in enumerate(found["steps"]):
-        ends = {form: marked(spread(each[i]), found["read"][form][i]) for form, each in found["endpoint"].items()}
+    for i, step in enumerate(summary["steps"]):
+        ends = {form: marked(spread(each[i]), summary["read"][form][i]) for form, each in summary["endpoint"].items()}
         line = {"steps": f"{step:,}"} | {FORMS[form].short: end for form, end in ends.items()}
-        lines.append(line | ({"IP-Adapter minus simple": shown(found["difference"][i])} if "difference" in found else {}))
+        lines.append(line | ({"IP-Adapter minus simple": shown(summary["difference"][i])} if "difference" in summary else {}))
     return pd.DataFrame(lines)
 
 
@@ -99,8 +99,8 @@ def one_table(results: Results) -> pd.DataFrame:
     """Tabulate all tasks at lambda 1."""
     lines = []
     for task in results.data["tasks"]:
-        for form, found in results.data["summary"]["paper"][task].items():
-            numbers = {TITLES[key][0]: format(np.mean(values), TITLES[key][1]) for key, values in found.items()}
+        for form, measures in results.data["summary"]["paper"][task].items():
+            numbers = {TITLES[key][0]: format(np.mean(values), TITLES[key][1]) for key, values in measures.items()}
             if task == "picture":
                 numbers.pop("follows", None)
             lines.append({"task": task, "form": FORMS[form].short, **numbers})
@@ -110,27 +110,27 @@ def one_table(results: Results) -> pd.DataFrame:
 def secondary_table(results: Results) -> pd.DataFrame:
     """Tabulate the secondary endpoints, and the held-out losses."""
     lines = []
-    for name, found in results.data["summary"]["secondary"].items():
+    for name, row in results.data["summary"]["secondary"].items():
         digits = DIGITS.get(name, 1)
-        ends = {form: marked(spread(values, digits), found["read"].get(form, {})) for form, values in found["forms"].items()}
+        ends = {form: marked(spread(values, digits), row["read"].get(form, {})) for form, values in row["forms"].items()}
         line = {"": name} | {FORMS[form].short: end for form, end in ends.items()}
-        lines.append(line | {"IP-Adapter minus simple": shown(found["difference"], digits) if found["difference"] else ""})
+        lines.append(line | {"IP-Adapter minus simple": shown(row["difference"], digits) if row["difference"] else ""})
     losses = results.data["summary"]["losses"]
     return pd.DataFrame([*lines, {"": "held-out loss"} | {FORMS[form].short: spread(each, 5) for form, each in losses.items()}])
 
 
 def seed_counts(results: Results) -> str:
     """Say how many seeds each form has: "5 of IP-Adapter and simple, 3 of shared and joint"."""
-    found: dict[int, list[str]] = {}
+    forms: dict[int, list[str]] = {}
     for form, each in results.data["summary"]["endpoint"].items():
-        found.setdefault(len(each["information"]), []).append(FORMS[form].short)
-    return ", ".join(f"{count} of {' and '.join(names)}" for count, names in found.items())
+        forms.setdefault(len(each["information"]), []).append(FORMS[form].short)
+    return ", ".join(f"{count} of {' and '.join(names)}" for count, names in forms.items())
 
 
 def following_alone(results: Results) -> str:
     """Say how often drawings from the text alone follow it, on each set of prompts."""
-    found = {SETS[split]: results.measures(f"alone-{results.primary}-{split}") for split in SETS if split in results.data["prompts"]}
-    return ", ".join(f"{each['following'].mean():.0%} of the {name}" for name, each in found.items())
+    measures = {SETS[split]: results.measures(f"alone-{results.primary}-{split}") for split in SETS if split in results.data["prompts"]}
+    return ", ".join(f"{each['following'].mean():.0%} of the {name}" for name, each in measures.items())
 
 
 def records(results: Results) -> str:

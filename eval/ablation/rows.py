@@ -77,8 +77,8 @@ class Results:
         return str(self.data["tasks"][0])
 
     def truth(self, split: str = "test") -> dict[str, Any] | None:
-        found: dict[str, Any] | None = self.data["prompts"][split].get("truth")
-        return found
+        truth: dict[str, Any] | None = self.data["prompts"][split].get("truth")
+        return truth
 
     def palettes(self, split: str = "test") -> Array:
         """The palettes of the image prompts, `n 2 3`."""
@@ -107,7 +107,7 @@ class Results:
         task, split = unit.value["task"], unit.value["split"]
         truth, count = self.truth(split), len(unit.value.get("lambdas") or unit.value["references"])
         parts = [dict(zip(unit.arrays, each, strict=True)) for each in zip(*(x.chunk(count) for x in unit.arrays.values()), strict=True)]
-        found: dict[str, list[Array]] = {}
+        rows: dict[str, list[Array]] = {}
         for part in parts:
             row = {key: np.asarray(part[key].double().flatten() / SCALES[key]) for key in ("clip_i", "clip_t")}
             row["following"] = follows(task, part, truth, self.units[f"alone-{task}-{split}"].arrays)
@@ -121,8 +121,8 @@ class Results:
                 row["concept"] = np.asarray((part["concept"].flatten() == torch.tensor(wanted)).double())
                 row["right background"] = np.asarray((part["background"].flatten() == torch.tensor(ground)).double())
             for key, values in row.items():
-                found.setdefault(key, []).append(values)
-        return {key: np.stack(values) for key, values in found.items()}
+                rows.setdefault(key, []).append(values)
+        return {key: np.stack(values) for key, values in rows.items()}
 
     def curve(
         self,

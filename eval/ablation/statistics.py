@@ -65,8 +65,8 @@ def read_at(following: Array, value: Array, level: Array) -> Array:
 
     drop = take(following, last) - take(following, after)
     part = np.divide(take(following, last) - level, drop, out=np.zeros_like(drop), where=drop > 0)
-    found = take(value, last) + part * (take(value, after) - take(value, last))
-    return np.where(above.any(axis=-1), found, np.nan)
+    values = take(value, last) + part * (take(value, after) - take(value, last))
+    return np.where(above.any(axis=-1), values, np.nan)
 
 
 def at_level(level: float) -> Read:
@@ -161,9 +161,9 @@ class Bootstrap:
 
     def trend(self, steps: Sequence[int], pairs: Sequence[tuple[Curve, Curve]], read: Read) -> Interval:
         """Return the least-squares slope of the differences a - b against log2(steps): the change per doubling of the steps."""
-        found = [self.samples(a, b, read) for a, b in pairs]
+        differences = [self.samples(a, b, read) for a, b in pairs]
         x = np.log2(steps) - np.log2(steps).mean()
-        mean, samples = np.array([mean for mean, _ in found]), np.stack([each for _, each in found], axis=1)
+        mean, samples = np.array([mean for mean, _ in differences]), np.stack([each for _, each in differences], axis=1)
         return interval(float(mean @ x / (x @ x)), samples @ x / (x @ x))
 
 

@@ -101,8 +101,8 @@ def wire(row: list[Any], form: dict[str, Any], do: Callable[..., Iterator[list[A
 
         with tempfile.TemporaryDirectory() as folder:
             with told(notes):
-                for found in do({name: values[part] for name, part in form.items()}, values, watch, Path(folder)):
-                    yield [*found, ""]
+                for update in do({name: values[part] for name, part in form.items()}, values, watch, Path(folder)):
+                    yield [*update, ""]
             yield [*[gr.skip()] * len(outputs), "  \n".join(notes)]
 
     row[1].click(stop, queue=False, api_visibility="private")
@@ -141,11 +141,11 @@ def lambda_tab(desk: Desk, form: dict[str, Any]) -> None:
         strips.append(gr.Gallery(show_label=False, columns=4, allow_preview=False, **FLAT))
 
     def compare(values: dict[str, Any], _: Any, watch: Any, folder: Path) -> Iterator[list[Any]]:
-        request, found = desk.request(values), [gr.skip(), gr.skip()]
+        request, galleries = desk.request(values), [gr.skip(), gr.skip()]
         for i, fuse in enumerate(FUSES.values()):
             drawn = strip(desk.pipeline, request, fuse, watch)
-            found[i] = [(one, f"λ = {scale:g}") for one, scale in zip(drawn, LAMBDAS, strict=True)]
-            yield found
+            galleries[i] = [(one, f"λ = {scale:g}") for one, scale in zip(drawn, LAMBDAS, strict=True)]
+            yield galleries
 
     wire(parts, form, compare, strips)
 
@@ -162,13 +162,13 @@ def look_tab(desk: Desk, form: dict[str, Any]) -> None:
     maps = gr.Gallery(show_label=False, columns=4, allow_preview=False, **FLAT)
 
     def draw(values: dict[str, Any], every: dict[Any, Any], watch: Any, folder: Path) -> Iterator[list[Any]]:
-        found = look(desk.pipeline, desk.request(values), FUSES[every[fuse]], watch)
-        yield [found, gr.Slider(maximum=len(found.maps), value=-(-len(found.maps) // 2))]
+        result = look(desk.pipeline, desk.request(values), FUSES[every[fuse]], watch)
+        yield [result, gr.Slider(maximum=len(result.maps), value=-(-len(result.maps) // 2))]
 
-    def show(found: Look | None, *at: int) -> Any:
+    def show(result: Look | None, *at: int) -> Any:
         notes: list[str] = []
         with told(notes):
-            return cells(desk.pipeline.text, found, *at) if found else [gr.skip(), gr.skip()]
+            return cells(desk.pipeline.text, result, *at) if result else [gr.skip(), gr.skip()]
         return [gr.skip(), notes[-1]]
 
     wire(parts, form, draw, [seen, step], fuse).then(show, [seen, step, layer, head], [maps, mass], api_visibility="private")
@@ -180,8 +180,8 @@ def study_tab() -> None:
     """Show RESULTS.md as it is, and the pictures that it names; draw the points of its curves."""
     text, link = (ROOT / "RESULTS.md").read_text(), r"!\[(.*?)\]\((.*?)\)"
     gr.Markdown(re.sub(link, "", text))
-    if found := [(ROOT / path, about) for about, path in re.findall(link, text) if (ROOT / path).is_file()]:
-        gr.Gallery(found, show_label=False, columns=2, **FLAT)
+    if pictures := [(ROOT / path, about) for about, path in re.findall(link, text) if (ROOT / path).is_file()]:
+        gr.Gallery(pictures, show_label=False, columns=2, **FLAT)
     choices = {name: [(fraction(lam), lam) for lam in grid] for name, grid in points.grids().items()}
     gr.Markdown("## Points\nThe drawings behind a point of the curves: one form at one λ, with seed 0 and the first prompts.")
     with gr.Row():
