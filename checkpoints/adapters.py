@@ -76,7 +76,7 @@ _LORA = r"ip_adapter\.\d+\.to_(q|k|v|out)_lora\.(down|up)\.weight$"
 
 def own_updates(file: File) -> Updates:
     """The updates of the LoRA inside a FaceID adapter, for all attention layers of the UNet; {} if it has none."""
-    return read_updates(file.renamed({name: name for name in file if re.match(_LORA, name)}))
+    return read_updates(file.rename({name: name for name in file if re.match(_LORA, name)}))
 
 
 def adapter_kind(file: File) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from checkpoints.names import TRANSPOSED, attention_order, named, text_names, unet_rows
+from checkpoints.names import TRANSPOSED, attention_order, map_names, text_names, unet_rows
 from model.unet import UNet
 
 _KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
@@ -75,7 +75,7 @@ def _modules(network: str, module: Any) -> dict[str, Target]:
     """Return {name of a module in files, without the network's: target}."""
     state = [name for name, tensor in module.state_dict().items() if name.endswith("weight") and tensor.ndim > 1]
     if isinstance(module, UNet):
-        tables = [named(state, unet_rows(module.config), column) for column in (1, 2)]
+        tables = [map_names(state, unet_rows(module.config), column) for column in (1, 2)]
         numbers = {
             f"{n}.{to}": Target(network, f"{name}.{to.removesuffix('.0')}.weight")
             for n, name in enumerate(attention_order(module))

@@ -56,7 +56,7 @@ class File(Mapping[str, Tensor]):
         if len(self._names) < len(names):
             raise ValueError(f"{path} holds tensors with names that look the same: download it again")
 
-    def renamed(self, names: Mapping[str, str | tuple[str, ...]]) -> File:
+    def rename(self, names: Mapping[str, str | tuple[str, ...]]) -> File:
         """Return the same file with other names, {new: old}. A tuple of old names is concatenated along the first axis.
 
         Tensors that are not in `names` are left out.
@@ -67,11 +67,11 @@ class File(Mapping[str, Tensor]):
 
     def part(self, prefix: str) -> File:
         """Keep the tensors whose names begin with `prefix`, and remove the prefix."""
-        return self.renamed({name.removeprefix(prefix): name for name in self if name.startswith(prefix)})
+        return self.rename({name.removeprefix(prefix): name for name in self if name.startswith(prefix)})
 
     def without(self, pattern: str) -> File:
         """Leave out the tensors whose names match the regular expression `pattern` at the start."""
-        return self.renamed({name: name for name in self if not re.match(pattern, name)})
+        return self.rename({name: name for name in self if not re.match(pattern, name)})
 
     def __getitem__(self, name: str) -> Tensor:
         with _read_errors(self.path):

@@ -16,7 +16,7 @@ from checkpoints.clip import load_text_encoder
 from checkpoints.files import read_json_if_there
 from checkpoints.fill import assemble
 from checkpoints.folders import folder_of, has_config, module_from_config, weights_in
-from checkpoints.names import named, unet_rows, vae_rows
+from checkpoints.names import map_names, unet_rows, vae_rows
 from checkpoints.reader import File
 from checkpoints.single_file import (
     LDM,
@@ -83,7 +83,7 @@ def load_unet(path: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
     if not has_config(path):
         return load(path, UNet, UNetConfig, dtype)
     unet = _unet_from_config(folder_of(path))
-    names = named(unet.state_dict(), unet_rows(unet.config), 1)
+    names = map_names(unet.state_dict(), unet_rows(unet.config), 1)
     return assemble(unet, names, weights_in(path), "the UNet of its config.json", dtype)
 
 
@@ -103,8 +103,8 @@ def load_vae(path: Path, dtype: torch.dtype | None = torch.float32, settings: ld
     if not has_config(path):
         return load(path, VAE, VAEConfig, upcast(module_from_card(path, VAE, VAEConfig).config, dtype))
     vae, file = module_from_config(folder_of(path), VAE, configs.vae_config, "a VAE"), weights_in(path)
-    file = file.renamed({_OLD_NAME.sub(lambda m: _OLD_NAMES[m[0]], name): name for name in file})
-    names = named(vae.state_dict(), vae_rows(vae.config), 1)
+    file = file.rename({_OLD_NAME.sub(lambda m: _OLD_NAMES[m[0]], name): name for name in file})
+    names = map_names(vae.state_dict(), vae_rows(vae.config), 1)
     return assemble(vae, names, file, "the VAE of its config.json", upcast(vae.config, dtype))
 
 

@@ -35,7 +35,7 @@ def inserts(root: Path) -> dict[str, str]:
     }
 
 
-def filled(page: str, values: dict[str, str]) -> str:
+def fill_page(page: str, values: dict[str, str]) -> str:
     """Regenerate all generated texts of a page. Raises ValueError for an unknown name."""
 
     def fill(place: re.Match[str]) -> str:
@@ -56,7 +56,7 @@ def write(root: Path) -> list[Path]:
     values, changed = inserts(root), []
     for path in pages(root):
         old = path.read_text()
-        if (new := filled(old, values)) != old:
+        if (new := fill_page(old, values)) != old:
             with replacing(path) as part:
                 part.write_text(new)
             changed.append(path)

@@ -56,12 +56,12 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     pipeline, judge = load(weights, (), device=device), load_judge(weights / "judge.safetensors").to(device)
     bench = Bench(pipeline, Prompts.of_the_world(n, seed=4), clip_score.load(weights, device), judge, steps, guidance)
     through = through_the_vae(pipeline.vae, bench.prompts.pixels)
-    rows = [scored(bench, through, "the image prompt, through the VAE")]
+    rows = [score_rows(bench, through, "the image prompt, through the VAE")]
     for file, form in zip(files, ADAPTERS.values(), strict=True):
         adapter = load_adapter(file, pipeline.unet).to(device)
         embedding = bench.embedding(adapter)
         alone, beside = (bench.draw(task, adapter, decoupled, embedding, 1.0) for task in ("picture", "complementary"))
-        rows.append(scored(bench, alone, form) | {"follows": following(bench, judge, beside)})
+        rows.append(score_rows(bench, alone, form) | {"follows": following(bench, judge, beside)})
     results = {
         "command": f"python -m eval fine --n {n} --steps {steps} --guidance {guidance:g}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
@@ -74,11 +74,11 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     return results
 
 
-def scored(bench: Bench, drawn: Tensor, form: str) -> Row:
+def score_rows(bench: Bench, drawn: Tensor, form: str) -> Row:
     """Score drawings: a list over prompts for each measure, where concept, background and drawing are indices."""
     truth, read = bench.prompts.truth, bench.read("picture", drawn)
     assert isinstance(truth, Truth)
-    shown = truth.shown
+    shown = truth.labels
     return {
         "form": form,
         "concept": read["concept"].tolist(),

@@ -111,7 +111,7 @@ def all_drawings(scene: Scene) -> Tensor:
     return bytes_to_tensor(pictures([replace(scene, drawing=i) for i in range(len(codes))]))
 
 
-def placed(scene: Scene, placement: Tensor) -> Scene:
+def move_to(scene: Scene, placement: Tensor) -> Scene:
     """Move the drawing of a scene to a placement `3` (centre x, centre y, side), rounded and clipped to the picture."""
     x, y, side = placement.tolist()
     size = min(max(round(side), SIDES[0]), SIDES[1])
@@ -128,7 +128,7 @@ def nearest(scenes: list[Scene], drawn: Tensor, placement: Tensor) -> list[int]:
     by, indices = range(-SHIFT, SHIFT + 1), []
     for scene, x, where in zip(scenes, drawn, placement, strict=True):
         shifted = torch.stack([x.roll(shift, (1, 2)) for shift in itertools.product(by, by)])
-        sides = [all_drawings(placed(scene, where + torch.tensor([0, 0, more]))) for more in by]
+        sides = [all_drawings(move_to(scene, where + torch.tensor([0, 0, more]))) for more in by]
         errors = torch.stack([(shifted[:, None] - each).square().mean(dim=(2, 3, 4)) for each in sides])
         indices.append(int(errors.amin(dim=(0, 1)).argmin()))
     return indices

@@ -29,7 +29,7 @@ from sampling.images import to_images
 from sampling.loading import load
 from sampling.pipeline import Pipeline
 from train import processes
-from train.album import Album, Captioned, first_rows
+from train.album import Album, CaptionedPicture, first_rows
 from train.captioned import captioned_files
 from train.card import code_version
 from train.fingerprint import digest, fingerprint
@@ -59,11 +59,13 @@ class Protocol:
 
 def first_of_each(files: Album, n: int) -> Album:
     """Return the first n different pictures, each with the first entry that names it."""
-    return files.chosen(first_rows(files.keys).sort().values[:n])
+    return files.select(first_rows(files.keys).sort().values[:n])
 
 
 @torch.no_grad()
-def scores_of(pipeline: Pipeline, scorer: Scorer, files: Sequence[Captioned], first: int, protocol: Protocol, batch: int) -> dict[str, Any]:
+def scores_of(
+    pipeline: Pipeline, scorer: Scorer, files: Sequence[CaptionedPicture], first: int, protocol: Protocol, batch: int
+) -> dict[str, Any]:
     """Draw and score the prompts first, first + 1, ...: the cosines, one list of `images_per_prompt` for each prompt."""
     images, k, shown = [file.open() for file in files], protocol.images_per_prompt, list[Tensor]()
     embedding, prompt = embed(pipeline, images), torch.arange(len(files)).repeat_interleave(k)
@@ -83,7 +85,7 @@ def scores_of(pipeline: Pipeline, scorer: Scorer, files: Sequence[Captioned], fi
     return {name: cosine(torch.cat(shown), target[prompt]).view(-1, k).tolist() for name, target in targets.items()}
 
 
-def measured(pipeline: Pipeline, scorer: Scorer, files: Album, protocol: Protocol, batch: int, folder: Path) -> dict[str, Tensor]:
+def measure_cosines(pipeline: Pipeline, scorer: Scorer, files: Album, protocol: Protocol, batch: int, folder: Path) -> dict[str, Tensor]:
     """Return the cosines `n k` of all drawings. Blocks of prompts are stored in `folder`, and processes share those that are missing."""
     blocks = [(first, folder / f"{first:06}.json") for first in range(0, len(files), BLOCK)]
     missing, team = [block for block in blocks if not block[1].exists()], processes.team()
@@ -118,7 +120,7 @@ def evaluate(
     identity: dict[str, Any] = {name: fingerprint(part) for name, part in networks.items()}
     identity |= {"scorer": scorer.name, "dtype": dtype(device), **files.made_from()}
     processes.check_same(identity)
-    cosines = measured(pipeline, scorer, files, protocol, batch, state / f"clip-{digest([identity, asdict(protocol)])}")
+    cosines = measure_cosines(pipeline, scorer, files, protocol, batch, state / f"clip-{digest([identity, asdict(protocol)])}")
     return {
         **about,
         "protocol": {**asdict(protocol), "sampler": "DDIM", "size": list(pipeline.native_size), "data": data.resolve().name},
@@ -140,7 +142,7 @@ def run(args: Namespace) -> None:
     """`python -m eval clip`, in one process or in those that torchrun started"""
     check_output(args.out)
     check_device(args.device)
-    with processes.started(args.device) as team:
+    with processes.join_team(args.device) as team:
         pipeline = load(args.checkpoint or args.weights, args.ip_adapter, args.image_encoder, device=args.device)
         scorer = clip_score.find(args.scorer, args.device)
         protocol = Protocol(args.n, args.images_per_prompt, args.prompt, args.scale, args.steps, args.guidance, args.seed)

@@ -73,11 +73,11 @@ class Measure:
         return scores
 
 
-def wanted(prompts: Prompts) -> Target:
+def conflict_target(prompts: Prompts) -> Target:
     """Build the target of conflicting prompts: the text's concept and background in the image prompt's palette."""
     truth = prompts.truth
     assert truth is not None
-    return Target(truth.concept, truth.background, truth.shown["palette"])
+    return Target(truth.concept, truth.background, truth.labels["palette"])
 
 
 def own(prompts: Prompts) -> Target:
@@ -90,12 +90,12 @@ def tasks_of(n: int, seed: int) -> dict[str, Task]:
     """Build all tasks, with n prompts each."""
     prompts, scenes = Prompts.of_the_world(n, seed), ScenePrompts.of_the_world(n, seed)
     return {
-        "text": Task(prompts.conflicts, wanted(prompts)),
+        "text": Task(prompts.conflicts, conflict_target(prompts)),
         "scene": Task(scenes.texts(subject=True), scenes.target),
-        "colour": Task(texts_with_colour(prompts), wanted(prompts)),
+        "colour": Task(texts_with_colour(prompts), conflict_target(prompts)),
         "image": Task([""] * n, own(prompts), prompts.images),
         "complementary": Task(scenes.texts(), scenes.target, scenes.images),
-        "conflict": Task(prompts.conflicts, wanted(prompts), prompts.images),
+        "conflict": Task(prompts.conflicts, conflict_target(prompts), prompts.images),
     }
 
 

@@ -104,7 +104,7 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class Packed(nn.Module):
+class PackedLinear(nn.Module):
     """x W^T + b, fused with one more operation. The layout of W is optimised for an x of `rows` rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
@@ -136,7 +136,7 @@ class Packed(nn.Module):
         return F.linear(x, self.weight, self.bias) * factor
 
 
-class Pointwise(Packed):
+class Pointwise(PackedLinear):
     """A 1x1 convolution as a matrix product."""
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ from sampling.fields import map_paths
 from sampling.images import check_png, save_image
 from sampling.inputs import Inputs, PromptInputs, read_inputs
 from sampling.layer_weights import layer_weights
-from sampling.loading import compiled, load, prompt_files
+from sampling.loading import compile_unet, load, prompt_files
 from sampling.machine import check_keep_memory, keep_memory
 from sampling.pipeline import SAMPLERS, Pipeline
 from sampling.record import digests, recall, record
@@ -58,7 +58,7 @@ def run(command: Command) -> None:
     if command.fast:
         pipeline = replace(pipeline, unet=fasten(pipeline.unet))
     if command.compile:
-        pipeline = replace(pipeline, unet=compiled(pipeline.unet))
+        pipeline = replace(pipeline, unet=compile_unet(pipeline.unet))
     if command.keep_memory:
         keep_memory()
     if command.save_embedding:

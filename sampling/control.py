@@ -83,7 +83,7 @@ def ladder(count: int) -> list[float]:
     return [10 ** (i / (count - 1) - 1) for i in range(count)]
 
 
-def weighted(residuals: Residuals, weights: Sequence[float]) -> Residuals:
+def scale_residuals(residuals: Residuals, weights: Sequence[float]) -> Residuals:
     """Multiply the residuals of a ControlNet by `weights`: one for each skip, and the last for the middle."""
     assert residuals.mid is not None
     return Residuals([w * skip for w, skip in zip(weights, residuals.skips, strict=False)], weights[-1] * residuals.mid)
@@ -108,7 +108,7 @@ def _controlnet(network: ControlNet, hint: Hint, pixels: Tensor, contexts: Mappi
         if side != "cond" and (hint.guess or pooled):
             return Residuals()
         latents = x[:, : network.config.in_channels]  # an inpainting UNet also reads a mask and a picture
-        return weighted(network(latents, torch.tensor(t), texts[side], pixels), weights)
+        return scale_residuals(network(latents, torch.tensor(t), texts[side], pixels), weights)
 
     return act
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.vae import VAE
 from sampling.request import check_size
 from sampling.sampler import Denoiser, randn
-from sampling.schedule import noised
+from sampling.schedule import diffuse
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Edit:
         height, width = self.picture.shape[-2:]
         return height, width
 
-    def cropped(self, size: tuple[int, int]) -> Edit:
+    def crop(self, size: tuple[int, int]) -> Edit:
         """Crop the picture and its mask to their centre, `size` (height, width). Raises ValueError if they are smaller than that."""
         (height, width), (old_height, old_width) = size, self.size
         if height > old_height or width > old_width or min(size) < 1:
@@ -100,7 +100,7 @@ class Canvas:
         """
         if self.latents is None:
             return x
-        known = noised(self.latents, self.noise, self.latents.new_tensor(a))
+        known = diffuse(self.latents, self.noise, self.latents.new_tensor(a))
         if index == self.start:
             return x if self.pure else known
         return x if self.mask is None else known.lerp(x, self.mask)

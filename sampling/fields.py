@@ -113,14 +113,14 @@ def _version(kind: type) -> dict[str, int]:
 def map_paths(item: T, change: Callable[[Path], Path]) -> T:
     """Apply `change` to every path in a dataclass."""
 
-    def changed(value: Any) -> Any:
+    def apply(value: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(changed(each) for each in value)
+            return tuple(apply(each) for each in value)
         if is_dataclass(value):
             return map_paths(value, change)
         return change(value) if isinstance(value, Path) else value
 
-    return replace(item, **{field.name: changed(getattr(item, field.name)) for field in fields(item)})  # type: ignore
+    return replace(item, **{field.name: apply(getattr(item, field.name)) for field in fields(item)})  # type: ignore
 
 
 def paths(item: object) -> list[Path]:

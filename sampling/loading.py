@@ -125,7 +125,7 @@ def prompt_files(
     return [locate(Path(file)) for file in named], locate(encoders[0]) if encoders else None
 
 
-def compiled(unet: UNet, mode: str = "max-autotune") -> UNet:
+def compile_unet(unet: UNet, mode: str = "max-autotune") -> UNet:
     """Compile a UNet with `torch.compile`. Starting takes minutes, then drawing is faster.
 
     On a CPU the weights are frozen into the code. On other devices `mode` is as in torch.compile; the default measures which kernels are

@@ -94,13 +94,13 @@ class Pipeline:
             seen = iter(features[None].split(1, dim=1))
         return torch.cat(
             [
-                self._saved(one, projection, fit).to(self.device, like.dtype) if isinstance(one, Path) else next(seen)
+                self._read_features(one, projection, fit).to(self.device, like.dtype) if isinstance(one, Path) else next(seen)
                 for one in opened
             ],
             dim=1,
         )
 
-    def _saved(self, path: Path, projection: Projection, fit: Fit) -> Tensor:
+    def _read_features(self, path: Path, projection: Projection, fit: Fit) -> Tensor:
         """Read the features in a file of faces or of `save_embedding`, `1 k m e`."""
         faces = read_faces(path)
         return faces.features(projection, self.image, fit) if faces else load_embedding(path, projection)

@@ -23,7 +23,7 @@ from model.adapter import IPAdapter
 from model.context import Context
 from model.image_projection import ImageProjection
 from model.unet import Residuals
-from sampling.control import Hint, bind, ladder, to_pixels, total, weighted
+from sampling.control import Hint, bind, ladder, scale_residuals, to_pixels, total
 from sampling.fields import from_json, to_json
 from sampling.guidance import guided
 from sampling.inputs import read_inputs
@@ -152,7 +152,7 @@ def pair_(pair: Callable[[str], UNetPair]) -> Any:
 
 def test_the_sum_of_parts_that_lack_something() -> None:
     a, b = (Residuals([torch.full((1, 2, 3, 3), v)] * 2, torch.full((1, 2, 1, 1), v)) for v in (1.0, 2.0))
-    pooled = weighted(Residuals([torch.ones(1, 2, 1, 1)] * 2, torch.ones(1, 2, 1, 1)), [1.0, 2.0, 3.0])
+    pooled = scale_residuals(Residuals([torch.ones(1, 2, 1, 1)] * 2, torch.ones(1, 2, 1, 1)), [1.0, 2.0, 3.0])
     hidden = Residuals(hidden={1: torch.ones(1), 2: torch.ones(1)}, mid=torch.ones(1, 2, 1, 1))
     found = total([a, Residuals(), b, pooled, hidden])
     assert [float(skip.mean()) for skip in found.skips] == [4.0, 5.0] and found.skips[0].shape == (1, 2, 3, 3)

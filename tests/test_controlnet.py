@@ -16,7 +16,7 @@ from test_unet import added_inputs, inputs
 from torch import Tensor, nn
 
 from checkpoints.control_names import controlnet_rows
-from checkpoints.names import named
+from checkpoints.names import map_names
 from model.attention import SelfAttention
 from model.context import Context
 from model.controlnet import CONTROLNET_SD15, CONTROLNET_SD21, CONTROLNET_SDXL, ControlNet, ControlNetConfig
@@ -90,7 +90,7 @@ def test_of_a_unet_copies_what_diffusers_copies(pair: Callable[[str], UNetPair])
     unets = pair("sd15")
     control = ControlNet.of(unets.ours, (4, 6))
     peer = ControlNetModel.from_unet(unets.peer, conditioning_channels=3, conditioning_embedding_out_channels=(4, 6))
-    names, state = named(control.state_dict(), controlnet_rows(control.config), 1), peer.state_dict()
+    names, state = map_names(control.state_dict(), controlnet_rows(control.config), 1), peer.state_dict()
     assert sorted(state) == sorted(name for (name,) in names.values())
     for name, tensor in control.state_dict().items():
         if not name.startswith("hint."):  # its random weights are their own

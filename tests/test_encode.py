@@ -16,7 +16,7 @@ from model.vae import VAE, VAEConfig
 from train import loss as loss_module
 from train.clip import MINI_TEXT
 from train.encode import WorldPictures, encode_texts
-from train.loss import noised
+from train.loss import sample_inputs
 from train.world import World, elsewhere
 
 
@@ -65,7 +65,7 @@ def test_no_picture_is_a_zero_embedding_or_zero_pixels(tmp_path: Path) -> None:
         assert pairs.features and torch.equal(pairs.features.null[0, 0], null)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loss_module, "drops", lambda n, g: (~drop, drop))
-            batch = noised(pairs.at(torch.arange(2)), torch.Generator().manual_seed(0), dropping=True)
+            batch = sample_inputs(pairs.at(torch.arange(2)), torch.Generator().manual_seed(0), dropping=True)
         assert torch.equal(batch.image[0, 0], null)
         assert torch.equal(batch.image[1], pairs.features.pictures[1].float())
         assert torch.equal(batch.text[1], pairs.texts[0].float())

@@ -27,7 +27,7 @@ from checkpoints.base import Base
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
 from checkpoints.diffusers_folder import text_settings
-from checkpoints.names import named, unet_rows, vae_rows
+from checkpoints.names import map_names, unet_rows, vae_rows
 from checkpoints.single_file import FAMILIES, load_single
 from checkpoints.stable_diffusion import load_base, load_vae, scheduler_config, unet_config
 from model.text_encoder import END, SD15_TEXT, SD21_TEXT, SDXL_TEXT_2, START, TextConfig, TextEncoder, TextEncoderPair
@@ -91,10 +91,10 @@ def build(root: Path, name: str) -> Files:
     first, our_first = text_pair(TextConfig(width=16, layers=2, heads=1))
     for module in (pair.peer, pair.ours, vae, our_vae, text, our_text, first, our_first):
         module.float()
-    ldm = [f"model.diffusion_model.{n}" for (n,) in named(pair.ours.state_dict(), unet_rows(config), 2).values()]
+    ldm = [f"model.diffusion_model.{n}" for (n,) in map_names(pair.ours.state_dict(), unet_rows(config), 2).values()]
     settings = {"layers_per_block": config.res_blocks} | ({"addition_embed_type": "text_time"} if xl else {})
     tensors = as_ldm(pair.peer.state_dict(), ldm, lambda file: convert_ldm_unet_checkpoint(file, settings))
-    ldm = [f"first_stage_model.{n}" for (n,) in named(our_vae.state_dict(), vae_rows(VAES[name]), 2).values()]
+    ldm = [f"first_stage_model.{n}" for (n,) in map_names(our_vae.state_dict(), vae_rows(VAES[name]), 2).values()]
     blocks = {"down_block_types": [""] * 2, "up_block_types": [""] * 2}
     tensors |= as_ldm(vae.state_dict(), ldm, lambda file: convert_ldm_vae_checkpoint(file, blocks))
     tensors |= open_clip_tensors(our_text, text, PREFIX[name])
@@ -210,7 +210,7 @@ def test_what_sdxls_single_file_does_not_say(files: Get) -> None:
 def test_sdxls_vae_alone_has_its_scale(files: Get, tmp_path: Path) -> None:
     """A VAE in LDM's layout says nothing of its scale: it is that of the base model's family."""
     made, path = files("sdxl"), tmp_path / "vae.safetensors"
-    tensors = named(made.ours.vae.state_dict(), vae_rows(VAES["sdxl"]), 2)
+    tensors = map_names(made.ours.vae.state_dict(), vae_rows(VAES["sdxl"]), 2)
     save_file({theirs: made.ours.vae.state_dict()[ours] for ours, (theirs,) in tensors.items()}, path)
     assert [load_base(base, vae=path).vae.config for base in (made.single, made.folder)] == [VAES["sdxl"]] * 2
     assert load_vae(path).config.scale == 0.18215

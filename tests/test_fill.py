@@ -12,7 +12,7 @@ from base_files import Peers, check_base, write_single
 from safetensors.torch import save_file
 
 from checkpoints.fill import copy_weights
-from checkpoints.names import named, unet_rows
+from checkpoints.names import map_names, unet_rows
 from checkpoints.reader import File
 from checkpoints.single_file import load_single
 from model.unet import UNet, UNetConfig
@@ -109,7 +109,7 @@ def test_peak_memory_is_that_of_the_file(base: Peers, single: Path, tmp_path: Pa
     state = unet.state_dict()
     wide = {
         f"model.diffusion_model.{ldm}": torch.zeros(state[name].shape)
-        for name, (ldm,) in named(state, unet_rows(config), 2).items()
+        for name, (ldm,) in map_names(state, unet_rows(config), 2).items()
     }
     tensors = wide | {k: v for k, v in base.single.items() if not k.startswith("model.diffusion_model.")}
     paths = tmp_path / "wide.safetensors", tmp_path / "wide.ckpt"

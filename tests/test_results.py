@@ -28,7 +28,7 @@ PAGE = (ROOT / "RESULTS.md").read_text()
 def test_make_docs_changes_nothing() -> None:
     """README.md and docs/ show the numbers of the result files."""
     values = docs.inserts(ROOT)
-    assert not [path.name for path in docs.pages(ROOT) if docs.filled(path.read_text(), values) != path.read_text()]
+    assert not [path.name for path in docs.pages(ROOT) if docs.fill_page(path.read_text(), values) != path.read_text()]
 
 
 def test_every_insert_is_shown_somewhere() -> None:
@@ -38,11 +38,11 @@ def test_every_insert_is_shown_somewhere() -> None:
 
 def test_pages_are_filled_where_they_are_marked() -> None:
     page = "a\n<!-- insert: one -->\nold\n<!-- end -->\nb\n<!-- insert: two -->\n<!-- end -->\n"
-    new = docs.filled(page, {"one": "1\n1", "two": "2"})
+    new = docs.fill_page(page, {"one": "1\n1", "two": "2"})
     assert new == "a\n<!-- insert: one -->\n1\n1\n<!-- end -->\nb\n<!-- insert: two -->\n2\n<!-- end -->\n"
-    assert docs.filled(new, {"one": "1\n1", "two": "2"}) == new
+    assert docs.fill_page(new, {"one": "1\n1", "two": "2"}) == new
     with pytest.raises(ValueError, match="unknown insert 'two'"):
-        docs.filled(page, {"one": "1"})
+        docs.fill_page(page, {"one": "1"})
 
 
 def test_fine_results_are_of_the_shipped_adapters() -> None:
@@ -79,7 +79,7 @@ STAGES = {
 def test_the_weights_were_trained_by_the_recipe_in_the_tree(stage: str) -> None:
     """The settings in the cards are those of `make weights DEVICE=cuda`, at the commit that the card names."""
     phases = importlib.import_module(f"train.{stage}").PHASES
-    plans = [json.loads(json.dumps(asdict(replace(plan.scaled(4), device="cuda")))) for plan in phases]
+    plans = [json.loads(json.dumps(asdict(replace(plan.scale_batch(4), device="cuda")))) for plan in phases]
     for name in STAGES[stage]:
         card = read_card(ROOT / "weights" / f"{name}.safetensors")
         assert [{"fp16": False, **settings} for settings in card["settings"]] == plans  # fp16 is newer than some cards

@@ -21,7 +21,7 @@ from train.world import (
     SIZES,
     Scene,
     World,
-    moved,
+    move_randomly,
     place_class,
     size_class,
 )
@@ -135,6 +135,6 @@ def test_nearest_finds_the_drawing() -> None:
     many = [i for i in range(200) if len(CONCEPTS[CONCEPT_NAMES[World("val")[i].concept]]) > 1][:6]
     scenes = [World("val")[i] for i in many]
     other = [replace(s, drawing=(s.drawing + 1) % len(all_drawings(s))) for s in scenes]
-    for shown in (scenes, other, [moved(s) for s in scenes], [moved(s) for s in other]):
+    for shown in (scenes, other, [move_randomly(s) for s in scenes], [move_randomly(s) for s in other]):
         placement = ground_truth(shown)["placement"] + torch.tensor([2.0, -2.0, 1.0])  # the judge is not exact
         assert nearest(scenes, torch.stack([all_drawings(s)[s.drawing] for s in shown]), placement) == [s.drawing for s in shown]

@@ -16,7 +16,7 @@ from teams import together
 
 from train import shards
 from train.album import Album
-from train.captioned import captioned_files, skipped, split, summary
+from train.captioned import captioned_files, ignored_entries, split, summary
 
 
 def png(seed: int, kind: str = "PNG") -> bytes:
@@ -54,7 +54,7 @@ def test_members_are_grouped_and_read_at_random(tmp_path: Path) -> None:
     assert len(album) == 24 and album[17].text == "picture 17"
     for i in (23, 0, 10, 9):
         assert np.array_equal(np.asarray(album[i].open()), np.asarray(picture(i))) and album[i].texts == (f"picture {i}",)
-    chosen = album.chosen(torch.tensor([20, 3]))
+    chosen = album.select(torch.tensor([20, 3]))
     assert [file.text for file in chosen] == ["picture 20", "picture 3"] and chosen.keys.tolist() == [album[20].key, album[3].key]
 
 
@@ -132,7 +132,7 @@ def test_what_is_beside_shards_is_skipped(tmp_path: Path) -> None:
     (data / "00000_stats.json").touch()
     picture(0).save(data / "a.png")
     album = read(data)
-    assert len(album) == 4 and "2 files are skipped (.json, .png)" in summary(data, *split(album)) and len(skipped(data)) == 2
+    assert len(album) == 4 and "2 files are skipped (.json, .png)" in summary(data, *split(album)) and len(ignored_entries(data)) == 2
     with pytest.raises(ValueError, match="no pictures found"):
         read(write(tmp_path / "empty" / "0.tar", ("a.txt", b"a")).parent)
 

@@ -21,7 +21,7 @@ from checkpoints.files import read_json
 from eval import clip_score, table1
 from eval.__main__ import main
 from eval.scores import bootstrap
-from eval.table1 import Protocol, first_of_each, measured, report, scores_of
+from eval.table1 import Protocol, first_of_each, measure_cosines, report, scores_of
 from model.image_encoder import ImageEncoder
 from model.text_encoder import TextEncoder
 from sampling.images import to_images
@@ -113,14 +113,14 @@ def test_finished_blocks_are_not_drawn_again(
     monkeypatch.setattr(table1, "scores_of", counted)
     stop_at = 2
     with pytest.raises(KeyboardInterrupt):
-        measured(mini, scorer, files, FAST, 4, tmp_path / "a")
+        measure_cosines(mini, scorer, files, FAST, 4, tmp_path / "a")
     stop_at = -1
-    whole = measured(mini, scorer, files, FAST, 4, tmp_path / "a")
+    whole = measure_cosines(mini, scorer, files, FAST, 4, tmp_path / "a")
     assert seen == [0, 2, 4] and whole["clip_i"].shape == (5, 2)
 
     def work(rank: int) -> None:
         seen.clear()
-        found = measured(mini, scorer, files, FAST, 4, tmp_path / "b")
+        found = measure_cosines(mini, scorer, files, FAST, 4, tmp_path / "b")
         assert all(torch.equal(found[name], whole[name]) for name in whole)
         (tmp_path / f"{rank}.json").write_text(json.dumps(seen))
 

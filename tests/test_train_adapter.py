@@ -29,10 +29,10 @@ from train import adapter as adapter_stage
 from train import preview
 from train.__main__ import main
 from train.adapter import Recipe
-from train.data import Cached
+from train.data import ShuffledBatches
 from train.gains import check_gates, held_out_losses
 from train.loop import Plan
-from train.loss import diffusion_loss, drops, min_snr, noise_for, noised
+from train.loss import diffusion_loss, drops, min_snr, noise_for, sample_inputs
 from train.pairs import Pairs
 from train.plus import initialise_from
 from train.setting import Setting, TrainingSource
@@ -160,7 +160,7 @@ def test_noise_offset_moves_whole_channels() -> None:
     features = Features(torch.zeros(n, 1, 1, 3), torch.zeros(1, 1, 1, 3))
     batch = Pairs(torch.zeros(n, 4, 5, 3), torch.ones(n, 4, 5, 3), torch.zeros(n, dtype=torch.long), torch.zeros(1, 77, 2), features)
     plain, moved = (
-        noised(batch.at(torch.arange(n)), torch.Generator().manual_seed(0), dropping=True, offset=offset) for offset in (0.0, 0.5)
+        sample_inputs(batch.at(torch.arange(n)), torch.Generator().manual_seed(0), dropping=True, offset=offset) for offset in (0.0, 0.5)
     )
     for name in ("x0", "t", "text", "image"):
         assert torch.equal(getattr(plain, name), getattr(moved, name))
@@ -297,7 +297,7 @@ def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pa
     assert all(torch.equal(before[name], tensor) for name, tensor in known.state_dict().items())
     assert all(torch.equal(plus.state_dict()[n], before[n]) for n in before if n.startswith(("to_k", "to_v")))
     rows, none = torch.arange(len(pairs)), torch.zeros(len(pairs), dtype=torch.bool)
-    batch = noised(pairs.at(rows), torch.Generator().manual_seed(0), "cpu")
+    batch = sample_inputs(pairs.at(rows), torch.Generator().manual_seed(0), "cpu")
     errors: dict[str, float] = {}
     for name, adapter in {"plus": plus, "fresh": fresh}.items():
         for drop in (none, ~none):
@@ -346,7 +346,7 @@ def test_the_command_trains_plus_from_the_base_folders_adapter(tmp_path: Path, m
 
 
 def test_an_epoch_shows_every_picture_once(pairs: Pairs) -> None:
-    data = Cached(pairs, 2, seed=0)
+    data = ShuffledBatches(pairs, 2, seed=0)
     seen = [data.rows(step).tolist() for step in range(6)]
     first, second = ([row for rows in epoch for row in rows] for epoch in (seen[:3], seen[3:]))
     assert sorted(first) == sorted(second) == list(range(6)) and first != second

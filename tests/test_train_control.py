@@ -24,7 +24,7 @@ from train import control, loop, structure, t2i
 from train.drawings import drawing, recolour
 from train.errors import GateError
 from train.options import SHIPPED, STAGES
-from train.outlines import Hinted, outline, outlines_of
+from train.outlines import HintedPairs, outline, outlines_of
 from train.pairs import Pairs
 from train.randomness import generator
 from train.world import CONCEPT_NAMES, CONCEPTS, World, render
@@ -65,23 +65,23 @@ def test_outlines_do_not_depend_on_colours() -> None:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Hinted:
+def pool() -> HintedPairs:
     """Random latents and text of the mini model's sizes, with true outlines."""
     g = torch.Generator().manual_seed(0)
     mean, texts = torch.randn(6, 4, 16, 16, generator=g), torch.randn(3, 77, 128, generator=g)
     pairs = Pairs(mean, 0.1 * torch.ones_like(mean), torch.arange(6) % 3, texts, None)
-    return Hinted(pairs, outlines_of("train", 6))
+    return HintedPairs(pairs, outlines_of("train", 6))
 
 
 def steered(name: str) -> Any:
     kind, base = KINDS[name], load(ROOT / "weights", ())
     torch.manual_seed(0)
     made = kind.build(base.unet, base.vae.config.factor).requires_grad_(True)
-    return structure.Steered(kind, base.unet, made, base.schedule)
+    return structure.SteeredBase(kind, base.unet, made, base.schedule)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_gates_pass_for_an_untrained_control(pool: Hinted, name: str) -> None:
+def test_gates_pass_for_an_untrained_control(pool: HintedPairs, name: str) -> None:
     found = steered(name)
     found.check_gates(pool)
     assert all(p.grad is None for p in found.control.parameters())
@@ -91,7 +91,7 @@ def test_gates_pass_for_an_untrained_control(pool: Hinted, name: str) -> None:
     assert (held["gain_none"] == 0) == (name == "control")  # a neutral one changes no bit
 
 
-def test_gates_see_what_is_wrong(pool: Hinted) -> None:
+def test_gates_see_what_is_wrong(pool: HintedPairs) -> None:
     found = steered("control")
     with torch.no_grad():
         found.control.zero_mid.bias[0] = 0.1
@@ -113,7 +113,7 @@ def test_gates_see_what_is_wrong(pool: Hinted) -> None:
         found.check_gates(pool)
 
 
-def test_half_of_the_pictures_lose_their_text(pool: Hinted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_the_pictures_lose_their_text(pool: HintedPairs, monkeypatch: pytest.MonkeyPatch) -> None:
     found, seen = steered("control"), list[torch.Tensor]()
     monkeypatch.setattr(structure, "diffusion_loss", lambda unet, schedule, x0, context, *_: seen.append(context.text) or x0)
     batch = pool.at(torch.arange(6).repeat(50))

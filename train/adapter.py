@@ -5,7 +5,7 @@ dropped picture becomes a zero embedding. W'_k and W'_v start as copies of W_k a
 
 A user's pictures are trained on in the same way. The mini world differs in three points. Its captions leave out more, as captions on the
 web do. Min-SNR weights reduce gradient noise at timesteps where a picture carries no information, because training takes hours, where the
-paper's took days. And the image prompt shows the drawing at another size and place (`world.moved`): an adapter that is trained on the same
+paper's took days. And the image prompt shows the drawing at another size and place (`move_randomly`): an adapter trained on the same
 picture copies size and place too, against the text. The log shows whether the adapter learns: see `gains.held_out_losses`.
 """
 
@@ -31,7 +31,7 @@ from train.display import Display
 from train.file_pairs import FilePairs
 from train.gains import check_gates, held_out_losses, verdict
 from train.loop import Plan, autocast, run
-from train.loss import diffusion_loss, noised
+from train.loss import diffusion_loss, sample_inputs
 from train.pairs import Batch
 from train.randomness import seeded
 from train.setting import SAYS, Setting, TrainingSource, data_identity, encode, prepare
@@ -44,8 +44,8 @@ class Recipe(Plan):
 
     says: Says = SAYS
 
-    def scaled(self, factor: int) -> Plan:
-        return super().scaled(min(factor, 2))
+    def scale_batch(self, factor: int) -> Plan:
+        return super().scale_batch(min(factor, 2))
 
 
 PLAN = Recipe("ip_adapter", 8_000, 32, 2e-3, 500, 0.7, ema=0.999, bf16=True, validate_every=4_000)
@@ -83,7 +83,7 @@ def fit(
     unet, schedule, held_out = setting.pipeline.unet, setting.pipeline.schedule, setting.held_out
 
     def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
-        x = noised(batch, g, dropping=True, offset=setting.noise_offset)
+        x = sample_inputs(batch, g, dropping=True, offset=setting.noise_offset)
         context = adapter(Context(x.text, fuse=fuse), x.image)
         return {"loss": diffusion_loss(unet, schedule, x.x0, context, x.t, x.eps, setting.gamma).mean()}
 

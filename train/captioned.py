@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from sampling.images import open_image
-from train.album import Album, Captioned, Listed, first_rows
+from train.album import Album, CaptionedPicture, ListAlbum, first_rows
 from train.fingerprint import content_key
-from train.shards import indexed, shards_in
+from train.shards import index_shards, shards_in
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MIN_PICTURES = 20  # with fewer different pictures than this, none are held out
@@ -29,7 +29,11 @@ def captioned_files(data: Path, cache: Path, skip_broken: bool = False) -> Album
     ValueError with a list of all problems; with `skip_broken`, leaves the broken pictures out.
     """
     shards = shards_in(data)
-    album, problems = indexed(shards, cache / "shards") if shards else _checked(*(_in_folder(data) if data.is_dir() else _in_list(data)))
+    album: Album
+    if shards:
+        album, problems = index_shards(shards, cache / "shards")
+    else:
+        album, problems = _open_all(*(_in_folder(data) if data.is_dir() else _in_list(data)))
     if problems and not skip_broken:
         more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
         heading = f"{data}: fix or remove these before training, or train with --skip-broken ({len(problems)} problems)"
@@ -40,16 +44,16 @@ def captioned_files(data: Path, cache: Path, skip_broken: bool = False) -> Album
     return album
 
 
-def _checked(pairs: list[Pair], problems: list[str]) -> tuple[Listed, list[str]]:
+def _open_all(pairs: list[Pair], problems: list[str]) -> tuple[ListAlbum, list[str]]:
     """Open all pictures. Return the good ones, and all problems."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = list(pool.map(_key, [path for path, _ in pairs]))
     problems += dict.fromkeys(result for result in checked if isinstance(result, str))
     good = zip(pairs, checked, strict=True)
-    return Listed([Captioned(path, (text,), key) for (path, text), key in good if isinstance(key, int)]), problems
+    return ListAlbum([CaptionedPicture(path, (text,), key) for (path, text), key in good if isinstance(key, int)]), problems
 
 
-def skipped(data: Path) -> list[Path]:
+def ignored_entries(data: Path) -> list[Path]:
     """List the entries of a folder that training ignores: other files, folders, hidden files, captions without a picture."""
     if not data.is_dir():
         return []
@@ -70,9 +74,9 @@ def split(files: Album) -> tuple[Album, Album]:
     different, which = keys.unique(return_inverse=True)
     n = len(different)
     if n < MIN_PICTURES:
-        return files, files.chosen(torch.arange(0))
+        return files, files.select(torch.arange(0))
     out = min(max(4, n // 20), MAX_HELD_OUT)
-    return files.chosen((which >= out).nonzero()[:, 0]), files.chosen(first_rows(keys)[:out])
+    return files.select((which >= out).nonzero()[:, 0]), files.select(first_rows(keys)[:out])
 
 
 def summary(data: Path, train: Album, held_out: Album) -> str:
@@ -82,7 +86,7 @@ def summary(data: Path, train: Album, held_out: Album) -> str:
         parts.append(f"fewer than {MIN_PICTURES} different pictures, so none are held out and nothing is measured")
     if train.broken:
         parts.append(f"{train.broken} left out because they are broken")
-    if others := skipped(data):
+    if others := ignored_entries(data):
         kinds = sorted({path.suffix or "folders and others" for path in others})
         parts.append(f"{len(others)} files are skipped ({', '.join(kinds)})")
     return "; ".join(parts)

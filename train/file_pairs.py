@@ -21,7 +21,7 @@ from model.image_encoder import ImageEncoder, centre_square
 from model.text_encoder import Text
 from model.vae import VAE
 from train.album import Album
-from train.data import Cached, Data, Files
+from train.data import Data, Files, ShuffledBatches
 from train.encode import encode_texts, features, latents
 from train.pairs import Batch, EncodedPairs
 from train.randomness import Share, generator
@@ -63,11 +63,11 @@ class FilePairs(EncodedPairs):
         return self.read.shape[-1]
 
     def batches(self, size: int, seed: int) -> Data[Batch]:
-        return Picked(self, size, seed)
+        return CaptionBatches(self, size, seed)
 
 
 @dataclass(frozen=True)
-class Picked(Cached[Batch]):
+class CaptionBatches(ShuffledBatches[Batch]):
     """Shuffled batches. If a picture has several captions, one is drawn, from the seed, the step and the position in the batch."""
 
     pool: FilePairs

@@ -11,7 +11,7 @@ from model.context import Context
 from model.unet import UNet
 from sampling.schedule import Schedule
 from train.errors import GateError
-from train.loss import diffusion_loss, noised
+from train.loss import diffusion_loss, sample_inputs
 from train.pairs import EncodedPairs
 from train.randomness import generator
 
@@ -26,7 +26,7 @@ def losses_of(
     """
     losses: dict[str, list[Tensor]] = {"right": [], "null": [], "wrong": []}
     for i, part in enumerate(pairs.parts(device)):
-        batch = noised(part, generator(seed, i, device))
+        batch = sample_inputs(part, generator(seed, i, device))
         null = part.images(torch.ones(len(part), dtype=torch.bool, device=device))
         for name, image in {"right": batch.image, "null": null, "wrong": batch.image.roll(1, dims=0)}.items():
             context = adapter(Context(batch.text, fuse=fuse), image)
@@ -68,7 +68,7 @@ def check_gates(
     At scale 0, the output must equal that of the base model bit for bit. Every trainable tensor must get a gradient, and no frozen
     tensor may get one.
     """
-    batch = noised(pairs.at(torch.arange(min(4, len(pairs)))).to(device), generator(0, 0, device))
+    batch = sample_inputs(pairs.at(torch.arange(min(4, len(pairs)))).to(device), generator(0, 0, device))
     text = Context(batch.text, fuse=fuse)
     with torch.no_grad():
         if not torch.equal(unet(batch.x0, batch.t, text), unet(batch.x0, batch.t, adapter(text, batch.image, 0.0))):

@@ -20,12 +20,12 @@ from torch import nn
 from checkpoints.files import check_output, replacing
 from train import checkpoint, processes
 from train.clock import Clock
-from train.data import Data, Shared, stream
-from train.display import Display, bar, shown
-from train.errors import Damaged, Interrupted
+from train.data import Data, ProcessBatches, stream
+from train.display import Display, bar, last_numbers
+from train.errors import DamagedState, Interrupted
 from train.fingerprint import fingerprint
 from train.interrupt import Interrupt
-from train.randomness import hashed
+from train.randomness import hash_step
 from train.shared import step_of
 from train.step import Loss, Values, check_finite, move_towards, numbers
 
@@ -58,7 +58,7 @@ class Plan:
     validate_every: int = 250
     fp16: bool = False
 
-    def scaled(self, factor: int) -> Plan:
+    def scale_batch(self, factor: int) -> Plan:
         """Return the plan for batches `factor` times as large: as many pictures in fewer steps, at the same learning rates."""
 
         def fewer(steps: int) -> int:
@@ -112,7 +112,7 @@ class _Training(Generic[T]):
             self.run_step.restore(state["optimizer"], state["scaler"])
             self.step, self.clock, self.log = state["step"], Clock(state["seconds"]), state["log"]
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-            raise Damaged(self.state_file, str(error).partition("\n")[0]) from None
+            raise DamagedState(self.state_file, str(error).partition("\n")[0]) from None
 
     def save(self) -> None:
         """Write the state and the log, in the first process."""
@@ -130,7 +130,7 @@ class _Training(Generic[T]):
     def advance(self, batches: Iterator[T]) -> None:
         """Run one step. On a CPU, raises `Diverged` before the weights change."""
         plan, parts = self.plan, range(self.step * self.plan.accumulate, (self.step + 1) * self.plan.accumulate)
-        seeds, lr = [hashed(plan.seed, part) for part in parts], plan.lr * plan.rate(self.step)
+        seeds, lr = [hash_step(plan.seed, part) for part in parts], plan.lr * plan.rate(self.step)
         with self.clock.step(plan.batch * plan.accumulate):
             with self.clock.waiting(self.run_step.idle):
                 own = [next(batches) for _ in self.team.shares for _ in parts]
@@ -176,12 +176,12 @@ def run(
     are kept in `folder`. If a state exists there, the run resumes from it, provided that the plan, the initial weights of `module`
     and the inputs named in `made_from` are the same. With `until`, stop after that many steps of the plan.
     Raises `Interrupted` after saving the state, `Diverged` before the weights change (on a GPU: before they are saved), `OtherRun`
-    if the state belongs to another run, and `Damaged` if it cannot be read.
+    if the state belongs to another run, and `DamagedState` if it cannot be read.
     """
     check_output(folder / f"{plan.name}.pt")
     first, end = processes.team().rank == 0, plan.steps if until is None else until
     training = _Training(plan, module, loss, folder, made_from or {}, display if display and first else Display())
-    shared = Shared(data, training.team.shares, plan.accumulate)
+    shared = ProcessBatches(data, training.team.shares, plan.accumulate)
     batches = stream(shared, range(training.step * shared.each, end * shared.each), workers)
     with Interrupt() as interrupt, bar(plan.name, plan.steps, training.step, not first) as progress:
         while training.step < end:
@@ -190,9 +190,9 @@ def run(
             if last or done % plan.validate_every == 0:
                 training.measure(validate(training.kept) if first else {})
             training.display.step(training.kept, done)
-            progress.set_postfix(shown(training.log), refresh=False)
+            progress.set_postfix(last_numbers(training.log), refresh=False)
             progress.update()
-            stopped = processes.agreed(interrupt.signal_number)
+            stopped = processes.largest_of_all(interrupt.signal_number)
             if last or stopped or done % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
                 training.save()
             if stopped and not last:

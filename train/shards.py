@@ -27,7 +27,7 @@ from tqdm import tqdm
 from checkpoints.files import replacing
 from sampling.images import decode_image
 from train import processes
-from train.album import Album, Captioned, Member
+from train.album import Album, CaptionedPicture, Member
 from train.fingerprint import content_key, digest
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -39,7 +39,7 @@ def shards_in(data: Path) -> list[Path]:
     return sorted(data.glob("*.tar")) if data.is_dir() else []
 
 
-def indexed(shards: Sequence[Path], folder: Path) -> tuple[Shards, list[str]]:
+def index_shards(shards: Sequence[Path], folder: Path) -> tuple[Shards, list[str]]:
     """Read the index of each shard in `folder`, or make it. Return the pictures, and the problems of all shards.
 
     Processes share the shards to index. Raises ValueError if a file is not a tar file.
@@ -73,20 +73,20 @@ class Shards(Album):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Captioned:  # type: ignore[override]
+    def __getitem__(self, i: int) -> CaptionedPicture:  # type: ignore[override]
         row = int(self.rows[i])
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         index, at = self.indices[shard], row - self.starts[shard]
         start, end = index["words"][at : at + 2].tolist()
         name, *texts = json.loads(index["text"][start:end].numpy().tobytes())
         member = Member(name, int(index["offsets"][at]), int(index["sizes"][at]))
-        return Captioned(self.shards[shard], tuple(texts), int(index["keys"][at]), member)
+        return CaptionedPicture(self.shards[shard], tuple(texts), int(index["keys"][at]), member)
 
     @property
     def keys(self) -> Tensor:
         return torch.cat([index["keys"] for index in self.indices])[self.rows]
 
-    def chosen(self, rows: Tensor) -> Shards:
+    def select(self, rows: Tensor) -> Shards:
         return Shards(self.shards, self.indices, self.rows[rows], self.broken)
 
     def made_from(self) -> dict[str, str]:

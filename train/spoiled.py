@@ -60,7 +60,7 @@ def smooth(n: int, channels: int, size: int, side: int, g: torch.Generator) -> T
     return F.interpolate(coarse, side, mode="bicubic", align_corners=True)
 
 
-def warped(x: Tensor, pixels: Tensor, g: torch.Generator) -> Tensor:
+def warp(x: Tensor, pixels: Tensor, g: torch.Generator) -> Tensor:
     """Displace pixels smoothly. `pixels`: standard deviation of the displacement in pixels, `b`."""
     n, side = len(x), x.shape[-1]
     move = smooth(n, 2, 7, side, g) * (2 * pixels / side).view(-1, 1, 1, 1)
@@ -80,7 +80,7 @@ def uniform(n: int, low: float, high: float, g: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(n, generator=g, device=g.device)
 
 
-def spoiled(x: Tensor, concept: Tensor, background: Tensor, g: torch.Generator) -> tuple[Tensor, Labels]:
+def spoil(x: Tensor, concept: Tensor, background: Tensor, g: torch.Generator) -> tuple[Tensor, Labels]:
     """Spoil `SHARE` of the pictures `b 3 h w`, a quarter of these in each of four ways. Return the pictures and their labels.
 
     `concept`: `b`, indices, or `NONE`. `background`: `b 3`, the colour behind each drawing.
@@ -91,7 +91,7 @@ def spoiled(x: Tensor, concept: Tensor, background: Tensor, g: torch.Generator) 
     curve = torch.sigmoid(10 * (lines(n, x.shape[-1], g) + 0.3 * smooth(n, 1, 4, x.shape[-1], g)))
     kept = torch.sigmoid(12 * (smooth(n, 1, 4, x.shape[-1], g) - 0.5))
     far = uniform(n, 3.0, 9.0, g)
-    ways = [even * x + (1 - even) * other, curve * x + (1 - curve) * other, kept * x + (1 - kept) * plain, warped(x, far, g)]
+    ways = [even * x + (1 - even) * other, curve * x + (1 - curve) * other, kept * x + (1 - kept) * plain, warp(x, far, g)]
     known = [differs, differs, kept.mean(dim=(1, 2, 3)) < 0.4, far > 5.0]
     way = torch.randint(4, (n,), generator=g, device=g.device)
     bad = torch.rand(n, generator=g, device=g.device) < SHARE
@@ -105,10 +105,10 @@ def spoiled(x: Tensor, concept: Tensor, background: Tensor, g: torch.Generator) 
     return drawn, Labels(labels, labelled.float(), (~bad | (way >= 2)).float(), whole.float())
 
 
-def degraded(x: Tensor, g: torch.Generator) -> Tensor:
+def degrade(x: Tensor, g: torch.Generator) -> Tensor:
     """Warp, blur and add noise to pictures slightly, to imitate the flaws of a model's drawings."""
     n = len(x)
-    x = warped(x, uniform(n, 0.0, 1.2, g), g)
+    x = warp(x, uniform(n, 0.0, 1.2, g), g)
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     x = x.lerp(blurred, uniform(n, 0.0, 0.6, g).view(-1, 1, 1, 1))
     noise = torch.randn(x.shape, generator=g, device=g.device)

@@ -67,7 +67,7 @@ class Store:
     def read(self) -> None:
         """Open all packs. Remove damaged ones, and report them on stderr."""
         files = sorted(self.folder.glob("pack-*.safetensors"))
-        self.packs = [pack for file in files if (pack := _opened(file)) is not None]
+        self.packs = [pack for file in files if (pack := _open_pack(file)) is not None]
 
     def places(self, keys: Tensor) -> Tensor:
         """Return where the rows with these keys are, `n`, and -1 for those that are missing."""
@@ -111,7 +111,7 @@ class Store:
             write()
 
 
-def _opened(file: Path) -> Pack | None:
+def _open_pack(file: Path) -> Pack | None:
     """Map a pack into memory. Remove it if it is damaged, and return None."""
     try:
         pack = load_file(file)
@@ -127,7 +127,9 @@ def _opened(file: Path) -> Pack | None:
 
 
 @torch.no_grad()
-def encoded(data: Data[Tensor], keys: Tensor, encode: Encode, folder: Path, each: int = 1, workers: int | None = None) -> dict[str, Rows]:
+def encode_rows(
+    data: Data[Tensor], keys: Tensor, encode: Encode, folder: Path, each: int = 1, workers: int | None = None
+) -> dict[str, Rows]:
     """Return the named rows of encode(data.batch(i)) for all i. Row j of batch i has the key `keys[i * each + j]`.
 
     Only batches with rows that are not in `folder` are encoded, each separately, so the result does not depend on what was there.

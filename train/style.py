@@ -25,7 +25,7 @@ from sampling.schedule import Schedule
 from train import preview
 from train.card import WORLD_LICENCE, card
 from train.comic import comic
-from train.data import Cached
+from train.data import ShuffledBatches
 from train.encode import WorldPictures
 from train.fingerprint import fingerprint
 from train.loop import Plan, run
@@ -76,11 +76,11 @@ def train(
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, LoRA)
-        styled = module.merged(unet)
+        styled = module.merge(unet)
         preview.draw_captions(Pipeline(styled, vae, text, schedule), folder / "comic.png")
         return {"held_out": held_out_loss(styled, schedule, held_out)}
 
-    data = Cached(pairs, plan.batch, plan.seed)
+    data = ShuffledBatches(pairs, plan.batch, plan.seed)
     kept, log = run(plan, lora, data, loss, validate, folder, workers=0, made_from=made_from)
     assert isinstance(kept, LoRA)
     details = {"data": f"the mini world in the comic style, {pictures} pictures", "rank": RANK, "made_from": made_from}

@@ -12,7 +12,7 @@ from eval.ablation.rows import Results
 from eval.ablation.summary import trainings
 
 
-def marked(number: str, read: Mapping[str, int]) -> str:
+def mark(number: str, read: Mapping[str, int]) -> str:
     """Mark a number that some seeds read at the end of their curve by ">", and one that some read before their smallest lambda by "†"."""
     return ("> " if read.get("end") else "") + number + (" †" if read.get("start") else "")
 
@@ -24,7 +24,7 @@ def rate_table(results: Results) -> pd.DataFrame:
         line: dict[str, Any] = {"form": FORMS[form].name, "parameters": f"{runs[form][0]['parameters']:,}"}
         for rate, row in rates.items():
             step, end = next(iter(row["endpoint"].items()))
-            text = "diverged" if end is None else f"{row['held_out']:.5f}, {marked(f'{end:.1f}', row['read'][step])}"
+            text = "diverged" if end is None else f"{row['held_out']:.5f}, {mark(f'{end:.1f}', row['read'][step])}"
             line[rate] = text + (" \\*" if float(rate) == runs[form][0]["rate"] else "")
         lines.append(line)
     return pd.DataFrame(lines)
@@ -38,7 +38,7 @@ def through_table(results: Results) -> pd.DataFrame:
             continue
         for step in next(iter(rates.values()), {"endpoint": {}})["endpoint"]:
             ends = {rate: (row["endpoint"][step], row["read"][step]) for rate, row in rates.items()}
-            shown = {rate: "diverged" if end is None else marked(f"{end:.1f}", read) for rate, (end, read) in ends.items()}
+            shown = {rate: "diverged" if end is None else mark(f"{end:.1f}", read) for rate, (end, read) in ends.items()}
             lines.append({"form": FORMS[form].short, "steps": f"{int(step):,}", **shown})
     return pd.DataFrame(lines)
 

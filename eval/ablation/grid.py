@@ -19,7 +19,7 @@ def middle(a: float, b: float, scale: Scale) -> float:
     return math.sqrt(a * b) if a else b / 256
 
 
-def bisected(follow: Callable[[float], float], scale: Scale, most: int = MOST, gap: float = GAP) -> dict[float, float]:
+def bisect_lambdas(follow: Callable[[float], float], scale: Scale, most: int = MOST, gap: float = GAP) -> dict[float, float]:
     """Return {lambda: following} in ascending order, with lambda 0, 1 and the largest.
 
     `follow(lambda)` measures the share of drawings that follow the text. Add a lambda between the neighbours that differ most, until
@@ -35,7 +35,7 @@ def bisected(follow: Callable[[float], float], scale: Scale, most: int = MOST, g
     return dict(sorted(shares.items()))
 
 
-def spaced(lambdas: Sequence[float], count: int = 4) -> list[float]:
+def spaced_lambdas(lambdas: Sequence[float], count: int = 4) -> list[float]:
     """Return `count` of the lambdas above 0, evenly spaced in rank, with the smallest and the largest; all if there are fewer."""
     above = sorted(lam for lam in lambdas if lam)
     if len(above) <= count:

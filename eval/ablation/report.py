@@ -11,10 +11,10 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.ablation.against import SETS, against, parts
-from eval.ablation.appendix import ceiling_table, grid_table, marked, rate_table, through_table
+from eval.ablation.appendix import ceiling_table, grid_table, mark, rate_table, through_table
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY
 from eval.ablation.rows import Results
-from eval.tables import markdown, shown
+from eval.tables import markdown, with_interval
 
 TITLES = {
     "following": ("follows", ".0%"),
@@ -43,9 +43,9 @@ def headline(results: Results) -> str:
         return "The study does not hold both forms of the primary comparison."
     first, name = summary["difference"][PRIMARY], "palette information" if results.truth() else "similarity to the image prompt"
     both = [first, summary.get("confirmed", {}).get(PRIMARY, first)]
-    again = f" (on the confirmation prompts {shown(both[1])})" if "confirmed" in summary else ""
+    again = f" (on the confirmation prompts {with_interval(both[1])})" if "confirmed" in summary else ""
     of = f"; the ceiling is {summary['ceilings']['vae']:.1f}" if results.truth() else ""
-    told = f"where both follow the text equally often, IP-Adapter minus the simple adapter is {shown(first)} in {name}{again}{of}"
+    told = f"where both follow the text equally often, IP-Adapter minus the simple adapter is {with_interval(first)} in {name}{again}{of}"
     if any(each["high"] < 0 for each in both):
         return f"The simple adapter beats decoupled attention here: {told}."
     if all(each["low"] > 0 for each in both):
@@ -63,7 +63,7 @@ def square(results: Results) -> pd.DataFrame:
         if endpoint is None:
             return ""
         concept = f" (concept {np.mean(endpoint['concept']):.0%})" if "concept" in endpoint else ""
-        return marked(spread(endpoint["information"]), endpoint) + concept
+        return mark(spread(endpoint["information"]), endpoint) + concept
 
     rows = {"own W'_k, W'_v": ("ip_adapter", "concatenated"), "the text's W_k, W_v": ("shared", "simple")}
     return pd.DataFrame([{"": name, "own softmax": cell(a), "joint softmax": cell(b)} for name, (a, b) in rows.items()])
@@ -79,7 +79,7 @@ def difference_table(results: Results) -> pd.DataFrame:
     summary, lines = results.data["summary"], []
     for key, prompts in (("difference", "test"), ("confirmed", "confirmation")):
         for form, d in summary.get(key, {}).items():
-            line = {"IP-Adapter minus": FORMS[form].name, "prompts": prompts, "difference [95 %]": shown(d), "p": p_value(d["p"])}
+            line = {"IP-Adapter minus": FORMS[form].name, "prompts": prompts, "difference [95 %]": with_interval(d), "p": p_value(d["p"])}
             lines.append(line | {"test": "primary" if form == PRIMARY else "adjusted"})
     return pd.DataFrame(lines)
 
@@ -89,9 +89,9 @@ def step_table(results: Results) -> pd.DataFrame:
     summary = results.data["summary"]["steps"]
     lines = []
     for i, step in enumerate(summary["steps"]):
-        ends = {form: marked(spread(each[i]), summary["read"][form][i]) for form, each in summary["endpoint"].items()}
+        ends = {form: mark(spread(each[i]), summary["read"][form][i]) for form, each in summary["endpoint"].items()}
         line = {"steps": f"{step:,}"} | {FORMS[form].short: end for form, end in ends.items()}
-        lines.append(line | ({"IP-Adapter minus simple": shown(summary["difference"][i])} if "difference" in summary else {}))
+        lines.append(line | ({"IP-Adapter minus simple": with_interval(summary["difference"][i])} if "difference" in summary else {}))
     return pd.DataFrame(lines)
 
 
@@ -112,9 +112,9 @@ def secondary_table(results: Results) -> pd.DataFrame:
     lines = []
     for name, row in results.data["summary"]["secondary"].items():
         digits = DIGITS.get(name, 1)
-        ends = {form: marked(spread(values, digits), row["read"].get(form, {})) for form, values in row["forms"].items()}
+        ends = {form: mark(spread(values, digits), row["read"].get(form, {})) for form, values in row["forms"].items()}
         line = {"": name} | {FORMS[form].short: end for form, end in ends.items()}
-        lines.append(line | {"IP-Adapter minus simple": shown(row["difference"], digits) if row["difference"] else ""})
+        lines.append(line | {"IP-Adapter minus simple": with_interval(row["difference"], digits) if row["difference"] else ""})
     losses = results.data["summary"]["losses"]
     return pd.DataFrame([*lines, {"": "held-out loss"} | {FORMS[form].short: spread(each, 5) for form, each in losses.items()}])
 
@@ -165,9 +165,9 @@ def render(results: Results) -> str:
         study=results.study,
         lead=lead(results),
         against=against(results),
-        trend=shown(summary["steps"]["trend"]) if "trend" in summary["steps"] else "",
+        trend=with_interval(summary["steps"]["trend"]) if "trend" in summary["steps"] else "",
         p_trend=p_value(summary["steps"]["trend"]["p"]) if "trend" in summary["steps"] else "",
-        alone={key: shown(each[PRIMARY], 3 if key == "clip_i" else 1) for key, each in summary["paper"]["difference"].items()},
+        alone={key: with_interval(each[PRIMARY], 3 if key == "clip_i" else 1) for key, each in summary["paper"]["difference"].items()},
         ceilings=summary["ceilings"],
         first=FORMS[BASELINE].name,
         task=results.primary,

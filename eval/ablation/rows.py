@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints.files import read_json
-from eval.ablation.grid import spaced
+from eval.ablation.grid import spaced_lambdas
 from eval.ablation.memo import Arrays, Unit, unpack
 from eval.ablation.statistics import Array, Curve, distances, information, retrieval
 from eval.scores import ANYWHERE, places_of, sizes_of
@@ -89,7 +89,7 @@ class Results:
         return list(self.units[f"grid-{form}"].value["lambdas"])
 
     @functools.cached_property
-    def _measured(self) -> dict[str, dict[str, Array]]:
+    def _measure_cache(self) -> dict[str, dict[str, Array]]:
         return {}
 
     def measures(self, name: str) -> dict[str, Array]:
@@ -99,9 +99,9 @@ class Results:
         `conflict` and that of the image prompt otherwise; `right background`: 1 if it is that of the text, or of the image prompt if the
         text names none; `clip_i`, `clip_t`. Without ground truth, `information` is 100 CLIP-I.
         """
-        if name not in self._measured:
-            self._measured[name] = self._measure(self.units[name])
-        return self._measured[name]
+        if name not in self._measure_cache:
+            self._measure_cache[name] = self._measure(self.units[name])
+        return self._measure_cache[name]
 
     def _measure(self, unit: Unit) -> dict[str, Array]:
         task, split = unit.value["task"], unit.value["split"]
@@ -144,7 +144,7 @@ class Results:
         names = [f"drawn-{form}-{seed}-{step}-{task}-{split}-{layers}" for seed in range(self.study["seeds"])]
         names = [name for name in names if name in self.units]
         lambdas = self.units[names[0]].value["lambdas"]
-        wanted = spaced(lambdas, self.study["few"]) if few else lambdas
+        wanted = spaced_lambdas(lambdas, self.study["few"]) if few else lambdas
         keep = [i for i, lam in enumerate(lambdas) if lam in wanted]
 
         def array(key: str) -> Array:

@@ -107,7 +107,7 @@ class Curve:
         """Read the curve of each seed, averaged over all prompts: `seeds`."""
         return read(self.following.mean(axis=-1), self.value.mean(axis=-1))
 
-    def resampled(self, read: Read, weights: Array, rows: NDArray[np.intp]) -> Array:
+    def resample(self, read: Read, weights: Array, rows: NDArray[np.intp]) -> Array:
         """Read the curve in each resample, averaged over the seeds in `rows`, `r seeds`: `r`. `weights`: of the prompts, `r prompts`."""
         following, value = (np.moveaxis(part @ weights.T, -1, 0) for part in (self.following, self.value))
         return np.asarray(np.take_along_axis(read(following, value), rows, axis=1).mean(axis=1))
@@ -153,7 +153,7 @@ class Bootstrap:
         seeds = min(len(a.value), len(b.value))
         a, b = a.first(seeds), b.first(seeds)
         draws = self.draws(seeds, a.value.shape[-1])
-        return float((a.seeds(read) - b.seeds(read)).mean()), a.resampled(read, *draws) - b.resampled(read, *draws)
+        return float((a.seeds(read) - b.seeds(read)).mean()), a.resample(read, *draws) - b.resample(read, *draws)
 
     def difference(self, a: Curve, b: Curve, read: Read) -> Interval:
         """Return the difference a - b of a reading, paired by seed, on the seeds that both have."""

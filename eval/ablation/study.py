@@ -119,7 +119,7 @@ class Workspace:
     """The inputs of a study and the locations of its files.
 
     `source`: base model and pictures. `shipped`: folder of the finished adapters. `state`: folder of all other files, with one
-    subfolder per value of `made_from`. `scorer`: the name of a CLIP (`clip_score.find`). `made_from`: see `fingerprinted`.
+    subfolder per value of `made_from`. `scorer`: the name of a CLIP (`clip_score.find`). `made_from`: see `with_fingerprints`.
     """
 
     source: TrainingSource
@@ -148,7 +148,7 @@ class Workspace:
         """Build the bench that draws and scores a set of prompts. For a user's pictures, the prompts are the held-out pictures."""
         return _bench_once(self.source, self.scorer, study, split, self.state)
 
-    def fingerprinted(self, study: Study) -> Workspace:
+    def with_fingerprints(self, study: Study) -> Workspace:
         """Return a copy with `made_from` set: fingerprints of the weights, the data, the scorer and the source files, and the settings."""
         bench = self.bench(study)
         parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")} | {"judge": bench.judge}

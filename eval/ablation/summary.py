@@ -55,16 +55,16 @@ def trainings(results: Results) -> dict[str, list[dict[str, Any]]]:
 
 
 def endpoints(results: Results, curves: dict[str, Curve]) -> dict[str, Any]:
-    """Return for each form: the endpoint of each seed, where the seeds are read (`counted`), and the share of right concepts there."""
+    """Return for each form: the endpoint of each seed, where the seeds are read (`count_ends`), and the share of right concepts there."""
     level, ends = results.study["level"], dict[str, dict[str, Any]]()
     for form, curve in curves.items():
-        ends[form] = {"information": curve.seeds(at_level(level)).tolist()} | counted(curve, level)
+        ends[form] = {"information": curve.seeds(at_level(level)).tolist()} | count_ends(curve, level)
         if results.truth():
             ends[form]["concept"] = results.curve(form, "concept").seeds(at_level(level)).tolist()
     return ends
 
 
-def counted(curve: Curve, level: float) -> dict[str, int]:
+def count_ends(curve: Curve, level: float) -> dict[str, int]:
     """Count the seeds that are read at the `end` of their curve, and at its `start` (`statistics.where_read`)."""
     places = [where_read(each, level) for each in curve.following.mean(axis=-1)]
     return {place: places.count(place) for place in ("end", "start")}
@@ -96,7 +96,7 @@ def by_step(results: Results) -> dict[str, Any]:
     steps = [study["steps"] // 2**i for i in (4, 3, 2, 1, 0)]
     curves = {form: [results.curve(form, step=step, few=True) for step in steps] for form in study["forms"]}
     summary: dict[str, Any] = {"steps": steps, "endpoint": {form: [c.seeds(read).tolist() for c in each] for form, each in curves.items()}}
-    summary["read"] = {form: [counted(c, study["level"]) for c in each] for form, each in curves.items()}
+    summary["read"] = {form: [count_ends(c, study["level"]) for c in each] for form, each in curves.items()}
     if {BASELINE, PRIMARY} <= set(curves):
         bootstrap, pairs = Bootstrap(study["resamples"]), list(zip(curves[BASELINE], curves[PRIMARY], strict=True))
         summary["difference"] = [asdict(bootstrap.difference(a, b, read)) for a, b in pairs]
@@ -106,7 +106,7 @@ def by_step(results: Results) -> dict[str, Any]:
 
 def by_rate(results: Results) -> dict[str, Any]:
     """Return for each form and rate the held-out loss, and the endpoint after some steps: None if it diverged. `read`: where it is
-    read (`counted`). Only forms that were trained to the end at every rate have more than one number of steps."""
+    read (`count_ends`). Only forms that were trained to the end at every rate have more than one number of steps."""
     study, summary = results.study, dict[str, dict[str, Any]]()
     read, steps = at_level(study["level"]), [study["steps"] // 4, study["steps"] // 2, study["steps"]]
     for form in study["forms"]:
@@ -115,7 +115,7 @@ def by_rate(results: Results) -> dict[str, Any]:
             drawn = steps if f"through-{form}-{rate:g}" in results.units else steps[:1]
             curves = {str(step): results.rate_curve(form, rate, step) for step in drawn}
             ends = {step: None if curve is None else float(curve.seeds(read)[0]) for step, curve in curves.items()}
-            places = {step: {} if curve is None else counted(curve, study["level"]) for step, curve in curves.items()}
+            places = {step: {} if curve is None else count_ends(curve, study["level"]) for step, curve in curves.items()}
             held_out = results.units[f"rate-{form}-{rate:g}"].value
             summary[form][f"{rate:g}"] = {"held_out": held_out, "endpoint": ends, "read": places}
     return summary
@@ -165,7 +165,7 @@ def secondary(results: Results) -> dict[str, Any]:
         pair = {BASELINE, PRIMARY} <= set(forms)
         summary[name] = {
             "forms": {form: each.seeds(read).tolist() for form, each in curves.items()},
-            "read": {form: counted(each, at) for form, each in curves.items()} if at else {},
+            "read": {form: count_ends(each, at) for form, each in curves.items()} if at else {},
             "difference": asdict(bootstrap.difference(curves[BASELINE], curves[PRIMARY], read)) if pair else None,
         }
     return summary

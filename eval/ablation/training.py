@@ -51,7 +51,7 @@ def settings_of(workspace: Workspace, plan: Plan) -> dict[str, Any]:
     return {"made_from": workspace.made_from, **plain}
 
 
-def trained(workspace: Workspace, study: Study, form: str, plan: Plan, step: int) -> IPAdapter:
+def trained_adapter(workspace: Workspace, study: Study, form: str, plan: Plan, step: int) -> IPAdapter:
     """Load an adapter as it was after some steps of its training; train it first if it is not there."""
     needed = study.checkpoints if plan.seed != RATE_SEED else [each for each in study.rate_checkpoints if each <= step]
     if workspace.card(study, plan, step).get("settings") != settings_of(workspace, plan):

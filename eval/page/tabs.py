@@ -17,7 +17,7 @@ from model.attention import concatenated, decoupled
 from sampling.command_line import command_line
 from sampling.device import check_device
 from sampling.fields import Preset, paths
-from sampling.form import EXAMPLES, ROOT, Desk, told
+from sampling.form import EXAMPLES, ROOT, Desk, collect_notes
 from sampling.layer_weights import attention_layers
 from sampling.request import Model, SamplerName
 from sampling.sheets.strip import LAMBDAS, strip
@@ -100,7 +100,7 @@ def wire(row: list[Any], form: dict[str, Any], do: Callable[..., Iterator[list[A
             progress((state.index + 1, values[form["steps"]]), unit="steps")
 
         with tempfile.TemporaryDirectory() as folder:
-            with told(notes):
+            with collect_notes(notes):
                 for update in do({name: values[part] for name, part in form.items()}, values, watch, Path(folder)):
                     yield [*update, ""]
             yield [*[gr.skip()] * len(outputs), "  \n".join(notes)]
@@ -124,7 +124,7 @@ def draw_tab(desk: Desk, form: dict[str, Any]) -> None:
     def restore(path: str) -> list[Any]:
         notes: list[str] = []
         values: dict[str, Any] = {}
-        with told(notes):
+        with collect_notes(notes):
             values = desk.form(path)
             notes.append("The form has the settings of this picture.")
         return [*[values.get(name, gr.skip()) for name in form], "  \n".join(notes)]
@@ -167,7 +167,7 @@ def look_tab(desk: Desk, form: dict[str, Any]) -> None:
 
     def show(result: Look | None, *at: int) -> Any:
         notes: list[str] = []
-        with told(notes):
+        with collect_notes(notes):
             return cells(desk.pipeline.text, result, *at) if result else [gr.skip(), gr.skip()]
         return [gr.skip(), notes[-1]]
 

@@ -35,7 +35,7 @@ from model.adapter import IPAdapter
 from model.context import Context
 from model.image_encoder import VIT_H
 from model.unet import UNet
-from sampling.loading import compiled
+from sampling.loading import compile_unet
 from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
 from train.loss import diffusion_loss
@@ -54,7 +54,7 @@ def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = Fa
     peer = official.peer_unet(folder, dtype)
     unet, adapter = _ours(folder, dtype)
     if compile_ours:
-        unet = compiled(unet)
+        unet = compile_unet(unet)
     x, text, image = inputs(dtype)
     context = adapter(Context(text), image)
     added = {"image_embeds": [image[:, None]]}

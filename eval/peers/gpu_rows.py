@@ -20,7 +20,7 @@ from model.vae import VAE
 from sampling.ddim import ddim, ddim_times
 from sampling.guidance import guided
 from sampling.lambdas import as_tensors
-from sampling.loading import compiled
+from sampling.loading import compile_unet
 from sampling.schedule import Schedule
 from train.loss import diffusion_loss
 
@@ -52,7 +52,7 @@ def step(setting: Setting, dtype: torch.dtype, batch: int, mode: str | None = No
     with FlopCounterMode(display=False) as counter:
         unet(x, t, context)
     if mode:
-        unet, context = compiled(unet, mode), as_tensors(context)
+        unet, context = compile_unet(unet, mode), as_tensors(context)
     row: Timing = {"ours": measure(setting, partial(unet, x, t, context))}
     del unet, adapter
     if (peer := peer_or_none(partial(their_unet, setting, dtype))) is not None:
