@@ -64,13 +64,13 @@ def open_control(path: Path) -> ControlFile:
         raise FileNotFoundError(f"{path} is not there: name a ControlNet or a T2I-Adapter")
     if kind := own_kind(path):
         control = module_from_card(path, *_OWN[kind])
-        opened = ControlFile(control, File(path), {n: (n,) for n in control.state_dict()}, "the control that its card describes")
+        source = ControlFile(control, File(path), {n: (n,) for n in control.state_dict()}, "the control that its card describes")
     else:
-        opened = _open_foreign(path, weights_in(path))
-    check(opened.control, opened.names, opened.file, opened.what)
-    if (channels := opened.control.config.hint_channels) not in (1, 3):
+        source = _open_foreign(path, weights_in(path))
+    check(source.control, source.names, source.file, source.what)
+    if (channels := source.control.config.hint_channels) not in (1, 3):
         raise ValueError(f"{path} reads hints of {channels} channels, but only pictures, of 1 or 3, can be given")
-    return opened
+    return source
 
 
 def _open_foreign(path: Path, file: File) -> ControlFile:
@@ -112,12 +112,12 @@ def load_control(
 
     Raises ValueError when the file is not a supported control, or is for another base model.
     """
-    opened = open_control(path)
+    source = open_control(path)
     if unet is not None:
-        check_fit(opened.control, unet, path)
-    if factor is not None and (needed := opened.control.config.factor) != factor:
-        raise ValueError(f"{path} is a control for latents {needed} times smaller than the picture, but those here are {factor} times")
-    return assemble(opened.control, opened.names, opened.file, opened.what, dtype)
+        check_fit(source.control, unet, path)
+    if factor is not None and (expected := source.control.config.factor) != factor:
+        raise ValueError(f"{path} is a control for latents {expected} times smaller than the picture, but those here are {factor} times")
+    return assemble(source.control, source.names, source.file, source.what, dtype)
 
 
 def check_fit(control: Control, unet: UNetConfig, path: Path) -> None:
@@ -125,13 +125,13 @@ def check_fit(control: Control, unet: UNetConfig, path: Path) -> None:
     if fits(control, unet):
         return
     ours = control.config
-    given = display_name(BASES, unet.context_dim)
+    actual = display_name(BASES, unet.context_dim)
     if isinstance(ours, ControlNetConfig) and ours.context_dim != unet.context_dim:
-        made = f"for {display_name(BASES, ours.context_dim)}"
+        purpose = f"for {display_name(BASES, ours.context_dim)}"
     else:
-        made = f"with feature maps of width {', '.join(map(str, ours.channels))}"
+        purpose = f"with feature maps of width {', '.join(map(str, ours.channels))}"
     raise ValueError(
-        f"{path} is a control {made}, but you gave a base model of {given}, with {', '.join(map(str, unet.channels))}: "
+        f"{path} is a control {purpose}, but you gave a base model of {actual}, with {', '.join(map(str, unet.channels))}: "
         "use a control made for this base model"
     )
 
@@ -142,9 +142,9 @@ def fits(control: Control, unet: UNetConfig) -> bool:
         fields = ("channels", "res_blocks", "context_dim", "added_dim")
         return all(getattr(control.config, name) == getattr(unet, name) for name in fields)
     levels, config = len(unet.channels), control.config
-    halved = levels > 1 and unet.depth[0] == 0  # as in SDXL, whose first feature map is at half the size
+    half_size = levels > 1 and unet.depth[0] == 0  # as in SDXL, whose first feature map is at half the size
     extra = 1 if config.form == "xl" else 0
-    return config.channels[:levels] == unet.channels and len(config.channels) == levels + extra and halved == bool(extra)
+    return config.channels[:levels] == unet.channels and len(config.channels) == levels + extra and half_size == bool(extra)
 
 
 def save_control_diffusers(control: Control, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -81,8 +81,8 @@ def _check(kind: str, source: Path, target: Path, ema: bool, diffusers: bool) ->
     if ema and (kind != "base" or source.is_dir()):
         raise ValueError(f"{source} is not a base model in a single file, so it has no EMA copy: leave out --ema")
     if target.exists() and one_file == target.is_dir():
-        there, needed = ("folder", "file") if one_file else ("file", "folder")
-        raise ValueError(f"{target} is a {there}: name a {needed} to write")
+        there, expected = ("folder", "file") if one_file else ("file", "folder")
+        raise ValueError(f"{target} is a {there}: name a {expected} to write")
 
 
 def _convert_adapter(source: Path, target: Path, dtype: torch.dtype | None) -> None:

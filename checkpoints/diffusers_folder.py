@@ -136,8 +136,8 @@ def save_pipeline(base: Base, scheduler: Mapping[str, Any], folder: Path, dtype:
         for end, text in texts.items():
             save_text(text, part / f"text_encoder{end}", dtype)
             save_tokenizer(text.config.pad, part / f"tokenizer{end}")
-            projected = "WithProjection" if text.config.output_dim else ""
-            parts |= {f"text_encoder{end}": f"CLIPTextModel{projected}", f"tokenizer{end}": "CLIPTokenizer"}
+            suffix = "WithProjection" if text.config.output_dim else ""
+            parts |= {f"text_encoder{end}": f"CLIPTextModel{suffix}", f"tokenizer{end}": "CLIPTokenizer"}
         write_json(part / "scheduler" / "scheduler_config.json", scheduler | {"prediction_type": "v_prediction" if v else "epsilon"})
         library = {name: "transformers" if kind.startswith("CLIP") else "diffusers" for name, kind in parts.items()}
         inpaints = "Inpaint" if base.unet.config.in_channels > base.vae.config.latent_channels else ""

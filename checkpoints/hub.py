@@ -54,10 +54,10 @@ def _download(path: Path) -> None:
     from huggingface_hub import snapshot_download
 
     owner, name, *inside = path.parts
-    wanted = "/".join(inside)
+    pattern = "/".join(inside)
     try:
         snapshot_download(
-            f"{owner}/{name}", allow_patterns=[wanted, f"{wanted}/*"] if inside else _BASE, ignore_patterns=None if inside else _VARIANTS
+            f"{owner}/{name}", allow_patterns=[pattern, f"{pattern}/*"] if inside else _BASE, ignore_patterns=None if inside else _VARIANTS
         )
     except Exception as error:  # the network can fail in many ways
         raise OSError(f"{path} can't be downloaded: {printable(str(error).strip().partition(chr(10))[0])}") from error

@@ -83,8 +83,8 @@ def _common_alpha(path: Path) -> float | None:
 
     Raises ValueError if the header asks for another rule than alpha / r.
     """
-    with open(path, "rb") as opened:
-        if opened.read(9)[8:] != b"{":
+    with open(path, "rb") as stream:
+        if stream.read(9)[8:] != b"{":
             return None
     with naming(path, "has settings that are not supported"), safe_open(path, "pt") as file:
         settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
@@ -118,8 +118,8 @@ def merge(base: Base, loras: Sequence[tuple[Path, Updates, float]]) -> Base:
         module, _, leaf = name.rpartition(".")
         owner = twin.parts[network].get_submodule(module)
         weight = getattr(owner, leaf)
-        merged = (weight.detach().to(delta.dtype) + delta.reshape(weight.shape)).to(weight.dtype)
-        setattr(owner, leaf, nn.Parameter(merged, requires_grad=weight.requires_grad))
+        total = (weight.detach().to(delta.dtype) + delta.reshape(weight.shape)).to(weight.dtype)
+        setattr(owner, leaf, nn.Parameter(total, requires_grad=weight.requires_grad))
     return twin
 
 

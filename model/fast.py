@@ -116,8 +116,8 @@ def fasten(unet: UNet) -> FastUNet:
         for part in parts:
             for name, conv in part.named_children() if part is not None else ():
                 if isinstance(conv, nn.Conv2d):
-                    grown = 2 * side if isinstance(part, Upsample) else side
-                    setattr(part, name, _convolution(conv, grown))
+                    out_side = 2 * side if isinstance(part, Upsample) else side
+                    setattr(part, name, _convolution(conv, out_side))
         if stage.attn is not None:
             _fasten_transformer(stage.attn, 2 * side * side)
     fast.__class__ = FastUNet

@@ -113,21 +113,21 @@ class TextEncoder(nn.Module):
         length = self.config.context_length
         rows = []
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            tokens, unknown, cut = [START], [], []
+            tokens, unknown, rest = [START], [], []
             for word, pieces in words_of(prompt):
                 if self.rows and not all(piece in self.rows for piece in pieces):
                     unknown.append(word)
                 else:
                     if len(tokens) + len(pieces) > length - 1:
-                        cut.append(word)
+                        rest.append(word)
                     tokens += pieces
             if unknown:
                 warnings.warn(
                     f"this model's vocabulary does not contain these words, so they are left out: {', '.join(unknown)}",
                     stacklevel=2,
                 )
-            if cut:
-                warnings.warn(f"the prompt is longer than {length - 2} tokens; these words are cut off: {' '.join(cut)}", stacklevel=2)
+            if rest:
+                warnings.warn(f"the prompt is longer than {length - 2} tokens; these words are cut off: {' '.join(rest)}", stacklevel=2)
             rows.append([*tokens[: length - 1], END])
         return rows
 

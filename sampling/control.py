@@ -63,8 +63,8 @@ class Hint:
         if isinstance(self.picture, Image.Image):
             return to_pixels(self.picture, channels, size).to(like)
         if tuple(self.picture.shape[1:]) != (channels, *size):
-            asked = f"b {channels} {size[0]} {size[1]}"
-            raise ValueError(f"this control reads hints of shape {asked}, but one of {tuple(self.picture.shape)} is given")
+            expected = f"b {channels} {size[0]} {size[1]}"
+            raise ValueError(f"this control reads hints of shape {expected}, but one of {tuple(self.picture.shape)} is given")
         return self.picture.to(like)
 
 

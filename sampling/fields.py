@@ -49,9 +49,9 @@ def _read(kind: Any, value: object, name: str) -> Any:
     return _check(value, isinstance(value, str) and not _SURROGATE.search(value), name, "text")
 
 
-def _check(value: object, right: bool, name: str, wanted: str) -> object:
+def _check(value: object, right: bool, name: str, expected: str) -> object:
     if not right:
-        raise ValueError(f"{name} must be {wanted}, not {reprlib.repr(value)}")
+        raise ValueError(f"{name} must be {expected}, not {reprlib.repr(value)}")
     return value
 
 

@@ -42,8 +42,8 @@ def collect_notes(notes: list[str]) -> Iterator[None]:
             yield
         except (ValueError, OSError) as error:
             notes.append(str(error))
-    said = [*dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning), *notes]
-    notes[:] = [printable(re.sub(rf"{re.escape(tempfile.gettempdir())}/([^\s/]+/)*", "", one)) for one in said]
+    sentences = [*dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning), *notes]
+    notes[:] = [printable(re.sub(rf"{re.escape(tempfile.gettempdir())}/([^\s/]+/)*", "", one)) for one in sentences]
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ class Desk:
     def _warn(self, request: Request, model: Model, back: Request) -> None:
         """Warn where `back`, the request of the form, differs from the request in more than its files."""
         there, here = (map_paths(one, lambda _: Path()) for one in (request, back))
-        lost = [one.name for one in fields(Request) if getattr(there, one.name) != getattr(here, one.name)]
-        if lost:
-            names = ", ".join(name.replace("_", " ") for name in lost)
+        missing = [one.name for one in fields(Request) if getattr(there, one.name) != getattr(here, one.name)]
+        if missing:
+            names = ", ".join(name.replace("_", " ") for name in missing)
             warnings.warn(f"this page has no field for all of its {names}: draw it again with --again", stacklevel=2)
         if map_paths(model, Path.absolute) != map_paths(self.model, Path.absolute):
             warnings.warn("it was drawn with other weights than those of this page", stacklevel=2)

@@ -110,8 +110,8 @@ def set_lambda(context: Context, levels: Sequence[Level]) -> Context:
         raise ValueError(f"{len(levels)} scales for {len(last)} cross-attention layers")
     for level in levels:
         check_sign(context.fuse, level)
-    placed = [scale.to(last[0].k) if isinstance(scale, Tensor) else scale for scale in levels]
-    sources = tuple(replace(source, scale=scale) for source, scale in zip(last, placed, strict=True))
+    scales = [scale.to(last[0].k) if isinstance(scale, Tensor) else scale for scale in levels]
+    sources = tuple(replace(source, scale=scale) for source, scale in zip(last, scales, strict=True))
     return replace(context, image=(*others, sources))
 
 

@@ -47,7 +47,7 @@ def sha256(path: Path) -> str:
 
 
 @functools.lru_cache
-def _sha256(path: Path, size: int, changed: int) -> str:
+def _sha256(path: Path, size: int, mtime: int) -> str:
     return files.sha256(path)
 
 
@@ -147,10 +147,10 @@ def _find(path: Path, picture: Path, hashes: Mapping[str, str]) -> Path:
             return candidate
     nearest = next((candidate for candidate in places if candidate.exists()), place)
     rest = _changed_part(nearest, parts) or ""
-    named = _part(path, rest).as_posix()
+    part = _part(path, rest).as_posix()
     if _part(nearest, rest).exists():
-        raise ValueError(f"{picture} was drawn with another {named}: the file has changed since")
-    raise ValueError(f"{picture} was drawn with {named}, which is not there: put it beside the picture")
+        raise ValueError(f"{picture} was drawn with another {part}: the file has changed since")
+    raise ValueError(f"{picture} was drawn with {part}, which is not there: put it beside the picture")
 
 
 def _parts(name: str, hashes: Mapping[str, str]) -> dict[str, str]:

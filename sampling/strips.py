@@ -97,8 +97,8 @@ def over_strips(f: Rows, *maps: Tensor, to: torch.device, halo: int = 1, factor:
         start, stop = int(first * factor), int(end * factor)
         if first == 0:
             out = rows.new_empty((*rows.shape[:2], int(height * factor), rows.shape[-1]), device="cpu")
-        cut = int((first - top) * factor)
-        out[..., start:stop, :] = rows[..., cut : cut + stop - start, :]
+        offset = int((first - top) * factor)
+        out[..., start:stop, :] = rows[..., offset : offset + stop - start, :]
     return out
 
 

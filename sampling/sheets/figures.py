@@ -45,8 +45,8 @@ class Studio:
     @classmethod
     def of(cls, folder: Path, seed: int) -> Studio:
         """Load all models."""
-        base, controlled = load(), load(controls=[CONTROLNET, T2I])
-        alone = [replace(controlled, controls=(control,)) for control in controlled.controls]
+        base, steerable = load(), load(controls=[CONTROLNET, T2I])
+        alone = [replace(steerable, controls=(control,)) for control in steerable.controls]
         models = [base, *alone, load(loras=[(COMIC, 1.0)])]
         return cls(*(Artist(model, folder, seed) for model in models))
 
