@@ -94,10 +94,10 @@ def plans_of(args: argparse.Namespace, phases: tuple[Plan, ...]) -> tuple[Plan, 
     """Override the plans of a stage with the settings given on the command line."""
     from dataclasses import replace
 
-    given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
-    scaled = (plan.scale_batch(args.scale) for plan in phases)
-    given["fp16"] = args.fp16
-    return tuple(replace(plan, device=args.device, bf16=args.bf16 or (plan.bf16 and not args.fp16), **given) for plan in scaled)
+    settings = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
+    plans = (plan.scale_batch(args.scale) for plan in phases)
+    settings["fp16"] = args.fp16
+    return tuple(replace(plan, device=args.device, bf16=args.bf16 or (plan.bf16 and not args.fp16), **settings) for plan in plans)
 
 
 def cost(plan: Plan) -> str:
@@ -158,12 +158,12 @@ def status(argv: Sequence[str] | None = None) -> str | int:
 
     Of several processes, only the first to end returns the message.
     """
-    ended = outcome(argv)
-    if isinstance(ended, str):
+    result = outcome(argv)
+    if isinstance(result, str):
         from train.processes import speaks
 
-        return ended if speaks() else 1
-    return ended
+        return result if speaks() else 1
+    return result
 
 
 def outcome(argv: Sequence[str] | None) -> str | int:

@@ -55,9 +55,9 @@ def first_rows(keys: Tensor) -> Tensor:
 
 
 class Album(Sequence[CaptionedPicture]):
-    """Pictures with captions. `broken` is the number of pictures that were left out because they cannot be read."""
+    """Pictures with captions. `num_broken` is the number of pictures that were left out because they cannot be read."""
 
-    broken: int
+    num_broken: int
 
     @property
     @abstractmethod
@@ -76,8 +76,8 @@ class Album(Sequence[CaptionedPicture]):
 class ListAlbum(Album):
     """An album in memory."""
 
-    def __init__(self, files: Sequence[CaptionedPicture], broken: int = 0) -> None:
-        self.files, self.broken = files, broken
+    def __init__(self, files: Sequence[CaptionedPicture], num_broken: int = 0) -> None:
+        self.files, self.num_broken = files, num_broken
 
     def __len__(self) -> int:
         return len(self.files)
@@ -90,7 +90,7 @@ class ListAlbum(Album):
         return torch.tensor([file.key for file in self.files], dtype=torch.int64)
 
     def select(self, rows: Tensor) -> ListAlbum:
-        return ListAlbum([self.files[i] for i in rows.tolist()], self.broken)
+        return ListAlbum([self.files[i] for i in rows.tolist()], self.num_broken)
 
     def made_from(self) -> dict[str, str]:
         return {"pictures": digest(self.keys.tolist()), "captions": digest([file.texts for file in self.files])}

@@ -40,16 +40,16 @@ def captioned_files(data: Path, cache: Path, skip_broken: bool = False) -> Album
         raise ValueError("\n  ".join([heading, *problems[:MAX_LISTED], *more]))
     if not len(album):
         raise ValueError(f"{data}: no pictures found: add pictures ({', '.join(PICTURES)}) and their captions, or shards (.tar)")
-    album.broken = len(problems)
+    album.num_broken = len(problems)
     return album
 
 
 def _open_all(pairs: list[Pair], problems: list[str]) -> tuple[ListAlbum, list[str]]:
     """Open all pictures. Return the good ones, and all problems."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = list(pool.map(_key, [path for path, _ in pairs]))
-    problems += dict.fromkeys(result for result in checked if isinstance(result, str))
-    good = zip(pairs, checked, strict=True)
+        results = list(pool.map(_key, [path for path, _ in pairs]))
+    problems += dict.fromkeys(problem for problem in results if isinstance(problem, str))
+    good = zip(pairs, results, strict=True)
     return ListAlbum([CaptionedPicture(path, (text,), key) for (path, text), key in good if isinstance(key, int)]), problems
 
 
@@ -84,8 +84,8 @@ def summary(data: Path, train: Album, held_out: Album) -> str:
     parts = [f"{data}: {len(train)} pictures to train on, {len(held_out)} held out to measure whether the adapter learns"]
     if not len(held_out):
         parts.append(f"fewer than {MIN_PICTURES} different pictures, so none are held out and nothing is measured")
-    if train.broken:
-        parts.append(f"{train.broken} left out because they are broken")
+    if train.num_broken:
+        parts.append(f"{train.num_broken} left out because they are broken")
     if others := ignored_entries(data):
         kinds = sorted({path.suffix or "folders and others" for path in others})
         parts.append(f"{len(others)} files are skipped ({', '.join(kinds)})")
@@ -114,17 +114,17 @@ def _in_folder(folder: Path) -> tuple[list[Pair], list[str]]:
 
 def _in_list(data: Path) -> tuple[list[Pair], list[str]]:
     """Return the pairs in a JSON list and the problems with its entries."""
-    wanted = 'a folder of pictures, or a JSON list of {"image_file": ..., "text": ...}'
+    expected = 'a folder of pictures, or a JSON list of {"image_file": ..., "text": ...}'
     try:
         entries = json.loads(data.read_text("utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"{data}: {error.strerror}; give {wanted}") from None
+        raise ValueError(f"{data}: {error.strerror}; give {expected}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{data}: the file is not UTF-8; give {wanted}, saved as UTF-8") from None
+        raise ValueError(f"{data}: the file is not UTF-8; give {expected}, saved as UTF-8") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{data}: not JSON ({error}); give {wanted}") from None
+        raise ValueError(f"{data}: not JSON ({error}); give {expected}") from None
     if not isinstance(entries, list):
-        raise ValueError(f"{data}: not a list; give {wanted}")
+        raise ValueError(f"{data}: not a list; give {expected}")
     pairs, problems = list[Pair](), list[str]()
     for i, entry in enumerate(entries):
         values = {key: entry.get(key) for key in ("image_file", "text")} if isinstance(entry, dict) else {}

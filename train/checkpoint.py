@@ -62,9 +62,9 @@ def refuse_other(path: Path, made_from: Mapping[str, Any]) -> None:
     state = load(path)
     if state is None:
         return
-    if (recorded := state.get("made_from")) is None:
+    if (inputs := state.get("made_from")) is None:
         raise OtherRun(f"{path} does not record what it was made from: choose another folder with --state, or remove it")
-    if other := [name for name, value in made_from.items() if recorded.get(name) != value]:
+    if other := [name for name, value in made_from.items() if inputs.get(name) != value]:
         raise OtherRun(
             f"{path} is the state of a run with different {', '.join(other)}: choose another folder with --state, or remove it"
         )

@@ -96,13 +96,13 @@ class WorldPictures:
 
         targets = OnTheFly(lambda i: to_unit(batch_of(self.style, i)))
         mean, std = latents(vae, targets, self.keys(self.style), folder, "world", ENCODED)
-        read = None
+        inputs = None
         if image is not None:
             prompts = OnTheFly(lambda i: normalise(batch_of(elsewhere, i).float() / 255))
             rows, null = features(image, prompts, self.keys(elsewhere), folder, reads, ENCODED)
-            read = Features(rows.all()[:, None], null)
+            inputs = Features(rows.all()[:, None], null)
         texts, caption = encode_texts(text, [scene.caption for scene in scenes])
-        return Pairs(mean.all(), std.all(), caption, texts, read).to(str(next(vae.parameters()).device))
+        return Pairs(mean.all(), std.all(), caption, texts, inputs).to(str(next(vae.parameters()).device))
 
     def keys(self, style: Style) -> Tensor:
         """Return the keys of the pictures in a style, `n`. They name the pictures that are encoded together."""
@@ -113,5 +113,5 @@ class WorldPictures:
     def made_from(self) -> dict[str, str]:
         """Return hashes that identify the pictures, the image prompts and the captions."""
         captions = digest([scene.caption for scene in self.scenes])
-        named = {"pictures": f"{self.count} of {self.split}, {renderer(self.style)}", "image prompts": renderer(elsewhere)}
-        return {**named, "captions": captions}
+        parts = {"pictures": f"{self.count} of {self.split}, {renderer(self.style)}", "image prompts": renderer(elsewhere)}
+        return {**parts, "captions": captions}

@@ -49,13 +49,13 @@ class FilePairs(EncodedPairs):
     def at(self, rows: Tensor, picks: Sequence[int] = ()) -> Batch:
         """Return the pairs at `rows`, in float32. Of n captions, take number pick mod n, or the first without `picks`."""
         captions = [self.files[row].texts for row in rows.tolist()]
-        chosen = [texts[pick % len(texts)] for texts, pick in zip(captions, picks or [0] * len(captions), strict=True)]
+        sentences = [texts[pick % len(texts)] for texts, pick in zip(captions, picks or [0] * len(captions), strict=True)]
         with warnings.catch_warnings(action="ignore"):  # about words that the vocabulary lacks, in every batch
-            texts, caption = encode_texts(self.text, chosen)
-        read = None
+            texts, caption = encode_texts(self.text, sentences)
+        inputs = None
         if self.read is not None and self.null is not None:
-            read = Features(self.read[rows][:, None].float(), self.null.float())
-        return Batch(self.mean[rows].float(), self.std[rows].float(), texts[caption].float(), texts[0].float(), read)
+            inputs = Features(self.read[rows][:, None].float(), self.null.float())
+        return Batch(self.mean[rows].float(), self.std[rows].float(), texts[caption].float(), texts[0].float(), inputs)
 
     @property
     def width(self) -> int:

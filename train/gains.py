@@ -53,9 +53,9 @@ def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPa
     losses = [losses_of(unet, adapter, schedule, pairs, decoupled, device, seed) for seed in rounds]
     gains = torch.stack([torch.cat(each["wrong"]) - torch.cat(each["right"]) for each in losses]).mean(dim=0)
     gain, error = float(gains.mean()), float(gains.std() / len(gains) ** 0.5)
-    learned = "it learned to read pictures" if gain > 2 * error else "it has not learned to read pictures yet"
+    claim = "it learned to read pictures" if gain > 2 * error else "it has not learned to read pictures yet"
     return (
-        f"{learned}: on {len(pairs)} held-out pictures, the loss with another picture minus that with the right one "
+        f"{claim}: on {len(pairs)} held-out pictures, the loss with another picture minus that with the right one "
         f"is {gain:.2g} ± {2 * error:.2g}"
     )
 
@@ -75,9 +75,9 @@ def check_gates(
             raise GateError("at scale 0 the adapter changes the base model")
     diffusion_loss(unet, schedule, batch.x0, adapter(text, batch.image), batch.t, batch.eps).mean().backward()
     silent = [name for name, p in adapter.named_parameters() if p.grad is None or not p.grad.any()]
-    moved = [name for name, p in unet.named_parameters() if p.grad is not None]
+    leaks = [name for name, p in unet.named_parameters() if p.grad is not None]
     adapter.zero_grad(set_to_none=True)
     if silent:
         raise GateError(f"no gradient reaches these tensors of the adapter: {', '.join(silent)}")
-    if moved:
-        raise GateError(f"gradients reach the frozen base: {', '.join(moved)}")
+    if leaks:
+        raise GateError(f"gradients reach the frozen base: {', '.join(leaks)}")

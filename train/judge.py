@@ -156,13 +156,13 @@ def judge_loss(judge: Judge, batch: JudgeBatch, g: torch.Generator) -> dict[str,
     x, labels = spoil(x, true["concept"], true["background_rgb"], g)
     reading = judge(degrade(x, g))
 
-    def mean(errors: Tensor, known: Tensor) -> Tensor:
-        return (errors * known).sum() / known.sum().clamp(min=1)
+    def mean(errors: Tensor, mask: Tensor) -> Tensor:
+        return (errors * mask).sum() / mask.sum().clamp(min=1)
 
     concept = mean(F.cross_entropy(reading.concept, labels.concept, reduction="none"), labels.concept_known)
     background = mean(F.cross_entropy(reading.background, true["background"], reduction="none"), labels.background_known)
-    palette = mean(delta_e(reading.palette, true["palette"]), labels.whole)
-    placement = mean((reading.placement - true["placement"]).abs().mean(dim=-1), labels.whole)
+    palette = mean(delta_e(reading.palette, true["palette"]), labels.is_clean)
+    placement = mean((reading.placement - true["placement"]).abs().mean(dim=-1), labels.is_clean)
     return {"loss": concept + background + palette / 20 + placement / 3, "palette": palette.detach()}
 
 

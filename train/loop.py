@@ -79,8 +79,8 @@ def has_bfloat16(device: str) -> bool:
 
 def autocast(plan: Plan) -> torch.autocast:
     """Autocast to float16, or to bfloat16 where the device supports it, if the plan asks for it."""
-    dtype, enabled = torch.float16 if plan.fp16 else torch.bfloat16, plan.fp16 or (plan.bf16 and has_bfloat16(plan.device))
-    return torch.autocast(plan.device.split(":")[0], dtype, enabled=enabled)
+    dtype, on = torch.float16 if plan.fp16 else torch.bfloat16, plan.fp16 or (plan.bf16 and has_bfloat16(plan.device))
+    return torch.autocast(plan.device.split(":")[0], dtype, enabled=on)
 
 
 class _Training(Generic[T]):
@@ -95,7 +95,7 @@ class _Training(Generic[T]):
         self.state_file, self.log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
         settings = plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan), plan.fp16
         self.run_step = step_of(self.team, plan.device, module, loss, *settings)
-        self.kept = copy.deepcopy(module) if plan.ema else module
+        self.result = copy.deepcopy(module) if plan.ema else module
         self.step, self.log, self.unread, self.clock = 0, list[dict[str, Any]](), list[Values](), Clock()
         self._load()
         processes.check_same({**self.made_from, "states": self.step})
@@ -108,7 +108,7 @@ class _Training(Generic[T]):
             return
         try:
             checkpoint.restore(self.module, state["module"])
-            checkpoint.restore(self.kept, state["kept"])
+            checkpoint.restore(self.result, state["kept"])
             self.run_step.restore(state["optimizer"], state["scaler"])
             self.step, self.clock, self.log = state["step"], Clock(state["seconds"]), state["log"]
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
@@ -121,7 +121,7 @@ class _Training(Generic[T]):
         if self.team.rank:
             return
         state = {"made_from": self.made_from, "step": self.step, "seconds": self.clock.elapsed(), "log": self.log}
-        state |= {"module": checkpoint.changing(self.module), "kept": checkpoint.changing(self.kept)}
+        state |= {"module": checkpoint.changing(self.module), "kept": checkpoint.changing(self.result)}
         state |= {"optimizer": self.run_step.optimizer.state_dict(), "scaler": self.run_step.scaler.state_dict()}
         checkpoint.save(self.state_file, state)
         with replacing(self.log_file) as part:
@@ -135,8 +135,8 @@ class _Training(Generic[T]):
             with self.clock.waiting(self.run_step.idle):
                 own = [next(batches) for _ in self.team.shares for _ in parts]
             values = self.run_step(own, seeds, lr, f"{plan.name}, step {self.step + 1}")
-        if self.kept is not self.module:
-            move_towards(self.kept, self.module, 1 - min(plan.ema, (1 + self.step) / (10 + self.step)))
+        if self.result is not self.module:
+            move_towards(self.result, self.module, 1 - min(plan.ema, (1 + self.step) / (10 + self.step)))
         self.step += 1
         self.unread.append(values)
         if len(self.unread) == self.run_step.lag:
@@ -151,9 +151,9 @@ class _Training(Generic[T]):
         self.unread.clear()
         return self.log[-1]
 
-    def measure(self, measured: dict[str, float]) -> None:
+    def measure(self, losses: dict[str, float]) -> None:
         """Add the clock and what validation measured to the last row."""
-        more = self.clock.row() | measured
+        more = self.clock.row() | losses
         self.read().update(more)
         self.display.row({"step": self.step, **more})
 
@@ -186,15 +186,15 @@ def run(
     with Interrupt() as interrupt, bar(plan.name, plan.steps, training.step, not first) as progress:
         while training.step < end:
             training.advance(batches)
-            done, last = training.step, training.step == end
-            if last or done % plan.validate_every == 0:
-                training.measure(validate(training.kept) if first else {})
-            training.display.step(training.kept, done)
+            step, last = training.step, training.step == end
+            if last or step % plan.validate_every == 0:
+                training.measure(validate(training.result) if first else {})
+            training.display.step(training.result, step)
             progress.set_postfix(last_numbers(training.log), refresh=False)
             progress.update()
-            stopped = processes.largest_of_all(interrupt.signal_number)
-            if last or stopped or done % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
+            signal_number = processes.largest_of_all(interrupt.signal_number)
+            if last or signal_number or step % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
                 training.save()
-            if stopped and not last:
-                raise Interrupted(f"{plan.name}: stopped after step {done}; the same command resumes the run", stopped)
-    return training.kept, training.log
+            if signal_number and not last:
+                raise Interrupted(f"{plan.name}: stopped after step {step}; the same command resumes the run", signal_number)
+    return training.result, training.log

@@ -43,6 +43,6 @@ class LoRA(nn.Module):
     @torch.no_grad()
     def merge(self, unet: UNet) -> UNet:
         """Return a copy of the UNet that has the changed weights."""
-        changed = copy.deepcopy(unet)
-        changed.load_state_dict(self.weights(unet), strict=False)
-        return changed
+        result = copy.deepcopy(unet)
+        result.load_state_dict(self.weights(unet), strict=False)
+        return result

@@ -73,9 +73,9 @@ class Store:
         """Return where the rows with these keys are, `n`, and -1 for those that are missing."""
         if not self.packs:
             return torch.full_like(keys, -1)
-        known, order = torch.cat([pack["keys"] for pack in self.packs]).sort()
-        at = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
-        return torch.where(known[at] == keys, order[at], -1)
+        stored_keys, order = torch.cat([pack["keys"] for pack in self.packs]).sort()
+        at = torch.searchsorted(stored_keys, keys).clamp(max=len(stored_keys) - 1)
+        return torch.where(stored_keys[at] == keys, order[at], -1)
 
     def rows(self, keys: Tensor) -> dict[str, Rows]:
         """Return the named rows with these keys. Raises FileNotFoundError if some are missing."""

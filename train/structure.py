@@ -107,12 +107,12 @@ class SteeredBase:
         losses(batch.hint).mean().backward()
         first = {id(p) for p in self.kind.first(self.control)}
         wrong = [n for n, p in self.control.named_parameters() if (p.grad is not None and bool(p.grad.any())) != (id(p) in first)]
-        moved = [name for name, p in self.unet.named_parameters() if p.grad is not None]
+        leaks = [name for name, p in self.unet.named_parameters() if p.grad is not None]
         self.control.zero_grad(set_to_none=True)
         if wrong:
             raise GateError(f"in the first step these tensors of the control have a gradient, or lack one, wrongly: {', '.join(wrong)}")
-        if moved:
-            raise GateError(f"gradients reach the frozen base: {', '.join(moved)}")
+        if leaks:
+            raise GateError(f"gradients reach the frozen base: {', '.join(leaks)}")
 
 
 def train(kind: Kind, folder: Path, weights: Path, phases: tuple[Plan, ...], command: str, pictures: int) -> None:
@@ -133,16 +133,16 @@ def train(kind: Kind, folder: Path, weights: Path, phases: tuple[Plan, ...], com
     pool, held_out = with_hints(training), with_hints(validation)
     with seeded(plan.seed):
         control = kind.build(unet, vae.config.factor).to(plan.device).train().requires_grad_(True)
-    steered = SteeredBase(kind, unet, control, Schedule(prediction=unet.config.prediction))
-    steered.check_gates(pool)
+    model = SteeredBase(kind, unet, control, Schedule(prediction=unet.config.prediction))
+    model.check_gates(pool)
 
     def loss(batch: HintedBatch, g: torch.Generator) -> dict[str, Tensor]:
-        return {"loss": steered.losses(batch, g, DROP, GAMMA, batch.hint).mean()}
+        return {"loss": model.losses(batch, g, DROP, GAMMA, batch.hint).mean()}
 
     def validate(module: nn.Module) -> dict[str, float]:
         with autocast(plan):
-            return SteeredBase(kind, unet, module, steered.schedule).held_out(held_out)
+            return SteeredBase(kind, unet, module, model.schedule).held_out(held_out)
 
-    kept, log = run(plan, control, ShuffledBatches(pool, plan.batch, plan.seed), loss, validate, folder, workers=0, made_from=made_from)
+    result, log = run(plan, control, ShuffledBatches(pool, plan.batch, plan.seed), loss, validate, folder, workers=0, made_from=made_from)
     details = {"data": f"the mini world, {pictures} pictures; hints: outlines of the drawings", "made_from": made_from}
-    cards.save(kept, out, card(phases, log, command, details, WORLD_LICENCE))
+    cards.save(result, out, card(phases, log, command, details, WORLD_LICENCE))

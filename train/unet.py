@@ -103,8 +103,8 @@ def train(
     log: list[dict[str, Any]] = []
     for plan in phases:
         data = ShuffledBatches(pairs, plan.batch, plan.seed)
-        kept, rows = run(plan, unet, data, loss, validate, folder, workers=0, made_from=made_from)
-        unet.load_state_dict(kept.state_dict())
+        result, rows = run(plan, unet, data, loss, validate, folder, workers=0, made_from=made_from)
+        unet.load_state_dict(result.state_dict())
         log += rows
     details = {"data": f"the mini world, {pictures} pictures"}
     cards.save(unet, out, card(phases, log, command, details, WORLD_LICENCE))

@@ -168,9 +168,9 @@ def render(scene: Scene, code: str | None = None) -> NDArray[np.uint8]:
     code = code or CONCEPTS[CONCEPT_NAMES[scene.concept]][scene.drawing]
     fills, outlines, transparency = layers(code, scene.size)
     colours = fill_colours(code, scene.palette)[:, None, None] / 255
-    drawn = (fills * colours).sum(axis=0) + outlines + transparency * scene.background_rgb
+    layer = (fills * colours).sum(axis=0) + outlines + transparency * scene.background_rgb
     canvas = np.broadcast_to(scene.background_rgb, (SIZE, SIZE, 3)).copy()
-    return np.rint(paste(scene, drawn, canvas).clip(0, 1) * 255).astype(np.uint8)
+    return np.rint(paste(scene, layer, canvas).clip(0, 1) * 255).astype(np.uint8)
 
 
 def move_randomly(scene: Scene) -> Scene:
@@ -189,9 +189,9 @@ def elsewhere(scene: Scene) -> NDArray[np.uint8]:
 Style = Callable[[Scene], NDArray[np.uint8]]  # renders a scene, `64 64 3`
 
 
-def paste(scene: Scene, drawn: Array, canvas: Array) -> Array:
+def paste(scene: Scene, layer: Array, canvas: Array) -> Array:
     """Put a drawing, `s s c`, in its place on a canvas, `64 64 c`, mirrored if the scene is. Changes and returns the canvas."""
-    canvas[scene.y : scene.y + scene.size, scene.x : scene.x + scene.size] = drawn[:, ::-1] if scene.mirror else drawn
+    canvas[scene.y : scene.y + scene.size, scene.x : scene.x + scene.size] = layer[:, ::-1] if scene.mirror else layer
     return canvas
 
 
