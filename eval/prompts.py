@@ -121,13 +121,13 @@ class Prompts:
         """Return the texts and, in the mini world, the ground truth, for a results file."""
         data: dict[str, Any] = {"texts": {task: self.texts(task) for task in self.tasks if task != "picture"}}
         if (truth := self.truth) is not None:
-            shown, scene = truth.labels, truth.complement
+            labels, scene = truth.labels, truth.complement
             assert scene.size is not None and scene.place is not None
             data["truth"] = {
-                "own": {key: shown[key].tolist() for key in ("concept", "background")},
+                "own": {key: labels[key].tolist() for key in ("concept", "background")},
                 "conflict": {"concept": truth.concept.tolist(), "background": truth.background.tolist()},
                 "complementary": {key: getattr(scene, key).tolist() for key in ("background", "size", "place")},
                 "drawing": truth.drawing,
-                "palette": [[round(x, 2) for x in pair] for pair in shown["palette"].flatten(1).tolist()],
+                "palette": [[round(x, 2) for x in pair] for pair in labels["palette"].flatten(1).tolist()],
             }
         return data

@@ -67,12 +67,12 @@ def scores_of(
     pipeline: Pipeline, scorer: Scorer, files: Sequence[CaptionedPicture], first: int, protocol: Protocol, batch: int
 ) -> dict[str, Any]:
     """Draw and score the prompts first, first + 1, ...: the cosines, one list of `images_per_prompt` for each prompt."""
-    images, k, shown = [file.open() for file in files], protocol.images_per_prompt, list[Tensor]()
+    images, k, embeddings = [file.open() for file in files], protocol.images_per_prompt, list[Tensor]()
     embedding, prompt = embed(pipeline, images), torch.arange(len(files)).repeat_interleave(k)
     for rows in torch.arange(len(prompt)).split(batch):
         seeds = (protocol.seed + first * k + rows).tolist()
         with precision(device_of(pipeline.unet)):
-            drawn = pipeline.sample(
+            drawings = pipeline.sample(
                 [protocol.prompt] * len(rows),
                 seeds,
                 embedding[prompt[rows]],
@@ -80,9 +80,9 @@ def scores_of(
                 guidance=protocol.guidance,
                 steps=protocol.steps,
             )
-        shown.append(scorer.images(to_images(drawn)))
+        embeddings.append(scorer.images(to_images(drawings)))
     targets = {"clip_i": scorer.images(images), "clip_t": scorer.texts([file.text for file in files])}
-    return {name: cosine(torch.cat(shown), target[prompt]).view(-1, k).tolist() for name, target in targets.items()}
+    return {name: cosine(torch.cat(embeddings), target[prompt]).view(-1, k).tolist() for name, target in targets.items()}
 
 
 def measure_cosines(pipeline: Pipeline, scorer: Scorer, files: Album, protocol: Protocol, batch: int, folder: Path) -> dict[str, Tensor]:
@@ -94,8 +94,8 @@ def measure_cosines(pipeline: Pipeline, scorer: Scorer, files: Album, protocol: 
         part = [files[i] for i in range(first, min(first + BLOCK, len(files)))]
         write_json(file, scores_of(pipeline, scorer, part, first, protocol, batch))
     processes.wait()
-    stored = [json.loads(file.read_text()) for _, file in blocks]
-    return {name: torch.tensor([row for block in stored for row in block[name]]) for name in ("clip_i", "clip_t")}
+    contents = [json.loads(file.read_text()) for _, file in blocks]
+    return {name: torch.tensor([row for block in contents for row in block[name]]) for name in ("clip_i", "clip_t")}
 
 
 def report(cosines: dict[str, Tensor]) -> dict[str, list[float]]:

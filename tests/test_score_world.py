@@ -61,7 +61,7 @@ def test_tasks_with_pictures_are_those_with_a_lambda() -> None:
     tasks = world.tasks_of(4, seed=2)
     assert list(tasks) == ["text", "scene", "colour", "image", "complementary", "conflict"]
     assert [key for key, task in tasks.items() if task.images] == ["image", "complementary", "conflict"]
-    assert tasks["scene"].target is tasks["complementary"].target and tasks["image"].target.copied
+    assert tasks["scene"].target is tasks["complementary"].target and tasks["image"].target.references
 
 
 def test_floors_equal_their_definitions() -> None:

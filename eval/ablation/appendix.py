@@ -12,9 +12,9 @@ from eval.ablation.rows import Results
 from eval.ablation.summary import trainings
 
 
-def mark(number: str, read: Mapping[str, int]) -> str:
+def mark(number: str, ends: Mapping[str, int]) -> str:
     """Mark a number that some seeds read at the end of their curve by ">", and one that some read before their smallest lambda by "†"."""
-    return ("> " if read.get("end") else "") + number + (" †" if read.get("start") else "")
+    return ("> " if ends.get("end") else "") + number + (" †" if ends.get("start") else "")
 
 
 def rate_table(results: Results) -> pd.DataFrame:
@@ -38,8 +38,8 @@ def through_table(results: Results) -> pd.DataFrame:
             continue
         for step in next(iter(rates.values()), {"endpoint": {}})["endpoint"]:
             ends = {rate: (row["endpoint"][step], row["read"][step]) for rate, row in rates.items()}
-            shown = {rate: "diverged" if end is None else mark(f"{end:.1f}", read) for rate, (end, read) in ends.items()}
-            lines.append({"form": FORMS[form].short, "steps": f"{int(step):,}", **shown})
+            cells = {rate: "diverged" if end is None else mark(f"{end:.1f}", places) for rate, (end, places) in ends.items()}
+            lines.append({"form": FORMS[form].short, "steps": f"{int(step):,}", **cells})
     return pd.DataFrame(lines)
 
 

@@ -141,26 +141,26 @@ def compare(old: Results, redrawn: Results, unit: str) -> pd.DataFrame:
 
 def workspace_of(args: Namespace) -> Workspace:
     """Choose the files of the study. Raises ValueError if options cannot be combined."""
-    changed = [name for name in STUDY_OPTIONS if getattr(args, name)]
-    if changed and args.out == Path("."):
-        raise ValueError(f"--{changed[0]} changes the study: choose another folder with --out, to keep the default results")
+    options = [name for name in STUDY_OPTIONS if getattr(args, name)]
+    if options and args.out == Path("."):
+        raise ValueError(f"--{options[0]} changes the study: choose another folder with --out, to keep the default results")
     if (args.base is None) != (args.data is None):
         raise ValueError("--base and --data must be given together: the mini world's pictures need the mini world's base")
     if args.data is not None and args.scorer is None:
         raise ValueError("--data needs a CLIP that scores the drawings, such as --scorer ViT-L-14:openai")
     pictures = 4 * SMOKE.batch if args.smoke else TrainingSource.pictures
     source = TrainingSource(args.base or args.weights, args.image_encoder, pictures=pictures, data=args.data)
-    shipped, state = args.out / "results" / "ablation", args.state or args.out / "runs" / "ablation"
-    return Workspace(source, shipped, state, args.scorer or str(args.weights))
+    adapters, state = args.out / "results" / "ablation", args.state or args.out / "runs" / "ablation"
+    return Workspace(source, adapters, state, args.scorer or str(args.weights))
 
 
 def study_of(args: Namespace) -> Study:
     """Choose the settings of the study. Raises ValueError if it is too small."""
     check_device(args.device)
-    given = {key: value for key in ("prompts", "steps", "batch", "seeds") if (value := getattr(args, key)) is not None}
+    settings = {key: value for key in ("prompts", "steps", "batch", "seeds") if (value := getattr(args, key)) is not None}
     if args.rates is not None:
-        given["rates"] = tuple(args.rates)
-    return replace(SMOKE if args.smoke else Study(), device=args.device, **given)
+        settings["rates"] = tuple(args.rates)
+    return replace(SMOKE if args.smoke else Study(), device=args.device, **settings)
 
 
 def run(args: Namespace) -> None:
@@ -173,8 +173,8 @@ def run(args: Namespace) -> None:
         study = study_of(args)
         execute(workspace, study, args.out, args.jobs or (os.cpu_count() or 1 if study.device == "cpu" else GPU_JOBS))
         return
-    compared = redraw(workspace, args.out, args.cell, args.device)
-    print(compared.to_string(index=False))
-    if not compared["within"].all():
+    comparison = redraw(workspace, args.out, args.cell, args.device)
+    print(comparison.to_string(index=False))
+    if not comparison["within"].all():
         sys.exit(f"{args.cell} differs from the stored numbers by more than the tolerance")
     print(f"{args.cell} agrees with the stored numbers within the tolerance")

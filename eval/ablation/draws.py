@@ -20,9 +20,9 @@ from model.attention import decoupled
 from sampling.lambdas import Lambda
 
 
-def quantise(read: dict[str, Tensor]) -> Arrays:
+def quantise(readings: dict[str, Tensor]) -> Arrays:
     """Round what was read to int16, one row per drawing (`SCALES`)."""
-    flat = {key: values.reshape(len(values), -1).double() * SCALES[key] for key, values in read.items()}
+    flat = {key: values.reshape(len(values), -1).double() * SCALES[key] for key, values in readings.items()}
     return {key: values.round().clamp(-(2**15), 2**15 - 1).to(torch.int16) for key, values in flat.items()}
 
 

@@ -45,14 +45,14 @@ def headline(results: Results) -> str:
     both = [first, summary.get("confirmed", {}).get(PRIMARY, first)]
     again = f" (on the confirmation prompts {with_interval(both[1])})" if "confirmed" in summary else ""
     of = f"; the ceiling is {summary['ceilings']['vae']:.1f}" if results.truth() else ""
-    told = f"where both follow the text equally often, IP-Adapter minus the simple adapter is {with_interval(first)} in {name}{again}{of}"
+    text = f"where both follow the text equally often, IP-Adapter minus the simple adapter is {with_interval(first)} in {name}{again}{of}"
     if any(each["high"] < 0 for each in both):
-        return f"The simple adapter beats decoupled attention here: {told}."
+        return f"The simple adapter beats decoupled attention here: {text}."
     if all(each["low"] > 0 for each in both):
-        return f"Decoupled attention beats the simple adapter here: {told}."
+        return f"Decoupled attention beats the simple adapter here: {text}."
     if first["low"] <= 0 and any(each["low"] > 0 for each in summary["steps"]["difference"][:-1]):
-        return f"The simple adapter catches up: IP-Adapter is ahead earlier in training, but in the end, {told}."
-    return f"The study does not decide between the two forms: {told}."
+        return f"The simple adapter catches up: IP-Adapter is ahead earlier in training, but in the end, {text}."
+    return f"The study does not decide between the two forms: {text}."
 
 
 def square(results: Results) -> pd.DataFrame:
@@ -141,10 +141,10 @@ def records(results: Results) -> str:
     for name, unit in results.units.items():
         if name.startswith("train-"):
             kinds.setdefault(unit.value["seed"], set()).add(unit.made["processor"])
-    mixed = [str(seed) for seed, each in kinds.items() if len(each) > 1]
-    said = f"All rows come from commit {commits[0]}" if len(commits) == 1 else f"**The rows come from commits {', '.join(commits)}**"
-    said += f", and were computed on {'; '.join(processors)}."
-    return said + (f" **The forms of seed {', '.join(mixed)} were trained on different processors.**" if mixed else "")
+    seeds = [str(seed) for seed, each in kinds.items() if len(each) > 1]
+    sentence = f"All rows come from commit {commits[0]}" if len(commits) == 1 else f"**The rows come from commits {', '.join(commits)}**"
+    sentence += f", and were computed on {'; '.join(processors)}."
+    return sentence + (f" **The forms of seed {', '.join(seeds)} were trained on different processors.**" if seeds else "")
 
 
 def render(results: Results) -> str:

@@ -43,13 +43,13 @@ def follows(task: str, arrays: Arrays, truth: Mapping[str, Any] | None, alone: A
     if truth is None:
         return np.asarray(arrays["clip_t"].double().flatten() / alone["clip_t"].double().mean())
     if task == "complementary":
-        placement, wanted = arrays["placement"] / SCALES["placement"], truth["complementary"]
-        background, size, place = (torch.tensor(wanted[key]) for key in ("background", "size", "place"))
-        placed = (places_of(placement) == place) | (place == ANYWHERE)
-        hits = (arrays["background"].flatten() == background) & (sizes_of(placement) == size) & placed
+        placement, target = arrays["placement"] / SCALES["placement"], truth["complementary"]
+        background, size, place = (torch.tensor(target[key]) for key in ("background", "size", "place"))
+        in_place = (places_of(placement) == place) | (place == ANYWHERE)
+        hits = (arrays["background"].flatten() == background) & (sizes_of(placement) == size) & in_place
     else:
-        wanted = truth["conflict" if task == "conflict" else "own"]
-        concept, background = (arrays[key].flatten() == torch.tensor(wanted[key]) for key in ("concept", "background"))
+        target = truth["conflict" if task == "conflict" else "own"]
+        concept, background = (arrays[key].flatten() == torch.tensor(target[key]) for key in ("concept", "background"))
         hits = concept & background
     return np.asarray(hits.double())
 
@@ -113,12 +113,12 @@ class Results:
             row["following"] = follows(task, part, truth, self.units[f"alone-{task}-{split}"].arrays)
             row["information"] = 100 * row["clip_i"]
             if truth is not None:
-                read = np.asarray(part["palette"].double() / SCALES["palette"]).reshape(-1, 2, 3)
-                d = distances(read, self.palettes(split))
+                palettes = np.asarray(part["palette"].double() / SCALES["palette"]).reshape(-1, 2, 3)
+                d = distances(palettes, self.palettes(split))
                 row |= {"information": information(d), "error": np.diagonal(d), "auc": retrieval(d)}
-                wanted = truth["conflict" if task == "conflict" else "own"]["concept"]
+                concept = truth["conflict" if task == "conflict" else "own"]["concept"]
                 ground = truth[task if task in ("conflict", "complementary") else "own"]["background"]
-                row["concept"] = np.asarray((part["concept"].flatten() == torch.tensor(wanted)).double())
+                row["concept"] = np.asarray((part["concept"].flatten() == torch.tensor(concept)).double())
                 row["right background"] = np.asarray((part["background"].flatten() == torch.tensor(ground)).double())
             for key, values in row.items():
                 rows.setdefault(key, []).append(values)
@@ -144,8 +144,8 @@ class Results:
         names = [f"drawn-{form}-{seed}-{step}-{task}-{split}-{layers}" for seed in range(self.study["seeds"])]
         names = [name for name in names if name in self.units]
         lambdas = self.units[names[0]].value["lambdas"]
-        wanted = spaced_lambdas(lambdas, self.study["few"]) if few else lambdas
-        keep = [i for i, lam in enumerate(lambdas) if lam in wanted]
+        few_lambdas = spaced_lambdas(lambdas, self.study["few"]) if few else lambdas
+        keep = [i for i, lam in enumerate(lambdas) if lam in few_lambdas]
 
         def array(key: str) -> Array:
             return np.stack([np.concatenate([alone[key], self.measures(name)[key][keep]]) for name in names])

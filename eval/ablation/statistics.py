@@ -16,9 +16,9 @@ Array = NDArray[np.float64]
 Read = Callable[[Array, Array], Array]  # reads one number off a curve: (following, value), each `... lambdas` -> `...`
 
 
-def distances(read: Array, palettes: Array) -> Array:
+def distances(readings: Array, palettes: Array) -> Array:
     """Compute the CIE76 difference of each palette `n 2 3` from each of `m 2 3`, averaged over the two colours: `n m`."""
-    return np.asarray(np.linalg.norm(read[:, None] - palettes[None], axis=-1).mean(axis=-1))
+    return np.asarray(np.linalg.norm(readings[:, None] - palettes[None], axis=-1).mean(axis=-1))
 
 
 def information(distance: Array) -> Array:
@@ -169,8 +169,8 @@ class Bootstrap:
 
 def holm(p: dict[str, float]) -> dict[str, float]:
     """Adjust p-values by Holm's method: multiply the i-th smallest of m by m - i (i from 0), keep them in order, and cap them at 1."""
-    adjusted, least = {}, 0.0
+    p_values, least = {}, 0.0
     for i, name in enumerate(sorted(p, key=p.__getitem__)):
         least = max(least, min(1.0, (len(p) - i) * p[name]))
-        adjusted[name] = least
-    return adjusted
+        p_values[name] = least
+    return p_values

@@ -63,8 +63,8 @@ class Study:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Study:
         """Build a Study from a results file, which stores tuples as lists."""
-        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return cls(**given)
+        settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**settings)
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ class Workspace:
     """
 
     source: TrainingSource
-    shipped: Path
+    adapters: Path
     state: Path
     scorer: str
     made_from: dict[str, Any] = field(default_factory=dict)
@@ -136,7 +136,7 @@ class Workspace:
     def adapter(self, study: Study, plan: Plan, step: int) -> Path:
         """Return the file of an adapter after some steps of its training."""
         if step == study.steps and plan.seed < RATE_SEED:
-            return self.shipped / f"{plan.name}.safetensors"
+            return self.adapters / f"{plan.name}.safetensors"
         return self.work / f"{plan.name}-{step}.safetensors"
 
     def card(self, study: Study, plan: Plan, step: int) -> dict[str, Any]:

@@ -112,8 +112,8 @@ def by_rate(results: Results) -> dict[str, Any]:
     for form in study["forms"]:
         summary[form] = {}
         for rate in study["rates"]:
-            drawn = steps if f"through-{form}-{rate:g}" in results.units else steps[:1]
-            curves = {str(step): results.rate_curve(form, rate, step) for step in drawn}
+            lengths = steps if f"through-{form}-{rate:g}" in results.units else steps[:1]
+            curves = {str(step): results.rate_curve(form, rate, step) for step in lengths}
             ends = {step: None if curve is None else float(curve.seeds(read)[0]) for step, curve in curves.items()}
             places = {step: {} if curve is None else count_ends(curve, study["level"]) for step, curve in curves.items()}
             held_out = results.units[f"rate-{form}-{rate:g}"].value

@@ -138,6 +138,6 @@ def run(args: Namespace) -> None:
     if args.checkpoint:
         own_files.run(args)
         return
-    if named := [name for name in ("ip_adapter", "image_encoder", "image", "prediction") if getattr(args, name)]:
-        raise ValueError(f"--{named[0].replace('_', '-')} is for your own base model: name its file with --checkpoint")
+    if options := [name for name in ("ip_adapter", "image_encoder", "image", "prediction") if getattr(args, name)]:
+        raise ValueError(f"--{options[0].replace('_', '-')} is for your own base model: name its file with --checkpoint")
     print(table(evaluate(args.state, args.out, args.side)))
