@@ -119,14 +119,14 @@ def test_packed_units_are_restored(tmp_path: Path) -> None:
     units = {str(i): Unit(i, {}, {"x": torch.full((i, 2), i, dtype=torch.int16)} if i else {}) for i in (2, 0, 3)}
     data, arrays = pack(units)
     assert len(arrays["x"]) == 5 and [unit["rows"] for unit in data.values()] == [2, 0, 3]
-    found = unpack(json.loads(json.dumps(data)), arrays)
-    assert all(found[name].value == unit.value and found[name].rows == unit.rows for name, unit in units.items())
-    assert torch.equal(found["3"].arrays["x"], units["3"].arrays["x"])
+    copies = unpack(json.loads(json.dumps(data)), arrays)
+    assert all(copies[name].value == unit.value and copies[name].rows == unit.rows for name, unit in units.items())
+    assert torch.equal(copies["3"].arrays["x"], units["3"].arrays["x"])
     with pytest.raises(ValueError, match="do not belong together"):
         unpack(data, {"x": arrays["x"][1:]})
     memo = Memo(tmp_path)
     memo.write("3", Unit("newer", {}))
-    memo.restore(found)
+    memo.restore(copies)
     assert memo.read("2").value == 2 and memo.read("3").value == "newer"
 
 

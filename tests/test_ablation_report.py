@@ -45,18 +45,18 @@ def right(prompts: Prompts, task: str) -> dict[str, Tensor]:
     truth = prompts.truth
     assert truth is not None
     image, scene = truth.labels, truth.complement
-    found = {"concept": image["concept"], "background": image["background"], "palette": image["palette"]}
+    readings = {"concept": image["concept"], "background": image["background"], "palette": image["palette"]}
     if task == "conflict":
-        found |= {"concept": truth.concept, "background": truth.background}
+        readings |= {"concept": truth.concept, "background": truth.background}
     placement = image["placement"].double()
     if task == "complementary":
         assert scene.size is not None and scene.place is not None
-        found["background"] = scene.background
+        readings["background"] = scene.background
         side = torch.tensor([43.0, 51.0, 59.0])[scene.size]
         cell = scene.place.clamp(min=0)
         x, y = ((part + 0.5) * (65 - side) / 3 for part in (cell % 3, cell // 3))
         placement = torch.stack([x + side / 2, y + side / 2, side], dim=1).double()
-    return found | {"placement": placement, "clip_i": torch.full((len(placement),), 0.5), "clip_t": torch.full((len(placement),), 0.25)}
+    return readings | {"placement": placement, "clip_i": torch.full((len(placement),), 0.5), "clip_t": torch.full((len(placement),), 0.25)}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -78,9 +78,9 @@ def test_without_ground_truth_following_is_relative_to_the_text_alone() -> None:
 
 def test_readings_are_rounded_to_int16() -> None:
     palette = torch.tensor([[[61.26, -40.04, 0.0], [5, 6, 7]]])
-    found = quantise({"palette": palette, "clip_i": torch.tensor([0.12346]), "clip_t": torch.tensor([9.0])})
-    assert found["palette"].tolist() == [[613, -400, 0, 50, 60, 70]] and found["clip_i"].tolist() == [[1235]]
-    assert found["clip_t"].tolist() == [[32767]] and {array.dtype for array in found.values()} == {torch.int16}
+    arrays = quantise({"palette": palette, "clip_i": torch.tensor([0.12346]), "clip_t": torch.tensor([9.0])})
+    assert arrays["palette"].tolist() == [[613, -400, 0, 50, 60, 70]] and arrays["clip_i"].tolist() == [[1235]]
+    assert arrays["clip_t"].tolist() == [[32767]] and {array.dtype for array in arrays.values()} == {torch.int16}
 
 
 def test_the_judge_reads_true_pictures() -> None:
@@ -154,9 +154,9 @@ def test_the_endpoint_is_the_information_at_equal_following() -> None:
         return float((known[:k].sum() + grey[k:].sum()) / N)
 
     for form in results.study["forms"]:
-        found = summary["endpoint"][form]
-        assert found["information"] == pytest.approx([(at(KNOWN[form][0]) + at(KNOWN[form][1])) / 2] * 2, abs=0.02) and not found["end"]
-        assert found["concept"] == pytest.approx([(KNOWN[form][0] + KNOWN[form][1]) / 2 / N] * 2)
+        actual = summary["endpoint"][form]
+        assert actual["information"] == pytest.approx([(at(KNOWN[form][0]) + at(KNOWN[form][1])) / 2] * 2, abs=0.02) and not actual["end"]
+        assert actual["concept"] == pytest.approx([(KNOWN[form][0] + KNOWN[form][1]) / 2 / N] * 2)
         assert matched_lambda(results, form) == pytest.approx(sum(LAMBDAS[form][:2]) / 2)
     d = summary["difference"]["simple"]
     assert d["mean"] == pytest.approx((at(8) + at(24) - at(4) - at(12)) / 2, abs=0.02) and d["low"] > 0
@@ -194,13 +194,13 @@ def test_the_page_states_the_result() -> None:
 def test_the_primary_difference_is_read_in_other_ways() -> None:
     """At 70 %, each form is read at its second lambda. As only backgrounds are wrong, counting them alone changes nothing."""
     results = made_up()
-    found = summarise(results)
-    other, ours, simple = found["robustness"], *(results.curve(form).value.mean(axis=(0, 2)) for form in (BASELINE, PRIMARY))
+    summary = summarise(results)
+    other, ours, simple = summary["robustness"], *(results.curve(form).value.mean(axis=(0, 2)) for form in (BASELINE, PRIMARY))
     assert other["levels"]["70%"]["mean"] == pytest.approx(ours[2] - simple[2])
-    assert other["backgrounds"]["test"] == found["difference"][PRIMARY] and set(other["backgrounds"]) == {"test"}
+    assert other["backgrounds"]["test"] == summary["difference"][PRIMARY] and set(other["backgrounds"]) == {"test"}
     assert other["smallest"] == pytest.approx({"share": 0.9, "information": simple[1]})
     assert other["extremes"] == pytest.approx([simple.max(), ours[2:].min()])
-    assert found["secondary"]["finest layers"]["read"] == {form: {"end": 0, "start": 0} for form in (BASELINE, PRIMARY)}
+    assert summary["secondary"]["finest layers"]["read"] == {form: {"end": 0, "start": 0} for form in (BASELINE, PRIMARY)}
 
 
 def test_what_each_change_gives_alone_is_said() -> None:

@@ -108,11 +108,11 @@ def test_a_t2i_adapter_in_an_official_file(name: str) -> None:
 def test_a_controlnet_folder_there_and_back(name: str, tmp_path: Path) -> None:
     (peer, ours), config = controlnet_pair(*SMALL_CONTROLS[name]), SMALL_CONTROLS[name][0]
     peer.save_pretrained(tmp_path / "peer")
-    found = load_control(tmp_path / "peer", dtype=None)
-    equal(found, ours, torch.float64)
-    assert isinstance(found, ControlNet)
-    assert replace(found.config, prediction=config.prediction) == config and kind_of(tmp_path / "peer") == "controlnet"
-    back_and_forth(found, ControlNetModel, peer, tmp_path)
+    actual = load_control(tmp_path / "peer", dtype=None)
+    equal(actual, ours, torch.float64)
+    assert isinstance(actual, ControlNet)
+    assert replace(actual.config, prediction=config.prediction) == config and kind_of(tmp_path / "peer") == "controlnet"
+    back_and_forth(actual, ControlNetModel, peer, tmp_path)
 
 
 @pytest.mark.parity("diffusers save_pretrained, from_pretrained", 0)
@@ -120,10 +120,10 @@ def test_a_controlnet_folder_there_and_back(name: str, tmp_path: Path) -> None:
 def test_a_t2i_folder_there_and_back(name: str, tmp_path: Path) -> None:
     peer, ours = t2i_pair(SMALL_T2I[name])
     peer.save_pretrained(tmp_path / "peer")
-    found = load_control(tmp_path / "peer", dtype=None)
-    equal(found, ours, torch.float64)
-    assert found.config == SMALL_T2I[name] and kind_of(tmp_path / "peer") == "t2i"
-    back_and_forth(found, PeerT2I, peer, tmp_path)
+    actual = load_control(tmp_path / "peer", dtype=None)
+    equal(actual, ours, torch.float64)
+    assert actual.config == SMALL_T2I[name] and kind_of(tmp_path / "peer") == "t2i"
+    back_and_forth(actual, PeerT2I, peer, tmp_path)
 
 
 def back_and_forth(control: Control, kind: Any, peer: Any, folder: Path) -> None:
@@ -182,9 +182,9 @@ def write(tensors: Tensors, path: Path) -> Path:
 def test_official_t2i_adapters(config: T2IConfig, prefix: str, tmp_path: Path) -> None:
     ours = randomise(T2IAdapter(config), 2).float()
     path = write(official(ours, prefix), tmp_path / "t2i.pth")
-    found = load_control(path)
-    equal(found, ours)
-    assert found.config == config and kind_of(path) == "t2i"
+    actual = load_control(path)
+    equal(actual, ours)
+    assert actual.config == config and kind_of(path) == "t2i"
     convert(path, tmp_path / "back", diffusers=True)
     assert verify(path, tmp_path / "back") == []
     assert inspect(path)[0].startswith("T2I-Adapter, ")

@@ -153,9 +153,9 @@ def test_the_pair_is_transformers() -> None:
 
 def test_a_long_prompt_is_reported_once() -> None:
     pair = TextEncoderPair(*(text_pair(TextConfig(16, 1, 1, pad=pad, output_dim=4))[1] for pad in (END, 0)))
-    with pytest.warns(UserWarning, match="these words are cut off: teapot$") as found:
+    with pytest.warns(UserWarning, match="these words are cut off: teapot$") as messages:
         pair.tokenize(["cat " * 75 + "teapot"])
-    assert len(found) == 1
+    assert len(messages) == 1
 
 
 @pytest.mark.parity("transformers CLIPTextModelWithProjection, diffusers convert_open_clip_checkpoint", 0)
@@ -179,13 +179,13 @@ def test_official_sizes() -> None:
 def test_a_single_file_and_a_folder_are_one_model(files: Get, name: str) -> None:
     made = files(name)
     for path, prediction in ((made.single, "v" if name == "sd2" else None), (made.folder, None)):
-        found = load_base(path, prediction=prediction)
+        actual = load_base(path, prediction=prediction)
         for part in ("unet", "vae"):
-            equal(getattr(found, part), getattr(made.ours, part))
-        equal(found.text, made.ours.text)
-        assert found.unet.config == replace(UNETS[name], sample_size=found.unet.config.sample_size)
-        assert found.vae.config == VAES[name]
-        texts = (found.text.first, found.text.second) if isinstance(found.text, TextEncoderPair) else (found.text,)
+            equal(getattr(actual, part), getattr(made.ours, part))
+        equal(actual.text, made.ours.text)
+        assert actual.unet.config == replace(UNETS[name], sample_size=actual.unet.config.sample_size)
+        assert actual.vae.config == VAES[name]
+        texts = (actual.text.first, actual.text.second) if isinstance(actual.text, TextEncoderPair) else (actual.text,)
         assert [text.config.pad for text in texts] == ([END, 0] if name == "sdxl" else [0])
     assert verify(made.single, made.folder) == []
 

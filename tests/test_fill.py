@@ -24,28 +24,28 @@ ROOT = Path(__file__).parent.parent
 def test_a_module_outlives_a_file_that_is_replaced(base: Peers, tmp_path: Path, suffix: str) -> None:
     """As all commands here write: a new file takes the name."""
     path = write_single(base, tmp_path / f"sd{suffix}")
-    found = load_single(path, dtype=None)
+    actual = load_single(path, dtype=None)
     (tmp_path / "new").write_bytes(bytes(path.stat().st_size))
     (tmp_path / "new").replace(path)
-    check_base(found, base.ours)
+    check_base(actual, base.ours)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_copied_weights_outlive_a_file_that_is_written_over(base: Peers, tmp_path: Path, suffix: str) -> None:
     path = write_single(base, tmp_path / f"sd{suffix}")
-    found = load_single(path, dtype=None)
-    for part in found.parts.values():
+    actual = load_single(path, dtype=None)
+    for part in actual.parts.values():
         copy_weights(part)
     path.write_bytes(bytes(path.stat().st_size))
-    check_base(found, base.ours)
+    check_base(actual, base.ours)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_change_to_a_module_is_not_written_to_its_file(base: Peers, tmp_path: Path, suffix: str) -> None:
     path = write_single(base, tmp_path / f"sd{suffix}")
     before = path.read_bytes()
-    found = load_single(path, dtype=None)
-    for part in found.parts.values():
+    actual = load_single(path, dtype=None)
+    for part in actual.parts.values():
         for weight in part.parameters():
             weight.fill_(0.5)
     assert path.read_bytes() == before

@@ -195,8 +195,8 @@ def test_looking_changes_no_drawing_and_its_maps_add_up(desk: Desk, image: Path,
         assert mass is not None and torch.allclose(maps[77:].sum(dim=0), mass, atol=0.02)
     else:
         assert mass is None
-    found, sentence = cells(desk.pipeline.text, seen, 2, 1, 1)
-    assert len(found) >= 6 and ("one softmax" in sentence) == (fuse is concatenated)
+    actual, sentence = cells(desk.pipeline.text, seen, 2, 1, 1)
+    assert len(actual) >= 6 and ("one softmax" in sentence) == (fuse is concatenated)
     for wrong in ((4, 1, 0), (1, 9, 0), (1, 1, 9)):
         with pytest.raises(ValueError, match="there is no"):
             seen.of(*wrong)

@@ -160,9 +160,9 @@ def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypa
 
     def pairs(where: Path = base, side: int = 16) -> tuple[FilePairs, int]:
         encoded.clear()
-        found = setting.prepare(TrainingSource(where, data=folder, side=side), tmp_path / "state").pairs
-        assert isinstance(found, FilePairs)
-        return found, len(encoded)
+        actual = setting.prepare(TrainingSource(where, data=folder, side=side), tmp_path / "state").pairs
+        assert isinstance(actual, FilePairs)
+        return actual, len(encoded)
 
     first, n = pairs()
     assert n == 6  # latents and embeddings
@@ -219,10 +219,10 @@ def test_a_run_killed_at_twenty_points_ends_in_the_same_file(base: Path, tmp_pat
     arguments = [sys.executable, "tests/kill.py", base, data, tmp_path / "work"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found["points"]) == 20 and all(found["same"]), found
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results["points"]) == 20 and all(results["same"]), results
     kinds = {"half of tensors", "half of state", "before rename", "after rename", "before step", "after latents"}
-    assert kinds <= set(found["points"])
+    assert kinds <= set(results["points"])
 
 
 # few pictures

@@ -144,8 +144,8 @@ def test_shares_of_a_step_are_its_batches() -> None:
         teams = [Team(rank, size, parts) for rank in range(size)]
         shared = [ProcessBatches(data, team.shares, 2) for team in teams]
         read = [each.batch(3 * each.each + i) for each in shared for i in range(each.each)]
-        found = sorted(tuple(row.flatten().tolist()) for batch in read for row in batch.mean)
-        assert found == sorted(tuple(row.flatten().tolist()) for i in (6, 7) for row in data.batch(i).mean)
+        actual = sorted(tuple(row.flatten().tolist()) for batch in read for row in batch.mean)
+        assert actual == sorted(tuple(row.flatten().tolist()) for i in (6, 7) for row in data.batch(i).mean)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:

@@ -126,7 +126,7 @@ def test_the_adapters_of_the_ablation_ship(study: Results) -> None:
 def test_the_endpoint_of_the_ablation_is_that_of_its_drawings(study: Results, form: str) -> None:
     """Computed again from the palettes that the judge read, drawing by drawing, with torch's distances and numpy's interpolation."""
     palettes = torch.tensor(study.data["prompts"]["test"]["truth"]["palette"], dtype=torch.float64).view(-1, 2, 3)
-    found, alone = [], study.measures("alone-complementary-test")
+    collected, alone = [], study.measures("alone-complementary-test")
     for name in (name for name in study.units if re.fullmatch(rf"drawn-{form}-\d-8000-complementary-test-all", name)):
         read = study.units[name].arrays["palette"].double().view(-1, len(palettes), 2, 3) / 10
         following = [alone["following"].mean(), *study.measures(name)["following"].mean(axis=1)]
@@ -137,8 +137,8 @@ def test_the_endpoint_of_the_ablation_is_that_of_its_drawings(study: Results, fo
             values.append(float(d[others].mean() - d.diagonal().mean()))
         last = max(i for i, share in enumerate(following) if share >= 0.8 * following[0])
         below, above = last + 1, last
-        found.append(np.interp(0.8 * following[0], [following[below], following[above]], [values[below], values[above]]))
-    assert found == pytest.approx(study.data["summary"]["endpoint"][form]["information"], abs=0.01)
+        collected.append(np.interp(0.8 * following[0], [following[below], following[above]], [values[below], values[above]]))
+    assert collected == pytest.approx(study.data["summary"]["endpoint"][form]["information"], abs=0.01)
 
 
 @pytest.mark.parametrize(("form", "lam"), [("ip_adapter", 1.0), ("simple", 1 / 64)])
@@ -161,8 +161,8 @@ def test_every_training_of_the_ablation_used_one_kind_of_gpu_and_one_commit(stud
 
 def test_the_second_clip_is_another_than_the_adapters() -> None:
     """It has another width and patch size than the CLIP of the adapters, and it recognises concepts (probe in its card)."""
-    found = json.loads((ROOT / "weights" / "score_image.json").read_text())["results"]
-    assert found["concept"] > 0.95 and found["background"] > 0.95
+    results = json.loads((ROOT / "weights" / "score_image.json").read_text())["results"]
+    assert results["concept"] > 0.95 and results["background"] > 0.95
     score, own = (
         load_image_encoder(ROOT / "weights" / f"{n}.safetensors").config for n in ("score_image", "image_encoder")
     )

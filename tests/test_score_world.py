@@ -68,9 +68,9 @@ def test_floors_equal_their_definitions() -> None:
     """The palettes of two prompts differ by (3, 4), so by 5, in both colours. The error of a grey of lightness 65 is its
     distance from all four colours."""
     palette = torch.tensor([[[60.0, 40, 0], [60, 0, 40]], [[60, 43, 4], [60, 3, 44]]])
-    found = world.floors(palette)
-    assert found["another"]["palette_error"] == pytest.approx([5, 5, 5])
-    assert found["grey"]["palette_error"][0] == pytest.approx((palette - torch.tensor([65.0, 0, 0])).norm(dim=-1).mean().item())
+    actual = world.floors(palette)
+    assert actual["another"]["palette_error"] == pytest.approx([5, 5, 5])
+    assert actual["grey"]["palette_error"][0] == pytest.approx((palette - torch.tensor([65.0, 0, 0])).norm(dim=-1).mean().item())
 
 
 def test_the_table_shows_values_with_half_their_intervals() -> None:

@@ -84,13 +84,13 @@ def test_the_file_has_the_differences_in_the_layout_of_peft() -> None:
         a, b = (tensors[name.replace(".weight", f".lora_{factor}.weight")] for factor in "AB")
         want = merged[ours] - unet.state_dict()[ours]
         if want.ndim == 2:
-            found = nn.functional.linear(nn.functional.linear(torch.eye(a.shape[1]).double(), a), b).T
+            actual = nn.functional.linear(nn.functional.linear(torch.eye(a.shape[1]).double(), a), b).T
         else:  # the response to an impulse in each input channel is the flipped kernel
             i, k = a.shape[1], a.shape[2]
             impulses = torch.zeros(i, i, 2 * k - 1, 2 * k - 1).double()
             impulses[range(i), range(i), k - 1, k - 1] = 1
-            found = nn.functional.conv2d(nn.functional.conv2d(impulses, a), b).flip(2, 3).transpose(0, 1)
-        assert max_error(found, want) < 1e-12, name
+            actual = nn.functional.conv2d(nn.functional.conv2d(impulses, a), b).flip(2, 3).transpose(0, 1)
+        assert max_error(actual, want) < 1e-12, name
 
 
 @pytest.mark.parametrize("index", range(8))

@@ -114,8 +114,8 @@ def test_diffusion_loss_is_eq_1(prediction: Prediction, gamma: float | None) -> 
     unet, _ = parts(prediction)
     schedule, t = Schedule(prediction=prediction), torch.tensor([0, 500, 999])
     x0, eps, text = randn(3, 4, 8, 8, seed=1), randn(3, 4, 8, 8, seed=2), Context(randn(3, 5, 8, seed=3))
-    found = diffusion_loss(unet, schedule, x0, text, t, eps, gamma)
-    assert found.shape == (3,) and found.dtype == torch.float32
+    losses = diffusion_loss(unet, schedule, x0, text, t, eps, gamma)
+    assert losses.shape == (3,) and losses.dtype == torch.float32
     alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
     for i, step in enumerate(t.tolist()):
         a = float(alphas[step])
@@ -125,7 +125,7 @@ def test_diffusion_loss_is_eq_1(prediction: Prediction, gamma: float | None) -> 
         if gamma is not None:
             snr = a / (1 - a)
             expected *= min(snr, gamma) / (snr if prediction == "epsilon" else snr + 1)
-        assert float(found[i]) == pytest.approx(expected, rel=1e-4)
+        assert float(losses[i]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_eq_6_is_eq_1_with_a_picture() -> None:
@@ -137,10 +137,10 @@ def test_eq_6_is_eq_1_with_a_picture() -> None:
         Context(randn(2, 5, 8, seed=3)),
     )
     context = adapter(text, randn(2, EMBEDDING, seed=4))
-    found = diffusion_loss(unet, Schedule(), x0, context, t, eps)
+    losses = diffusion_loss(unet, Schedule(), x0, context, t, eps)
     expected = (unet(Schedule().add_noise(x0, eps, t), t, context) - eps).square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, diffusion_loss(unet, Schedule(), x0, text, t, eps))
+    torch.testing.assert_close(losses, expected)
+    assert not torch.allclose(losses, diffusion_loss(unet, Schedule(), x0, text, t, eps))
 
 
 def test_loss_is_summed_in_float32_for_a_half_precision_base() -> None:
@@ -257,8 +257,8 @@ def test_held_out_losses_are_what_they_say(pairs: Pairs) -> None:
     deaf = copy.deepcopy(adapter)
     for to in deaf.to_v:
         nn.init.zeros_(to.weight)
-    found = held_out_losses(unet, deaf, Schedule(), pairs)
-    assert found["gain_zero"] == found["gain_shuffled"] == 0  # V' = 0: no picture says anything
+    losses = held_out_losses(unet, deaf, Schedule(), pairs)
+    assert losses["gain_zero"] == losses["gain_shuffled"] == 0  # V' = 0: no picture says anything
     assert first["gain_zero"] != 0 and first["gain_shuffled"] != 0
 
 
