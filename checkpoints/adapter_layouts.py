@@ -10,8 +10,8 @@ from checkpoints.reader import File
 def with_official_names(file: File) -> File:
     """Rename an adapter's tensors to the official names. Other files keep their names."""
     if any(name.startswith("image_proj_model.") for name in file):
-        file = file.renamed(_trainer_names(file))
-    return file.renamed(_diffusers_names(file))
+        file = file.rename(_trainer_names(file))
+    return file.rename(_diffusers_names(file))
 
 
 _PROCESSOR = re.compile(r"(unet\.(?:down|up|mid)_block.*\.processor)\.to_[kv]_ip\.weight$")

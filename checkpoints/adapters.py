@@ -76,7 +76,7 @@ _LORA = r"ip_adapter\.\d+\.to_(q|k|v|out)_lora\.(down|up)\.weight$"
 
 def own_updates(file: File) -> Updates:
     """The updates of the LoRA inside a FaceID adapter, for all attention layers of the UNet; {} if it has none."""
-    return read_updates(file.renamed({name: name for name in file if re.match(_LORA, name)}))
+    return read_updates(file.rename({name: name for name in file if re.match(_LORA, name)}))
 
 
 def adapter_kind(file: File) -> str:
@@ -169,14 +169,14 @@ def check_fit(path: Path, projection: Projection, unet: UNetConfig, encoder: Ima
     """Raise ValueError unless an adapter fits the base model and the image encoder, if there is one."""
     context_dim, image_dim, reads = projection.context_dim, projection.image_dim, projection.reads
     if context_dim != unet.context_dim:
-        needed, given = display_name(BASES, context_dim), display_name(BASES, unet.context_dim)
+        expected, actual = display_name(BASES, context_dim), display_name(BASES, unet.context_dim)
         raise ValueError(
-            f"{path} is an adapter for {needed}, but you gave a base model of {given}: use an adapter made for this base model"
+            f"{path} is an adapter for {expected}, but you gave a base model of {actual}: use an adapter made for this base model"
         )
     if encoder is not None and reads.needs_encoder and (width := reads.width(encoder)) != image_dim:
-        needed, given = encoder_name(reads, image_dim), encoder_name(reads, width)
+        expected, actual = encoder_name(reads, image_dim), encoder_name(reads, width)
         raise ValueError(
-            f"{path} needs {needed}, but you gave {given}: pass that encoder as --image-encoder, or use another adapter"
+            f"{path} needs {expected}, but you gave {actual}: pass that encoder as --image-encoder, or use another adapter"
         )
 
 

@@ -49,8 +49,8 @@ def _single_value(value: Any) -> Any:
 
 def _check(config: Mapping[str, Any], supported: dict[str, Any]) -> None:
     for key, value in supported.items():
-        given = config.get(key, value) if value is None else _single_value(config.get(key, value))
-        if ((_ALIASES.get(given, given) if isinstance(given, str) else given) or None) != (value or None):
+        setting = config.get(key, value) if value is None else _single_value(config.get(key, value))
+        if ((_ALIASES.get(setting, setting) if isinstance(setting, str) else setting) or None) != (value or None):
             raise ValueError(f"it sets {key} = {config[key]!r}, but only {value} is supported")
 
 
@@ -134,7 +134,7 @@ def diffusers_config(c: UNetConfig) -> dict[str, Any]:
     if c.depth[-1] not in (0, c.mid_depth):
         raise ValueError(f"diffusers has no UNet of depth {c.depth} with depth {c.mid_depth} in the middle")
     cross = [bool(depth) for depth in c.depth]
-    added = {
+    conditioning = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": c.added_time_dim,
         "projection_class_embeddings_input_dim": c.added_dim,
@@ -153,7 +153,7 @@ def diffusers_config(c: UNetConfig) -> dict[str, Any]:
         "norm_num_groups": c.groups,
         "sample_size": c.sample_size,
         "use_linear_projection": len(set(c.heads)) > 1,
-        **(added if c.added_dim else {}),
+        **(conditioning if c.added_dim else {}),
     }
 
 

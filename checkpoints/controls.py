@@ -19,7 +19,7 @@ from checkpoints.control_names import controlnet_rows, t2i_rows
 from checkpoints.files import naming, read_json_if_there
 from checkpoints.fill import assemble, check, empty_module
 from checkpoints.folders import folder_of, module_from_config, weights_in, write_diffusers
-from checkpoints.names import Names, Row, named
+from checkpoints.names import Names, Row, map_names
 from checkpoints.reader import File
 from checkpoints.single_file import single_kind
 from model.controlnet import ControlNet, ControlNetConfig
@@ -35,7 +35,7 @@ _OWN: dict[str, tuple[type[Any], type[Any]]] = {
 _COMPLETE = {"a ControlNet": "a complete ControlNet", "a T2I-Adapter": "a complete T2I-Adapter"}
 
 
-class Opened(NamedTuple):
+class ControlFile(NamedTuple):
     """A control on the meta device, the file of its weights, and the names of its tensors there. `what` says what it is."""
 
     control: Control
@@ -55,7 +55,7 @@ def own_kind(path: Path) -> str:
     return next((kind for key, kind in OWN.items() if isinstance(config, dict) and key in config), "")
 
 
-def open_control(path: Path) -> Opened:
+def open_control(path: Path) -> ControlFile:
     """Open a control of any layout and build it on the meta device, without reading its weights.
 
     Raises FileNotFoundError, and ValueError when it is not a supported control or not complete.
@@ -64,16 +64,16 @@ def open_control(path: Path) -> Opened:
         raise FileNotFoundError(f"{path} is not there: name a ControlNet or a T2I-Adapter")
     if kind := own_kind(path):
         control = module_from_card(path, *_OWN[kind])
-        opened = Opened(control, File(path), {n: (n,) for n in control.state_dict()}, "the control that its card describes")
+        source = ControlFile(control, File(path), {n: (n,) for n in control.state_dict()}, "the control that its card describes")
     else:
-        opened = _open_foreign(path, weights_in(path))
-    check(opened.control, opened.names, opened.file, opened.what)
-    if (channels := opened.control.config.hint_channels) not in (1, 3):
+        source = _open_foreign(path, weights_in(path))
+    check(source.control, source.names, source.file, source.what)
+    if (channels := source.control.config.hint_channels) not in (1, 3):
         raise ValueError(f"{path} reads hints of {channels} channels, but only pictures, of 1 or 3, can be given")
-    return opened
+    return source
 
 
-def _open_foreign(path: Path, file: File) -> Opened:
+def _open_foreign(path: Path, file: File) -> ControlFile:
     """Open a control in the layout of diffusers, of LDM, or of the official T2I-Adapters."""
     kind = single_kind(file)
     if "style_embedding" in file:
@@ -88,12 +88,12 @@ def _open_foreign(path: Path, file: File) -> Opened:
             file = file.part("control_model.") if "control_model.input_hint_block.0.weight" in file else file
             control = empty_module(ControlNet, configs.ldm_controlnet(file.shapes, ldm.settings_beside(path)))
         else:
-            file = file.renamed({name.removeprefix("adapter."): name for name in file})
+            file = file.rename({name.removeprefix("adapter."): name for name in file})
             control = empty_module(T2IAdapter, configs.official_t2i(file.shapes))
-    return Opened(control, file, named(control.state_dict(), rows_of(control), 2), _COMPLETE[kind])
+    return ControlFile(control, file, map_names(control.state_dict(), rows_of(control), 2), _COMPLETE[kind])
 
 
-def _open_diffusers(path: Path, file: File, kind: str) -> Opened:
+def _open_diffusers(path: Path, file: File, kind: str) -> ControlFile:
     folder = folder_of(path)
     control: Control
     if not (folder / "config.json").is_file():
@@ -102,7 +102,7 @@ def _open_diffusers(path: Path, file: File, kind: str) -> Opened:
         control = module_from_config(folder, ControlNet, configs.controlnet_config, kind)
     else:
         control = module_from_config(folder, T2IAdapter, configs.t2i_config, kind)
-    return Opened(control, file, named(control.state_dict(), rows_of(control), 1), f"{kind[2:]} of its config.json")
+    return ControlFile(control, file, map_names(control.state_dict(), rows_of(control), 1), f"{kind[2:]} of its config.json")
 
 
 def load_control(
@@ -112,12 +112,12 @@ def load_control(
 
     Raises ValueError when the file is not a supported control, or is for another base model.
     """
-    opened = open_control(path)
+    source = open_control(path)
     if unet is not None:
-        check_fit(opened.control, unet, path)
-    if factor is not None and (needed := opened.control.config.factor) != factor:
-        raise ValueError(f"{path} is a control for latents {needed} times smaller than the picture, but those here are {factor} times")
-    return assemble(opened.control, opened.names, opened.file, opened.what, dtype)
+        check_fit(source.control, unet, path)
+    if factor is not None and (expected := source.control.config.factor) != factor:
+        raise ValueError(f"{path} is a control for latents {expected} times smaller than the picture, but those here are {factor} times")
+    return assemble(source.control, source.names, source.file, source.what, dtype)
 
 
 def check_fit(control: Control, unet: UNetConfig, path: Path) -> None:
@@ -125,13 +125,13 @@ def check_fit(control: Control, unet: UNetConfig, path: Path) -> None:
     if fits(control, unet):
         return
     ours = control.config
-    given = display_name(BASES, unet.context_dim)
+    actual = display_name(BASES, unet.context_dim)
     if isinstance(ours, ControlNetConfig) and ours.context_dim != unet.context_dim:
-        made = f"for {display_name(BASES, ours.context_dim)}"
+        purpose = f"for {display_name(BASES, ours.context_dim)}"
     else:
-        made = f"with feature maps of width {', '.join(map(str, ours.channels))}"
+        purpose = f"with feature maps of width {', '.join(map(str, ours.channels))}"
     raise ValueError(
-        f"{path} is a control {made}, but you gave a base model of {given}, with {', '.join(map(str, unet.channels))}: "
+        f"{path} is a control {purpose}, but you gave a base model of {actual}, with {', '.join(map(str, unet.channels))}: "
         "use a control made for this base model"
     )
 
@@ -142,9 +142,9 @@ def fits(control: Control, unet: UNetConfig) -> bool:
         fields = ("channels", "res_blocks", "context_dim", "added_dim")
         return all(getattr(control.config, name) == getattr(unet, name) for name in fields)
     levels, config = len(unet.channels), control.config
-    halved = levels > 1 and unet.depth[0] == 0  # as in SDXL, whose first feature map is at half the size
+    half_size = levels > 1 and unet.depth[0] == 0  # as in SDXL, whose first feature map is at half the size
     extra = 1 if config.form == "xl" else 0
-    return config.channels[:levels] == unet.channels and len(config.channels) == levels + extra and halved == bool(extra)
+    return config.channels[:levels] == unet.channels and len(config.channels) == levels + extra and half_size == bool(extra)
 
 
 def save_control_diffusers(control: Control, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -157,4 +157,4 @@ def save_control_diffusers(control: Control, folder: Path, dtype: torch.dtype | 
         config = configs.controlnet_diffusers(control.config)
     else:
         config = configs.t2i_diffusers(control.config)
-    write_diffusers(control, named(control.state_dict(), rows_of(control), 1), config, folder, dtype)
+    write_diffusers(control, map_names(control.state_dict(), rows_of(control), 1), config, folder, dtype)

@@ -81,14 +81,14 @@ def _check(kind: str, source: Path, target: Path, ema: bool, diffusers: bool) ->
     if ema and (kind != "base" or source.is_dir()):
         raise ValueError(f"{source} is not a base model in a single file, so it has no EMA copy: leave out --ema")
     if target.exists() and one_file == target.is_dir():
-        there, needed = ("folder", "file") if one_file else ("file", "folder")
-        raise ValueError(f"{target} is a {there}: name a {needed} to write")
+        there, expected = ("folder", "file") if one_file else ("file", "folder")
+        raise ValueError(f"{target} is a {there}: name a {expected} to write")
 
 
 def _convert_adapter(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     file = adapter_file(source)
-    if found := problems(file):
-        raise ValueError(f"{source} is not a complete adapter: {'; '.join(found)}")
+    if reasons := problems(file):
+        raise ValueError(f"{source} is not a complete adapter: {'; '.join(reasons)}")
     if (kind := adapter_kind(file)).startswith("IP-Adapter FaceID Plus") and kind.endswith("V2") != is_plus_v2(target):
         name = "keep plusv2 in its name" if kind.endswith("V2") else "leave plusv2 out of its name"
         raise ValueError(f"{source} is {kind}, which only the name of a file says: name another TARGET than {target}, and {name}")

@@ -161,11 +161,11 @@ def _describe_single(path: Path) -> list[str]:
     file = File(path)
     lines = [f"{single_kind(file)}, a single file: {_size(file[name] for name in file)}"]
     try:
-        stated = single_settings(path).prediction
-        base = load_single(path, dtype=None, build=text_skeleton, prediction=stated or "v")
+        prediction = single_settings(path).prediction
+        base = load_single(path, dtype=None, build=text_skeleton, prediction=prediction or "v")
         for name, part in base.parts.items():
             lines.append(f"{_NAMES.get(name, name)}: {_size(part.state_dict().values())}")
-        if stated is None:
+        if prediction is None:
             lines.append("the file does not say whether the UNet predicts epsilon or v: give --prediction, or put its .yaml beside it")
         channels, latent = base.unet.config.in_channels, base.vae.config.latent_channels
         if channels == 2 * latent + 1:

@@ -12,7 +12,7 @@ from checkpoints import configs
 from checkpoints.base import Base
 from checkpoints.files import replacing_in, write_json
 from checkpoints.folders import write_diffusers
-from checkpoints.names import image_names, named, text_names, unet_rows, vae_rows
+from checkpoints.names import image_names, map_names, text_names, unet_rows, vae_rows
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.text_encoder import END, START, TextConfig, TextEncoder, TextEncoderPair, merges, vocabulary
 from model.unet import UNet
@@ -76,13 +76,13 @@ def save_unet(unet: UNet, folder: Path, dtype: torch.dtype | None = None) -> Non
     Raises OSError when a file can't be written, and ValueError when a value is too large for `dtype` or diffusers has
     no such UNet. So do the other functions here.
     """
-    names = named(unet.state_dict(), unet_rows(unet.config), 1)
+    names = map_names(unet.state_dict(), unet_rows(unet.config), 1)
     write_diffusers(unet, names, configs.diffusers_config(unet.config), folder, dtype)
 
 
 def save_vae(vae: VAE, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Save a VAE to a folder for diffusers' `AutoencoderKL`."""
-    names = named(vae.state_dict(), vae_rows(vae.config), 1)
+    names = map_names(vae.state_dict(), vae_rows(vae.config), 1)
     write_diffusers(vae, names, {"_class_name": "AutoencoderKL"} | vae_settings(vae.config), folder, dtype)
 
 
@@ -136,8 +136,8 @@ def save_pipeline(base: Base, scheduler: Mapping[str, Any], folder: Path, dtype:
         for end, text in texts.items():
             save_text(text, part / f"text_encoder{end}", dtype)
             save_tokenizer(text.config.pad, part / f"tokenizer{end}")
-            projected = "WithProjection" if text.config.output_dim else ""
-            parts |= {f"text_encoder{end}": f"CLIPTextModel{projected}", f"tokenizer{end}": "CLIPTokenizer"}
+            suffix = "WithProjection" if text.config.output_dim else ""
+            parts |= {f"text_encoder{end}": f"CLIPTextModel{suffix}", f"tokenizer{end}": "CLIPTokenizer"}
         write_json(part / "scheduler" / "scheduler_config.json", scheduler | {"prediction_type": "v_prediction" if v else "epsilon"})
         library = {name: "transformers" if kind.startswith("CLIP") else "diffusers" for name, kind in parts.items()}
         inpaints = "Inpaint" if base.unet.config.in_channels > base.vae.config.latent_channels else ""

@@ -86,10 +86,10 @@ def replacing_in(folder: Path) -> Iterator[Path]:
         with _write_errors(folder):
             part.mkdir(exist_ok=True)
             yield part
-            written = [file.relative_to(part) for file in part.rglob("*") if file.is_file()]
-            for file in written:
+            files = [file.relative_to(part) for file in part.rglob("*") if file.is_file()]
+            for file in files:
                 check_output(folder / file)
-            for file in written:
+            for file in files:
                 os.replace(part / file, folder / file)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -108,23 +108,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
     `dtype=None` keeps each tensor's dtype, and integers are always kept. Raises ValueError when a value is too large for `dtype`, and
     OSError when the file can't be written.
     """
-    written, pointers = dict[str, Tensor](), set[int]()
+    output, pointers = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
-        cast = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-        if cast.dtype != tensor.dtype and cast.numel() and not is_finite(cast):
+        value = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        if value.dtype != tensor.dtype and value.numel() and not is_finite(value):
             raise ValueError(f"nothing was written: {name} has values that are not finite in {dtype}, so use another dtype")
-        shared = cast.data_ptr() in pointers  # safetensors refuses tensors that share memory
-        written[name] = cast.clone() if shared else cast
-        pointers.add(cast.data_ptr())
+        shared = value.data_ptr() in pointers  # safetensors refuses tensors that share memory
+        output[name] = value.clone() if shared else value
+        pointers.add(value.data_ptr())
     with replacing(path) as part:
         if path.suffix == ".bin":
             groups: dict[str, dict[str, Tensor]] = {}
-            for name, tensor in written.items():
+            for name, tensor in output.items():
                 group, _, rest = name.partition(".")
                 groups.setdefault(group, {})[rest] = tensor.clone()  # torch would write all of the file that a tensor is mapped from
             torch.save(groups, part)
         else:
-            save_file(written, part)
+            save_file(output, part)
 
 
 def sha256(path: Path) -> str:
@@ -180,8 +180,8 @@ def printable(text: str, limit: int = 300) -> str:
     """Make text from a file safe to print: escape control characters, and cut it off after `limit` characters."""
     if text.isprintable() and len(text) <= limit:
         return text
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
-    return escaped + ("..." if len(text) > limit else "")
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return line + ("..." if len(text) > limit else "")
 
 
 def short_list(names: Iterable[str], limit: int = 3) -> str:

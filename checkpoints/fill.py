@@ -23,8 +23,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def _shape_of(shapes: list[tuple[int, ...]], transposed: bool) -> tuple[int, ...]:
     """Return the shape of a file's tensors, all of the first one's shape, after concatenation and transposition."""
     first = shapes[0]
-    joined = (len(shapes) * first[0], *first[1:]) if first else ()
-    return joined[::-1] if transposed else joined
+    shape = (len(shapes) * first[0], *first[1:]) if first else ()
+    return shape[::-1] if transposed else shape
 
 
 def _fits(shape: tuple[int, ...], ours: torch.Size) -> bool:
@@ -45,15 +45,15 @@ def _read(file: File, theirs: tuple[str, ...], like: Tensor, transposed: bool, d
             )
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     tensor = (tensor.T if transposed else tensor).reshape(like.shape)
-    wanted = dtype or tensor.dtype
-    if tensor.dtype == wanted and tensor.is_contiguous():
-        read = ours = tensor
+    target = dtype or tensor.dtype
+    if tensor.dtype == target and tensor.is_contiguous():
+        source = ours = tensor
     else:
-        flat = torch.empty(like.numel(), dtype=wanted)
+        flat = torch.empty(like.numel(), dtype=target)
         ours = flat.as_strided(like.shape, like.stride()).copy_(tensor)
-        read = tensor if torch.promote_types(tensor.dtype, wanted) == wanted else flat  # a wider dtype makes no value infinite
-    if not is_finite(read):
-        raise ValueError(f"{file.path} holds values that are not finite in {wanted}, in {theirs[0]}")
+        source = tensor if torch.promote_types(tensor.dtype, target) == target else flat  # a wider dtype makes no value infinite
+    if not is_finite(source):
+        raise ValueError(f"{file.path} holds values that are not finite in {target}, in {theirs[0]}")
     return ours
 
 
@@ -63,8 +63,8 @@ def check(module: nn.Module, names: Names, file: File, what: str) -> None:
     `what` completes the message "the file is not ...".
     """
     state = module.state_dict()
-    if unfilled := state.keys() ^ names.keys():
-        raise RuntimeError(f"the table of names and the module differ in {short_list(unfilled)}")
+    if difference := state.keys() ^ names.keys():
+        raise RuntimeError(f"the table of names and the module differ in {short_list(difference)}")
     expected = {name for theirs in names.values() for name in theirs}
     unknown = {name for name in file if name not in expected and not _EXTRA.search(name)}
     if missing := expected - file.keys():
@@ -75,9 +75,9 @@ def check(module: nn.Module, names: Names, file: File, what: str) -> None:
     for name, tensor in state.items():
         shapes = [file.shape(n) for n in names[name]]
         if len(set(shapes)) > 1 or not _fits(_shape_of(shapes, names[name][0] in TRANSPOSED), tensor.shape):
-            given = " and ".join(str(list(shape)) for shape in shapes)
+            actual = " and ".join(str(list(shape)) for shape in shapes)
             raise ValueError(
-                f"{file.path} is not {what}: the shape of {short_list(names[name])} is {given}, not {list(tensor.shape)}"
+                f"{file.path} is not {what}: the shape of {short_list(names[name])} is {actual}, not {list(tensor.shape)}"
             )
 
 
@@ -102,8 +102,8 @@ def assemble(module: M, names: Names, file: File, what: str, dtype: torch.dtype 
 def fill(module: M, tensors: dict[str, Tensor]) -> M:
     """Load tensors into a module on the meta device, strictly. Returns it, frozen and in eval mode."""
     module.load_state_dict(tensors, strict=True, assign=True)
-    if unfilled := [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]:
-        raise RuntimeError(f"these tensors were not filled: {', '.join(unfilled)}")
+    if missing := [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]:
+        raise RuntimeError(f"these tensors were not filled: {', '.join(missing)}")
     return module.eval().requires_grad_(False)
 
 

@@ -23,20 +23,20 @@ def locate(path: Path, download: bool = False) -> Path:
     """
     if path.exists() or path.is_absolute() or len(path.parts) < 2 or not all(map(_PART.fullmatch, path.parts)):
         return path
-    found = _cached(path)
-    if found.exists():
-        return found
+    cached = _cache_path(path)
+    if cached.exists():
+        return cached
     if not download:
         raise FileNotFoundError(
             f"{path} is neither here nor in the Hugging Face cache: name a file or folder, or add --download to download it"
         )
     _download(path)
-    if not found.exists() and not (found := _cached(path)).exists():
+    if not cached.exists() and not (cached := _cache_path(path)).exists():
         raise FileNotFoundError(f"{path} is not in the repository {'/'.join(path.parts[:2])}: look up its name")
-    return found
+    return cached
 
 
-def _cached(path: Path) -> Path:
+def _cache_path(path: Path) -> Path:
     """Where `path` is in the cache; `path` itself if the cache lacks its repository."""
     from huggingface_hub import snapshot_download  # imported here, because it takes a second
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -54,10 +54,10 @@ def _download(path: Path) -> None:
     from huggingface_hub import snapshot_download
 
     owner, name, *inside = path.parts
-    wanted = "/".join(inside)
+    pattern = "/".join(inside)
     try:
         snapshot_download(
-            f"{owner}/{name}", allow_patterns=[wanted, f"{wanted}/*"] if inside else _BASE, ignore_patterns=None if inside else _VARIANTS
+            f"{owner}/{name}", allow_patterns=[pattern, f"{pattern}/*"] if inside else _BASE, ignore_patterns=None if inside else _VARIANTS
         )
     except Exception as error:  # the network can fail in many ways
         raise OSError(f"{path} can't be downloaded: {printable(str(error).strip().partition(chr(10))[0])}") from error

@@ -48,18 +48,18 @@ def is_lora(file: File) -> bool:
 
 def read_updates(file: File) -> Updates:
     """Read every update in a file. Raises ValueError, with its name, for a tensor that is not part of one, or an invalid one."""
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name in file:
         module, role = role_of(name)
-        if not role or role in found[module]:
+        if not role or role in modules[module]:
             raise ValueError(
                 f"{file.path} holds {name}, which is not LoRA: only low-rank updates (down, up and alpha) are supported, "
                 "not DoRA, LoHa, LoKr and the like"
             )
-        found[module][role] = file[name]
+        modules[module][role] = file[name]
     alpha = _common_alpha(file.path)
     updates = {}
-    for module, parts in found.items():
+    for module, parts in modules.items():
         if not parts.keys() >= {"down", "up"}:
             raise ValueError(f"{file.path} is not a complete LoRA: {module} needs both its matrices, but has {short_list(parts)}")
         _check(file.path, module, parts)
@@ -83,8 +83,8 @@ def _common_alpha(path: Path) -> float | None:
 
     Raises ValueError if the header asks for another rule than alpha / r.
     """
-    with open(path, "rb") as opened:
-        if opened.read(9)[8:] != b"{":
+    with open(path, "rb") as stream:
+        if stream.read(9)[8:] != b"{":
             return None
     with naming(path, "has settings that are not supported"), safe_open(path, "pt") as file:
         settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
@@ -118,8 +118,8 @@ def merge(base: Base, loras: Sequence[tuple[Path, Updates, float]]) -> Base:
         module, _, leaf = name.rpartition(".")
         owner = twin.parts[network].get_submodule(module)
         weight = getattr(owner, leaf)
-        merged = (weight.detach().to(delta.dtype) + delta.reshape(weight.shape)).to(weight.dtype)
-        setattr(owner, leaf, nn.Parameter(merged, requires_grad=weight.requires_grad))
+        total = (weight.detach().to(delta.dtype) + delta.reshape(weight.shape)).to(weight.dtype)
+        setattr(owner, leaf, nn.Parameter(total, requires_grad=weight.requires_grad))
     return twin
 
 

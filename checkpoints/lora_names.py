@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from checkpoints.names import TRANSPOSED, attention_order, named, text_names, unet_rows
+from checkpoints.names import TRANSPOSED, attention_order, map_names, text_names, unet_rows
 from model.unet import UNet
 
 _KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
@@ -37,12 +37,12 @@ def role_of(name: str) -> tuple[str, str]:
     The module has the name that `targets` gives it: kohya's, such as `lora_unet_mid_block_attentions_0_proj_in`, or that of
     diffusers or transformers after the name of the network, such as `unet.mid_block.attentions.0.proj_in`.
     """
-    found = _ROLE.match(name)
-    if found is None or (found["role"][:2] in ("do", "up") and not found["old"]):
+    match = _ROLE.match(name)
+    if match is None or (match["role"][:2] in ("do", "up") and not match["old"]):
         return name, ""
-    module, role = found["module"].replace(".processor", ""), found["role"].partition(".")[0]
+    module, role = match["module"].replace(".processor", ""), match["role"].partition(".")[0]
     if not module.startswith("lora_"):
-        module = _modern(module, found["old"] == "_lora")
+        module = _modern(module, match["old"] == "_lora")
     return module, _ROLES.get(role, role)
 
 
@@ -61,21 +61,21 @@ def targets(networks: Mapping[str, nn.Module]) -> dict[str, Target]:
 
     `networks`: the UNet and text encoders of a base model by the names of their folders, as in `Base.parts`.
     """
-    found: dict[str, Target] = {}
+    by_name: dict[str, Target] = {}
     for network, module in networks.items():
         if network not in _KOHYA:
             continue
         for theirs, target in _modules(network, module).items():
-            found[f"{network}.{theirs}"] = target
-            found |= {prefix + theirs.replace(".", "_"): target for prefix in _KOHYA[network]}
-    return found
+            by_name[f"{network}.{theirs}"] = target
+            by_name |= {prefix + theirs.replace(".", "_"): target for prefix in _KOHYA[network]}
+    return by_name
 
 
 def _modules(network: str, module: Any) -> dict[str, Target]:
     """Return {name of a module in files, without the network's: target}."""
     state = [name for name, tensor in module.state_dict().items() if name.endswith("weight") and tensor.ndim > 1]
     if isinstance(module, UNet):
-        tables = [named(state, unet_rows(module.config), column) for column in (1, 2)]
+        tables = [map_names(state, unet_rows(module.config), column) for column in (1, 2)]
         numbers = {
             f"{n}.{to}": Target(network, f"{name}.{to.removesuffix('.0')}.weight")
             for n, name in enumerate(attention_order(module))

@@ -1,6 +1,6 @@
 """Map the tensor names of this project to those of diffusers, transformers, LDM and official adapters.
 
-A table is a list of rows, one per module with weights. `named` converts a table to a map of tensor names.
+A table is a list of rows, one per module with weights. `map_names` converts a table to a map of tensor names.
 tests/test_names.py checks that each map is a bijection. These functions do not read files.
 """
 
@@ -70,7 +70,7 @@ def _inside(outer: Row, rows: Iterable[Row]) -> list[Row]:
     return [(f"{outer[0]}.{a}", f"{outer[1]}.{b}", f"{outer[2]}.{c}") for a, b, c in rows]
 
 
-def named(ours: Iterable[str], rows: Iterable[Row], column: int, prefix: str = "") -> Names:
+def map_names(ours: Iterable[str], rows: Iterable[Row], column: int, prefix: str = "") -> Names:
     """Map our tensor names to those in the given column of a table: 1 = diffusers or transformers, 2 = LDM.
 
     Tensors of modules that are not in the table are omitted.
@@ -174,7 +174,7 @@ def clip_names(
         for leaf in ("weight", "bias"):
             qkv = tuple(f"{outer[1]}.self_attn.{x}_proj.{leaf}" for x in "qkv")
             names[f"{outer[0]}.attn.in_proj_{leaf}"] = qkv
-    return {**named(ours, rows, 1), **names}
+    return {**map_names(ours, rows, 1), **names}
 
 
 def text_names(ours: Iterable[str], config: TextConfig, prefix: str = "text_model.") -> Names:
@@ -207,7 +207,7 @@ def projection_names(ours: Iterable[str]) -> Names:
     rows += [(f"image_projection.{name}", f"{inner}.{name}", "") for name in ("proj_in", "proj_out", "norm_out")]
     for i in range(sum(name.endswith(".to_kv.weight") for name in ours)):
         rows += _inside((f"image_projection.layers.{i}", f"{inner}.layers.{i}", ""), _PERCEIVER)
-    return named(ours, rows, 1) | ({queries: ("image_proj.latents",)} if queries in ours else {})
+    return map_names(ours, rows, 1) | ({queries: ("image_proj.latents",)} if queries in ours else {})
 
 
 def attention_order(unet: UNet) -> list[str]:

@@ -56,7 +56,7 @@ class File(Mapping[str, Tensor]):
         if len(self._names) < len(names):
             raise ValueError(f"{path} holds tensors with names that look the same: download it again")
 
-    def renamed(self, names: Mapping[str, str | tuple[str, ...]]) -> File:
+    def rename(self, names: Mapping[str, str | tuple[str, ...]]) -> File:
         """Return the same file with other names, {new: old}. A tuple of old names is concatenated along the first axis.
 
         Tensors that are not in `names` are left out.
@@ -67,11 +67,11 @@ class File(Mapping[str, Tensor]):
 
     def part(self, prefix: str) -> File:
         """Keep the tensors whose names begin with `prefix`, and remove the prefix."""
-        return self.renamed({name.removeprefix(prefix): name for name in self if name.startswith(prefix)})
+        return self.rename({name.removeprefix(prefix): name for name in self if name.startswith(prefix)})
 
     def without(self, pattern: str) -> File:
         """Leave out the tensors whose names match the regular expression `pattern` at the start."""
-        return self.renamed({name: name for name in self if not re.match(pattern, name)})
+        return self.rename({name: name for name in self if not re.match(pattern, name)})
 
     def __getitem__(self, name: str) -> Tensor:
         with _read_errors(self.path):
@@ -139,9 +139,9 @@ def _open(path: Path) -> Contents:
         handle = safe_open(path, "pt")
         return list(handle.keys()), handle.get_tensor, lambda name: tuple(handle.get_slice(name).get_shape())
     limit = _GROWTH * path.stat().st_size + _SLACK
-    mapped = start[:2] == b"PK" and _is_uncompressed(path, limit)
+    mmap = start[:2] == b"PK" and _is_uncompressed(path, limit)
     with torch.serialization.safe_globals(_LIGHTNING):
-        tensors = _flatten(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+        tensors = _flatten(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     if sum(tensor.nbytes for tensor in tensors.values()) > limit:
         raise ValueError("its tensors need far more memory than the size of the file")
     _separate(tensors)
@@ -158,8 +158,8 @@ def _is_uncompressed(path: Path, limit: int) -> bool:
             raise ValueError("it is a zip archive without tensors")
         if sum(part.file_size for part in file.infolist()) > limit:
             raise ValueError("it unpacks to far more than its size")
-        if damaged := file.testzip():
-            raise ValueError(f"its part {damaged} is damaged")
+        if member := file.testzip():
+            raise ValueError(f"its part {member} is damaged")
         return all(part.compress_type == ZIP_STORED for part in file.infolist())
 
 
@@ -179,7 +179,7 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, Tensor]:
     A dict that occurs in several places is read once.
     """
     tensors: dict[str, Tensor] = {}
-    seen, stack = {id(tree)}, [("", tree)]
+    visited, stack = {id(tree)}, [("", tree)]
     while stack:
         prefix, branch = stack.pop()
         for key, value in branch.items():
@@ -189,7 +189,7 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, Tensor]:
                 if f"{prefix}{key}" in tensors:
                     raise ValueError(f"two tensors are named {prefix}{key}")
                 tensors[f"{prefix}{key}"] = value
-            elif isinstance(value, dict) and id(value) not in seen:
-                seen.add(id(value))
+            elif isinstance(value, dict) and id(value) not in visited:
+                visited.add(id(value))
                 stack.append(("" if key == "state_dict" else f"{prefix}{key}.", value))
     return tensors

@@ -15,7 +15,7 @@ from checkpoints.base import Base
 from checkpoints.clip import assemble_open_clip, assemble_text
 from checkpoints.files import naming, short_list
 from checkpoints.fill import assemble, check, empty_module
-from checkpoints.names import named, unet_rows, vae_rows
+from checkpoints.names import map_names, unet_rows, vae_rows
 from checkpoints.reader import File
 from model.text_encoder import TextConfig, TextEncoder, TextEncoderPair
 from model.unet import UNet, UNetConfig
@@ -88,7 +88,7 @@ def _with_ema(file: File) -> File:
     ema = {name: f"model_ema.{name.removeprefix('model.').replace('.', '')}" for name in unet}
     if missing := ema.values() - file.keys():
         raise ValueError(f"{file.path} has no EMA copy of the UNet: it lacks {short_list(missing)}")
-    return file.renamed({name: ema.get(name, name) for name in file})
+    return file.rename({name: ema.get(name, name) for name in file})
 
 
 def open_single(path: Path) -> tuple[File, str]:
@@ -125,7 +125,7 @@ def load_single(
     unet_file = file.part(LDM["unet"])
     with naming(path, f"is not {what}"):
         unet = empty_module(UNet, ldm.ldm_unet(unet_file.shapes, settings))
-    names = named(unet.state_dict(), unet_rows(unet.config), 2)
+    names = map_names(unet.state_dict(), unet_rows(unet.config), 2)
     check(unet, names, unet_file, what)
     texts = [_load_text(file.part(prefix), prefix, what, dtype, build) for prefix in FAMILIES[kind].texts]
     return Base(
@@ -139,7 +139,7 @@ def _load_text(
     file: File, prefix: str, what: str, dtype: torch.dtype | None, build: Callable[[TextConfig], TextEncoder]
 ) -> TextEncoder:
     open_clip, pooled = prefix.endswith(".model."), prefix.startswith("conditioner.")
-    file = file if open_clip else file.renamed({name.removeprefix("text_model."): name for name in file})
+    file = file if open_clip else file.rename({name.removeprefix("text_model."): name for name in file})
     with naming(file.path, f"is not {what}"):
         config = ldm.open_clip_text(file.shapes, pooled) if open_clip else ldm.ldm_text(file.shapes)
         text = empty_module(build, config)
@@ -162,10 +162,10 @@ _ATTENTION = re.compile(rf"(?<=mid\.attn_1\.)({'|'.join(map(re.escape, _ATTENTIO
 def load_ldm_vae(file: File, settings: ldm.Settings, what: str, dtype: torch.dtype | None) -> VAE:
     """Load a VAE under LDM's names. Accepts diffusers' names in its attention, and ignores a loss and an EMA copy."""
     file = file.without(r"loss\.|model_ema\.")
-    file = file.renamed({_ATTENTION.sub(lambda m: _ATTENTION_NAMES[m[1]], name): name for name in file})
+    file = file.rename({_ATTENTION.sub(lambda m: _ATTENTION_NAMES[m[1]], name): name for name in file})
     with naming(file.path, f"is not {what}"):
         vae = empty_module(VAE, ldm.ldm_vae(file.shapes, settings))
-    return assemble(vae, named(vae.state_dict(), vae_rows(vae.config), 2), file, what, upcast(vae.config, dtype))
+    return assemble(vae, map_names(vae.state_dict(), vae_rows(vae.config), 2), file, what, upcast(vae.config, dtype))
 
 
 def upcast(config: VAEConfig, dtype: torch.dtype | None) -> torch.dtype | None:

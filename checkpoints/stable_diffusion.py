@@ -16,7 +16,7 @@ from checkpoints.clip import load_text_encoder
 from checkpoints.files import read_json_if_there
 from checkpoints.fill import assemble
 from checkpoints.folders import folder_of, has_config, module_from_config, weights_in
-from checkpoints.names import named, unet_rows, vae_rows
+from checkpoints.names import map_names, unet_rows, vae_rows
 from checkpoints.reader import File
 from checkpoints.single_file import (
     LDM,
@@ -43,11 +43,11 @@ _OTHERS = {"StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "StableCasc
 def check_folder(path: Path) -> None:
     """Raise ValueError if a diffusers folder holds a model that can't be drawn with, and say which one."""
     kind = str(read_json_if_there(path / "model_index.json").get("_class_name", ""))
-    found = next((name for start, name in _OTHERS.items() if kind.startswith(start)), "")
+    other = next((name for start, name in _OTHERS.items() if kind.startswith(start)), "")
     if kind.startswith("StableDiffusionXL") and not (path / "text_encoder").exists():
-        found = "the refiner of Stable Diffusion XL"
-    if found:
-        raise ValueError(f"{path} is {found}; a base model can be Stable Diffusion 1.x, 2.x or XL: use one of these")
+        other = "the refiner of Stable Diffusion XL"
+    if other:
+        raise ValueError(f"{path} is {other}; a base model can be Stable Diffusion 1.x, 2.x or XL: use one of these")
 
 
 def scheduler_config(path: Path) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def load_unet(path: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
     if not has_config(path):
         return load(path, UNet, UNetConfig, dtype)
     unet = _unet_from_config(folder_of(path))
-    names = named(unet.state_dict(), unet_rows(unet.config), 1)
+    names = map_names(unet.state_dict(), unet_rows(unet.config), 1)
     return assemble(unet, names, weights_in(path), "the UNet of its config.json", dtype)
 
 
@@ -103,8 +103,8 @@ def load_vae(path: Path, dtype: torch.dtype | None = torch.float32, settings: ld
     if not has_config(path):
         return load(path, VAE, VAEConfig, upcast(module_from_card(path, VAE, VAEConfig).config, dtype))
     vae, file = module_from_config(folder_of(path), VAE, configs.vae_config, "a VAE"), weights_in(path)
-    file = file.renamed({_OLD_NAME.sub(lambda m: _OLD_NAMES[m[0]], name): name for name in file})
-    names = named(vae.state_dict(), vae_rows(vae.config), 1)
+    file = file.rename({_OLD_NAME.sub(lambda m: _OLD_NAMES[m[0]], name): name for name in file})
+    names = map_names(vae.state_dict(), vae_rows(vae.config), 1)
     return assemble(vae, names, file, "the VAE of its config.json", upcast(vae.config, dtype))
 
 

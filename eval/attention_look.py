@@ -25,7 +25,7 @@ Cells = list[tuple[Image.Image, str]]
 class Look:
     """A drawing, and the maps of its conditional pass in half precision: a list of layers for each step."""
 
-    drawn: Image.Image
+    drawing: Image.Image
     prompt: str
     maps: list[list[LayerMaps]]
 
@@ -59,27 +59,27 @@ def look(pipeline: Pipeline, request: Request, fuse: Fuse, watch: Watch | None =
             if watch:
                 watch(state)
 
-        drawn = to_images(sample(pipeline, request, fuse, keep, scale, 1))[0]
-    return Look(drawn.resize((SIDE, SIDE), Image.Resampling.LANCZOS), request.prompt, steps)
+        drawing = to_images(sample(pipeline, request, fuse, keep, scale, 1))[0]
+    return Look(drawing.resize((SIDE, SIDE), Image.Resampling.LANCZOS), request.prompt, steps)
 
 
-def cells(encoder: Text, seen: Look, step: int, layer: int, head: int) -> tuple[Cells, str]:
+def cells(encoder: Text, look: Look, step: int, layer: int, head: int) -> tuple[Cells, str]:
     """Lay each map over the drawing. Returns the pictures with their names, and the image mass in a sentence."""
     from eval.attention_sheet import overlay, overlays  # imports matplotlib, which takes seconds
 
-    maps, mass, prompted = seen.of(step, layer, head)
-    words, tokens = name_maps(encoder, seen.prompt, maps)
-    labelled = overlays(seen.drawn, [*words, *tokens])
-    found = [(seen.drawn, "the drawing"), *((heat, name.removesuffix(" of the attention")) for heat, name in labelled)]
-    if not prompted:
-        return found, "There is no image prompt, so the text keeps all of the attention."
+    maps, mass, has_prompt = look.of(step, layer, head)
+    words, tokens = name_maps(encoder, look.prompt, maps)
+    overlaid = overlays(look.drawing, [*words, *tokens])
+    pictures = [(look.drawing, "the drawing"), *((heat, name.removesuffix(" of the attention")) for heat, name in overlaid)]
+    if not has_prompt:
+        return pictures, "There is no image prompt, so the text keeps all of the attention."
     if mass is None:
-        return found, (
+        return pictures, (
             "Text and picture each have a softmax of their own. The text keeps all of its attention, and what is read from the "
             "picture is multiplied by λ and added to it."
         )
-    found.append((overlay(seen.drawn, mass), f"all image tokens\n{mass.mean():.1%}"))
-    return found, f"The picture takes {mass.mean():.1%} of the one softmax (the image mass). The text keeps the rest."
+    pictures.append((overlay(look.drawing, mass), f"all image tokens\n{mass.mean():.1%}"))
+    return pictures, f"The picture takes {mass.mean():.1%} of the one softmax (the image mass). The text keeps the rest."
 
 
 def _conditional(maps: LayerMaps) -> LayerMaps:

@@ -33,8 +33,8 @@ def softmax_maps(q: Tensor, text: Source, image: Sequence[Source], fuse: Fuse) -
     sources = [text, *(replace(source, scale=1.0) if fuse is decoupled else source for source in image)]
     keys = [source.k.shape[-2] for source in sources]
     one_hot = torch.eye(sum(keys), dtype=q.dtype, device=q.device).split(keys)
-    read = [replace(s, v=v.expand(*s.k.shape[:2], -1, -1)) for s, v in zip(sources, one_hot, strict=True)]
-    return fuse(q, read[0], read[1:]).split(keys, dim=-1)
+    one_hot_sources = [replace(s, v=v.expand(*s.k.shape[:2], -1, -1)) for s, v in zip(sources, one_hot, strict=True)]
+    return fuse(q, one_hot_sources[0], one_hot_sources[1:]).split(keys, dim=-1)
 
 
 def image_mass(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
@@ -91,11 +91,11 @@ def record(unet: UNet) -> Iterator[list[LayerMaps]]:
 
     def begin(_: UNet, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal call, t, grids
-        given = inspect.signature(UNet.forward).bind(unet, *args, **kwargs).arguments
-        b, _, h, w = given["x"].shape
-        call, t = call + 1, tuple(torch.as_tensor(given["t"]).expand(b).tolist())
-        halved = ((-(-h // 2**i), -(-w // 2**i)) for i in range(len(unet.config.channels)))
-        grids = {h * w: (h, w) for h, w in halved}
+        inputs = inspect.signature(UNet.forward).bind(unet, *args, **kwargs).arguments
+        b, _, h, w = inputs["x"].shape
+        call, t = call + 1, tuple(torch.as_tensor(inputs["t"]).expand(b).tolist())
+        sizes = ((-(-h // 2**i), -(-w // 2**i)) for i in range(len(unet.config.channels)))
+        grids = {h * w: (h, w) for h, w in sizes}
 
     @torch.no_grad()
     def look(layer: CrossAttention, args: tuple[Tensor, Context], _: Tensor) -> None:
@@ -107,8 +107,8 @@ def record(unet: UNet) -> Iterator[list[LayerMaps]]:
         of_text, *of_image = (part.float().cpu() for part in softmax_maps(q, text, image, context.fuse))
         mass = image_mass(q, text, image).float().cpu() if context.fuse is concatenated and image else None
         weights = [source.weight(q) if context.fuse is decoupled else 1.0 for source in image]
-        kept = tuple(w.float().cpu() if isinstance(w, Tensor) else w for w in weights)
-        maps.append(LayerMaps(layer.layer, call, t, grids[q.shape[-2]], of_text, tuple(of_image), kept, mass))
+        parts = tuple(w.float().cpu() if isinstance(w, Tensor) else w for w in weights)
+        maps.append(LayerMaps(layer.layer, call, t, grids[q.shape[-2]], of_text, tuple(of_image), parts, mass))
 
     handles = [unet.register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [layer.register_forward_hook(look) for layer in unet.cross_attentions()]
@@ -150,5 +150,5 @@ def name_maps(text: Text, prompt: str, maps: Tensor) -> tuple[Named, Named]:
     encoder = text.first if isinstance(text, TextEncoderPair) else text
     length, words = encoder.config.context_length, word_positions(encoder, prompt)
     rest = sorted(set(range(length)) - {place for _, places in words for place in places})
-    named = [(word, maps[places].sum(dim=0)) for word, places in [*words, ("start, end, padding", rest)]]
-    return named, [(f"image token {i}", heat) for i, heat in enumerate(maps[length:], 1)]
+    word_maps = [(word, maps[places].sum(dim=0)) for word, places in [*words, ("start, end, padding", rest)]]
+    return word_maps, [(f"image token {i}", heat) for i, heat in enumerate(maps[length:], 1)]

@@ -59,8 +59,8 @@ def draw_with_maps(
             steps_maps.append(finest(maps))
             maps.clear()
 
-        drawn = pipeline.sample([prompt], [seed], embedding, scale=scale, guidance=guidance, steps=steps, watch=watch)
-    return to_images(drawn)[0], torch.stack(steps_maps).mean(dim=0)
+        drawing = pipeline.sample([prompt], [seed], embedding, scale=scale, guidance=guidance, steps=steps, watch=watch)
+    return to_images(drawing)[0], torch.stack(steps_maps).mean(dim=0)
 
 
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
@@ -68,13 +68,13 @@ def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
     small = Image.fromarray((heat / heat.max().clamp(min=1e-12)).float().numpy())
     alpha = np.asarray(small.resize(picture.size, Image.Resampling.BILINEAR))
     grey = np.asarray(picture.convert("L").convert("RGB")) * 0.4
-    mixed = grey + 0.85 * alpha[..., None] * (255 * HEAT(alpha)[..., :3] - grey)
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    blend = grey + 0.85 * alpha[..., None] * (255 * HEAT(alpha)[..., :3] - grey)
+    return Image.fromarray(blend.round().astype(np.uint8))
 
 
-def overlays(drawn: Image.Image, named: Named) -> list[tuple[Image.Image, str]]:
+def overlays(drawing: Image.Image, pairs: Named) -> list[tuple[Image.Image, str]]:
     """Make a cell for each map, labelled with its share of the attention."""
-    return [(overlay(drawn, heat), f"{name}\n{heat.mean():.1%} of the attention") for name, heat in named]
+    return [(overlay(drawing, heat), f"{name}\n{heat.mean():.1%} of the attention") for name, heat in pairs]
 
 
 def compose(sections: Sequence[Section]) -> Image.Image:
@@ -119,18 +119,18 @@ def attention_sheet(
     if not (prompt or pictures):
         raise ValueError("there is no prompt: give --prompt, --image, or both")
     embedding = pipeline.embed(pictures) if pictures else None
-    drawn, maps = draw_with_maps(pipeline, prompt, embedding, scale, guidance, seed, steps)
-    drawn = drawn.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    described = [f'the text prompt "{prompt}"'] * bool(prompt) + [f"an image prompt, lambda {scale:g}"] * bool(pictures)
-    fitted = [ImageOps.fit(picture, (SIDE, SIDE), Image.Resampling.LANCZOS) for picture in pictures]
-    cells = [*((picture, "image prompt") for picture in fitted), (drawn, "the drawing")]
-    sections = [Section("Prompts and drawing", " and ".join(described), cells)]
+    drawing, maps = draw_with_maps(pipeline, prompt, embedding, scale, guidance, seed, steps)
+    drawing = drawing.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    prompts = [f'the text prompt "{prompt}"'] * bool(prompt) + [f"an image prompt, lambda {scale:g}"] * bool(pictures)
+    thumbnails = [ImageOps.fit(picture, (SIDE, SIDE), Image.Resampling.LANCZOS) for picture in pictures]
+    cells = [*((picture, "image prompt") for picture in thumbnails), (drawing, "the drawing")]
+    sections = [Section("Prompts and drawing", " and ".join(prompts), cells)]
     words, tokens = name_maps(pipeline.text, prompt, maps)
     if prompt:
-        sections.append(Section("Where the drawing looks at each word", WORDS_NOTE, overlays(drawn, words)))
+        sections.append(Section("Where the drawing looks at each word", WORDS_NOTE, overlays(drawing, words)))
     if pictures:
         title = "Where the drawing looks at the image prompt"
-        sections.append(Section(title, TOKENS_NOTE, overlays(drawn, tokens)))
+        sections.append(Section(title, TOKENS_NOTE, overlays(drawing, tokens)))
     return compose(sections)
 
 

@@ -46,20 +46,20 @@ class Bench:
         """Return the same bench with only the first n prompts."""
         return replace(self, prompts=self.prompts.first(n))
 
-    def read(self, task: str, drawn: Tensor) -> dict[str, Tensor]:
+    def read(self, task: str, drawings: Tensor) -> dict[str, Tensor]:
         """Read drawings, one row each.
 
         `clip_i`: the cosine with the image prompt. `clip_t`: that with the text, or with the caption where there is no text, as in the
         paper's Table 1. In the mini world also what the judge sees: `concept` and `background`, indices; `palette`, `n 2 3`;
         `placement`, `n 3`.
         """
-        found: dict[str, Tensor] = {}
+        readings: dict[str, Tensor] = {}
         if self.judge is not None:
-            seen = self.judge.read(drawn)
-            found = {"concept": seen.concept.argmax(dim=1), "background": seen.background.argmax(dim=1)}
-            found |= {"palette": seen.palette, "placement": seen.placement}
-        shown, texts = self.scorer.images(to_images(drawn)), self.prompts.texts("agreeing" if task == "picture" else task)
-        return found | {"clip_i": cosine(shown, self._prompt_embeddings), "clip_t": cosine(shown, self.scorer.texts(texts))}
+            reading = self.judge.read(drawings)
+            readings = {"concept": reading.concept.argmax(dim=1), "background": reading.background.argmax(dim=1)}
+            readings |= {"palette": reading.palette, "placement": reading.placement}
+        embeddings, texts = self.scorer.images(to_images(drawings)), self.prompts.texts("agreeing" if task == "picture" else task)
+        return readings | {"clip_i": cosine(embeddings, self._prompt_embeddings), "clip_t": cosine(embeddings, self.scorer.texts(texts))}
 
     @functools.cached_property
     def _prompt_embeddings(self) -> Tensor:
@@ -107,13 +107,13 @@ def draw_prompts(
     `embedding`: the encoded image prompts, `n 1 m e`, or None. `scale`: lambda. `name`: the label of the progress bar. `hints`: what
     each of the pipeline's controls reads, `n c h w` in [0, 1], weighted by `control_scale`.
     """
-    drawn, device = [], device_of(pipeline.unet)
+    parts, device = [], device_of(pipeline.unet)
     for rows in tqdm(torch.arange(len(prompts)).split(batch_size(device, pipeline.native_size[0])), desc=name, unit="batch"):
-        texts, pictured = [prompts[i] for i in rows], None if embedding is None else embedding[rows]
-        steered = [] if hints is None else [Hint(hints[rows], control_scale)] * len(pipeline.controls)
+        texts, part_embedding = [prompts[i] for i in rows], None if embedding is None else embedding[rows]
+        part_hints = [] if hints is None else [Hint(hints[rows], control_scale)] * len(pipeline.controls)
         with precision(device):
             x = pipeline.sample(
-                texts, rows.tolist(), pictured, scale=scale, guidance=guidance, steps=steps, fuse=fuse, hints=steered
+                texts, rows.tolist(), part_embedding, scale=scale, guidance=guidance, steps=steps, fuse=fuse, hints=part_hints
             )
-        drawn.append(x.float().cpu())
-    return torch.cat(drawn)
+        parts.append(x.float().cpu())
+    return torch.cat(parts)

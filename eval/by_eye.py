@@ -49,13 +49,13 @@ def draw(weights: Path, out: Path) -> None:
         check_output(path)
     pairs = texts()
     prompts = [caption(concept, None, ground) for concept, ground in pairs]
-    drawn = to_images(draw_prompts(load(weights, ()), prompts, None, 0.0, GUIDANCE, STEPS, "by eye"))
-    tiled = rearrange(np.stack([np.array(image) for image in drawn]), "(r c) h w k -> (r h) (c w) k", c=ACROSS)
+    drawings = to_images(draw_prompts(load(weights, ()), prompts, None, 0.0, GUIDANCE, STEPS, "by eye"))
+    grid = rearrange(np.stack([np.array(image) for image in drawings]), "(r c) h w k -> (r h) (c w) k", c=ACROSS)
     with replacing(sheet) as part:
-        Image.fromarray(tiled).save(part, "PNG")
-    made = {"steps": STEPS, "guidance": GUIDANCE, "unet": sha256(weights / "unet.safetensors")}
-    shown = [{"text": text, "concept": c, "background": b, "seed": i} for i, (text, (c, b)) in enumerate(zip(prompts, pairs, strict=True))]
-    write_json(record, {"made": made, "drawn": shown, "labels": []})
+        Image.fromarray(grid).save(part, "PNG")
+    settings = {"steps": STEPS, "guidance": GUIDANCE, "unet": sha256(weights / "unet.safetensors")}
+    rows = [{"text": text, "concept": c, "background": b, "seed": i} for i, (text, (c, b)) in enumerate(zip(prompts, pairs, strict=True))]
+    write_json(record, {"made": settings, "drawn": rows, "labels": []})
 
 
 def evaluate(judge: Judge, folder: Path) -> dict[str, dict[str, float]]:
@@ -63,10 +63,10 @@ def evaluate(judge: Judge, folder: Path) -> dict[str, dict[str, float]]:
     data = read_json(folder / "labels.json")
     if not data["labels"]:
         raise ValueError(f"{folder / 'labels.json'} holds no labels yet: label the pictures of labels.png, row by row")
-    seen = {f"labeller {i}": Labels.of(labels) for i, labels in enumerate(data["labels"], start=1)}
-    seen["judge"] = read(judge, tiles_of(folder / "labels.png"))
-    asked = {key: [each[key] for each in data["drawn"]] for key in ("concept", "background")}
-    return {name: {key: share(getattr(labels, key), asked[key]) for key in asked} for name, labels in seen.items()}
+    labels_of = {f"labeller {i}": Labels.of(labels) for i, labels in enumerate(data["labels"], start=1)}
+    labels_of["judge"] = read(judge, tiles_of(folder / "labels.png"))
+    truth = {key: [each[key] for each in data["drawn"]] for key in ("concept", "background")}
+    return {name: {key: share(getattr(labels, key), truth[key]) for key in truth} for name, labels in labels_of.items()}
 
 
 def table(results: dict[str, Any]) -> str:

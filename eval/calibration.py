@@ -80,10 +80,10 @@ def share(answers: Answers, labels: Answers) -> float:
     return 100 * float(np.mean(equal)) if equal else float("nan")
 
 
-def share_of(answers: Answers, labels: Answers, named: bool) -> float:
-    """Return `share` over the entries where the label is a name, or (with named=False) where it is None."""
-    kept = [pair for pair in zip(answers, labels, strict=True) if (pair[1] is not None) == named]
-    return share([answer for answer, _ in kept], [label for _, label in kept])
+def share_of(answers: Answers, labels: Answers, has_name: bool) -> float:
+    """Return `share` over the entries where the label is a name, or (with has_name=False) where it is None."""
+    pairs = [pair for pair in zip(answers, labels, strict=True) if (pair[1] is not None) == has_name]
+    return share([answer for answer, _ in pairs], [label for _, label in pairs])
 
 
 def palette_error(a: Array, b: Array) -> float:
@@ -91,23 +91,23 @@ def palette_error(a: Array, b: Array) -> float:
     return float(min(np.linalg.norm(a - other, axis=-1).mean() for other in (b, b[::-1])))
 
 
-def agreement(seen: Labels, labels: Labels) -> dict[str, float]:
+def agreement(answers: Labels, labels: Labels) -> dict[str, float]:
     """Compare with one set of labels: agreement in percent, and the mean palette error where both give two colours."""
-    both = seen.palette.keys() & labels.palette.keys()
+    both = answers.palette.keys() & labels.palette.keys()
     return {
-        "concept, or none of these": share(seen.concept, labels.concept),
-        "concept, where the labels name one": share_of(seen.concept, labels.concept, named=True),
-        "none of these, where the labels say so": share_of(seen.concept, labels.concept, named=False),
-        "background, where the labels name one": share_of(seen.background, labels.background, named=True),
-        "palette error": float(np.mean([palette_error(seen.palette[i], labels.palette[i]) for i in both])),
+        "concept, or none of these": share(answers.concept, labels.concept),
+        "concept, where the labels name one": share_of(answers.concept, labels.concept, has_name=True),
+        "none of these, where the labels say so": share_of(answers.concept, labels.concept, has_name=False),
+        "background, where the labels name one": share_of(answers.background, labels.background, has_name=True),
+        "palette error": float(np.mean([palette_error(answers.palette[i], labels.palette[i]) for i in both])),
     }
 
 
 def evaluate(judge: Judge, folder: Path) -> dict[str, dict[str, float]]:
     """Return the `agreement` of the two labellers with each other, and that of the judge with each labeller, averaged."""
     first, second = (Labels.of(data) for data in read_json(folder / "labels.json")["labels"])
-    judged = read(judge, tiles_of(folder / "labels.png"))
-    pairs = {"labellers": ((second, first), (first, second)), "judge": ((judged, first), (judged, second))}
+    answers = read(judge, tiles_of(folder / "labels.png"))
+    pairs = {"labellers": ((second, first), (first, second)), "judge": ((answers, first), (answers, second))}
     means = {name: pd.DataFrame([agreement(*pair) for pair in both]).mean() for name, both in pairs.items()}
     return {name: {str(row): round(float(value), 2) for row, value in mean.items()} for name, mean in means.items()}
 
@@ -115,8 +115,8 @@ def evaluate(judge: Judge, folder: Path) -> dict[str, dict[str, float]]:
 def table(results: dict[str, Any]) -> str:
     """Make the table of docs/world.md."""
     frame = pd.DataFrame(results["agreement"])
-    shown = frame.apply(lambda column: [f"{x:.1f}{'' if row == 'palette error' else '%'}" for row, x in column.items()])
-    return markdown(shown.rename_axis("").reset_index())
+    cells = frame.apply(lambda column: [f"{x:.1f}{'' if row == 'palette error' else '%'}" for row, x in column.items()])
+    return markdown(cells.rename_axis("").reset_index())
 
 
 def run(args: Namespace) -> None:

@@ -35,7 +35,7 @@ def inserts(root: Path) -> dict[str, str]:
     }
 
 
-def filled(page: str, values: dict[str, str]) -> str:
+def fill_page(page: str, values: dict[str, str]) -> str:
     """Regenerate all generated texts of a page. Raises ValueError for an unknown name."""
 
     def fill(place: re.Match[str]) -> str:
@@ -53,17 +53,17 @@ def pages(root: Path) -> list[Path]:
 
 def write(root: Path) -> list[Path]:
     """Regenerate all pages in `root`; return the paths of those that changed."""
-    values, changed = inserts(root), []
+    values, paths = inserts(root), []
     for path in pages(root):
         old = path.read_text()
-        if (new := filled(old, values)) != old:
+        if (new := fill_page(old, values)) != old:
             with replacing(path) as part:
                 part.write_text(new)
-            changed.append(path)
-    return changed
+            paths.append(path)
+    return paths
 
 
 def run(args: Namespace) -> None:
     """`python -m eval docs`"""
-    changed = write(args.root)
-    print("\n".join(map(str, changed)) or "every page is up to date")
+    paths = write(args.root)
+    print("\n".join(map(str, paths)) or "every page is up to date")

@@ -17,13 +17,13 @@ def examples(folder: Path, n: int = 12) -> None:
 
     Each file is named after its concept.
     """
-    chosen: dict[str, Scene] = {}
+    scenes: dict[str, Scene] = {}
     for i in range(1000):
         scene = World("test")[i]
-        chosen.setdefault(CONCEPT_NAMES[scene.concept], scene)
-        if len(chosen) == n:
+        scenes.setdefault(CONCEPT_NAMES[scene.concept], scene)
+        if len(scenes) == n:
             break
-    for name, scene in chosen.items():
+    for name, scene in scenes.items():
         for place, pixels in ((folder, pictures([scene])[0]), (folder / "hints", outline(scene))):
             with replacing(place / f"{name.replace(' ', '_')}.png") as part:
                 Image.fromarray(pixels).save(part, "PNG")

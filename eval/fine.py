@@ -56,12 +56,12 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     pipeline, judge = load(weights, (), device=device), load_judge(weights / "judge.safetensors").to(device)
     bench = Bench(pipeline, Prompts.of_the_world(n, seed=4), clip_score.load(weights, device), judge, steps, guidance)
     through = through_the_vae(pipeline.vae, bench.prompts.pixels)
-    rows = [scored(bench, through, "the image prompt, through the VAE")]
+    rows = [score_rows(bench, through, "the image prompt, through the VAE")]
     for file, form in zip(files, ADAPTERS.values(), strict=True):
         adapter = load_adapter(file, pipeline.unet).to(device)
         embedding = bench.embedding(adapter)
         alone, beside = (bench.draw(task, adapter, decoupled, embedding, 1.0) for task in ("picture", "complementary"))
-        rows.append(scored(bench, alone, form) | {"follows": following(bench, judge, beside)})
+        rows.append(score_rows(bench, alone, form) | {"follows": following(bench, judge, beside)})
     results = {
         "command": f"python -m eval fine --n {n} --steps {steps} --guidance {guidance:g}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
@@ -74,26 +74,26 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     return results
 
 
-def scored(bench: Bench, drawn: Tensor, form: str) -> Row:
+def score_rows(bench: Bench, drawings: Tensor, form: str) -> Row:
     """Score drawings: a list over prompts for each measure, where concept, background and drawing are indices."""
-    truth, read = bench.prompts.truth, bench.read("picture", drawn)
+    truth, readings = bench.prompts.truth, bench.read("picture", drawings)
     assert isinstance(truth, Truth)
-    shown = truth.shown
+    labels = truth.labels
     return {
         "form": form,
-        "concept": read["concept"].tolist(),
-        "background": read["background"].tolist(),
-        "palette_error": [round(x, 1) for x in delta_e(read["palette"], shown["palette"]).tolist()],
-        "placement_error": [round(x, 1) for x in (read["placement"] - shown["placement"]).norm(dim=-1).tolist()],
-        "drawing": nearest(truth.scenes, drawn, read["placement"]),
-        "clip_i": [round(x, 3) for x in read["clip_i"].tolist()],
+        "concept": readings["concept"].tolist(),
+        "background": readings["background"].tolist(),
+        "palette_error": [round(x, 1) for x in delta_e(readings["palette"], labels["palette"]).tolist()],
+        "placement_error": [round(x, 1) for x in (readings["placement"] - labels["placement"]).norm(dim=-1).tolist()],
+        "drawing": nearest(truth.scenes, drawings, readings["placement"]),
+        "clip_i": [round(x, 3) for x in readings["clip_i"].tolist()],
     }
 
 
-def following(bench: Bench, judge: Judge, drawn: Tensor) -> list[int]:
+def following(bench: Bench, judge: Judge, drawings: Tensor) -> list[int]:
     """Return 1 for each drawing whose background, size and place are those of the complementary text, otherwise 0."""
     assert isinstance(bench.prompts.truth, Truth)
-    hits = hits_of(judge.read(drawn), bench.prompts.truth.complement)
+    hits = hits_of(judge.read(drawings), bench.prompts.truth.complement)
     return torch.stack([hits[key] for key in ("background", "size", "place")]).all(dim=0).int().tolist()
 
 
@@ -105,8 +105,8 @@ def frame_of(rows: Sequence[Row], truth: Mapping[str, Any]) -> pd.DataFrame:
     """
     frame = pd.concat([pd.DataFrame({"prompt": range(len(row["clip_i"])), "follows": np.nan, **row}) for row in rows], ignore_index=True)
     for key, own in {**truth["own"], "drawing": truth["drawing"]}.items():
-        wanted = pd.Series(np.array(own, float)[frame["prompt"]])
-        frame[f"{key}_own"] = (frame[key] == wanted).astype(float).where(wanted.notna())
+        values = pd.Series(np.array(own, float)[frame["prompt"]])
+        frame[f"{key}_own"] = (frame[key] == values).astype(float).where(values.notna())
     return frame[["form", "prompt", *COLUMNS]]
 
 
@@ -114,14 +114,14 @@ def table(results: dict[str, Any]) -> str:
     """Make the table of docs/world.md: the scores of each adapter, and their difference with a 95 % interval over prompts."""
     pictures = frame_of(results["rows"], results["truth"])
     lines = {
-        form: {title: format(group[key].mean(), shown) for key, (title, shown) in COLUMNS.items() if group[key].notna().any()}
+        form: {title: format(group[key].mean(), style) for key, (title, style) in COLUMNS.items() if group[key].notna().any()}
         for form, group in pictures.groupby("form", sort=False)
     }
     own, fine = (pictures[pictures["form"] == form].set_index("prompt") for form in ADAPTERS.values())
     lines["fine-grained minus global"] = {}
-    for key, (title, shown) in COLUMNS.items():
-        difference = (fine[key] - own[key]).dropna() * (100 if shown == ".0%" else 1)
-        half, digits = 1.96 * difference.std() / len(difference) ** 0.5, 3 if shown == ".3f" else 1
+    for key, (title, style) in COLUMNS.items():
+        difference = (fine[key] - own[key]).dropna() * (100 if style == ".0%" else 1)
+        half, digits = 1.96 * difference.std() / len(difference) ** 0.5, 3 if style == ".3f" else 1
         lines["fine-grained minus global"][title] = f"{difference.mean():+.{digits}f} ± {half:.{digits}f}"
     return markdown(pd.DataFrame(lines).T.rename_axis("").reset_index())
 

@@ -71,7 +71,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     pipeline, scorer, world = load(weights, (), device=device), clip_score.load(weights, device), World("test")
     scenes, others = ([world[i] for i in range(first, first + n)] for first in (0, n))
     held_out, texts = pixels_of(scenes), [scene.caption for scene in scenes]
-    compared = {
+    sets = {
         "another": lambda: pixels_of(others),
         "reconstructed": lambda: through_the_vae(pipeline.vae, held_out),
         "drawn": lambda: draw_prompts(pipeline, texts, None, 0.0, guidance, steps, "captions"),
@@ -82,7 +82,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
         "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
         "scorer": scorer.name,
-        "distance": {key: distance(reference, moments(features(scorer, make()))) for key, make in compared.items()},
+        "distance": {key: distance(reference, moments(features(scorer, make()))) for key, make in sets.items()},
     }
     write_json(out, results)
     return results

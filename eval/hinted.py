@@ -21,7 +21,7 @@ class HintedPrompts:
     """n image prompts, the pictures whose outlines are the hints, and the indices of the backgrounds that the texts name."""
 
     scenes: list[Scene]
-    hinted: list[Scene]
+    hint_scenes: list[Scene]
     background: Tensor
 
     @classmethod
@@ -33,8 +33,8 @@ class HintedPrompts:
         def draw() -> list[Scene]:
             return [random_scene(rng, concept, int(rng.integers(len(BACKGROUNDS)))) for concept in order]
 
-        scenes, hinted = draw(), draw()
-        return cls(scenes, hinted, other_class(rng, ground_truth(scenes)["background"], len(BACKGROUNDS)))
+        scenes, hint_scenes = draw(), draw()
+        return cls(scenes, hint_scenes, other_class(rng, ground_truth(scenes)["background"], len(BACKGROUNDS)))
 
     @property
     def images(self) -> list[Image.Image]:
@@ -44,7 +44,7 @@ class HintedPrompts:
     @property
     def hints(self) -> Tensor:
         """Render the hints, `n 1 64 64` in [0, 1]."""
-        return torch.from_numpy(np.stack([outline(scene) for scene in self.hinted]))[:, None].float() / 255
+        return torch.from_numpy(np.stack([outline(scene) for scene in self.hint_scenes]))[:, None].float() / 255
 
     def texts(self, task: str) -> list[str]:
         """Write the texts of a task."""

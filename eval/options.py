@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
 def command(commands: Commands, name: str, description: str) -> argparse.ArgumentParser:
     """Add a subcommand with this help text and description."""
     summary = description[0].lower() + description[1:]
-    added: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=f"{description}.")
-    return added
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=f"{description}.")
+    return parser
 
 
 def count(text: str) -> int:
@@ -53,13 +53,13 @@ def add_scores(commands: Commands) -> None:
     structure = command(commands, "structure", "Measure structure control beside image prompts")
     style = command(commands, "style", "Measure the adapter on another base model")
     sizes = ((score, "world", 1024), (fine, "fine", 512), (frechet, "frechet", 10000), (structure, "structure", 512), (style, "style", 512))
-    for added, name, n in sizes:
-        added.add_argument("--n", type=count, default=n, help=f"number of prompts (default: {n})")
-        added.add_argument("--steps", type=count, default=12, help="sampling steps for each drawing (default: 12)")
-        added.add_argument("--guidance", type=float, default=4.0, help="guidance weight (default: 4)")
+    for parser, name, n in sizes:
+        parser.add_argument("--n", type=count, default=n, help=f"number of prompts (default: {n})")
+        parser.add_argument("--steps", type=count, default=12, help="sampling steps for each drawing (default: 12)")
+        parser.add_argument("--guidance", type=float, default=4.0, help="guidance weight (default: 4)")
         out = Path(f"results/{name}.json")
-        added.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
-        added.add_argument("--device", default="cpu", help="device to draw and score on, such as cuda (default: cpu)")
+        parser.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
+        parser.add_argument("--device", default="cpu", help="device to draw and score on, such as cuda (default: cpu)")
     samples = command(commands, "examples", "Write the image prompts of the demo, and their outlines")
     out = Path("sampling/examples")
     samples.add_argument("--out", type=Path, default=out, help=f"folder to write to (default: {out})")
@@ -132,15 +132,15 @@ def add_peers(commands: Commands) -> None:
     own.add_argument("--steps", type=count, default=4, help="number of steps (default: 4)")
     own.add_argument("--prediction", choices=("epsilon", "v"), help="what the UNet predicts, if its files do not say it")
     description = "Compare speed and memory with diffusers at full size; writes 3.4 GB of random weights to --state"
-    speed = command(commands, "benchmark", description)
-    speed.add_argument("--rounds", type=count, default=3, help="number of measurements of each implementation (default: 3)")
+    benchmark = command(commands, "benchmark", description)
+    benchmark.add_argument("--rounds", type=count, default=3, help="number of measurements of each implementation (default: 3)")
     description = "measure only this row, and keep the other rows of --out; can be given several times"
-    speed.add_argument("--row", action="append", default=[], help=description)
+    benchmark.add_argument("--row", action="append", default=[], help=description)
     parity.add_argument("--out", type=Path, help="file of the results (default: results/parity.json, for sdxl results/parity_sdxl.json)")
     out, state = Path("results/benchmark.json"), Path("runs/official")
-    speed.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
-    for added in (parity, speed):
-        added.add_argument("--state", type=Path, default=state, help=f"folder for the random weights (default: {state})")
+    benchmark.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
+    for parser in (parity, benchmark):
+        parser.add_argument("--state", type=Path, default=state, help=f"folder for the random weights (default: {state})")
 
 
 def add_calibration(commands: Commands) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from eval.scenes import ScenePrompts
 from eval.scores import Target
 from model.image_encoder import centre_square
-from train.album import Captioned
+from train.album import CaptionedPicture
 from train.judge import ground_truth
 from train.vae import bytes_to_tensor
 from train.world import BACKGROUND_NAMES, BACKGROUNDS, CONCEPT_NAMES, CONCEPTS, Scene, caption, random_scene
@@ -49,7 +49,7 @@ class Truth:
     complement: Target
 
     @property
-    def shown(self) -> dict[str, Tensor]:
+    def labels(self) -> dict[str, Tensor]:
         """What a perfect judge would read from the image prompts (train/judge.py::ground_truth)."""
         return ground_truth(self.scenes)
 
@@ -87,7 +87,7 @@ class Prompts:
         return cls(complements.images, captions, conflicts, complements.texts(), truth)
 
     @classmethod
-    def of_files(cls, files: Sequence[Captioned], side: int) -> Prompts:
+    def of_files(cls, files: Sequence[CaptionedPicture], side: int) -> Prompts:
         """Pair each of a user's pictures with the next different caption. Raises ValueError if all captions are equal."""
         captions = [file.text for file in files]
         if len(set(captions)) < 2:
@@ -121,13 +121,13 @@ class Prompts:
         """Return the texts and, in the mini world, the ground truth, for a results file."""
         data: dict[str, Any] = {"texts": {task: self.texts(task) for task in self.tasks if task != "picture"}}
         if (truth := self.truth) is not None:
-            shown, scene = truth.shown, truth.complement
+            labels, scene = truth.labels, truth.complement
             assert scene.size is not None and scene.place is not None
             data["truth"] = {
-                "own": {key: shown[key].tolist() for key in ("concept", "background")},
+                "own": {key: labels[key].tolist() for key in ("concept", "background")},
                 "conflict": {"concept": truth.concept.tolist(), "background": truth.background.tolist()},
                 "complementary": {key: getattr(scene, key).tolist() for key in ("background", "size", "place")},
                 "drawing": truth.drawing,
-                "palette": [[round(x, 2) for x in pair] for pair in shown["palette"].flatten(1).tolist()],
+                "palette": [[round(x, 2) for x in pair] for pair in labels["palette"].flatten(1).tolist()],
             }
         return data

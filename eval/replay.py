@@ -53,33 +53,33 @@ def first_losses(stage: str, weights: Path, steps: int) -> list[float]:
             while len(losses_of(log)) < steps and process.poll() is None:
                 time.sleep(0.1)
             process.terminate()
-            _, said = process.communicate()
-        found = losses_of(log)[:steps]
-    if len(found) < steps:
-        raise ValueError(f"{stage}: {said.strip().splitlines()[-1] if said.strip() else 'training ended early'}")
-    return found
+            _, errors = process.communicate()
+        losses = losses_of(log)[:steps]
+    if len(losses) < steps:
+        raise ValueError(f"{stage}: {errors.strip().splitlines()[-1] if errors.strip() else 'training ended early'}")
+    return losses
 
 
-def difference(found: Sequence[float], stored: Sequence[float]) -> float:
+def difference(new: Sequence[float], old: Sequence[float]) -> float:
     """Return the largest relative difference of the mean loss over `WINDOW` steps. Steps that only one of the two has are left out."""
-    n = min(len(found), len(stored))
+    n = min(len(new), len(old))
     parts = [slice(first, min(first + WINDOW, n)) for first in range(0, n, WINDOW)]
-    return max(abs(float(np.mean(found[part]) / np.mean(stored[part])) - 1) for part in parts)
+    return max(abs(float(np.mean(new[part]) / np.mean(old[part])) - 1) for part in parts)
 
 
 def record(stage: str, weights: Path, steps: int) -> dict[str, Any]:
     """Return the first losses of a stage, and what they were computed with."""
-    made = {"commit": code_version(), "processor": processor("cpu"), "pictures": PICTURES}
+    origin = {"commit": code_version(), "processor": processor("cpu"), "pictures": PICTURES}
     files = {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))}
-    return {**made, "sha256": files, "losses": [round(x, 6) for x in first_losses(stage, weights, steps)]}
+    return {**origin, "sha256": files, "losses": [round(x, 6) for x in first_losses(stage, weights, steps)]}
 
 
 def compare(stages: Sequence[str], weights: Path, steps: int, stored: dict[str, Any]) -> pd.DataFrame:
     """Tabulate for each stage the number of steps and the `difference`. Raises ValueError for stages that are not stored."""
     if unknown := [stage for stage in stages if stage not in stored]:
         raise ValueError(f"no losses are stored of {', '.join(unknown)}: choose from {', '.join(stored)}")
-    found = {stage: first_losses(stage, weights, steps) for stage in tqdm(stages, desc="replay")}
-    rows = [(stage, len(losses), difference(losses, stored[stage]["losses"])) for stage, losses in found.items()]
+    runs = {stage: first_losses(stage, weights, steps) for stage in tqdm(stages, desc="replay")}
+    rows = [(stage, len(losses), difference(losses, stored[stage]["losses"])) for stage, losses in runs.items()]
     return pd.DataFrame(rows, columns=["stage", "steps", "difference"])
 
 

@@ -31,7 +31,7 @@ class Target:
     """The target of n drawings.
 
     `concept`, `background`: class indices `n`. `palette`: `n 2 3`, CIELAB. `size`, `place`: indices `n` in `SIZES` and `PLACES`, or
-    None if they are not scored; if the place is `ANYWHERE`, every place is right. `copied`: the scenes of the image prompts, if the
+    None if they are not scored; if the place is `ANYWHERE`, every place is right. `references`: the scenes of the image prompts, if the
     drawings should reproduce them; then the OpenMoji drawing and its placement are scored too.
     """
 
@@ -40,12 +40,12 @@ class Target:
     palette: Tensor
     size: Tensor | None = None
     place: Tensor | None = None
-    copied: tuple[Scene, ...] = ()
+    references: tuple[Scene, ...] = ()
 
     def first(self, n: int) -> Target:
         """Return the target of the first n drawings."""
         size, place = (None if part is None else part[:n] for part in (self.size, self.place))
-        return Target(self.concept[:n], self.background[:n], self.palette[:n], size, place, self.copied[:n])
+        return Target(self.concept[:n], self.background[:n], self.palette[:n], size, place, self.references[:n])
 
     @classmethod
     def of_scenes(cls, scenes: list[Scene]) -> Target:
@@ -70,15 +70,15 @@ def places_of(placement: Tensor) -> Tensor:
     return torch.tensor([place_class(round(x - side / 2), round(y - side / 2), round(side)) for x, y, side in rows])
 
 
-def score(judge: Judge, drawn: Tensor, target: Target) -> Scores:
+def score(judge: Judge, drawings: Tensor, target: Target) -> Scores:
     """Score drawings `n 3 64 64`: the shares that are right in each attribute of `target`, and the mean errors."""
-    reading = judge.read(drawn)
+    reading = judge.read(drawings)
     scores = score_reading(reading, target)
-    several = [i for i, scene in enumerate(target.copied) if len(CONCEPTS[CONCEPT_NAMES[scene.concept]]) > 1]
+    several = [i for i, scene in enumerate(target.references) if len(CONCEPTS[CONCEPT_NAMES[scene.concept]]) > 1]
     if several:
-        scenes = [target.copied[i] for i in several]
-        found = zip(nearest(scenes, drawn[several], reading.placement[several]), scenes, strict=True)
-        scores["drawing"] = share(torch.tensor([index == scene.drawing for index, scene in found]))
+        scenes = [target.references[i] for i in several]
+        pairs = zip(nearest(scenes, drawings[several], reading.placement[several]), scenes, strict=True)
+        scores["drawing"] = share(torch.tensor([index == scene.drawing for index, scene in pairs]))
     return scores
 
 
@@ -99,8 +99,8 @@ def score_reading(reading: Reading, target: Target) -> Scores:
     """Score a reading of the judge, as `score` does, but without the share of right OpenMoji drawings."""
     scores = {name: share(hit) for name, hit in hits_of(reading, target).items()}
     scores["palette_error"] = mean(delta_e(reading.palette, target.palette))
-    if target.copied:
-        true = ground_truth(list(target.copied))["placement"]
+    if target.references:
+        true = ground_truth(list(target.references))["placement"]
         scores["placement_error"] = mean((reading.placement - true).norm(dim=-1))
     return scores
 
@@ -111,7 +111,7 @@ def all_drawings(scene: Scene) -> Tensor:
     return bytes_to_tensor(pictures([replace(scene, drawing=i) for i in range(len(codes))]))
 
 
-def placed(scene: Scene, placement: Tensor) -> Scene:
+def move_to(scene: Scene, placement: Tensor) -> Scene:
     """Move the drawing of a scene to a placement `3` (centre x, centre y, side), rounded and clipped to the picture."""
     x, y, side = placement.tolist()
     size = min(max(round(side), SIDES[0]), SIDES[1])
@@ -119,19 +119,19 @@ def placed(scene: Scene, placement: Tensor) -> Scene:
     return replace(scene, size=size, x=left, y=top)
 
 
-def nearest(scenes: list[Scene], drawn: Tensor, placement: Tensor) -> list[int]:
+def nearest(scenes: list[Scene], drawings: Tensor, placement: Tensor) -> list[int]:
     """Return, for each picture `n 3 64 64`, the index of the drawing of its concept with the smallest mean squared pixel error.
 
     The drawings are compared at the `placement`, `n 3`, that the judge reads, and up to `SHIFT` pixels around it in position and side: an
     image prompt does not say where its subject should be.
     """
-    by, found = range(-SHIFT, SHIFT + 1), []
-    for scene, x, where in zip(scenes, drawn, placement, strict=True):
-        shifted = torch.stack([x.roll(shift, (1, 2)) for shift in itertools.product(by, by)])
-        sides = [all_drawings(placed(scene, where + torch.tensor([0, 0, more]))) for more in by]
-        errors = torch.stack([(shifted[:, None] - each).square().mean(dim=(2, 3, 4)) for each in sides])
-        found.append(int(errors.amin(dim=(0, 1)).argmin()))
-    return found
+    by, indices = range(-SHIFT, SHIFT + 1), []
+    for scene, x, where in zip(scenes, drawings, placement, strict=True):
+        shifts = torch.stack([x.roll(shift, (1, 2)) for shift in itertools.product(by, by)])
+        sides = [all_drawings(move_to(scene, where + torch.tensor([0, 0, more]))) for more in by]
+        errors = torch.stack([(shifts[:, None] - each).square().mean(dim=(2, 3, 4)) for each in sides])
+        indices.append(int(errors.amin(dim=(0, 1)).argmin()))
+    return indices
 
 
 def share(hits: Tensor) -> list[float]:

@@ -70,9 +70,9 @@ def chamfer(a: Tensor, b: Tensor) -> float:
     return float((distances.min(dim=1).values.mean() + distances.min(dim=0).values.mean()) / 2)
 
 
-def structure_error(drawn: Tensor, hints: Tensor) -> list[float]:
+def structure_error(drawings: Tensor, hints: Tensor) -> list[float]:
     """Compute the mean chamfer distance in pixels between the lines of drawings `n 3 h w` and hints `n 1 h w`, with its interval."""
-    pairs = zip(lines_of(drawn), hints[:, 0] > 0.5, strict=True)
+    pairs = zip(lines_of(drawings), hints[:, 0] > 0.5, strict=True)
     return mean(torch.tensor([chamfer(lines, hint) for lines, hint in pairs]))
 
 
@@ -86,11 +86,11 @@ class Measure:
     steps: int
     guidance: float
 
-    def scores(self, task: str, drawn: Tensor) -> Scores:
+    def scores(self, task: str, drawings: Tensor) -> Scores:
         """Score the attributes that a task determines."""
-        read = score_reading(self.judge.read(drawn), self.prompts.target(task))
-        read["structure_error"] = structure_error(drawn, self.prompts.hints)
-        return {name: read[name] for name in SCORED[task]}
+        scores = score_reading(self.judge.read(drawings), self.prompts.target(task))
+        scores["structure_error"] = structure_error(drawings, self.prompts.hints)
+        return {name: scores[name] for name in SCORED[task]}
 
     def draw(self, task: str, form: str, scale: float) -> dict[str, Any]:
         """Draw a task with a form of control and score it; return a row of the results."""
@@ -102,18 +102,18 @@ class Measure:
         if controls:
             hints = self.prompts.hints.expand(-1, controls[0].config.hint_channels, -1, -1)
         name, texts = f"{task}, {FORMS[form]}, scale {scale:g}", self.prompts.texts(task)
-        drawn = draw_prompts(
+        drawings = draw_prompts(
             pipeline, texts, embedding, 1.0, self.guidance, self.steps, name, hints=hints, control_scale=scale
         )
-        return {"task": task, "form": form, "scale": scale, "scores": self.scores(task, drawn)}
+        return {"task": task, "form": form, "scale": scale, "scores": self.scores(task, drawings)}
 
 
 def anchors(measure: Measure) -> dict[str, list[float]]:
     """Compute the structure error of the true pictures, of the same through the VAE, and of other prompts' pictures."""
-    true, hints = bytes_to_tensor(pictures(measure.prompts.hinted)), measure.prompts.hints
+    true, hints = bytes_to_tensor(pictures(measure.prompts.hint_scenes)), measure.prompts.hints
     through = through_the_vae(measure.pipeline.vae, true)
-    shown = {"true": true, "reconstructed": through, "another": true.roll(1, dims=0)}
-    return {name: structure_error(x, hints) for name, x in shown.items()}
+    sets = {"true": true, "reconstructed": through, "another": true.roll(1, dims=0)}
+    return {name: structure_error(x, hints) for name, x in sets.items()}
 
 
 def cells() -> Sequence[tuple[str, str, float]]:

@@ -58,18 +58,18 @@ class Measure:
     steps: int
     guidance: float
 
-    def score(self, drawn: Tensor, task: Task, name: str) -> Scores:
+    def score(self, drawings: Tensor, task: Task, name: str) -> Scores:
         """Score drawings with the judge, and compute their share of dark pixels."""
-        scores = score(self.judge, drawn, task.target)
-        scores["dark"] = mean(100 * lines_of(drawn).double().mean(dim=(1, 2)))
+        scores = score(self.judge, drawings, task.target)
+        scores["dark"] = mean(100 * lines_of(drawings).double().mean(dim=(1, 2)))
         print(name, summary(values_of(scores)), flush=True)
         return scores
 
     def draw(self, pipeline: Pipeline, task: Task, lam: float, name: str) -> Scores:
         """Draw a task and score the drawings."""
         embedding = None if task.images is None else embed(pipeline, task.images)
-        drawn = draw_prompts(pipeline, list(task.texts), embedding, lam, self.guidance, self.steps, name)
-        return self.score(drawn, task, name)
+        drawings = draw_prompts(pipeline, list(task.texts), embedding, lam, self.guidance, self.steps, name)
+        return self.score(drawings, task, name)
 
 
 def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, device: str) -> dict[str, Any]:
@@ -94,9 +94,9 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     true = Task([""] * n, own(prompts))
     for name, style in STYLES.items():
         pipeline = load(weights, device=device, loras=[(file, 1.0)] if style is comic else [])
-        shown = bytes_to_tensor(pictures(prompts.truth.scenes, style))
-        rows = results["scores"][name] = {"true": measure.score(shown, true, f"{name}, true")}
-        rows["reconstructed"] = measure.score(through_the_vae(pipeline.vae, shown), true, f"{name}, reconstructed")
+        images = bytes_to_tensor(pictures(prompts.truth.scenes, style))
+        rows = results["scores"][name] = {"true": measure.score(images, true, f"{name}, true")}
+        rows["reconstructed"] = measure.score(through_the_vae(pipeline.vae, images), true, f"{name}, reconstructed")
         for task, lam in LAMBDAS.items():
             rows[task] = measure.draw(pipeline, tasks[task], lam, f"{name}, {task}")
             write_json(out, results)
@@ -109,8 +109,8 @@ def table(results: dict[str, Any]) -> str:
     for task, name in NAMES.items():
         for base, rows in results["scores"].items():
             value, low, high = rows[task]["dark"]
-            judged = line({key: scores for key, scores in rows[task].items() if key != "dark"})
-            lines.append({"": name, "base": base} | judged | {"dark pixels": f"{value:.1f} ± {(high - low) / 2:.1f} %"})
+            cells = line({key: scores for key, scores in rows[task].items() if key != "dark"})
+            lines.append({"": name, "base": base} | cells | {"dark pixels": f"{value:.1f} ± {(high - low) / 2:.1f} %"})
     return markdown(pd.DataFrame(lines, columns=["", "base", *SHARES.values(), *ERRORS.values(), "dark pixels"]))
 
 

@@ -29,7 +29,7 @@ from sampling.images import to_images
 from sampling.loading import load
 from sampling.pipeline import Pipeline
 from train import processes
-from train.album import Album, Captioned, first_rows
+from train.album import Album, CaptionedPicture, first_rows
 from train.captioned import captioned_files
 from train.card import code_version
 from train.fingerprint import digest, fingerprint
@@ -59,18 +59,20 @@ class Protocol:
 
 def first_of_each(files: Album, n: int) -> Album:
     """Return the first n different pictures, each with the first entry that names it."""
-    return files.chosen(first_rows(files.keys).sort().values[:n])
+    return files.select(first_rows(files.keys).sort().values[:n])
 
 
 @torch.no_grad()
-def scores_of(pipeline: Pipeline, scorer: Scorer, files: Sequence[Captioned], first: int, protocol: Protocol, batch: int) -> dict[str, Any]:
+def scores_of(
+    pipeline: Pipeline, scorer: Scorer, files: Sequence[CaptionedPicture], first: int, protocol: Protocol, batch: int
+) -> dict[str, Any]:
     """Draw and score the prompts first, first + 1, ...: the cosines, one list of `images_per_prompt` for each prompt."""
-    images, k, shown = [file.open() for file in files], protocol.images_per_prompt, list[Tensor]()
+    images, k, embeddings = [file.open() for file in files], protocol.images_per_prompt, list[Tensor]()
     embedding, prompt = embed(pipeline, images), torch.arange(len(files)).repeat_interleave(k)
     for rows in torch.arange(len(prompt)).split(batch):
         seeds = (protocol.seed + first * k + rows).tolist()
         with precision(device_of(pipeline.unet)):
-            drawn = pipeline.sample(
+            drawings = pipeline.sample(
                 [protocol.prompt] * len(rows),
                 seeds,
                 embedding[prompt[rows]],
@@ -78,12 +80,12 @@ def scores_of(pipeline: Pipeline, scorer: Scorer, files: Sequence[Captioned], fi
                 guidance=protocol.guidance,
                 steps=protocol.steps,
             )
-        shown.append(scorer.images(to_images(drawn)))
+        embeddings.append(scorer.images(to_images(drawings)))
     targets = {"clip_i": scorer.images(images), "clip_t": scorer.texts([file.text for file in files])}
-    return {name: cosine(torch.cat(shown), target[prompt]).view(-1, k).tolist() for name, target in targets.items()}
+    return {name: cosine(torch.cat(embeddings), target[prompt]).view(-1, k).tolist() for name, target in targets.items()}
 
 
-def measured(pipeline: Pipeline, scorer: Scorer, files: Album, protocol: Protocol, batch: int, folder: Path) -> dict[str, Tensor]:
+def measure_cosines(pipeline: Pipeline, scorer: Scorer, files: Album, protocol: Protocol, batch: int, folder: Path) -> dict[str, Tensor]:
     """Return the cosines `n k` of all drawings. Blocks of prompts are stored in `folder`, and processes share those that are missing."""
     blocks = [(first, folder / f"{first:06}.json") for first in range(0, len(files), BLOCK)]
     missing, team = [block for block in blocks if not block[1].exists()], processes.team()
@@ -92,8 +94,8 @@ def measured(pipeline: Pipeline, scorer: Scorer, files: Album, protocol: Protoco
         part = [files[i] for i in range(first, min(first + BLOCK, len(files)))]
         write_json(file, scores_of(pipeline, scorer, part, first, protocol, batch))
     processes.wait()
-    stored = [json.loads(file.read_text()) for _, file in blocks]
-    return {name: torch.tensor([row for block in stored for row in block[name]]) for name in ("clip_i", "clip_t")}
+    contents = [json.loads(file.read_text()) for _, file in blocks]
+    return {name: torch.tensor([row for block in contents for row in block[name]]) for name in ("clip_i", "clip_t")}
 
 
 def report(cosines: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -118,7 +120,7 @@ def evaluate(
     identity: dict[str, Any] = {name: fingerprint(part) for name, part in networks.items()}
     identity |= {"scorer": scorer.name, "dtype": dtype(device), **files.made_from()}
     processes.check_same(identity)
-    cosines = measured(pipeline, scorer, files, protocol, batch, state / f"clip-{digest([identity, asdict(protocol)])}")
+    cosines = measure_cosines(pipeline, scorer, files, protocol, batch, state / f"clip-{digest([identity, asdict(protocol)])}")
     return {
         **about,
         "protocol": {**asdict(protocol), "sampler": "DDIM", "size": list(pipeline.native_size), "data": data.resolve().name},
@@ -140,7 +142,7 @@ def run(args: Namespace) -> None:
     """`python -m eval clip`, in one process or in those that torchrun started"""
     check_output(args.out)
     check_device(args.device)
-    with processes.started(args.device) as team:
+    with processes.join_team(args.device) as team:
         pipeline = load(args.checkpoint or args.weights, args.ip_adapter, args.image_encoder, device=args.device)
         scorer = clip_score.find(args.scorer, args.device)
         protocol = Protocol(args.n, args.images_per_prompt, args.prompt, args.scale, args.steps, args.guidance, args.seed)

@@ -18,7 +18,7 @@ def summary(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
-def shown(difference: Mapping[str, float], digits: int = 1) -> str:
+def with_interval(difference: Mapping[str, float], digits: int = 1) -> str:
     """Format a difference with its 95 % interval: "+2.0 [+1.0, +3.0]"."""
     mean, low, high = (f"{difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"

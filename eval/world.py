@@ -67,17 +67,17 @@ class Measure:
     def draw(self, task: Task, lam: float, name: str) -> Scores:
         """Draw a task at lambda, in all layers, and score the drawings. `name`: the label of the progress bar."""
         embedding = None if task.images is None else embed(self.pipeline, task.images)
-        drawn = draw_prompts(self.pipeline, list(task.texts), embedding, lam, self.guidance, self.steps, name)
-        scores = score(self.judge, drawn, task.target)
+        drawings = draw_prompts(self.pipeline, list(task.texts), embedding, lam, self.guidance, self.steps, name)
+        scores = score(self.judge, drawings, task.target)
         print(name, summary(values_of(scores)), flush=True)
         return scores
 
 
-def wanted(prompts: Prompts) -> Target:
+def conflict_target(prompts: Prompts) -> Target:
     """Build the target of conflicting prompts: the text's concept and background in the image prompt's palette."""
     truth = prompts.truth
     assert truth is not None
-    return Target(truth.concept, truth.background, truth.shown["palette"])
+    return Target(truth.concept, truth.background, truth.labels["palette"])
 
 
 def own(prompts: Prompts) -> Target:
@@ -90,12 +90,12 @@ def tasks_of(n: int, seed: int) -> dict[str, Task]:
     """Build all tasks, with n prompts each."""
     prompts, scenes = Prompts.of_the_world(n, seed), ScenePrompts.of_the_world(n, seed)
     return {
-        "text": Task(prompts.conflicts, wanted(prompts)),
+        "text": Task(prompts.conflicts, conflict_target(prompts)),
         "scene": Task(scenes.texts(subject=True), scenes.target),
-        "colour": Task(texts_with_colour(prompts), wanted(prompts)),
+        "colour": Task(texts_with_colour(prompts), conflict_target(prompts)),
         "image": Task([""] * n, own(prompts), prompts.images),
         "complementary": Task(scenes.texts(), scenes.target, scenes.images),
-        "conflict": Task(prompts.conflicts, wanted(prompts), prompts.images),
+        "conflict": Task(prompts.conflicts, conflict_target(prompts), prompts.images),
     }
 
 
@@ -104,8 +104,8 @@ def texts_with_colour(prompts: Prompts) -> list[str]:
     truth = prompts.truth
     assert truth is not None
     names = [coarse_name(scene.palette[0]) for scene in truth.scenes]
-    named = zip(truth.concept, names, truth.background, strict=True)
-    return [caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b]) for c, name, b in named]
+    triples = zip(truth.concept, names, truth.background, strict=True)
+    return [caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b]) for c, name, b in triples]
 
 
 def best_scene(rows: Sequence[Row]) -> Row:
@@ -149,26 +149,26 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     check_device(device)
     measure = Measure(load(weights, device=device), load_judge(weights / "judge.safetensors").to(device), steps, guidance)
     test, vae = Prompts.of_the_world(n, seed=2), measure.pipeline.vae
-    repeated, through = own(test), through_the_vae(vae, test.pixels)
-    chosen, sweep = choose_lambdas(measure, min(VALIDATION, n))
+    target, through = own(test), through_the_vae(vae, test.pixels)
+    lambdas, sweep = choose_lambdas(measure, min(VALIDATION, n))
     scores = {
-        "true": score(measure.judge, test.pixels, repeated),
-        "reconstructed": score(measure.judge, through, repeated),
+        "true": score(measure.judge, test.pixels, target),
+        "reconstructed": score(measure.judge, through, target),
     }
     results = {
         "command": f"python -m eval world --n {n} --steps {steps} --guidance {guidance:g} --device {device}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
         "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
         "vae_psnr": psnr(vae, test.pixels.to(device_of(vae))),
-        "lambda": chosen,
+        "lambda": lambdas,
         "sweep": sweep,
         "scores": scores,
     }
     for key, task in tasks_of(n, seed=2).items():
-        lam = 0.0 if task.images is None else chosen.get(key, 1.0)
+        lam = 0.0 if task.images is None else lambdas.get(key, 1.0)
         scores[key] = measure.draw(task, lam, key)
         write_json(out, results)
-    scores |= floors(repeated.palette)
+    scores |= floors(target.palette)
     write_json(out, results)
     return results
 

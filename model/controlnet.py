@@ -49,7 +49,7 @@ class ControlNetConfig(UNetConfig):
 CONTROLNET_SD15, CONTROLNET_SD21, CONTROLNET_SDXL = (ControlNetConfig.of(unet) for unet in (SD15, SD21, SDXL))
 
 
-def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
+def zero_module(conv: nn.Conv2d) -> nn.Conv2d:
     """Set the weights and biases of a convolution to 0."""
     for parameter in conv.parameters():
         nn.init.zeros_(parameter)
@@ -62,7 +62,7 @@ def hint_network(config: ControlNetConfig) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(config.hint_channels, widths[0], 3, padding=1), nn.SiLU()]
     for a, b in pairwise(widths):
         layers += [nn.Conv2d(a, a, 3, padding=1), nn.SiLU(), nn.Conv2d(a, b, 3, stride=2, padding=1), nn.SiLU()]
-    return nn.Sequential(*layers, zeroed(nn.Conv2d(widths[-1], out, 3, padding=1)))
+    return nn.Sequential(*layers, zero_module(nn.Conv2d(widths[-1], out, 3, padding=1)))
 
 
 class ControlNet(UNetEncoder):
@@ -73,8 +73,8 @@ class ControlNet(UNetEncoder):
     def __init__(self, config: ControlNetConfig = CONTROLNET_SD15) -> None:
         super().__init__(config)
         self.hint = hint_network(config)
-        self.zero = nn.ModuleList(zeroed(nn.Conv2d(c, c, 1)) for c in self.stage_channels)
-        self.zero_mid = zeroed(nn.Conv2d(self.stage_channels[-1], self.stage_channels[-1], 1))
+        self.zero = nn.ModuleList(zero_module(nn.Conv2d(c, c, 1)) for c in self.stage_channels)
+        self.zero_mid = zero_module(nn.Conv2d(self.stage_channels[-1], self.stage_channels[-1], 1))
         keep_channels_last(self)
 
     @classmethod
@@ -100,10 +100,10 @@ class ControlNet(UNetEncoder):
             raise ValueError(f"the hint is {hint.shape[-1]} x {hint.shape[-2]}: resize it to {width} x {height}")
         emb = self.embed(torch.as_tensor(t, device=x.device).expand(x.shape[0]), context.added, x.dtype)
         mid, skips = self.encode(x, emb, context, {0: guide})
-        found = [zero(skip) for zero, skip in zip([*self.zero, self.zero_mid], [*skips, mid], strict=True)]
+        residuals = [zero(skip) for zero, skip in zip([*self.zero, self.zero_mid], [*skips, mid], strict=True)]
         if self.config.pooled:
-            found = [each.mean(dim=(2, 3), keepdim=True) for each in found]
-        return Residuals(found[:-1], found[-1])
+            residuals = [each.mean(dim=(2, 3), keepdim=True) for each in residuals]
+        return Residuals(residuals[:-1], residuals[-1])
 
 
 def encoder_names(control: ControlNet) -> set[str]:

@@ -1,8 +1,8 @@
 """A faster form of the UNet for a CPU, for inference only: `fasten(unet)`. tests/test_fast.py holds it equal to the UNet.
 
 - 3x3 convolutions in float32 are computed by Winograd's algorithm (`Winograd`).
-- Other weights are stored in oneDNN's own layout, and products are fused with GEGLU and residuals (`Packed`). If oneDNN does not support
-  the dtype, the same classes call PyTorch's ordinary functions.
+- Other weights are stored in oneDNN's own layout, and products are fused with GEGLU and residuals (`PackedLinear`). If oneDNN does not
+  support the dtype, the same classes call PyTorch's ordinary functions.
 - The passes of a guidance batch are equal until the first cross-attention. `FastUNet` computes the layers before it only once.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.attention import CrossAttention, SelfAttention, attention
 from model.context import Context
-from model.kernels import Packed, PackedConv, Pointwise, Winograd, packs
+from model.kernels import PackedConv, PackedLinear, Pointwise, Winograd, packs
 from model.layers import FeedForward, SpatialTransformer, TransformerBlock, Upsample
 from model.source import Source
 from model.unet import Residuals, Stage, UNet
@@ -30,8 +30,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 class FastFeedForward(FeedForward):
     """GEGLU from two products: `value` is the first half of W_in, and `gate` the second."""
 
-    value: Packed
-    gate: Packed
+    value: PackedLinear
+    gate: PackedLinear
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         return self.proj_out(self.value.times(x, self.gate.gelu(x)), plus)
@@ -54,7 +54,7 @@ class FastTransformerBlock(TransformerBlock):
     """`x` may have fewer rows than the Context. They are repeated after the self-attention."""
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = repeated(self.attn1(self.norm1(x), x), len(context.text))
+        x = repeat_batch(self.attn1(self.norm1(x), x), len(context.text))
         x = self.attn2(self.norm2(x), context, plus=x)
         return self.ff(self.norm3(x), x)
 
@@ -65,11 +65,11 @@ class FastSpatialTransformer(SpatialTransformer):
         h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c").contiguous())
         for block in self.blocks:
             h = block(h, context)
-        x = rearrange(repeated(x, len(h)), "b c h w -> b (h w) c").contiguous()
+        x = rearrange(repeat_batch(x, len(h)), "b c h w -> b (h w) c").contiguous()
         return rearrange(self.proj_out(h, x), "b (h w) c -> b c h w", h=height)
 
 
-def repeated(x: Tensor, rows: int) -> Tensor:
+def repeat_batch(x: Tensor, rows: int) -> Tensor:
     """Repeat the whole batch, `x_1 .. x_b, x_1 .. x_b, ...`, until it has `rows` rows. Returns `x` if it has that many already."""
     return x if len(x) >= rows else torch.cat([x] * (rows // len(x)))
 
@@ -87,7 +87,7 @@ class FastUNet(UNet):
             raise ValueError(f"{len(x)} latents do not fit a Context of {len(context.text)} rows")
         t = torch.as_tensor(t)
         if t.ndim:  # timesteps may differ between rows, so nothing is shared
-            x, t = repeated(x, len(context.text)), repeated(t, len(context.text))
+            x, t = repeat_batch(x, len(context.text)), repeat_batch(t, len(context.text))
         return super().forward(x, t, context, residuals)
 
     def embed(self, t: Tensor, added: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -97,8 +97,8 @@ class FastUNet(UNet):
     def encode(self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Run the encoder as UNet does. If `emb` or `hidden` differ between rows, `x` is repeated before the first layer."""
         rows = len(context.text)
-        x, skips = super().encode(repeated(x, rows) if len(emb) > 1 or hidden else x, emb, context, hidden)
-        return repeated(x, rows), [repeated(skip, rows) for skip in skips]
+        x, skips = super().encode(repeat_batch(x, rows) if len(emb) > 1 or hidden else x, emb, context, hidden)
+        return repeat_batch(x, rows), [repeat_batch(skip, rows) for skip in skips]
 
 
 def fasten(unet: UNet) -> FastUNet:
@@ -116,8 +116,8 @@ def fasten(unet: UNet) -> FastUNet:
         for part in parts:
             for name, conv in part.named_children() if part is not None else ():
                 if isinstance(conv, nn.Conv2d):
-                    grown = 2 * side if isinstance(part, Upsample) else side
-                    setattr(part, name, _convolution(conv, grown))
+                    out_side = 2 * side if isinstance(part, Upsample) else side
+                    setattr(part, name, _convolution(conv, out_side))
         if stage.attn is not None:
             _fasten_transformer(stage.attn, 2 * side * side)
     fast.__class__ = FastUNet
@@ -151,7 +151,7 @@ def _fasten_transformer(module: SpatialTransformer, rows: int) -> None:
     def pack(parent: nn.Module, *names: str) -> None:
         for name in names:
             linear = getattr(parent, name)
-            setattr(parent, name, Packed(linear.weight, linear.bias, rows))
+            setattr(parent, name, PackedLinear(linear.weight, linear.bias, rows))
 
     pack(module, "proj_in", "proj_out")
     module.__class__ = FastSpatialTransformer
@@ -161,7 +161,7 @@ def _fasten_transformer(module: SpatialTransformer, rows: int) -> None:
         pack(block.attn2, "to_q", "to_out")
         pack(block.ff, "proj_out")
         halves = zip(block.ff.proj_in.weight.chunk(2), block.ff.proj_in.bias.chunk(2), strict=True)
-        value, gate = (Packed(weight, bias, rows) for weight, bias in halves)
+        value, gate = (PackedLinear(weight, bias, rows) for weight, bias in halves)
         del block.ff.proj_in
         block.ff.value, block.ff.gate = value, gate
         block.__class__, block.ff.__class__ = FastTransformerBlock, FastFeedForward

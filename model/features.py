@@ -23,7 +23,7 @@ class Features:
     pictures: Tensor
     null: Tensor
 
-    def dropped(self, drop: Tensor) -> Tensor:
+    def drop_pictures(self, drop: Tensor) -> Tensor:
         """Return `pictures` with the null image in the rows where `drop`, `b`, is true."""
         return torch.where(drop.view(-1, 1, 1, 1), self.null, self.pictures)
 

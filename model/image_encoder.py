@@ -33,8 +33,8 @@ def centre_square(image: Image.Image, size: int, resample: Image.Resampling) -> 
     """
     short, long = min(image.size), max(image.size)
     if long > LONG * short:
-        kept = LONG * short + (long - LONG * short) % 2  # crop an even number of pixels, to keep the centre
-        image = _middle(image, min(image.width, kept), min(image.height, kept))
+        length = LONG * short + (long - LONG * short) % 2  # crop an even number of pixels, to keep the centre
+        image = _middle(image, min(image.width, length), min(image.height, length))
     image = image.resize((int(size * image.width / short), int(size * image.height / short)), resample)
     return _middle(image, size, size)
 

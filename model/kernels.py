@@ -23,8 +23,8 @@ def fused_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
     It is, except when a CPU trains through a small attention map: the fused kernel's backward pass is slower there.
     """
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return not trained or q.device.type != "cpu" or q.shape[-2] * k.shape[-2] > SMALL
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return not training or q.device.type != "cpu" or q.shape[-2] * k.shape[-2] > SMALL
 
 
 def cook_toom(points: Sequence[float], r: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,8 +85,8 @@ class Winograd(nn.Module):
         """Map the inputs of tiles, `n n ... c`, to their outputs, `m m ... o`, without the bias."""
         products, channels, _ = self.weight.shape
         inputs = torch.mm(self.bt, tiles.reshape(products, -1)).view(products, -1, channels)
-        summed = torch.bmm(inputs, self.weight).view(products, -1)
-        return torch.mm(self.at, summed).view(self.m, self.m, *tiles.shape[2:-1], -1)
+        sums = torch.bmm(inputs, self.weight).view(products, -1)
+        return torch.mm(self.at, sums).view(self.m, self.m, *tiles.shape[2:-1], -1)
 
 
 def _strips(b: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
@@ -104,7 +104,7 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class Packed(nn.Module):
+class PackedLinear(nn.Module):
     """x W^T + b, fused with one more operation. The layout of W is optimised for an x of `rows` rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
@@ -136,7 +136,7 @@ class Packed(nn.Module):
         return F.linear(x, self.weight, self.bias) * factor
 
 
-class Pointwise(Packed):
+class Pointwise(PackedLinear):
     """A 1x1 convolution as a matrix product."""
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:

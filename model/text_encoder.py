@@ -92,7 +92,7 @@ class TextEncoder(nn.Module):
             output_dim=config.output_dim or None,
             act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
         )
-        self.clip.attn_mask = None  # `hidden` makes the mask; a non-persistent buffer would stay on the meta device
+        self.clip.attn_mask = None  # `hidden_states` makes the mask; a non-persistent buffer would stay on the meta device
         self.rows = {token: row for row, token in enumerate(config.vocabulary)}
 
     @property
@@ -106,37 +106,37 @@ class TextEncoder(nn.Module):
         Words that are not in a reduced vocabulary are omitted, and prompts longer than 77 tokens are truncated. Both
         raise a warning that lists the words.
         """
-        return self.padded(self.split(prompts))
+        return self.pad(self.split(prompts))
 
     def split(self, prompts: str | Sequence[str]) -> list[list[int]]:
         """Split prompts into tokens: start, words, end, without padding. Warns as `tokenize` does."""
         length = self.config.context_length
         rows = []
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            tokens, unknown, cut = [START], [], []
+            tokens, unknown, rest = [START], [], []
             for word, pieces in words_of(prompt):
                 if self.rows and not all(piece in self.rows for piece in pieces):
                     unknown.append(word)
                 else:
                     if len(tokens) + len(pieces) > length - 1:
-                        cut.append(word)
+                        rest.append(word)
                     tokens += pieces
             if unknown:
                 warnings.warn(
                     f"this model's vocabulary does not contain these words, so they are left out: {', '.join(unknown)}",
                     stacklevel=2,
                 )
-            if cut:
-                warnings.warn(f"the prompt is longer than {length - 2} tokens; these words are cut off: {' '.join(cut)}", stacklevel=2)
+            if rest:
+                warnings.warn(f"the prompt is longer than {length - 2} tokens; these words are cut off: {' '.join(rest)}", stacklevel=2)
             rows.append([*tokens[: length - 1], END])
         return rows
 
-    def padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Pad rows of CLIP's tokens to `b 77`, and number them as the token embedding does."""
         full = [[*row, *[self.config.pad] * (self.config.context_length - len(row))] for row in rows]
         return torch.tensor([[self.rows[token] for token in row] for row in full] if self.rows else full)
 
-    def hidden(self, tokens: Tensor, skip: int = 0, final_norm: bool = True) -> Tensor:
+    def hidden_states(self, tokens: Tensor, skip: int = 0, final_norm: bool = True) -> Tensor:
         """Compute the hidden states `b n c` of tokens `b n`, without the last `skip` layers.
 
         Attention is causal, so a state does not depend on later tokens.
@@ -150,11 +150,11 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute the text tokens c_t, `b 77 c`, of tokens `b 77`: the hidden states that the UNet reads."""
-        return self.hidden(tokens, self.config.skip, self.config.final_norm)
+        return self.hidden_states(tokens, self.config.skip, self.config.final_norm)
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """Compute CLIP's text embedding, `b e`: the projected hidden state of the first end token, not normalised."""
-        x = self.hidden(tokens)
+        x = self.hidden_states(tokens)
         end = len(self.config.vocabulary) - 1 if self.rows else END
         at = x[torch.arange(len(x), device=x.device), (tokens == end).int().argmax(dim=-1)]
         return at @ self.clip.text_projection
@@ -175,12 +175,12 @@ class TextEncoderPair(nn.Module):
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
         """Tokenize one or more prompts for both encoders, `b 2 77`, as `TextEncoder.tokenize` does."""
         rows = self.first.split(prompts)
-        return torch.stack([self.first.padded(rows), self.second.padded(rows)], dim=1)
+        return torch.stack([self.first.pad(rows), self.second.pad(rows)], dim=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute the text tokens c_t, `b 77 c`: the penultimate hidden states of both encoders, side by side, not normalised."""
         pairs = zip((self.first, self.second), tokens.unbind(dim=1), strict=True)
-        return torch.cat([encoder.hidden(one, skip=1, final_norm=False) for encoder, one in pairs], dim=-1)
+        return torch.cat([encoder.hidden_states(one, skip=1, final_norm=False) for encoder, one in pairs], dim=-1)
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """Compute the text embedding of the second encoder, `b e`, from tokens `b 2 77`."""

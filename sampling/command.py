@@ -28,7 +28,7 @@ from sampling.fields import map_paths
 from sampling.images import check_png, save_image
 from sampling.inputs import Inputs, PromptInputs, read_inputs
 from sampling.layer_weights import layer_weights
-from sampling.loading import compiled, load, prompt_files
+from sampling.loading import compile_unet, load, prompt_files
 from sampling.machine import check_keep_memory, keep_memory
 from sampling.pipeline import SAMPLERS, Pipeline
 from sampling.record import digests, recall, record
@@ -58,7 +58,7 @@ def run(command: Command) -> None:
     if command.fast:
         pipeline = replace(pipeline, unet=fasten(pipeline.unet))
     if command.compile:
-        pipeline = replace(pipeline, unet=compiled(pipeline.unet))
+        pipeline = replace(pipeline, unet=compile_unet(pipeline.unet))
     if command.keep_memory:
         keep_memory()
     if command.save_embedding:
@@ -69,7 +69,7 @@ def run(command: Command) -> None:
 
 def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callable[[int], dict[str, Any]]) -> None:
     """Write each picture, with its settings, as soon as it is drawn. Ctrl-C exits with a message."""
-    written, request = 0, inputs.request
+    count, request = 0, inputs.request
     steps = request.steps - (inputs.edit.start(request.steps) if inputs.edit else 0)
     total = steps * len(pipeline.batches(inputs, command.num))
     try:
@@ -77,12 +77,12 @@ def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callab
             for picture in pipeline.series(inputs, command.num, lambda _: bar.update() and None):
                 path = command.out
                 if command.num > 1:
-                    path = path.with_stem(f"{path.stem}-{written}")
-                save_image(picture, path, settings(written))
-                written += 1
+                    path = path.with_stem(f"{path.stem}-{count}")
+                save_image(picture, path, settings(count))
+                count += 1
                 bar.write(str(path))
     except KeyboardInterrupt:
-        raise SystemExit(f"stopped; {written} of {command.num} written") from None
+        raise SystemExit(f"stopped; {count} of {command.num} written") from None
 
 
 def load_model(model: Model, device: str, copy: bool = False, low_memory: bool = False) -> Pipeline:
@@ -104,8 +104,8 @@ def check_model(inputs: Inputs, model: Model) -> None:
     inputs.micro.check(unet_config(model.checkpoint))
     prompts = inputs.image_prompts
     adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
-    encoded = [check_prompt(prompt, adapter, model.checkpoint) for prompt, adapter in zip(prompts, adapters, strict=False)]
-    if prompts and not (adapters and (encoder or not any(encoded))):
+    needs_encoder = [check_prompt(prompt, adapter, model.checkpoint) for prompt, adapter in zip(prompts, adapters, strict=False)]
+    if prompts and not (adapters and (encoder or not any(needs_encoder))):
         missing = "--image-encoder" if adapters else "--ip-adapter"
         raise FileNotFoundError(
             f"an image prompt needs {missing}, because {model.checkpoint} has none; `make weights` trains the mini ones"
@@ -116,17 +116,17 @@ def check_prompt(prompt: PromptInputs, adapter: Path, checkpoint: Path) -> bool:
     """Return whether this image prompt needs the image encoder. Raises ValueError if the adapter can't read its pictures."""
     if prompt.scale.layers is not None:
         layer_weights(prompt.scale.layers, unet_config(checkpoint))
-    projection, encoded = projection_of(adapter_file(adapter)), False
+    projection, needs_encoder = projection_of(adapter_file(adapter)), False
     for one in (*prompt.pictures, *prompt.negatives):
         if isinstance(one, Path) and (faces := read_faces(one)):
-            encoded |= faces.check(projection).needs_encoder
+            needs_encoder |= faces.check(projection).needs_encoder
         elif isinstance(one, Path):
             load_embedding(one, projection)
         elif projection.reads.face:
             raise ValueError(NO_FACE)
         else:
-            encoded = True
-    return encoded
+            needs_encoder = True
+    return needs_encoder
 
 
 def check_machine(command: Command, model: Model) -> None:

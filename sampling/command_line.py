@@ -19,13 +19,13 @@ def arguments(request: Request, model: Model) -> list[str]:
     base = _options(model, {name: name for name in ("checkpoint", "image_encoder", "vae", "prediction", "dtype")})
     lists = {"image_prompts", "hints"}
     plain = {field.name: field.name for field in fields(Request) if field.name not in lists}
-    given = [*base, *_options(request, plain)]
+    options = [*base, *_options(request, plain)]
     for i in range(max(len(request.image_prompts), len(model.adapters))):
-        given += [f"--ip-adapter={path}" for path in model.adapters[i : i + 1]]
-        given += [each for prompt in request.image_prompts[i : i + 1] for each in _options(prompt, PROMPT)]
+        options += [f"--ip-adapter={path}" for path in model.adapters[i : i + 1]]
+        options += [each for prompt in request.image_prompts[i : i + 1] for each in _options(prompt, PROMPT)]
     for control, hint in zip(model.controls, request.hints, strict=False):
-        given += [f"--control={control}", *_options(hint, CONTROL)]
-    return given
+        options += [f"--control={control}", *_options(hint, CONTROL)]
+    return options
 
 
 def command_line(request: Request, model: Model) -> str:
@@ -43,14 +43,14 @@ def command_line(request: Request, model: Model) -> str:
 def _options(item: Request | Model | ImagePrompt | HintFile, names: dict[str, str]) -> list[str]:
     """Write the fields of an item as `--option=value`. `names` maps options to fields."""
     defaults = {field.name: field.default for field in fields(item)}
-    given = []
+    options = []
     for option, name in names.items():
         value = getattr(item, name)
         if value == defaults[name]:
             continue
         for one in value if isinstance(value, tuple) and name != "layers" else [value]:
-            given.append(_option(option, one))
-    return given
+            options.append(_option(option, one))
+    return options
 
 
 def _option(option: str, value: Any) -> str:

@@ -63,8 +63,8 @@ class Hint:
         if isinstance(self.picture, Image.Image):
             return to_pixels(self.picture, channels, size).to(like)
         if tuple(self.picture.shape[1:]) != (channels, *size):
-            asked = f"b {channels} {size[0]} {size[1]}"
-            raise ValueError(f"this control reads hints of shape {asked}, but one of {tuple(self.picture.shape)} is given")
+            expected = f"b {channels} {size[0]} {size[1]}"
+            raise ValueError(f"this control reads hints of shape {expected}, but one of {tuple(self.picture.shape)} is given")
         return self.picture.to(like)
 
 
@@ -83,10 +83,10 @@ def ladder(count: int) -> list[float]:
     return [10 ** (i / (count - 1) - 1) for i in range(count)]
 
 
-def weighted(found: Residuals, weights: Sequence[float]) -> Residuals:
+def scale_residuals(residuals: Residuals, weights: Sequence[float]) -> Residuals:
     """Multiply the residuals of a ControlNet by `weights`: one for each skip, and the last for the middle."""
-    assert found.mid is not None
-    return Residuals([w * skip for w, skip in zip(weights, found.skips, strict=False)], weights[-1] * found.mid)
+    assert residuals.mid is not None
+    return Residuals([w * skip for w, skip in zip(weights, residuals.skips, strict=False)], weights[-1] * residuals.mid)
 
 
 def total(parts: Sequence[Residuals]) -> Residuals:
@@ -108,7 +108,7 @@ def _controlnet(network: ControlNet, hint: Hint, pixels: Tensor, contexts: Mappi
         if side != "cond" and (hint.guess or pooled):
             return Residuals()
         latents = x[:, : network.config.in_channels]  # an inpainting UNet also reads a mask and a picture
-        return weighted(network(latents, torch.tensor(t), texts[side], pixels), weights)
+        return scale_residuals(network(latents, torch.tensor(t), texts[side], pixels), weights)
 
     return act
 

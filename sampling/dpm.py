@@ -25,9 +25,9 @@ def dpm_times(schedule: Schedule, steps: int) -> list[Step]:
             f"the scheduler file sets {', '.join(schedule.unsupported_by_dpm)}, which this DPM-Solver++ does not support: "
             "draw with --sampler ddim, or remove these settings from the file"
         )
-    found = _karras(schedule, steps) if schedule.karras else _visits(schedule, steps)
-    after = [a for _, a in found[1:]] + [1.0]
-    return [Step(t, a, end) for (t, a), end in zip(found, after, strict=True)]
+    visits = _karras(schedule, steps) if schedule.karras else _visits(schedule, steps)
+    after = [a for _, a in visits[1:]] + [1.0]
+    return [Step(t, a, end) for (t, a), end in zip(visits, after, strict=True)]
 
 
 def _visits(schedule: Schedule, steps: int) -> list[tuple[int, float]]:

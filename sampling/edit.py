@@ -15,7 +15,7 @@ from torch import Tensor
 from model.vae import VAE
 from sampling.request import check_size
 from sampling.sampler import Denoiser, randn
-from sampling.schedule import noised
+from sampling.schedule import diffuse
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Edit:
         height, width = self.picture.shape[-2:]
         return height, width
 
-    def cropped(self, size: tuple[int, int]) -> Edit:
+    def crop(self, size: tuple[int, int]) -> Edit:
         """Crop the picture and its mask to their centre, `size` (height, width). Raises ValueError if they are smaller than that."""
         (height, width), (old_height, old_width) = size, self.size
         if height > old_height or width > old_width or min(size) < 1:
@@ -64,12 +64,12 @@ class Edit:
             raise ValueError(f"strength {self.strength} of {steps} steps is less than one step: increase --strength or --steps")
         return steps - run
 
-    def finish(self, drawn: Tensor) -> Tensor:
+    def finish(self, picture: Tensor) -> Tensor:
         """Paste the drawn picture, `b 3 H W`, into the old one with the mask. Pixels with mask 0 keep their exact old values."""
         if self.mask is None or not self.paste:
-            return drawn
-        old, mask = self.picture.to(drawn.device), self.mask.to(drawn.device)
-        return old.lerp(drawn.float().clamp(-1, 1), mask)
+            return picture
+        old, mask = self.picture.to(picture.device), self.mask.to(picture.device)
+        return old.lerp(picture.float().clamp(-1, 1), mask)
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class Canvas:
         """
         if self.latents is None:
             return x
-        known = noised(self.latents, self.noise, self.latents.new_tensor(a))
+        noisy = diffuse(self.latents, self.noise, self.latents.new_tensor(a))
         if index == self.start:
-            return x if self.pure else known
-        return x if self.mask is None else known.lerp(x, self.mask)
+            return x if self.pure else noisy
+        return x if self.mask is None else noisy.lerp(x, self.mask)
 
     def final(self, x: Tensor) -> Tensor:
         """Return the final latents, m x + (1 - m) z_0."""
@@ -146,8 +146,8 @@ def begin(
     if not inpaints:
         noise()  # advance the generators: diffusers encodes the masked picture for every UNet
         return replace(canvas, mask=small)
-    masked = sample(edit.picture * (1 - mask))
-    return replace(canvas, extra=torch.cat([small.expand(len(masked), -1, -1, -1), masked], dim=1))
+    background = sample(edit.picture * (1 - mask))
+    return replace(canvas, extra=torch.cat([small.expand(len(background), -1, -1, -1), background], dim=1))
 
 
 def _check(edit: Edit | None, inpaints: bool, factor: int, batch: int, size: tuple[int, int]) -> None:
@@ -162,8 +162,8 @@ def _check(edit: Edit | None, inpaints: bool, factor: int, batch: int, size: tup
     if edit is None:
         return
     if edit.size != size:
-        asked, has = f"{width} x {height}", f"{edit.size[1]} x {edit.size[0]}"
-        raise ValueError(f"the size is {asked}, but the picture to change is {has}: resize the picture, or add --crop")
+        expected, actual = f"{width} x {height}", f"{edit.size[1]} x {edit.size[0]}"
+        raise ValueError(f"the size is {expected}, but the picture to change is {actual}: resize the picture, or add --crop")
     for tensor in (edit.picture, edit.mask):
         if tensor is not None and len(tensor) not in (1, batch):
             raise ValueError(f"{len(tensor)} pictures or masks to change do not match {batch} prompts: give 1 or {batch}")

@@ -79,8 +79,8 @@ def parts(features: Features, lam: Strength, weights: PictureWeights, config: UN
         ]
     levels = levels_of(lam, config, grid)
     if weights.rule == "embedding":
-        weighed = weigh_embedding(features.pictures, weights.values)
-        return [Part(replace(features, pictures=weighed), levels)]
+        weighted = weigh_embedding(features.pictures, weights.values)
+        return [Part(replace(features, pictures=weighted), levels)]
     return [Part(features, levels, weights.values)]
 
 
@@ -110,11 +110,11 @@ def weigh_tokens(context: Context, weights: Sequence[float]) -> Context:
     if not weights:
         return context
 
-    def weighed(x: Tensor) -> Tensor:
+    def weigh(x: Tensor) -> Tensor:
         each = x.new_tensor(weights).repeat_interleave(x.shape[-2] // len(weights))
         return x * each[:, None]
 
-    sources = tuple(replace(source, k=weighed(source.k), v=weighed(source.v)) for source in context.image[-1])
+    sources = tuple(replace(source, k=weigh(source.k), v=weigh(source.v)) for source in context.image[-1])
     return replace(context, image=(*context.image[:-1], sources))
 
 
@@ -141,8 +141,8 @@ def load_embedding(path: Path | str, projection: Projection) -> Tensor:
         raise ValueError(f"{path}: holds no image embedding; --save-embedding writes such files")
     shape, embedding = tuple(embedding.shape), embedding[:, :, None] if embedding.ndim == 3 else embedding
     if embedding.ndim != 4 or not projection.reads.accepts(embedding.shape[2]) or embedding.shape[3] != projection.image_dim:
-        needed = f"{projection.reads.name}, {projection.reads.per_picture} of width {projection.image_dim} for each picture"
-        raise ValueError(f"{path} has shape {shape}, but this adapter reads {needed}: make the embedding with this adapter")
+        expected = f"{projection.reads.name}, {projection.reads.per_picture} of width {projection.image_dim} for each picture"
+        raise ValueError(f"{path} has shape {shape}, but this adapter reads {expected}: make the embedding with this adapter")
     if not embedding.isfinite().all():
         raise ValueError(f"{path}: not all of its numbers are finite; make it again with --save-embedding")
     return embedding

@@ -29,12 +29,12 @@ def euler_times(schedule: Schedule, steps: int) -> list[Step]:
         times = np.linspace(0, schedule.timesteps - 1, steps)[::-1]
     else:
         schedule.warn_of_late_start(steps, int(times[0]))
-    alphas, whole = schedule.alphas.double().numpy(), np.arange(schedule.timesteps)
+    alphas, timesteps = schedule.alphas.double().numpy(), np.arange(schedule.timesteps)
     table = np.sqrt((1 - alphas) / alphas)
-    sigmas = np.interp(times, whole, table)
+    sigmas = np.interp(times, timesteps, table)
     if schedule.karras:
         sigmas = karras_sigmas(sigmas[0], sigmas[-1], steps)
-        times = np.interp(np.log(sigmas), np.log(table), whole)
+        times = np.interp(np.log(sigmas), np.log(table), timesteps)
     levels = [*(1 / (1 + sigmas**2)).tolist(), 1.0]
     return [Step(t, a, after) for t, a, after in zip(times.tolist(), levels, levels[1:], strict=False)]
 

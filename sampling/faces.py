@@ -30,12 +30,12 @@ class Faces:
 
     def check(self, projection: Projection) -> Face:
         """Return the embedder of a FaceID adapter's projection. Raises ValueError if the adapter does not read these faces."""
-        reads, given = projection.reads, self.embeddings.shape[-1]
+        reads, actual = projection.reads, self.embeddings.shape[-1]
         if not isinstance(reads, Face):
             raise ValueError(f"{self.path}: holds faces, but this adapter reads {reads.name}: give it a picture, or use a FaceID adapter")
-        needed = projection.face_dim if isinstance(projection, FacePlus) else projection.image_dim
-        if given != needed:
-            raise ValueError(f"{self.path}: holds face embeddings of {given} numbers, but this adapter reads {needed}")
+        expected = projection.face_dim if isinstance(projection, FacePlus) else projection.image_dim
+        if actual != expected:
+            raise ValueError(f"{self.path}: holds face embeddings of {actual} numbers, but this adapter reads {expected}")
         if reads.needs_encoder and not self.pictures:
             raise ValueError(f"{self.path}: holds no `picture` of the face, which FaceID Plus reads too (see docs/drawing.md)")
         return reads

@@ -49,9 +49,9 @@ def _read(kind: Any, value: object, name: str) -> Any:
     return _check(value, isinstance(value, str) and not _SURROGATE.search(value), name, "text")
 
 
-def _check(value: object, right: bool, name: str, wanted: str) -> object:
+def _check(value: object, right: bool, name: str, expected: str) -> object:
     if not right:
-        raise ValueError(f"{name} must be {wanted}, not {reprlib.repr(value)}")
+        raise ValueError(f"{name} must be {expected}, not {reprlib.repr(value)}")
     return value
 
 
@@ -113,23 +113,23 @@ def _version(kind: type) -> dict[str, int]:
 def map_paths(item: T, change: Callable[[Path], Path]) -> T:
     """Apply `change` to every path in a dataclass."""
 
-    def changed(value: Any) -> Any:
+    def apply(value: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(changed(each) for each in value)
+            return tuple(apply(each) for each in value)
         if is_dataclass(value):
             return map_paths(value, change)
         return change(value) if isinstance(value, Path) else value
 
-    return replace(item, **{field.name: changed(getattr(item, field.name)) for field in fields(item)})  # type: ignore
+    return replace(item, **{field.name: apply(getattr(item, field.name)) for field in fields(item)})  # type: ignore
 
 
 def paths(item: object) -> list[Path]:
     """Every path in a dataclass."""
-    found: list[Path] = []
+    collected: list[Path] = []
 
     def keep(path: Path) -> Path:
-        found.append(path)
+        collected.append(path)
         return path
 
     map_paths(item, keep)
-    return found
+    return collected

@@ -38,21 +38,21 @@ class FollowingLora(Following):
 
 
 def following(
-    given: dict[str, Any],
+    arguments: dict[str, Any],
     names: Collection[str],
     owner: str,
     files: Sequence[Path],
     examples: str,
     repeated: Collection[str] = (),
 ) -> list[dict[str, list[Any]]]:
-    """Take the options `names` out of `given`. Return the options of each file, in order, as {name: values}.
+    """Take the options `names` out of `arguments`. Return the options of each file, in order, as {name: values}.
 
     A single file gets all of them, wherever they are given. If there are several files, each gets the options that follow it.
     Without files, return one dict. Raises ValueError if an option is given before the first of several files, or if one that is
     not in `repeated` is given twice for a file.
     """
-    options = {name: given.pop(name) for name in names if name in given}
-    several, found = len(files) > 1, []
+    options = {name: arguments.pop(name) for name in names if name in arguments}
+    several, by_file = len(files) > 1, []
     if several and any(before == 0 for values in options.values() for before, _ in values):
         raise ValueError(f"with several {flag(owner)}, give each its own {examples} after it, none before the first")
     for number in range(1, max(1, len(files)) + 1):
@@ -60,5 +60,5 @@ def following(
         own = {name: values for name, values in own.items() if values}
         if twice := [name for name, values in own.items() if len(values) > 1 and name not in repeated]:
             raise ValueError(f"{flag(twice[0])} is given twice for one {_NOUNS[owner]}")
-        found.append(own)
-    return found
+        by_file.append(own)
+    return by_file

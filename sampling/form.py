@@ -25,7 +25,7 @@ from sampling.inputs import read_inputs
 from sampling.pipeline import Pipeline
 from sampling.record import digests, recall, record, sha256
 from sampling.request import HintFile, ImagePrompt, Model, Request
-from sampling.resized import resized
+from sampling.resize import resize_file
 from sampling.sampler import State
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ SAME = ("prompt", "negative_prompt", "guidance", "steps", "seed", "sampler")  # 
 
 
 @contextmanager
-def told(notes: list[str]) -> Iterator[None]:
+def collect_notes(notes: list[str]) -> Iterator[None]:
     """Add to `notes` what the library warns of and what it refuses, in its own sentences, without temporary folders."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -42,8 +42,8 @@ def told(notes: list[str]) -> Iterator[None]:
             yield
         except (ValueError, OSError) as error:
             notes.append(str(error))
-    said = [*dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning), *notes]
-    notes[:] = [printable(re.sub(rf"{re.escape(tempfile.gettempdir())}/([^\s/]+/)*", "", one)) for one in said]
+    sentences = [*dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning), *notes]
+    notes[:] = [printable(re.sub(rf"{re.escape(tempfile.gettempdir())}/([^\s/]+/)*", "", one)) for one in sentences]
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Desk:
             values["hints"] = HintFile(form["hint"])
         if form["edit"] and (background := form["edit"]["background"]):
             size = self.pipeline.native_size
-            values |= {"init_image": resized(background, size, self.folder), "strength": form["strength"]}
+            values |= {"init_image": resize_file(background, size, self.folder), "strength": form["strength"]}
             for layer in form["edit"]["layers"]:
-                values["mask"] = resized(layer, size, self.folder, mask=True)
+                values["mask"] = resize_file(layer, size, self.folder, mask=True)
         return Request(**values)
 
     def draw(self, folder: Path, form: dict[str, Any], watch: Callable[[State], None]) -> tuple[list[Path], Request]:
@@ -106,7 +106,7 @@ class Desk:
     def form(self, picture: str) -> dict[str, Any]:
         """Read the settings of a PNG that this program drew, as values of the form. Warns of those that have no field."""
         request, model = recall(Path(picture))
-        request = map_paths(request, self._copied)
+        request = map_paths(request, self._copy)
         if edit := read_inputs(request).edit:
             request = replace(request, strength=edit.strength)
         values: dict[str, Any] = {name: getattr(request, name) for name in (*SAME, "strength")} | {"image": None, "edit": None}
@@ -123,7 +123,7 @@ class Desk:
         self._warn(request, model, self.request(values))
         return values | {"num": 1, "strength": request.strength or 0.8}
 
-    def _copied(self, path: Path) -> Path:
+    def _copy(self, path: Path) -> Path:
         """Copy a picture into the folder, from which a page may show it. A shipped example keeps its place."""
         if path in EXAMPLES or path.is_relative_to(self.folder):
             return path
@@ -132,9 +132,9 @@ class Desk:
     def _warn(self, request: Request, model: Model, back: Request) -> None:
         """Warn where `back`, the request of the form, differs from the request in more than its files."""
         there, here = (map_paths(one, lambda _: Path()) for one in (request, back))
-        lost = [one.name for one in fields(Request) if getattr(there, one.name) != getattr(here, one.name)]
-        if lost:
-            names = ", ".join(name.replace("_", " ") for name in lost)
+        missing = [one.name for one in fields(Request) if getattr(there, one.name) != getattr(here, one.name)]
+        if missing:
+            names = ", ".join(name.replace("_", " ") for name in missing)
             warnings.warn(f"this page has no field for all of its {names}: draw it again with --again", stacklevel=2)
         if map_paths(model, Path.absolute) != map_paths(self.model, Path.absolute):
             warnings.warn("it was drawn with other weights than those of this page", stacklevel=2)

@@ -13,7 +13,7 @@ from torch import Tensor
 from model.context import Context, stack
 from model.fast import FastUNet
 from model.unet import Residuals, UNet, join
-from sampling.lambdas import Move, as_tensors, unmoved
+from sampling.lambdas import Move, as_tensors, keep_context
 from sampling.sampler import Denoiser
 
 Side = Literal["uncond", "image", "cond"]  # a pass of the UNet: neither prompt, the picture alone, both
@@ -26,7 +26,7 @@ def guided(
     cond: Context,
     guidance: float,
     image_guidance: float | None = None,
-    move: Move = unmoved,
+    move: Move = keep_context,
     control: Control | None = None,
 ) -> Denoiser:
     """eps^ = w eps(x_t, c_t, c_i, t) + (1 - w) eps(x_t, t)     (Eq. 7; Eq. 2 without a picture)

@@ -94,4 +94,4 @@ def size_of(inputs: Inputs, native: tuple[int, int], factor: int) -> tuple[Edit 
     if edit and request.crop:
         height, width = height - height % factor, width - width % factor
     size = height if request.height is None else request.height, width if request.width is None else request.width
-    return (edit.cropped(size) if edit and request.crop else edit), size
+    return (edit.crop(size) if edit and request.crop else edit), size

@@ -76,7 +76,7 @@ class Lambda:
         return [each * maps[level] if each else 0.0 for each, level in zip(weights, levels, strict=True)]
 
 
-def unmoved(context: Context, t: float) -> Context:
+def keep_context(context: Context, t: float) -> Context:
     """Return the same Context for every timestep."""
     return context
 
@@ -97,7 +97,7 @@ def moving(lambdas: Sequence[object], times: Sequence[float]) -> Move:
         pairs = zip(context.image, factors, strict=True)
         return replace(context, image=tuple(_times(sources, factor) for sources, factor in pairs))
 
-    return move if any(varying) else unmoved
+    return move if any(varying) else keep_context
 
 
 def set_lambda(context: Context, levels: Sequence[Level]) -> Context:
@@ -110,27 +110,27 @@ def set_lambda(context: Context, levels: Sequence[Level]) -> Context:
         raise ValueError(f"{len(levels)} scales for {len(last)} cross-attention layers")
     for level in levels:
         check_sign(context.fuse, level)
-    placed = [scale.to(last[0].k) if isinstance(scale, Tensor) else scale for scale in levels]
-    sources = tuple(replace(source, scale=scale) for source, scale in zip(last, placed, strict=True))
+    scales = [scale.to(last[0].k) if isinstance(scale, Tensor) else scale for scale in levels]
+    sources = tuple(replace(source, scale=scale) for source, scale in zip(last, scales, strict=True))
     return replace(context, image=(*others, sources))
 
 
 def as_tensors(context: Context) -> Context:
     """Convert each lambda of a Context to a tensor, even 0 and 1, so that a compiled UNet needs only one graph."""
 
-    def scaled(source: Source) -> Source:
+    def rescale(source: Source) -> Source:
         scale = source.scale
         return source if isinstance(scale, Tensor) else replace(source, scale=source.k.new_full((), scale))
 
-    return replace(context, image=tuple(tuple(map(scaled, sources)) for sources in context.image))
+    return replace(context, image=tuple(tuple(map(rescale, sources)) for sources in context.image))
 
 
 def _times(sources: tuple[Source, ...], factor: float | None) -> tuple[Source, ...]:
     if factor is None:
         return sources
 
-    def scaled(source: Source) -> Tensor:
+    def rescale(source: Source) -> Tensor:
         number = source.k.new_full((), factor)
         return number * (source.scale.to(number) if isinstance(source.scale, Tensor) else source.scale)
 
-    return tuple(source if source.off else replace(source, scale=scaled(source)) for source in sources)
+    return tuple(source if source.off else replace(source, scale=rescale(source)) for source in sources)

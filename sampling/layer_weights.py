@@ -47,35 +47,35 @@ def layer_weights(layers: str | Blocks | Sequence[float] | None, config: UNetCon
     `set_ip_adapter_scale`: {"down" | "up": x or {"block_i": x}, "mid": x}, where x is a number, or a list with one number per
     attention of a block. Blocks that are not named get 0. Raises ValueError if `layers` does not fit this UNet.
     """
-    found = attention_layers(config)
+    attentions = attention_layers(config)
     if layers is None:
-        return [1.0] * len(found)
+        return [1.0] * len(attentions)
     if isinstance(layers, str):
         if layers not in get_args(Preset):
             raise ValueError(f"layers must be {', '.join(get_args(Preset))}, or weights in JSON, not {layers}")
         layers = preset(layers, config)
     if not isinstance(layers, Mapping):
-        if len(layers) != len(found) or not all(isinstance(weight, int | float) for weight in layers):
-            raise ValueError(f"this UNet has {len(found)} cross-attention layers: give one number per layer, not {layers}")
+        if len(layers) != len(attentions) or not all(isinstance(weight, int | float) for weight in layers):
+            raise ValueError(f"this UNet has {len(attentions)} cross-attention layers: give one number per layer, not {layers}")
         return [float(weight) for weight in layers]
-    _check(layers, found)
+    _check(layers, attentions)
     weights = []
-    for part, block, attention in found:
+    for part, block, attention in attentions:
         weight = layers.get(part, 0.0)
         weight = weight.get(block, 0.0) if isinstance(weight, Mapping) else weight
         each = weight if isinstance(weight, list | tuple) else [weight]
-        attentions = 1 + max(a for p, b, a in found if (p, b) == (part, block))
-        if len(each) not in (1, attentions) or not all(isinstance(weight, int | float) for weight in each):
-            raise ValueError(f"{part} {block} has {attentions} attentions: give one number, or a list of {attentions}, not {weight}")
+        count = 1 + max(a for p, b, a in attentions if (p, b) == (part, block))
+        if len(each) not in (1, count) or not all(isinstance(weight, int | float) for weight in each):
+            raise ValueError(f"{part} {block} has {count} attentions: give one number, or a list of {count}, not {weight}")
         weights.append(float(each[attention if len(each) > 1 else 0]))
     return weights
 
 
-def _check(blocks: Blocks, found: Sequence[tuple[str, str, int]]) -> None:
+def _check(blocks: Blocks, attentions: Sequence[tuple[str, str, int]]) -> None:
     """Raise ValueError if a named block does not exist in this UNet. (diffusers ignores some of these names.)"""
     for part, value in blocks.items():
-        known = {block for p, block, _ in found if p == part}
-        strange = set(value) - known if isinstance(value, Mapping) else set()
-        if not known or strange:
-            named = part if not known else f"{part} {min(strange)}"
-            raise ValueError(f"this UNet has no cross-attention in {named}, only in {sorted({p[:2] for p in found})}")
+        names = {block for p, block, _ in attentions if p == part}
+        unknown = set(value) - names if isinstance(value, Mapping) else set()
+        if not names or unknown:
+            place = part if not names else f"{part} {min(unknown)}"
+            raise ValueError(f"this UNet has no cross-attention in {place}, only in {sorted({p[:2] for p in attentions})}")

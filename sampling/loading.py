@@ -62,12 +62,12 @@ def load(
     sizes = image.config if image else None
     base = with_loras(base, loras, files, face_lora_scale, sizes)
     adapters = load_adapters(files, base.unet, sizes, dtype, face_structure_scale)
-    loaded = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
-    for part in (base.unet, base.vae, base.text, *([image] if image else []), *adapters, *loaded):
+    models = tuple(load_control(Path(path), base.unet.config, dtype, base.vae.config.factor) for path in controls)
+    for part in (base.unet, base.vae, base.text, *([image] if image else []), *adapters, *models):
         if copy:
             copy_weights(part)
         part.to("cpu" if low_memory else device)
-    pipeline = Pipeline(base.unet, base.vae, base.text, replace(schedule, prediction=base.unet.config.prediction), image, adapters, loaded)
+    pipeline = Pipeline(base.unet, base.vae, base.text, replace(schedule, prediction=base.unet.config.prediction), image, adapters, models)
     return replace(pipeline, vae=in_strips(base.vae), visits=device) if low_memory else pipeline
 
 
@@ -121,11 +121,11 @@ def prompt_files(
     encoders = [Path(image_encoder)] if image_encoder else [path for path in own[1:] if path.exists()]
     if adapter is None:
         adapter = [path for path in own[:1] if path.exists()]
-    named = [adapter] if isinstance(adapter, Path | str) else adapter
-    return [locate(Path(file)) for file in named], locate(encoders[0]) if encoders else None
+    files = [adapter] if isinstance(adapter, Path | str) else adapter
+    return [locate(Path(file)) for file in files], locate(encoders[0]) if encoders else None
 
 
-def compiled(unet: UNet, mode: str = "max-autotune") -> UNet:
+def compile_unet(unet: UNet, mode: str = "max-autotune") -> UNet:
     """Compile a UNet with `torch.compile`. Starting takes minutes, then drawing is faster.
 
     On a CPU the weights are frozen into the code. On other devices `mode` is as in torch.compile; the default measures which kernels are

@@ -36,20 +36,20 @@ REPEATED = ("image", "image_weight", "negative_image")  # those that may be give
 
 def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Command:
     """Parse arguments into a Command. Raises ValueError when they contradict each other."""
-    given = vars(parser(about).parse_args(argv))
+    arguments = vars(parser(about).parse_args(argv))
     own = {"again", "out", "save_embedding", "device", *MACHINE}
-    if "again" in given and (other := sorted(given.keys() - own)):
+    if "again" in arguments and (other := sorted(arguments.keys() - own)):
         flags = ", ".join("--no-paste" if name == "paste" else flag(name) for name in other)
         raise ValueError(f"--again takes every setting from its picture: leave out {flags}")
-    adapters = given.pop("ip_adapter", [])
-    if prompts := image_prompts(given, adapters):
-        given["image_prompts"] = prompts
-    controls = given.pop("control", [])
-    given["hints"] = hint_files(given, controls)
-    given["loras"] = lora_files(given)
+    adapters = arguments.pop("ip_adapter", [])
+    if prompts := image_prompts(arguments, adapters):
+        arguments["image_prompts"] = prompts
+    controls = arguments.pop("control", [])
+    arguments["hints"] = hint_files(arguments, controls)
+    arguments["loras"] = lora_files(arguments)
 
     def fill(kind: type[Any]) -> dict[str, Any]:
-        return {each.name: given[each.name] for each in fields(kind) if each.name in given}
+        return {each.name: arguments[each.name] for each in fields(kind) if each.name in arguments}
 
     request, model = Request(**fill(Request)), Model(adapters=tuple(adapters), controls=tuple(controls), **fill(Model))
     command = Command(request, model, **fill(Command))
@@ -58,10 +58,10 @@ def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Comman
     return command
 
 
-def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[ImagePrompt, ...]:
-    """Take the options of image prompts out of `given`. Raises ValueError if they are ambiguous."""
+def image_prompts(arguments: dict[str, Any], adapters: Sequence[Path]) -> tuple[ImagePrompt, ...]:
+    """Take the options of image prompts out of `arguments`. Raises ValueError if they are ambiguous."""
     several, prompts = len(adapters) > 1, []
-    for place, own in enumerate(following(given, PROMPT, "ip_adapter", adapters, "--image and --scale", REPEATED)):
+    for place, own in enumerate(following(arguments, PROMPT, "ip_adapter", adapters, "--image and --scale", REPEATED)):
         if "image" in own:
             values: dict[str, Any] = {PROMPT[name]: v if name in REPEATED else v[0] for name, v in own.items()}
             prompts.append(ImagePrompt(**values))
@@ -77,23 +77,23 @@ def image_prompts(given: dict[str, Any], adapters: Sequence[Path]) -> tuple[Imag
     return tuple(prompts)
 
 
-def hint_files(given: dict[str, Any], controls: Sequence[Path]) -> tuple[HintFile, ...]:
-    """Take the options of controls out of `given`. Raises ValueError if they are ambiguous, or if a control has no hint."""
-    found = []
-    for place, own in enumerate(following(given, CONTROL, "control", controls, "--hint and --control-scale")):
+def hint_files(arguments: dict[str, Any], controls: Sequence[Path]) -> tuple[HintFile, ...]:
+    """Take the options of controls out of `arguments`. Raises ValueError if they are ambiguous, or if a control has no hint."""
+    hints = []
+    for place, own in enumerate(following(arguments, CONTROL, "control", controls, "--hint and --control-scale")):
         if own and not controls:
             raise ValueError(f"{flag(next(iter(own)))} is for a control: name its file with --control")
         if controls and "hint" not in own:
             raise ValueError(f"{controls[place]} needs a hint, such as a picture of edges: name it with --hint")
         if own:
-            found.append(HintFile(**{CONTROL[name]: values[0] for name, values in own.items()}))
-    return tuple(found)
+            hints.append(HintFile(**{CONTROL[name]: values[0] for name, values in own.items()}))
+    return tuple(hints)
 
 
-def lora_files(given: dict[str, Any]) -> tuple[LoraFile, ...]:
-    """Take the LoRAs and their scales out of `given`. Raises ValueError if they are ambiguous."""
-    files = given.pop("lora", [])
-    scales = [own.get("lora_scale", [LoraFile.scale]) for own in following(given, ["lora_scale"], "lora", files, "--lora-scale")]
+def lora_files(arguments: dict[str, Any]) -> tuple[LoraFile, ...]:
+    """Take the LoRAs and their scales out of `arguments`. Raises ValueError if they are ambiguous."""
+    files = arguments.pop("lora", [])
+    scales = [own.get("lora_scale", [LoraFile.scale]) for own in following(arguments, ["lora_scale"], "lora", files, "--lora-scale")]
     if not files and scales != [[LoraFile.scale]]:
         raise ValueError("--lora-scale is for a LoRA: name its file with --lora")
     return tuple(LoraFile(file, scale[0]) for file, scale in zip(files, scales, strict=False))

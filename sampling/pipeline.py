@@ -76,9 +76,9 @@ class Pipeline:
 
         A picture is an RGB Pillow image, a picture file, a file of `save_embedding` or, for FaceID, a file of faces (`sampling.faces`).
         """
-        given = [pictures] if isinstance(pictures, Image.Image | Path | str) else pictures
-        opened = [one if isinstance(one, Image.Image) else open_picture(Path(one)) for one in given]
-        images = [one for one in opened if isinstance(one, Image.Image)]
+        items = [pictures] if isinstance(pictures, Image.Image | Path | str) else pictures
+        inputs = [one if isinstance(one, Image.Image) else open_picture(Path(one)) for one in items]
+        images = [one for one in inputs if isinstance(one, Image.Image)]
         if images and self.adapters and self.adapters[adapter].image_projection.reads.face:
             raise ValueError(NO_FACE)
         if not self.adapters or (images and self.image is None):
@@ -86,21 +86,21 @@ class Pipeline:
                 "an image prompt needs an image encoder and an adapter; `make weights` trains the mini ones"
             )
         projection, like = self.adapters[adapter].image_projection, next(self.adapters[adapter].parameters())
-        seen: Iterator[Tensor] = iter(())
+        features_of: Iterator[Tensor] = iter(())
         if self.image is not None and images:
             pixels = torch.stack([self.image.preprocess(image, fit) for image in images])
             with self.on(self.image):
                 features = projection.reads(self.image, pixels.to(next(self.image.parameters())))
-            seen = iter(features[None].split(1, dim=1))
+            features_of = iter(features[None].split(1, dim=1))
         return torch.cat(
             [
-                self._saved(one, projection, fit).to(self.device, like.dtype) if isinstance(one, Path) else next(seen)
-                for one in opened
+                self._read_features(one, projection, fit).to(self.device, like.dtype) if isinstance(one, Path) else next(features_of)
+                for one in inputs
             ],
             dim=1,
         )
 
-    def _saved(self, path: Path, projection: Projection, fit: Fit) -> Tensor:
+    def _read_features(self, path: Path, projection: Projection, fit: Fit) -> Tensor:
         """Read the features in a file of faces or of `save_embedding`, `1 k m e`."""
         faces = read_faces(path)
         return faces.features(projection, self.image, fit) if faces else load_embedding(path, projection)
@@ -158,8 +158,8 @@ class Pipeline:
         against = [None] * len(embeddings) if against is None else against
         weights = [PictureWeights()] * len(embeddings) if weights is None else weights
         if not len(embeddings) == len(scales) == len(against) == len(weights) == len(self.adapters):
-            given = f"{len(embeddings)} embeddings and {len(scales)} scales"
-            raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {given} are given")
+            counts = f"{len(embeddings)} embeddings and {len(scales)} scales"
+            raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {counts} are given")
         for adapter, pictures, no, lam, each in zip(self.adapters, embeddings, against, scales, weights, strict=True):
             pictures = as_features(pictures)
             features = Features(pictures, self.null(adapter, pictures) if no is None else as_features(no))
@@ -190,7 +190,7 @@ class Pipeline:
         ]
         pipeline = replace(self, schedule=replace(self.schedule, karras=True)) if request.schedule else self
         for seeds in self.batches(inputs, num):
-            drawn = pipeline.sample(
+            pictures = pipeline.sample(
                 [request.prompt] * len(seeds),
                 seeds,
                 embeddings or None,
@@ -209,7 +209,7 @@ class Pipeline:
                 hints=inputs.hints,
                 micro=inputs.micro,
             )
-            yield from to_images(drawn)
+            yield from to_images(pictures)
 
     def batches(self, inputs: Inputs, num: int) -> list[range]:
         """Group the seeds of `num` pictures into the batches that `series` draws."""
@@ -268,8 +268,8 @@ class Pipeline:
                 if watch is not None:
                     watch(state)
         with self.on(self.vae):
-            drawn = check_finite(self.vae.decode(canvas.final(x).to(next(self.vae.parameters()))), dtype)
-        return edit.finish(drawn) if edit else drawn
+            picture = check_finite(self.vae.decode(canvas.final(x).to(next(self.vae.parameters()))), dtype)
+        return edit.finish(picture) if edit else picture
 
     @property
     def native_size(self) -> tuple[int, int]:

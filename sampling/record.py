@@ -27,7 +27,7 @@ BESIDE = (".json", ".yaml", ".yml")  # settings that a file of weights has besid
 FOLDERS = ("weights", "sampling/examples", "results")  # of shipped files
 
 
-def stored(path: Path) -> str:
+def stored_name(path: Path) -> str:
     """Return the name under which a record stores a file or folder."""
     full = Path(os.path.abspath(path))
     if any(full.is_relative_to(ROOT / folder) for folder in FOLDERS):
@@ -47,7 +47,7 @@ def sha256(path: Path) -> str:
 
 
 @functools.lru_cache
-def _sha256(path: Path, size: int, changed: int) -> str:
+def _sha256(path: Path, size: int, mtime: int) -> str:
     return files.sha256(path)
 
 
@@ -67,12 +67,12 @@ def used_files(request: Request, model: Model) -> list[Path]:
 
 def digests(request: Request, model: Model) -> dict[str, str]:
     """Return the hash of each of `used_files`, by its stored name."""
-    return {stored(path): sha256(path) for path in used_files(request, model)}
+    return {stored_name(path): sha256(path) for path in used_files(request, model)}
 
 
 def record(request: Request, model: Model, hashes: Mapping[str, str]) -> dict[str, Any]:
     """Return the record that `save_image` writes into a picture. `hashes`: the result of `digests`."""
-    settings = [to_json(map_paths(item, lambda path: Path(stored(path)))) for item in (request, model)]
+    settings = [to_json(map_paths(item, lambda path: Path(stored_name(path)))) for item in (request, model)]
     return {"request": settings[0], "model": settings[1], "sha256": dict(hashes)}
 
 
@@ -143,14 +143,14 @@ def _find(path: Path, picture: Path, hashes: Mapping[str, str]) -> Path:
     places = [place, *(folder / each for folder in folders for each in (name, path.name))]
     alike = (other for folder in folders for other in sorted(folder.iterdir()) if other.suffix == path.suffix)
     for candidate in chain(places, alike):
-        if _changed(candidate, parts) is None:
+        if _changed_part(candidate, parts) is None:
             return candidate
     nearest = next((candidate for candidate in places if candidate.exists()), place)
-    rest = _changed(nearest, parts) or ""
-    named = _part(path, rest).as_posix()
+    rest = _changed_part(nearest, parts) or ""
+    part = _part(path, rest).as_posix()
     if _part(nearest, rest).exists():
-        raise ValueError(f"{picture} was drawn with another {named}: the file has changed since")
-    raise ValueError(f"{picture} was drawn with {named}, which is not there: put it beside the picture")
+        raise ValueError(f"{picture} was drawn with another {part}: the file has changed since")
+    raise ValueError(f"{picture} was drawn with {part}, which is not there: put it beside the picture")
 
 
 def _parts(name: str, hashes: Mapping[str, str]) -> dict[str, str]:
@@ -164,7 +164,7 @@ def _part(path: Path, rest: str) -> Path:
     return path.with_suffix(rest) if rest in BESIDE else path / rest[1:] if rest else path
 
 
-def _changed(path: Path, parts: Mapping[str, str]) -> str | None:
+def _changed_part(path: Path, parts: Mapping[str, str]) -> str | None:
     """Return the first part that is missing or has changed, or None."""
     for rest, digest in parts.items():
         part = _part(path, rest)

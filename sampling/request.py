@@ -195,5 +195,5 @@ def check_seed(seed: int) -> None:
 def check_size(width: int, height: int) -> None:
     """Raises ValueError for more than MOST_PIXELS pixels, before memory is allocated."""
     if abs(width * height) > MOST_PIXELS:
-        asked = f"{reprlib.repr(width)} x {reprlib.repr(height)}"
-        raise ValueError(f"{asked} is too large: a picture has at most {MOST_PIXELS:,} pixels (4096 x 4096)")
+        size = f"{reprlib.repr(width)} x {reprlib.repr(height)}"
+        raise ValueError(f"{size} is too large: a picture has at most {MOST_PIXELS:,} pixels (4096 x 4096)")

@@ -18,7 +18,7 @@ Prediction = Literal["epsilon", "v"]
 Spacing = Literal["leading", "trailing", "linspace", "ldm"]
 
 
-def noised(x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
+def diffuse(x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
     """Compute x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps; `a` broadcasts to x_0."""
     return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
@@ -97,7 +97,7 @@ class Schedule:
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Compute x_t for a batch of timesteps `b`; `x0` and `eps` are `b ...`."""
-        return noised(x0, eps, self.at(t).to(x0).view(-1, *[1] * (x0.ndim - 1)))
+        return diffuse(x0, eps, self.at(t).to(x0).view(-1, *[1] * (x0.ndim - 1)))
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return the training target of the network: eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) x_0."""

@@ -113,9 +113,9 @@ def _unsupported_by_dpm(config: Mapping[str, Any], schedule: Schedule) -> tuple[
     others, a = list(_others(config, _DPM)), schedule.alphas[-1].double()
     if config.get("variance_type") in ("learned", "learned_range"):
         others.append(f"variance_type = {config['variance_type']}")
-    cut = config.get("lambda_min_clipped", -math.inf)
-    if cut > 0.5 * float(torch.log(a / (1 - a))):  # it would cut off the first timesteps
-        others.append(f"lambda_min_clipped = {cut}")
+    minimum = config.get("lambda_min_clipped", -math.inf)
+    if minimum > 0.5 * float(torch.log(a / (1 - a))):  # it would cut off the first timesteps
+        others.append(f"lambda_min_clipped = {minimum}")
     return tuple(others)
 
 

@@ -63,7 +63,7 @@ class StripDecoder(Decoder):
         h = h.cpu()
         for block in self.up:
             h = block_in_strips(block, h, device)
-        act = normalised(self.norm_out, h, device)
+        act = norm_silu(self.norm_out, h, device)
         return over_strips(lambda rows: self.conv_out(act(rows)), h, to=device)
 
 
@@ -71,9 +71,9 @@ def block_in_strips(block: nn.Module, x: Tensor, to: torch.device) -> Tensor:
     """Apply a ResBlock without an embedding, a Downsample or an Upsample to a map in main memory. `to`: the device that computes."""
     if not isinstance(block, ResBlock):
         return over_strips(block, x, to=to, halo=2, factor=2 if isinstance(block, Upsample) else 0.5)
-    first = normalised(block.norm1, x, to)
+    first = norm_silu(block.norm1, x, to)
     h = over_strips(lambda rows: block.conv1(first(rows)), x, to=to)
-    second = normalised(block.norm2, h, to)
+    second = norm_silu(block.norm2, h, to)
     return over_strips(lambda rows, inner: block.skip(rows) + block.conv2(second(inner)), x, h, to=to)
 
 
@@ -97,12 +97,12 @@ def over_strips(f: Rows, *maps: Tensor, to: torch.device, halo: int = 1, factor:
         start, stop = int(first * factor), int(end * factor)
         if first == 0:
             out = rows.new_empty((*rows.shape[:2], int(height * factor), rows.shape[-1]), device="cpu")
-        cut = int((first - top) * factor)
-        out[..., start:stop, :] = rows[..., cut : cut + stop - start, :]
+        offset = int((first - top) * factor)
+        out[..., start:stop, :] = rows[..., offset : offset + stop - start, :]
     return out
 
 
-def normalised(norm: nn.GroupNorm, x: Tensor, to: torch.device) -> Rows:
+def norm_silu(norm: nn.GroupNorm, x: Tensor, to: torch.device) -> Rows:
     """Return silu(norm(.)) for rows of a map `b c H W`, with the mean and variance of the whole map.
 
     The variance of all strips is the mean of v_i + (m_i - m)^2, where m_i and v_i are the mean and variance of strip i, and m is the mean

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from checkpoints.base import Base
-from checkpoints.names import named, unet_rows, vae_rows
+from checkpoints.names import map_names, unet_rows, vae_rows
 from model.image_encoder import ImageConfig
 from model.text_encoder import END, START, TextConfig, vocabulary
 from model.unet import UNetConfig
@@ -92,11 +92,11 @@ def base() -> Peers:
     ldm = (
         {
             name: ("model.diffusion_model." + ldm)
-            for name, (ldm,) in named(pair.ours.state_dict(), unet_rows(UNET), 2).items()
+            for name, (ldm,) in map_names(pair.ours.state_dict(), unet_rows(UNET), 2).items()
         },
         {
             name: "first_stage_model." + ldm
-            for name, (ldm,) in named(our_vae.state_dict(), vae_rows(VAE_CONFIG), 2).items()
+            for name, (ldm,) in map_names(our_vae.state_dict(), vae_rows(VAE_CONFIG), 2).items()
         },
     )
     blocks = {"down_block_types": [""] * 3, "up_block_types": [""] * 3}

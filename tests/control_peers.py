@@ -10,7 +10,7 @@ from peers import SMALL_ONE, SMALL_SD15, SMALL_SD21, SMALL_SDXL, from_peer, rand
 
 from checkpoints.control_configs import controlnet_diffusers, t2i_diffusers
 from checkpoints.control_names import controlnet_rows, t2i_rows
-from checkpoints.names import named
+from checkpoints.names import map_names
 from model.controlnet import ControlNet, ControlNetConfig
 from model.t2i import T2IAdapter as OurT2I
 from model.t2i import T2IConfig
@@ -36,9 +36,9 @@ SMALL_T2I = {
 def controlnet_pair(config: ControlNetConfig, linear: bool, seed: int = 0) -> tuple[Any, ControlNet]:
     settings = controlnet_diffusers(config) | {"use_linear_projection": linear}
     peer, ours = randomise(ControlNetModel.from_config(settings), seed), ControlNet(config)
-    return peer, from_peer(ours, named(ours.state_dict(), controlnet_rows(config), 1), peer.state_dict())
+    return peer, from_peer(ours, map_names(ours.state_dict(), controlnet_rows(config), 1), peer.state_dict())
 
 
 def t2i_pair(config: T2IConfig, seed: int = 0) -> tuple[Any, OurT2I]:
     peer, ours = randomise(T2IAdapter.from_config(t2i_diffusers(config)), seed), OurT2I(config)
-    return peer, from_peer(ours, named(ours.state_dict(), t2i_rows(config), 1), peer.state_dict())
+    return peer, from_peer(ours, map_names(ours.state_dict(), t2i_rows(config), 1), peer.state_dict())

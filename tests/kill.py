@@ -88,8 +88,8 @@ def trained(base: Path, data: Path, work: Path, at: int | None) -> list[str] | N
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return None
     assert status == 0, status
-    found: list[str] = json.loads(trace.read_text())
-    return found
+    results: list[str] = json.loads(trace.read_text())
+    return results
 
 
 def result(work: Path) -> tuple[str, Any]:

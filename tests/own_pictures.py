@@ -70,4 +70,4 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def nothing_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "encoded", lambda *_: pytest.fail("pictures were encoded"))
+    monkeypatch.setattr(encode, "encode_rows", lambda *_: pytest.fail("pictures were encoded"))

@@ -24,7 +24,7 @@ from transformers import (
 
 from checkpoints.configs import diffusers_config
 from checkpoints.diffusers_folder import text_settings, vision_settings
-from checkpoints.names import TRANSPOSED, Names, image_names, named, text_names, unet_rows, vae_rows
+from checkpoints.names import TRANSPOSED, Names, image_names, map_names, text_names, unet_rows, vae_rows
 from eval.peers.official import peer_autoencoder
 from model.image_encoder import ImageConfig, ImageEncoder
 from model.text_encoder import END, START, TextConfig, TextEncoder
@@ -86,7 +86,7 @@ def unet_pair(config: UNetConfig, linear: bool, seed: int = 0) -> UNetPair:
     """`linear`: the peer's 1x1 convolutions are matrices (SD 2, SDXL)."""
     settings = diffusers_config(config) | {"use_linear_projection": linear}
     peer, ours = randomise(UNet2DConditionModel.from_config(settings), seed), UNet(config)
-    return UNetPair(peer, from_peer(ours, named(ours.state_dict(), unet_rows(config), 1), peer.state_dict()))
+    return UNetPair(peer, from_peer(ours, map_names(ours.state_dict(), unet_rows(config), 1), peer.state_dict()))
 
 
 # Small relatives of the three base models: every rule of the big ones, at a few thousand weights a layer.
@@ -113,7 +113,7 @@ SMALL_UNETS = {
 
 def vae_pair(config: VAEConfig, seed: int = 0) -> tuple[Any, VAE]:
     peer, ours = randomise(peer_autoencoder(config), seed), VAE(config)
-    return peer, from_peer(ours, named(ours.state_dict(), vae_rows(config), 1), peer.state_dict())
+    return peer, from_peer(ours, map_names(ours.state_dict(), vae_rows(config), 1), peer.state_dict())
 
 
 def clip_words() -> tuple[dict[str, int], list[str]]:

@@ -10,12 +10,12 @@ import torch
 import torch._dynamo  # DDP imports it: load it once, before the processes fork
 import torch.multiprocessing as mp
 
-from train.processes import started
+from train.processes import join_team
 
 
 def _joined(rank: int, size: int, parts: int, file: str, work: Callable[[int], None]) -> None:
     torch.set_num_threads(1)
-    with started(parts=parts, init_method=f"file://{file}?rank={rank}&world_size={size}"):
+    with join_team(parts=parts, init_method=f"file://{file}?rank={rank}&world_size={size}"):
         work(rank)
 
 

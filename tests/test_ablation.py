@@ -34,7 +34,7 @@ from eval.tables import markdown
 from model.features import Features
 from sampling.loading import load
 from train import checkpoint
-from train.album import Captioned
+from train.album import CaptionedPicture
 from train.loop import Plan
 from train.pairs import Pairs
 from train.setting import Setting, TrainingSource
@@ -92,8 +92,8 @@ def test_all_tasks_have_the_same_image_prompts() -> None:
     truth = prompts.truth
     assert truth is not None and prompts.tasks == TASKS and TASKS[0] == "complementary"
     scene = truth.complement
-    assert torch.equal(scene.palette, truth.shown["palette"]) and torch.equal(scene.concept, truth.shown["concept"])
-    assert not (scene.background == truth.shown["background"]).any() and not (truth.concept == truth.shown["concept"]).any()
+    assert torch.equal(scene.palette, truth.labels["palette"]) and torch.equal(scene.concept, truth.labels["concept"])
+    assert not (scene.background == truth.labels["background"]).any() and not (truth.concept == truth.labels["concept"]).any()
     assert all(len(set(prompts.texts(task))) > 10 for task in TASKS if task != "picture") and set(prompts.texts("picture")) == {""}
     first = prompts.first(3)
     assert first.complements == prompts.complements[:3] and first.truth is not None and len(first.truth.complement.palette) == 3
@@ -119,14 +119,14 @@ def test_packed_units_are_restored(tmp_path: Path) -> None:
     units = {str(i): Unit(i, {}, {"x": torch.full((i, 2), i, dtype=torch.int16)} if i else {}) for i in (2, 0, 3)}
     data, arrays = pack(units)
     assert len(arrays["x"]) == 5 and [unit["rows"] for unit in data.values()] == [2, 0, 3]
-    found = unpack(json.loads(json.dumps(data)), arrays)
-    assert all(found[name].value == unit.value and found[name].rows == unit.rows for name, unit in units.items())
-    assert torch.equal(found["3"].arrays["x"], units["3"].arrays["x"])
+    copies = unpack(json.loads(json.dumps(data)), arrays)
+    assert all(copies[name].value == unit.value and copies[name].rows == unit.rows for name, unit in units.items())
+    assert torch.equal(copies["3"].arrays["x"], units["3"].arrays["x"])
     with pytest.raises(ValueError, match="do not belong together"):
         unpack(data, {"x": arrays["x"][1:]})
     memo = Memo(tmp_path)
     memo.write("3", Unit("newer", {}))
-    memo.restore(found)
+    memo.restore(copies)
     assert memo.read("2").value == 2 and memo.read("3").value == "newer"
 
 
@@ -283,7 +283,7 @@ def test_the_rate_is_the_best_of_those_whose_loss_is_finite() -> None:
 
 
 def test_a_users_pictures_conflict_with_another_caption(pictures: list[Path]) -> None:
-    files = [Captioned(pictures[i % 3], (text,), i) for i, text in enumerate(("a", "a", "b", "c"))]
+    files = [CaptionedPicture(pictures[i % 3], (text,), i) for i, text in enumerate(("a", "a", "b", "c"))]
     assert Prompts.of_files(files, 32).conflicts == ["b", "b", "c", "a"]
     with pytest.raises(ValueError, match="two different captions"):
         Prompts.of_files(files[:2], 32)

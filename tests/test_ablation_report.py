@@ -18,7 +18,7 @@ from eval.ablation import report
 from eval.ablation.against import against, parts
 from eval.ablation.appendix import through_table
 from eval.ablation.command import TOLERANCE, compare
-from eval.ablation.draws import Draw, encoded
+from eval.ablation.draws import Draw, quantise
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY, fraction
 from eval.ablation.memo import Unit
 from eval.ablation.plots import matched_lambda
@@ -28,7 +28,7 @@ from eval.ablation.study import RATE_SEED, SMOKE
 from eval.ablation.summary import summarise
 from eval.bench import Bench
 from eval.prompts import TASKS, Prompts
-from eval.tables import markdown, shown
+from eval.tables import markdown, with_interval
 from sampling.loading import load
 from train.judge import load_judge
 
@@ -44,26 +44,26 @@ def right(prompts: Prompts, task: str) -> dict[str, Tensor]:
     """Return what a judge without errors reads from ideal drawings. Drawings in the middle of their cells are placed well."""
     truth = prompts.truth
     assert truth is not None
-    shown, scene = truth.shown, truth.complement
-    found = {"concept": shown["concept"], "background": shown["background"], "palette": shown["palette"]}
+    image, scene = truth.labels, truth.complement
+    readings = {"concept": image["concept"], "background": image["background"], "palette": image["palette"]}
     if task == "conflict":
-        found |= {"concept": truth.concept, "background": truth.background}
-    placement = shown["placement"].double()
+        readings |= {"concept": truth.concept, "background": truth.background}
+    placement = image["placement"].double()
     if task == "complementary":
         assert scene.size is not None and scene.place is not None
-        found["background"] = scene.background
+        readings["background"] = scene.background
         side = torch.tensor([43.0, 51.0, 59.0])[scene.size]
         cell = scene.place.clamp(min=0)
         x, y = ((part + 0.5) * (65 - side) / 3 for part in (cell % 3, cell // 3))
         placement = torch.stack([x + side / 2, y + side / 2, side], dim=1).double()
-    return found | {"placement": placement, "clip_i": torch.full((len(placement),), 0.5), "clip_t": torch.full((len(placement),), 0.25)}
+    return readings | {"placement": placement, "clip_i": torch.full((len(placement),), 0.5), "clip_t": torch.full((len(placement),), 0.25)}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_ideal_drawings_follow_their_text(task: str) -> None:
     """And a mistake in any attribute that the text names makes a drawing fail, while one in the palette does not."""
     prompts = Prompts.of_the_world(60)
-    truth, arrays = prompts.to_json()["truth"], encoded(right(prompts, task))
+    truth, arrays = prompts.to_json()["truth"], quantise(right(prompts, task))
     assert follows(task, arrays, truth, arrays).tolist() == [1.0] * 60
     named = {"complementary": ["background", "placement"]}.get(task, ["concept", "background"])
     for key in arrays:
@@ -78,9 +78,9 @@ def test_without_ground_truth_following_is_relative_to_the_text_alone() -> None:
 
 def test_readings_are_rounded_to_int16() -> None:
     palette = torch.tensor([[[61.26, -40.04, 0.0], [5, 6, 7]]])
-    found = encoded({"palette": palette, "clip_i": torch.tensor([0.12346]), "clip_t": torch.tensor([9.0])})
-    assert found["palette"].tolist() == [[613, -400, 0, 50, 60, 70]] and found["clip_i"].tolist() == [[1235]]
-    assert found["clip_t"].tolist() == [[32767]] and {array.dtype for array in found.values()} == {torch.int16}
+    arrays = quantise({"palette": palette, "clip_i": torch.tensor([0.12346]), "clip_t": torch.tensor([9.0])})
+    assert arrays["palette"].tolist() == [[613, -400, 0, 50, 60, 70]] and arrays["clip_i"].tolist() == [[1235]]
+    assert arrays["clip_t"].tolist() == [[32767]] and {array.dtype for array in arrays.values()} == {torch.int16}
 
 
 def test_the_judge_reads_true_pictures() -> None:
@@ -89,9 +89,9 @@ def test_the_judge_reads_true_pictures() -> None:
     scorer = clip_score.Scorer("none", lambda pictures: torch.ones(len(pictures), 2), lambda texts: torch.ones(len(texts), 2))
     read = Bench(load(WEIGHTS), prompts, scorer, load_judge(WEIGHTS / "judge.safetensors")).read("picture", prompts.pixels)
     assert prompts.truth is not None
-    shown = prompts.truth.shown
-    assert (read["concept"] == shown["concept"]).sum() >= 11 and torch.equal(read["background"], shown["background"])
-    assert (read["palette"] - shown["palette"]).norm(dim=-1).mean() < 5 and read["clip_i"].tolist() == pytest.approx([1] * 12)
+    image = prompts.truth.labels
+    assert (read["concept"] == image["concept"]).sum() >= 11 and torch.equal(read["background"], image["background"])
+    assert (read["palette"] - image["palette"]).norm(dim=-1).mean() < 5 and read["clip_i"].tolist() == pytest.approx([1] * 12)
 
 
 # results
@@ -114,7 +114,7 @@ def made_up(known: Mapping[str, list[int]] = KNOWN, seeds: int = 2) -> Results:
             read["palette"] = torch.where((torch.arange(N) < k)[:, None, None], read["palette"], torch.tensor([65.0, 0, 0]))
             read["background"] = torch.where(torch.arange(N) < f, read["background"], (read["background"] + 1) % 10)
             read["concept"] = torch.where(torch.arange(N) < k, read["concept"], 64)
-            parts.append(encoded(read))
+            parts.append(quantise(read))
         arrays = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         return Unit({"task": task, "split": "test", "lambdas": lambdas, **where}, {"commit": "abc", "processor": "x"}, arrays)
 
@@ -154,9 +154,9 @@ def test_the_endpoint_is_the_information_at_equal_following() -> None:
         return float((known[:k].sum() + grey[k:].sum()) / N)
 
     for form in results.study["forms"]:
-        found = summary["endpoint"][form]
-        assert found["information"] == pytest.approx([(at(KNOWN[form][0]) + at(KNOWN[form][1])) / 2] * 2, abs=0.02) and not found["end"]
-        assert found["concept"] == pytest.approx([(KNOWN[form][0] + KNOWN[form][1]) / 2 / N] * 2)
+        actual = summary["endpoint"][form]
+        assert actual["information"] == pytest.approx([(at(KNOWN[form][0]) + at(KNOWN[form][1])) / 2] * 2, abs=0.02) and not actual["end"]
+        assert actual["concept"] == pytest.approx([(KNOWN[form][0] + KNOWN[form][1]) / 2 / N] * 2)
         assert matched_lambda(results, form) == pytest.approx(sum(LAMBDAS[form][:2]) / 2)
     d = summary["difference"]["simple"]
     assert d["mean"] == pytest.approx((at(8) + at(24) - at(4) - at(12)) / 2, abs=0.02) and d["low"] > 0
@@ -175,7 +175,7 @@ def test_the_page_states_the_result() -> None:
     page = report.render(results)
     d = summary["difference"][PRIMARY]
     told = "Decoupled attention beats the simple adapter here: where both follow the text equally often"
-    assert f"{told}, IP-Adapter minus the simple adapter is {shown(d)} in palette information" in page
+    assert f"{told}, IP-Adapter minus the simple adapter is {with_interval(d)} in palette information" in page
     assert f"the ceiling is {summary['ceilings']['vae']:.1f}" in page and "commit abc, and were computed on x." in page
     assert "2 of IP-Adapter and simple" in page and all(f"- {each}" in page for each in against(results))
     assert markdown(report.square(results)) in page and "(concept 40%)" in page and "| simple |" in page
@@ -194,13 +194,13 @@ def test_the_page_states_the_result() -> None:
 def test_the_primary_difference_is_read_in_other_ways() -> None:
     """At 70 %, each form is read at its second lambda. As only backgrounds are wrong, counting them alone changes nothing."""
     results = made_up()
-    found = summarise(results)
-    other, ours, simple = found["robustness"], *(results.curve(form).value.mean(axis=(0, 2)) for form in (BASELINE, PRIMARY))
+    summary = summarise(results)
+    other, ours, simple = summary["robustness"], *(results.curve(form).value.mean(axis=(0, 2)) for form in (BASELINE, PRIMARY))
     assert other["levels"]["70%"]["mean"] == pytest.approx(ours[2] - simple[2])
-    assert other["backgrounds"]["test"] == found["difference"][PRIMARY] and set(other["backgrounds"]) == {"test"}
+    assert other["backgrounds"]["test"] == summary["difference"][PRIMARY] and set(other["backgrounds"]) == {"test"}
     assert other["smallest"] == pytest.approx({"share": 0.9, "information": simple[1]})
     assert other["extremes"] == pytest.approx([simple.max(), ours[2:].min()])
-    assert found["secondary"]["finest layers"]["read"] == {form: {"end": 0, "start": 0} for form in (BASELINE, PRIMARY)}
+    assert summary["secondary"]["finest layers"]["read"] == {form: {"end": 0, "start": 0} for form in (BASELINE, PRIMARY)}
 
 
 def test_what_each_change_gives_alone_is_said() -> None:

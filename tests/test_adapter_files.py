@@ -111,10 +111,10 @@ Adapters = dict[str, tuple[UNetPair, Official]]
 def test_adapters_there_and_back(adapters: Adapters, tmp_path: Path, name: str, form: str) -> None:
     both, adapter = adapters[name]
     path = write_adapter(adapter, both.peer, tmp_path / "adapter", form)
-    found = load_adapter(path, both.ours, replace(IMAGE, output_dim=IMAGE_DIM))
-    assert found.own_projections and (found.image_projection.tokens, found.image_projection.image_dim) == (4, IMAGE_DIM)
-    assert not any(p.is_meta or p.requires_grad for p in found.parameters()) and not found.training
-    save_adapter(found, both.ours, tmp_path / "back.safetensors", {"a": 1}, dtype=None)
+    actual = load_adapter(path, both.ours, replace(IMAGE, output_dim=IMAGE_DIM))
+    assert actual.own_projections and (actual.image_projection.tokens, actual.image_projection.image_dim) == (4, IMAGE_DIM)
+    assert not any(p.is_meta or p.requires_grad for p in actual.parameters()) and not actual.training
+    save_adapter(actual, both.ours, tmp_path / "back.safetensors", {"a": 1}, dtype=None)
     convert(path, tmp_path / "converted.safetensors")
     for file in ("back", "converted"):
         back = load_file(tmp_path / f"{file}.safetensors")
@@ -128,17 +128,17 @@ def test_adapters_there_and_back(adapters: Adapters, tmp_path: Path, name: str, 
 def test_a_saved_adapter_is_diffusers(adapters: Adapters, tmp_path: Path, name: str) -> None:
     """diffusers takes the file that we write, and predicts what we predict."""
     both, adapter = adapters[name]
-    found = load_adapter(
+    actual = load_adapter(
         write_adapter(adapter, both.peer, tmp_path / "a", "new trainer"), both.ours, dtype=torch.float64
     )
-    save_adapter(found, both.ours, tmp_path / "back.safetensors", {}, dtype=torch.float32)
+    save_adapter(actual, both.ours, tmp_path / "back.safetensors", {}, dtype=torch.float32)
     file = Official(load_file(tmp_path / "back.safetensors"), {})
     peer = copy.deepcopy(both.peer)
     peer._load_ip_adapter_weights([file.nested], low_cpu_mem_usage=False)
     width = both.ours.config.context_dim
     x, t, text, picture = randn(2, 4, 8, 8, seed=1), torch.tensor([7, 981]), randn(2, 5, width), randn(2, IMAGE_DIM)
     want = peer(x, t, text, added_cond_kwargs={"image_embeds": [picture[:, None]]}).sample
-    got = both.ours(x, t, found(Context(text), picture))
+    got = both.ours(x, t, actual(Context(text), picture))
     assert max_error(got, want) < DOUBLE
     assert max_error(got, both.ours(x, t, Context(text))) > 0.05
 
@@ -148,8 +148,8 @@ def test_adapters_keep_their_dtype(adapters: Adapters, tmp_path: Path) -> None:
     both, adapter = adapters["sd15"]
     mixed = {k: v.half() if k.startswith("ip_adapter") else v for k, v in adapter.flat.items()}
     save_file(mixed, tmp_path / "a.safetensors")
-    found = load_adapter(tmp_path / "a.safetensors", both.ours, dtype=None)
-    save_adapter(found, both.ours, tmp_path / "b.safetensors", {}, dtype=None)
+    actual = load_adapter(tmp_path / "a.safetensors", both.ours, dtype=None)
+    save_adapter(actual, both.ours, tmp_path / "b.safetensors", {}, dtype=None)
     assert verify(tmp_path / "a.safetensors", tmp_path / "b.safetensors") == []
     assert {t.dtype for t in load_file(tmp_path / "b.safetensors").values()} == {torch.float16, torch.float32}
     assert {p.dtype for p in load_adapter(tmp_path / "a.safetensors", both.ours).parameters()} == {torch.float32}
@@ -160,8 +160,8 @@ def test_tokens_are_in_the_shapes(adapters: Adapters, tmp_path: Path) -> None:
     width = both.ours.config.context_dim
     more = {"image_proj.proj.weight": randn(7 * width, 5).float(), "image_proj.proj.bias": randn(7 * width).float()}
     save_file(adapter.flat | more, tmp_path / "a.safetensors")
-    found = load_adapter(tmp_path / "a.safetensors", both.ours).image_projection
-    assert (found.tokens, found.image_dim, found.context_dim) == (7, 5, width)
+    projection = load_adapter(tmp_path / "a.safetensors", both.ours).image_projection
+    assert (projection.tokens, projection.image_dim, projection.context_dim) == (7, 5, width)
 
 
 # what is refused

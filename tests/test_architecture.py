@@ -64,7 +64,7 @@ def tracked() -> list[Path]:
 
 
 def notebook_code() -> dict[str, ast.Module]:
-    found = {}
+    by_name = {}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
         lines = [
@@ -73,8 +73,8 @@ def notebook_code() -> dict[str, ast.Module]:
             for line in "".join(cell["source"]).splitlines()
             if not line.lstrip().startswith(("%", "!"))
         ]
-        found[str(path.relative_to(ROOT))] = ast.parse("\n".join(lines))
-    return found
+        by_name[str(path.relative_to(ROOT))] = ast.parse("\n".join(lines))
+    return by_name
 
 
 def test_there_is_something_to_check() -> None:
@@ -189,14 +189,14 @@ def readme() -> str:
 
 def defined(tree: ast.AST) -> set[str]:
     """What a file defines at its top: `function`, `Class`, `Class.method`, `CONSTANT`."""
-    found = set()
+    names = set()
     for node in getattr(tree, "body", []):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found |= {node.name} | {f"{node.name}.{inner}" for inner in defined(node)}
+            names |= {node.name} | {f"{node.name}.{inner}" for inner in defined(node)}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return found
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
 
 
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -204,8 +204,8 @@ PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "CONTRIBUTING.md", *sor
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_are_alive(page: Path) -> None:
-    found = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
-    links = [link for link in found if not re.match(r"https?:|mailto:|#", link)]
+    matches = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    links = [link for link in matches if not re.match(r"https?:|mailto:|#", link)]
     assert not [link for link in links if not (page.parent / link.split("#")[0]).exists()]
 
 

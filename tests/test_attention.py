@@ -79,9 +79,9 @@ def test_what_is_trained_through_equals_a_naive_softmax(
     logits = torch.einsum("bhnd,bhmd->bhnm", *inputs[:2]) / math.sqrt(8) + bias
     true = torch.einsum("bhnm,bhmd->bhnd", logits.exp() / logits.exp().sum(-1, keepdim=True), inputs[2])
     weights = randn(*own.shape, seed=5)
-    found, wanted = (torch.autograd.grad((x * weights).sum(), inputs) for x in (own, true))
+    actual, wanted = (torch.autograd.grad((x * weights).sum(), inputs) for x in (own, true))
     assert max_error(own.detach(), true.detach()) < TOLERANCE
-    assert all(max_error(a, b) < TOLERANCE for a, b in zip(found, wanted, strict=True))
+    assert all(max_error(a, b) < TOLERANCE for a, b in zip(actual, wanted, strict=True))
 
 
 @pytest.mark.parity("diffusers Attention", TOLERANCE)

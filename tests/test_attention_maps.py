@@ -97,9 +97,9 @@ def test_image_mass_of_several_sources_and_its_gate() -> None:
     assert max_error(mixed, concatenated(q, text, one)) < EXACT
 
 
-def keep(found: list[Tensor], scores: Callable[..., Tensor], heads: int, *args: Any) -> Tensor:
+def keep(maps: list[Tensor], scores: Callable[..., Tensor], heads: int, *args: Any) -> Tensor:
     """Record diffusers' attention scores of one layer."""
-    found.append(rearrange(probs := scores(*args), "(b h) n m -> b h n m", h=heads))
+    maps.append(rearrange(probs := scores(*args), "(b h) n m -> b h n m", h=heads))
     return probs
 
 

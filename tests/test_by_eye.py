@@ -56,6 +56,6 @@ def test_shares_are_of_what_the_text_names(tmp_path: Path) -> None:
     names = {key: [each[key] for each in shown] for key in ("concept", "background")}
     labels = [{**names, "palette": {}}, {"concept": [None, *names["concept"][1:]], "background": [None] * 4, "palette": {}}]
     (tmp_path / "labels.json").write_text(json.dumps({"drawn": shown, "labels": labels}))
-    found = evaluate(load_judge(ROOT / "weights" / "judge.safetensors"), tmp_path)
-    assert found["labeller 1"] == {"concept": 100, "background": 100} and found["labeller 2"] == {"concept": 75, "background": 0}
-    assert found["judge"] == {"concept": 100, "background": 100}
+    scores = evaluate(load_judge(ROOT / "weights" / "judge.safetensors"), tmp_path)
+    assert scores["labeller 1"] == {"concept": 100, "background": 100} and scores["labeller 2"] == {"concept": 75, "background": 0}
+    assert scores["judge"] == {"concept": 100, "background": 100}

@@ -33,8 +33,8 @@ def test_agreement_is_that_of_a_small_example() -> None:
         ["red", "blue", None, "red", None],
         {0: np.stack([BLACK, WHITE]), 1: np.stack([WHITE, WHITE]), 4: np.stack([WHITE, np.array([0.0, 60, 0])])},
     )
-    found = agreement(seen, labels)
-    assert list(found.values()) == pytest.approx([100 * 3 / 5, 100 * 2 / 3, 100 / 2, 100 / 3, 15])
+    shares = agreement(seen, labels)
+    assert list(shares.values()) == pytest.approx([100 * 3 / 5, 100 * 2 / 3, 100 / 2, 100 / 3, 15])
 
 
 def test_the_palette_error_uses_the_better_order() -> None:
@@ -91,13 +91,13 @@ def test_the_judge_agrees_with_the_labels() -> None:
     """The stored numbers are good enough, and those of the shipped judge, up to one or two pictures on another processor."""
     stored, judge = read_json(ROOT / "results" / "calibration.json"), ROOT / "weights" / "judge.safetensors"
     assert stored["sha256"] == {judge.name: sha256(judge)}
-    found = evaluate(load_judge(judge), ROOT / "results")
-    assert found["labellers"] == stored["agreement"]["labellers"]
-    assert found["judge"] == pytest.approx(stored["agreement"]["judge"], abs=2)
-    assert found["judge"]["concept, where the labels name one"] >= 75
-    assert found["judge"]["background, where the labels name one"] >= 93
-    assert found["judge"]["palette error"] <= 20
-    assert found["judge"]["none of these, where the labels say so"] >= 45
+    scores = evaluate(load_judge(judge), ROOT / "results")
+    assert scores["labellers"] == stored["agreement"]["labellers"]
+    assert scores["judge"] == pytest.approx(stored["agreement"]["judge"], abs=2)
+    assert scores["judge"]["concept, where the labels name one"] >= 75
+    assert scores["judge"]["background, where the labels name one"] >= 93
+    assert scores["judge"]["palette error"] <= 20
+    assert scores["judge"]["none of these, where the labels say so"] >= 45
 
 
 def test_the_page_says_how_many_are_labelled() -> None:

@@ -11,8 +11,8 @@ import pytest
 from own_pictures import picture, write_pictures
 from PIL import Image
 
-from train.album import Album, Captioned, Listed
-from train.captioned import captioned_files, skipped, split, summary
+from train.album import Album, CaptionedPicture, ListAlbum
+from train.captioned import captioned_files, ignored_entries, split, summary
 
 
 def captioned(data: Path, skip_broken: bool = False) -> Album:
@@ -153,8 +153,8 @@ def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"\0")
     (tmp_path / "more").mkdir()
     files = captioned(tmp_path)
-    assert len(files) == 1 and len(skipped(tmp_path)) == 6
-    assert "6 files are skipped (.md, .mp4, .png, .txt, folders and others)" in summary(tmp_path, files, Listed([]))
+    assert len(files) == 1 and len(ignored_entries(tmp_path)) == 6
+    assert "6 files are skipped (.md, .mp4, .png, .txt, folders and others)" in summary(tmp_path, files, ListAlbum([]))
 
 
 def test_broken_pictures_are_left_out_if_asked(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_broken_pictures_are_left_out_if_asked(tmp_path: Path) -> None:
     (tmp_path / "3.txt").unlink()
     files = captioned(tmp_path, skip_broken=True)
     assert [file.path.name for file in files] == ["0.png", "2.png", "4.png"] and files.broken == 2
-    assert "2 left out because they are broken" in summary(tmp_path, files, Listed([]))
+    assert "2 left out because they are broken" in summary(tmp_path, files, ListAlbum([]))
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(b"")
     with pytest.raises(ValueError, match="no pictures found"):
@@ -174,8 +174,9 @@ def test_broken_pictures_are_left_out_if_asked(tmp_path: Path) -> None:
 # held out
 
 
-def listed(*contents: int) -> Listed:
-    return Listed([Captioned(Path(f"{i}.png"), (f"caption {i}",), content * 7919 % 1009 - 500) for i, content in enumerate(contents)])
+def listed(*contents: int) -> ListAlbum:
+    keys = [content * 7919 % 1009 - 500 for content in contents]
+    return ListAlbum([CaptionedPicture(Path(f"{i}.png"), (f"caption {i}",), key) for i, key in enumerate(keys)])
 
 
 def keys(files: Album) -> set[int]:
@@ -200,7 +201,7 @@ def test_a_copy_of_a_held_out_picture_is_not_trained_on() -> None:
 
 
 def test_no_more_than_512_are_held_out() -> None:
-    files = Listed([Captioned(Path("a"), ("",), i) for i in range(20_000)])
+    files = ListAlbum([CaptionedPicture(Path("a"), ("",), i) for i in range(20_000)])
     assert len(split(files)[1]) == 512
 
 

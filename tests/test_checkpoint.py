@@ -13,7 +13,7 @@ import torch
 from small_run import train
 
 from train import checkpoint
-from train.checkpoint import locked
+from train.checkpoint import lock_folder
 
 
 def test_checkpoint_round_trip_leaves_nothing_else(tmp_path: Path) -> None:
@@ -66,8 +66,8 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path, plain: bool) -> 
 HOLD = """
 import sys, time
 from pathlib import Path
-from train.checkpoint import locked
-with locked(Path(sys.argv[1])):
+from train.checkpoint import lock_folder
+with lock_folder(Path(sys.argv[1])):
     print("locked", flush=True)
     if len(sys.argv) > 2:
         import os
@@ -84,19 +84,19 @@ def test_a_second_run_is_refused_while_the_first_is_alive(tmp_path: Path, worker
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *worker], stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None and first.stdout.readline() == "locked\n"
     try:
-        with pytest.raises(OSError, match=rf"runs is in use by another run \(process {first.pid}\): wait"), locked(folder):
+        with pytest.raises(OSError, match=rf"runs is in use by another run \(process {first.pid}\): wait"), lock_folder(folder):
             pass
     finally:
         first.kill()
         first.wait()
-    with locked(folder):
+    with lock_folder(folder):
         pass
 
 
 def test_a_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no"), locked(tmp_path / "new" / "runs"):
+    with pytest.raises(ValueError, match="no"), lock_folder(tmp_path / "new" / "runs"):
         raise ValueError("no")
     assert not (tmp_path / "new" / "runs").exists()
-    with locked(tmp_path / "runs"):
+    with lock_folder(tmp_path / "runs"):
         (tmp_path / "runs" / "a.pt").touch()
     assert sorted(file.name for file in (tmp_path / "runs").iterdir()) == ["a.pt", "lock"]

@@ -24,7 +24,7 @@ from sampling import __main__ as cli
 from sampling import batch, command, machine
 from sampling.images import read_settings
 from sampling.inputs import read_inputs
-from sampling.loading import compiled, load
+from sampling.loading import compile_unet, load
 from sampling.parser import parser
 from sampling.pipeline import Pipeline
 from sampling.request import Request
@@ -252,7 +252,7 @@ def test_compile_freezes_the_unet(weights: Path, tmp_path: Path, monkeypatch: py
     seen = []
     monkeypatch.setattr(torch, "compile", lambda unet, **how: seen.append((type(unet), how)) or unet)
     draw(weights, tmp_path / "a.png", "--compile")
-    compiled(UNet(UNET).to("meta"))
+    compile_unet(UNet(UNET).to("meta"))
     assert seen == [(UNet, {"options": {"freezing": True}}), (UNet, {"mode": "max-autotune"})]
 
 

@@ -61,7 +61,7 @@ def test_the_middle_of_a_fine_name_has_that_name() -> None:
 def test_a_finished_stage_that_runs_again_writes_the_same_file(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although a GPU measures the standard deviation a little differently: here by a millionth of it."""
     torch.manual_seed(0)
-    pixels, found, deviation = torch.randn(8, 3, 64, 64), list[Tensor](), Tensor.std
+    pixels, tensors, deviation = torch.randn(8, 3, 64, 64), list[Tensor](), Tensor.std
     encoder, autoencoder = ImageEncoder(MINI_IMAGE).eval(), VAE(MINI_VAE)
     monkeypatch.setattr(clip, "probe_data", lambda _: (pixels, {}, 8))
     for factor in (1, 1 + 1e-6):
@@ -69,10 +69,10 @@ def test_a_finished_stage_that_runs_again_writes_the_same_file(stage: str, monke
         if stage == "clip":
             image = copy.deepcopy(encoder)
             clip.unit_entries(image)
-            found.append(image.clip.attnpool.c_proj.weight)
+            tensors.append(image.clip.attnpool.c_proj.weight)
         else:
-            found.append(torch.tensor(vae.unit_scale(autoencoder, pixels.split(4)), dtype=torch.float64))
-    assert torch.equal(*found)
+            tensors.append(torch.tensor(vae.unit_scale(autoencoder, pixels.split(4)), dtype=torch.float64))
+    assert torch.equal(*tensors)
 
 
 def test_clip_score_is_the_published_formula() -> None:
@@ -91,13 +91,13 @@ def test_any_open_clip_model_scores_as_its_own_features_say(n: int, tmp_path: Pa
     model, _, preprocess = open_clip.create_model_and_transforms("tiny-CLIP")
     path = tmp_path / "tiny.pt"
     torch.save(model.state_dict(), path)
-    found, drawn, prompts = open_clip_scorer("tiny-CLIP", str(path)), noise(n), noise(n + 3)[:n]
+    ours, drawn, prompts = open_clip_scorer("tiny-CLIP", str(path)), noise(n), noise(n + 3)[:n]
     captions = [f"a picture of {i} foxes" for i in range(n)]
     with torch.no_grad():
         a, b = (model.eval().encode_image(torch.stack([preprocess(p) for p in part])) for part in (drawn, prompts))
         text = model.encode_text(open_clip.get_tokenizer("tiny-CLIP")(captions))
-    shown = found.images(drawn)
-    for scored, x in ((found.images(prompts), b), (found.texts(captions), text)):
+    shown = ours.images(drawn)
+    for scored, x in ((ours.images(prompts), b), (ours.texts(captions), text)):
         want = (a / a.norm(dim=-1, keepdim=True) * x / x.norm(dim=-1, keepdim=True)).sum(dim=-1)
         torch.testing.assert_close(cosine(shown, scored), want, atol=COSINE, rtol=0)
 
@@ -106,8 +106,8 @@ def test_our_own_towers_score_too() -> None:
     torch.manual_seed(0)
     image = ImageEncoder(ImageConfig(image_size=32, patch=16, width=16, layers=(2,), heads=2, output_dim=8)).eval()
     text = TextEncoder(replace(clip.MINI_TEXT, width=16, layers=1, heads=2, output_dim=8)).eval()
-    found, drawn = scorer("tiny", image, text), noise(70, 40, 33)
+    ours, drawn = scorer("tiny", image, text), noise(70, 40, 33)
     with torch.no_grad():
         a, c = image(torch.stack([image.preprocess(p) for p in drawn])), text.pooled(text.tokenize(["a fox"] * 70))
-    torch.testing.assert_close(found.images(drawn), a, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.texts(["a fox"] * 70), c, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.images(drawn), a, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.texts(["a fox"] * 70), c, atol=1e-5, rtol=1e-5)

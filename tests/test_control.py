@@ -23,7 +23,7 @@ from model.adapter import IPAdapter
 from model.context import Context
 from model.image_projection import ImageProjection
 from model.unet import Residuals
-from sampling.control import Hint, bind, ladder, to_pixels, total, weighted
+from sampling.control import Hint, bind, ladder, scale_residuals, to_pixels, total
 from sampling.fields import from_json, to_json
 from sampling.guidance import guided
 from sampling.inputs import read_inputs
@@ -117,10 +117,10 @@ def test_a_t2i_adapter_runs_once_and_on_every_side() -> None:
     x, _, _ = inputs(SMALL_SD15, H, W)
     hint = randn(1, 3, 4 * H, 4 * W, seed=4).sigmoid()
     control = bound([ours], [Hint(hint, 0.5)], (4 * H, 4 * W))
-    found = [control(x, t, side) for t in TIMES for side in ("uncond", "cond")]
+    residuals = [control(x, t, side) for t in TIMES for side in ("uncond", "cond")]
     assert len(calls) == 1
     features = ours(hint)
-    for each in found:
+    for each in residuals:
         assert [*each.hidden] == [2, 5, 8, 11] and not each.skips and each.mid is None
         assert all(torch.equal(a, 0.5 * b.expand_as(a)) for a, b in zip(each.hidden.values(), features, strict=True))
 
@@ -152,12 +152,12 @@ def pair_(pair: Callable[[str], UNetPair]) -> Any:
 
 def test_the_sum_of_parts_that_lack_something() -> None:
     a, b = (Residuals([torch.full((1, 2, 3, 3), v)] * 2, torch.full((1, 2, 1, 1), v)) for v in (1.0, 2.0))
-    pooled = weighted(Residuals([torch.ones(1, 2, 1, 1)] * 2, torch.ones(1, 2, 1, 1)), [1.0, 2.0, 3.0])
+    pooled = scale_residuals(Residuals([torch.ones(1, 2, 1, 1)] * 2, torch.ones(1, 2, 1, 1)), [1.0, 2.0, 3.0])
     hidden = Residuals(hidden={1: torch.ones(1), 2: torch.ones(1)}, mid=torch.ones(1, 2, 1, 1))
-    found = total([a, Residuals(), b, pooled, hidden])
-    assert [float(skip.mean()) for skip in found.skips] == [4.0, 5.0] and found.skips[0].shape == (1, 2, 3, 3)
-    assert found.mid is not None and float(found.mid.mean()) == 1 + 2 + 3 + 1
-    assert [*found.hidden] == [1, 2]
+    residuals = total([a, Residuals(), b, pooled, hidden])
+    assert [float(skip.mean()) for skip in residuals.skips] == [4.0, 5.0] and residuals.skips[0].shape == (1, 2, 3, 3)
+    assert residuals.mid is not None and float(residuals.mid.mean()) == 1 + 2 + 3 + 1
+    assert [*residuals.hidden] == [1, 2]
     assert total([]) == Residuals([]) == total([Residuals()])
 
 

@@ -27,7 +27,7 @@ from checkpoints.controls import Control, load_control, open_control, save_contr
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect, kind_of
 from checkpoints.ldm import Settings
-from checkpoints.names import named
+from checkpoints.names import map_names
 from checkpoints.single_file import load_single
 from checkpoints.stable_diffusion import load_base
 from model.controlnet import CONTROLNET_SD15, CONTROLNET_SD21, CONTROLNET_SDXL, ControlNet, ControlNetConfig
@@ -50,7 +50,7 @@ def test_a_controlnet_in_diffusers(name: str) -> None:
     config, count = TRUE_CONTROLS[name]
     ours, settings = on_meta(ControlNet, config), controlnet_diffusers(config)
     peer = on_meta(ControlNetModel, **{k: v for k, v in settings.items() if not k.startswith("_")})
-    check_bijection(ours, named(ours.state_dict(), controlnet_rows(config), 1), peer, count)
+    check_bijection(ours, map_names(ours.state_dict(), controlnet_rows(config), 1), peer, count)
 
 
 @pytest.mark.parity("diffusers convert_controlnet_checkpoint", 0)
@@ -74,7 +74,7 @@ def test_a_t2i_adapter_in_diffusers(name: str) -> None:
     config, count = TRUE_T2I[name]
     ours, settings = on_meta(T2IAdapter, config), t2i_diffusers(config)
     peer = on_meta(PeerT2I, **{k: v for k, v in settings.items() if not k.startswith("_")})
-    check_bijection(ours, named(ours.state_dict(), t2i_rows(config), 1), peer, count)
+    check_bijection(ours, map_names(ours.state_dict(), t2i_rows(config), 1), peer, count)
 
 
 def official_names(config: T2IConfig) -> set[str]:
@@ -95,7 +95,7 @@ def test_a_t2i_adapter_in_an_official_file(name: str) -> None:
     """At true size, onto the official names, and the shapes give the config back."""
     config, count = TRUE_T2I[name]
     ours = on_meta(T2IAdapter, config).state_dict()
-    names = named(ours, t2i_rows(config), 2)
+    names = map_names(ours, t2i_rows(config), 2)
     assert len(names) == count and {theirs for (theirs,) in names.values()} == official_names(config)
     assert official_t2i({names[name][0]: tuple(tensor.shape) for name, tensor in ours.items()}) == config
 
@@ -108,11 +108,11 @@ def test_a_t2i_adapter_in_an_official_file(name: str) -> None:
 def test_a_controlnet_folder_there_and_back(name: str, tmp_path: Path) -> None:
     (peer, ours), config = controlnet_pair(*SMALL_CONTROLS[name]), SMALL_CONTROLS[name][0]
     peer.save_pretrained(tmp_path / "peer")
-    found = load_control(tmp_path / "peer", dtype=None)
-    equal(found, ours, torch.float64)
-    assert isinstance(found, ControlNet)
-    assert replace(found.config, prediction=config.prediction) == config and kind_of(tmp_path / "peer") == "controlnet"
-    back_and_forth(found, ControlNetModel, peer, tmp_path)
+    actual = load_control(tmp_path / "peer", dtype=None)
+    equal(actual, ours, torch.float64)
+    assert isinstance(actual, ControlNet)
+    assert replace(actual.config, prediction=config.prediction) == config and kind_of(tmp_path / "peer") == "controlnet"
+    back_and_forth(actual, ControlNetModel, peer, tmp_path)
 
 
 @pytest.mark.parity("diffusers save_pretrained, from_pretrained", 0)
@@ -120,10 +120,10 @@ def test_a_controlnet_folder_there_and_back(name: str, tmp_path: Path) -> None:
 def test_a_t2i_folder_there_and_back(name: str, tmp_path: Path) -> None:
     peer, ours = t2i_pair(SMALL_T2I[name])
     peer.save_pretrained(tmp_path / "peer")
-    found = load_control(tmp_path / "peer", dtype=None)
-    equal(found, ours, torch.float64)
-    assert found.config == SMALL_T2I[name] and kind_of(tmp_path / "peer") == "t2i"
-    back_and_forth(found, PeerT2I, peer, tmp_path)
+    actual = load_control(tmp_path / "peer", dtype=None)
+    equal(actual, ours, torch.float64)
+    assert actual.config == SMALL_T2I[name] and kind_of(tmp_path / "peer") == "t2i"
+    back_and_forth(actual, PeerT2I, peer, tmp_path)
 
 
 def back_and_forth(control: Control, kind: Any, peer: Any, folder: Path) -> None:
@@ -140,7 +140,7 @@ def back_and_forth(control: Control, kind: Any, peer: Any, folder: Path) -> None
 def official(control: Control, prefix: str = "") -> Tensors:
     """The tensors of a control under the official names, with 1 x 1 convolutions around the transformers."""
     rows = controlnet_rows(control.config) if isinstance(control, ControlNet) else t2i_rows(control.config)
-    names = named(control.state_dict(), rows, 2)
+    names = map_names(control.state_dict(), rows, 2)
     conv = {name for name in names if name.endswith(("attn.proj_in.weight", "attn.proj_out.weight"))}
     state = {name: t[:, :, None, None] if name in conv else t for name, t in control.state_dict().items()}
     return {prefix + names[name][0]: tensor.contiguous() for name, tensor in state.items()}
@@ -182,9 +182,9 @@ def write(tensors: Tensors, path: Path) -> Path:
 def test_official_t2i_adapters(config: T2IConfig, prefix: str, tmp_path: Path) -> None:
     ours = randomise(T2IAdapter(config), 2).float()
     path = write(official(ours, prefix), tmp_path / "t2i.pth")
-    found = load_control(path)
-    equal(found, ours)
-    assert found.config == config and kind_of(path) == "t2i"
+    actual = load_control(path)
+    equal(actual, ours)
+    assert actual.config == config and kind_of(path) == "t2i"
     convert(path, tmp_path / "back", diffusers=True)
     assert verify(path, tmp_path / "back") == []
     assert inspect(path)[0].startswith("T2I-Adapter, ")
@@ -198,7 +198,7 @@ def test_a_yaml_beside_a_controlnet_gives_its_heads(control: ControlNet, tmp_pat
     assert load_control(path).config.heads == (2, 4)  # type: ignore[union-attr]
     wide = ControlNetConfig.of(replace(UNET, channels=(64, 128), heads=(1, 2), context_dim=1024), (4, 6))
     state = on_meta(ControlNet, wide).state_dict()
-    names = named(state, controlnet_rows(wide), 2)
+    names = map_names(state, controlnet_rows(wide), 2)
     assert ldm_controlnet({names[k][0]: tuple(t.shape) for k, t in state.items()}, Settings()) == wide
 
 

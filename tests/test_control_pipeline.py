@@ -305,8 +305,8 @@ def test_mistakes_are_one_sentence(files: Files, case: str, tmp_path: Path) -> N
         save_control_diffusers(ControlNet(ControlNetConfig.of(replace(UNET, context_dim=20), (4, 6))), tmp_path / "wide")
     if case == "another factor":
         save_control_diffusers(ControlNet(ControlNetConfig.of(UNET, (4, 6, 8))), tmp_path / "far")
-    found = {"adapter": files.model.adapters[1], "wide": tmp_path / "wide", "far": tmp_path / "far"}
-    words = [str(found.get(w[1:-1], files.path(w[1:-1]))) if w.startswith("{") else w for w in options.split()]
+    paths = {"adapter": files.model.adapters[1], "wide": tmp_path / "wide", "far": tmp_path / "far"}
+    words = [str(paths.get(w[1:-1], files.path(w[1:-1]))) if w.startswith("{") else w for w in options.split()]
     before = sorted(tmp_path.iterdir())
     with pytest.raises((ValueError, OSError), match=message):
         cli.run(["--checkpoint", str(files.model.base), "--out", str(tmp_path / "out.png"), *words])

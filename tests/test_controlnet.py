@@ -16,7 +16,7 @@ from test_unet import added_inputs, inputs
 from torch import Tensor, nn
 
 from checkpoints.control_names import controlnet_rows
-from checkpoints.names import named
+from checkpoints.names import map_names
 from model.attention import SelfAttention
 from model.context import Context
 from model.controlnet import CONTROLNET_SD15, CONTROLNET_SD21, CONTROLNET_SDXL, ControlNet, ControlNetConfig
@@ -31,14 +31,14 @@ def both(name: str) -> tuple[Any, ControlNet]:
     return controlnet_pair(*SMALL_CONTROLS[name])
 
 
-def tensors(found: Residuals) -> list[Tensor]:
-    assert found.mid is not None and not found.hidden
-    return [*found.skips, found.mid]
+def tensors(residuals: Residuals) -> list[Tensor]:
+    assert residuals.mid is not None and not residuals.hidden
+    return [*residuals.skips, residuals.mid]
 
 
 def peers_residuals(peer: Any, *given: Any, **settings: Any) -> list[Tensor]:
-    found = peer(*given, **settings)
-    return [*found.down_block_res_samples, found.mid_block_res_sample]
+    outputs = peer(*given, **settings)
+    return [*outputs.down_block_res_samples, outputs.mid_block_res_sample]
 
 
 def hint_for(config: ControlNetConfig, h: int, w: int, batch: int = 2) -> Tensor:
@@ -67,8 +67,8 @@ def test_float32_is_as_close_to_the_truth_as_diffusers() -> None:
     truth = tensors(ours(x, t, Context(text), hint))
     x, text, hint = x.float(), text.float(), hint.float()
     theirs = peers_residuals(peer.float(), x, t, text, hint)
-    found = tensors(ours.float()(x, t, Context(text), hint))
-    own, peers = (max(max_error(a.double(), b) for a, b in zip(each, truth, strict=True)) for each in (found, theirs))
+    actual = tensors(ours.float()(x, t, Context(text), hint))
+    own, peers = (max(max_error(a.double(), b) for a, b in zip(each, truth, strict=True)) for each in (actual, theirs))
     assert own < 2 * peers + 1e-6
 
 
@@ -78,9 +78,9 @@ def test_of_a_unet_starts_as_its_copy_and_changes_no_bit() -> None:
     unet = randomise(UNet(SMALL_SD15), 3)
     control = ControlNet.of(unet, (4, 6))
     x, t, text = inputs(SMALL_SD15, 17, 13)
-    found = control(x, t, Context(text), hint_for(control.config, 17, 13))
-    assert not any(each.any() for each in tensors(found))
-    assert torch.equal(unet(x, t, Context(text), found), unet(x, t, Context(text)))
+    residuals = control(x, t, Context(text), hint_for(control.config, 17, 13))
+    assert not any(each.any() for each in tensors(residuals))
+    assert torch.equal(unet(x, t, Context(text), residuals), unet(x, t, Context(text)))
     control.conv_in.weight.zero_()
     assert unet.conv_in.weight.any()  # a copy, not the same tensor
 
@@ -90,7 +90,7 @@ def test_of_a_unet_copies_what_diffusers_copies(pair: Callable[[str], UNetPair])
     unets = pair("sd15")
     control = ControlNet.of(unets.ours, (4, 6))
     peer = ControlNetModel.from_unet(unets.peer, conditioning_channels=3, conditioning_embedding_out_channels=(4, 6))
-    names, state = named(control.state_dict(), controlnet_rows(control.config), 1), peer.state_dict()
+    names, state = map_names(control.state_dict(), controlnet_rows(control.config), 1), peer.state_dict()
     assert sorted(state) == sorted(name for (name,) in names.values())
     for name, tensor in control.state_dict().items():
         if not name.startswith("hint."):  # its random weights are their own
@@ -123,13 +123,13 @@ def test_only_the_zero_convolutions_get_a_gradient_in_the_first_step() -> None:
 
 def test_checkpointing_changes_no_gradient() -> None:
     unet = randomise(UNet(SMALL_ONE), 3)
-    found = []
+    runs = []
     for checkpointing in (False, True):
         control = randomise(ControlNet.of(unet, (4, 6)), 1).requires_grad_(True)
         control.checkpointing = checkpointing
         gradients(control, unet)
-        found.append([p.grad for p in control.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        runs.append([p.grad for p in control.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_a_hint_for_the_whole_batch() -> None:

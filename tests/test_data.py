@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from train.album import Captioned, Listed
-from train.data import Cached, Data, Files, OnTheFly, mapped, stream, tensors
+from train.album import CaptionedPicture, ListAlbum
+from train.data import Data, Files, OnTheFly, ShuffledBatches, map_tensors, stream, tensors
 from train.pairs import Pairs
 from train.randomness import generator, seeded
 
@@ -56,7 +56,7 @@ def test_processes_share_each_batch(data: str, size: int) -> None:
     pairs = Pairs(torch.arange(25.0), torch.zeros(25), torch.zeros(25, dtype=torch.long), torch.zeros(1, 1), None)
     kinds: dict[str, Data[Any]] = {
         "on the fly": OnTheFly(lambda step: (torch.arange(6) + step, {"x": torch.arange(12) * step})),
-        "cached": Cached(pairs, 6, seed=3),
+        "cached": ShuffledBatches(pairs, 6, seed=3),
     }
     own = kinds[data]
     for step in range(8):
@@ -68,7 +68,7 @@ def test_processes_share_each_batch(data: str, size: int) -> None:
 def test_files_come_in_a_cycle(tmp_path: Path) -> None:
     for i in range(3):
         Image.new("L", (4, 4), 50 * i).save(tmp_path / f"{i}.png")
-    album = Listed([Captioned(path, ("",), 0) for path in sorted(tmp_path.iterdir())])
+    album = ListAlbum([CaptionedPicture(path, ("",), 0) for path in sorted(tmp_path.iterdir())])
     files = Files(album, lambda image: torch.tensor(float(image.getpixel((0, 0))[0])))
     assert [float(files.batch(step)) for step in range(5)] == [0, 50, 100, 0, 50]
 
@@ -112,4 +112,4 @@ def test_a_batch_that_hides_tensors_is_refused() -> None:
     assert [len(tensors(batch)) for batch in ((x, {"a": x, "b": (x, None)}), Labelled(x, x), x)] == [3, 2, 1]
     for hidden in ([x], (x, [x]), {"a": [x]}, (x, 1.0)):
         with pytest.raises(TypeError, match="a batch may not hold"):
-            mapped(torch.clone, hidden)
+            map_tensors(torch.clone, hidden)

@@ -130,7 +130,7 @@ def gaussian_error(steps: int, mean: float = 2.0, std: float = 0.5) -> float:
 def test_error_on_a_gaussian_falls_like_one_over_steps() -> None:
     """Up to a factor log(steps): near t = 0, the noise level sqrt((1 - a) / a) grows like sqrt(t), so the last steps dominate."""
     errors = {steps: gaussian_error(steps) for steps in (25, 50, 100, 200, 500)}
-    constants = [found * steps / math.log(steps) for steps, found in errors.items()]
+    constants = [error * steps / math.log(steps) for steps, error in errors.items()]
     assert errors[500] < 0.02 < 0.1 < errors[25], errors
     assert max(constants) / min(constants) < 1.3, constants
 

@@ -177,8 +177,8 @@ def gaussian_error(steps: int, end: int = 199, mean: float = 2.0, std: float = 0
     x = torch.linspace(-3, 3, 61, dtype=torch.float64)
     exact = a[end] ** 0.5 * mean + deviation(end) * (x - a[999] ** 0.5 * mean) / deviation(999)
     times = dpm_times(schedule, steps)
-    found = next(state.x for state in dpm(model, x, schedule, times) if times[state.index + 1].t == end)
-    return float((found - exact).abs().max())
+    actual = next(state.x for state in dpm(model, x, schedule, times) if times[state.index + 1].t == end)
+    return float((actual - exact).abs().max())
 
 
 def test_the_order_is_two() -> None:

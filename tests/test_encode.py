@@ -16,7 +16,7 @@ from model.vae import VAE, VAEConfig
 from train import loss as loss_module
 from train.clip import MINI_TEXT
 from train.encode import WorldPictures, encode_texts
-from train.loss import noised
+from train.loss import sample_inputs
 from train.world import World, elsewhere
 
 
@@ -40,17 +40,17 @@ def test_captions_are_encoded_once_each_the_empty_one_first() -> None:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_pairs_of_the_world_and_their_cache(tmp_path: Path) -> None:
     encoders, cache = tiny_encoders(), tmp_path / "new"  # the folder of a fresh run isn't there yet
-    found = WorldPictures("val", 3).pairs(*encoders, cache)
-    assert found.mean.shape == (3, 4, 16, 16) and found.features and found.features.pictures.shape == (3, 1, 1, 12)
+    pairs = WorldPictures("val", 3).pairs(*encoders, cache)
+    assert pairs.mean.shape == (3, 4, 16, 16) and pairs.features and pairs.features.pictures.shape == (3, 1, 1, 12)
     captions = [World("val")[i].caption for i in range(3)]
     texts, rows = encode_texts(encoders[1], captions)
-    assert torch.equal(found.texts, texts) and torch.equal(found.caption, rows)
+    assert torch.equal(pairs.texts, texts) and torch.equal(pairs.caption, rows)
     prompts = torch.from_numpy(np.stack([elsewhere(World("val")[i]) for i in range(3)])).permute(0, 3, 1, 2)
     with torch.no_grad():
-        torch.testing.assert_close(found.features.pictures[:, 0, 0].float(), encoders[2](normalise(prompts / 255)), atol=5e-3, rtol=5e-3)
+        torch.testing.assert_close(pairs.features.pictures[:, 0, 0].float(), encoders[2](normalise(prompts / 255)), atol=5e-3, rtol=5e-3)
     again = WorldPictures("val", 3).pairs(*encoders, cache)
-    assert torch.equal(again.mean, found.mean) and again.features
-    assert torch.equal(again.features.pictures, found.features.pictures)
+    assert torch.equal(again.mean, pairs.mean) and again.features
+    assert torch.equal(again.features.pictures, pairs.features.pictures)
     assert [path.suffix for path in cache.rglob("*") if path.is_file()] == [".safetensors"] * 2
 
 
@@ -65,7 +65,7 @@ def test_no_picture_is_a_zero_embedding_or_zero_pixels(tmp_path: Path) -> None:
         assert pairs.features and torch.equal(pairs.features.null[0, 0], null)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loss_module, "drops", lambda n, g: (~drop, drop))
-            batch = noised(pairs.at(torch.arange(2)), torch.Generator().manual_seed(0), dropping=True)
+            batch = sample_inputs(pairs.at(torch.arange(2)), torch.Generator().manual_seed(0), dropping=True)
         assert torch.equal(batch.image[0, 0], null)
         assert torch.equal(batch.image[1], pairs.features.pictures[1].float())
         assert torch.equal(batch.text[1], pairs.texts[0].float())

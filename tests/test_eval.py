@@ -23,8 +23,8 @@ HEAVY = ("torch", "pandas", "matplotlib", "open_clip", "diffusers", "numpy")
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    found = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
-    return dict(found.choices)
+    subparsers = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(subparsers.choices)
 
 
 @pytest.mark.parametrize("command", ["", *MODULES])

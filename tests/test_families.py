@@ -27,7 +27,7 @@ from checkpoints.base import Base
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
 from checkpoints.diffusers_folder import text_settings
-from checkpoints.names import named, unet_rows, vae_rows
+from checkpoints.names import map_names, unet_rows, vae_rows
 from checkpoints.single_file import FAMILIES, load_single
 from checkpoints.stable_diffusion import load_base, load_vae, scheduler_config, unet_config
 from model.text_encoder import END, SD15_TEXT, SD21_TEXT, SDXL_TEXT_2, START, TextConfig, TextEncoder, TextEncoderPair
@@ -91,10 +91,10 @@ def build(root: Path, name: str) -> Files:
     first, our_first = text_pair(TextConfig(width=16, layers=2, heads=1))
     for module in (pair.peer, pair.ours, vae, our_vae, text, our_text, first, our_first):
         module.float()
-    ldm = [f"model.diffusion_model.{n}" for (n,) in named(pair.ours.state_dict(), unet_rows(config), 2).values()]
+    ldm = [f"model.diffusion_model.{n}" for (n,) in map_names(pair.ours.state_dict(), unet_rows(config), 2).values()]
     settings = {"layers_per_block": config.res_blocks} | ({"addition_embed_type": "text_time"} if xl else {})
     tensors = as_ldm(pair.peer.state_dict(), ldm, lambda file: convert_ldm_unet_checkpoint(file, settings))
-    ldm = [f"first_stage_model.{n}" for (n,) in named(our_vae.state_dict(), vae_rows(VAES[name]), 2).values()]
+    ldm = [f"first_stage_model.{n}" for (n,) in map_names(our_vae.state_dict(), vae_rows(VAES[name]), 2).values()]
     blocks = {"down_block_types": [""] * 2, "up_block_types": [""] * 2}
     tensors |= as_ldm(vae.state_dict(), ldm, lambda file: convert_ldm_vae_checkpoint(file, blocks))
     tensors |= open_clip_tensors(our_text, text, PREFIX[name])
@@ -153,9 +153,9 @@ def test_the_pair_is_transformers() -> None:
 
 def test_a_long_prompt_is_reported_once() -> None:
     pair = TextEncoderPair(*(text_pair(TextConfig(16, 1, 1, pad=pad, output_dim=4))[1] for pad in (END, 0)))
-    with pytest.warns(UserWarning, match="these words are cut off: teapot$") as found:
+    with pytest.warns(UserWarning, match="these words are cut off: teapot$") as messages:
         pair.tokenize(["cat " * 75 + "teapot"])
-    assert len(found) == 1
+    assert len(messages) == 1
 
 
 @pytest.mark.parity("transformers CLIPTextModelWithProjection, diffusers convert_open_clip_checkpoint", 0)
@@ -179,13 +179,13 @@ def test_official_sizes() -> None:
 def test_a_single_file_and_a_folder_are_one_model(files: Get, name: str) -> None:
     made = files(name)
     for path, prediction in ((made.single, "v" if name == "sd2" else None), (made.folder, None)):
-        found = load_base(path, prediction=prediction)
+        actual = load_base(path, prediction=prediction)
         for part in ("unet", "vae"):
-            equal(getattr(found, part), getattr(made.ours, part))
-        equal(found.text, made.ours.text)
-        assert found.unet.config == replace(UNETS[name], sample_size=found.unet.config.sample_size)
-        assert found.vae.config == VAES[name]
-        texts = (found.text.first, found.text.second) if isinstance(found.text, TextEncoderPair) else (found.text,)
+            equal(getattr(actual, part), getattr(made.ours, part))
+        equal(actual.text, made.ours.text)
+        assert actual.unet.config == replace(UNETS[name], sample_size=actual.unet.config.sample_size)
+        assert actual.vae.config == VAES[name]
+        texts = (actual.text.first, actual.text.second) if isinstance(actual.text, TextEncoderPair) else (actual.text,)
         assert [text.config.pad for text in texts] == ([END, 0] if name == "sdxl" else [0])
     assert verify(made.single, made.folder) == []
 
@@ -210,7 +210,7 @@ def test_what_sdxls_single_file_does_not_say(files: Get) -> None:
 def test_sdxls_vae_alone_has_its_scale(files: Get, tmp_path: Path) -> None:
     """A VAE in LDM's layout says nothing of its scale: it is that of the base model's family."""
     made, path = files("sdxl"), tmp_path / "vae.safetensors"
-    tensors = named(made.ours.vae.state_dict(), vae_rows(VAES["sdxl"]), 2)
+    tensors = map_names(made.ours.vae.state_dict(), vae_rows(VAES["sdxl"]), 2)
     save_file({theirs: made.ours.vae.state_dict()[ours] for ours, (theirs,) in tensors.items()}, path)
     assert [load_base(base, vae=path).vae.config for base in (made.single, made.folder)] == [VAES["sdxl"]] * 2
     assert load_vae(path).config.scale == 0.18215

@@ -18,7 +18,7 @@ from model.attention import concatenated
 from model.context import Context, pyramid, stack
 from model.fast import FastUNet, fasten
 from model.image_projection import ImageProjection
-from model.kernels import POINTS, Packed, PackedConv, Pointwise, Winograd, cook_toom, packs
+from model.kernels import POINTS, PackedConv, PackedLinear, Pointwise, Winograd, cook_toom, packs
 from model.unet import Residuals, UNet, UNetConfig
 from sampling.guidance import guided
 
@@ -76,7 +76,7 @@ def weights(bias: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
 def test_packed_products_and_what_follows(packed: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.kernels.packs", lambda _: packed)
     (weight, b, x), other = weights(bias), randn(2, 9, 12, seed=4).float()
-    layer, want = Packed(weight, b, 18), F.linear(x, weight, b)
+    layer, want = PackedLinear(weight, b, 18), F.linear(x, weight, b)
     assert layer.packed == packed
     for got, expected in (
         (layer(x), want),

@@ -12,7 +12,7 @@ from base_files import Peers, check_base, write_single
 from safetensors.torch import save_file
 
 from checkpoints.fill import copy_weights
-from checkpoints.names import named, unet_rows
+from checkpoints.names import map_names, unet_rows
 from checkpoints.reader import File
 from checkpoints.single_file import load_single
 from model.unet import UNet, UNetConfig
@@ -24,28 +24,28 @@ ROOT = Path(__file__).parent.parent
 def test_a_module_outlives_a_file_that_is_replaced(base: Peers, tmp_path: Path, suffix: str) -> None:
     """As all commands here write: a new file takes the name."""
     path = write_single(base, tmp_path / f"sd{suffix}")
-    found = load_single(path, dtype=None)
+    actual = load_single(path, dtype=None)
     (tmp_path / "new").write_bytes(bytes(path.stat().st_size))
     (tmp_path / "new").replace(path)
-    check_base(found, base.ours)
+    check_base(actual, base.ours)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_copied_weights_outlive_a_file_that_is_written_over(base: Peers, tmp_path: Path, suffix: str) -> None:
     path = write_single(base, tmp_path / f"sd{suffix}")
-    found = load_single(path, dtype=None)
-    for part in found.parts.values():
+    actual = load_single(path, dtype=None)
+    for part in actual.parts.values():
         copy_weights(part)
     path.write_bytes(bytes(path.stat().st_size))
-    check_base(found, base.ours)
+    check_base(actual, base.ours)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_change_to_a_module_is_not_written_to_its_file(base: Peers, tmp_path: Path, suffix: str) -> None:
     path = write_single(base, tmp_path / f"sd{suffix}")
     before = path.read_bytes()
-    found = load_single(path, dtype=None)
-    for part in found.parts.values():
+    actual = load_single(path, dtype=None)
+    for part in actual.parts.values():
         for weight in part.parameters():
             weight.fill_(0.5)
     assert path.read_bytes() == before
@@ -109,7 +109,7 @@ def test_peak_memory_is_that_of_the_file(base: Peers, single: Path, tmp_path: Pa
     state = unet.state_dict()
     wide = {
         f"model.diffusion_model.{ldm}": torch.zeros(state[name].shape)
-        for name, (ldm,) in named(state, unet_rows(config), 2).items()
+        for name, (ldm,) in map_names(state, unet_rows(config), 2).items()
     }
     tensors = wide | {k: v for k, v in base.single.items() if not k.startswith("model.diffusion_model.")}
     paths = tmp_path / "wide.safetensors", tmp_path / "wide.ckpt"

@@ -17,12 +17,12 @@ from eval.attention_look import cells, look
 from model.attention import concatenated, decoupled
 from sampling.command_line import arguments, command_line
 from sampling.fields import map_paths
-from sampling.form import EXAMPLES, Desk, told
+from sampling.form import EXAMPLES, Desk, collect_notes
 from sampling.images import save_image
 from sampling.options import parse
 from sampling.record import digests, record, sha256
 from sampling.request import HintFile, ImagePrompt, Model, Request
-from sampling.resized import resized
+from sampling.resize import resize_file
 from sampling.sheets.strip import sample, strip
 
 
@@ -92,7 +92,7 @@ def test_a_picture_that_asks_for_more_than_the_form_has_says_so(desk: Desk, imag
 def test_a_form_with_a_hint_asks_its_control(desk: Desk, image: Path) -> None:
     assert desk.request(form(hint=str(image))).hints == (HintFile(image),)
     notes: list[str] = []
-    with told(notes):
+    with collect_notes(notes):
         desk.draw(desk.folder, form(hint=str(image)), watch)
     assert notes == ["1 hints for 0 controls: give one per control"]
 
@@ -122,7 +122,7 @@ def test_what_is_wrong_is_told_in_the_words_of_the_library(desk: Desk, tmp_path:
     wrong = [form(image=str(tmp_path / "bad.png")), form(seed=None), form(steps=0), form(prompt=None), form(guidance=1e9)]
     for given in wrong:
         notes: list[str] = []
-        with told(notes):
+        with collect_notes(notes):
             desk.draw(tmp_path, given, watch)
         assert len(notes) == 1 and str(tmp_path) not in notes[0], notes
     assert names(tmp_path) == ["bad.png", "edits"]
@@ -130,7 +130,7 @@ def test_what_is_wrong_is_told_in_the_words_of_the_library(desk: Desk, tmp_path:
 
 def test_warnings_are_told_once() -> None:
     notes: list[str] = []
-    with told(notes):
+    with collect_notes(notes):
         warnings.warn("these words are left out: zebra", stacklevel=1)
         warnings.warn("these words are left out: zebra", stacklevel=1)
     assert notes == ["these words are left out: zebra"]
@@ -139,13 +139,13 @@ def test_warnings_are_told_once() -> None:
 def test_a_picture_is_resized_and_paint_becomes_a_mask(tmp_path: Path) -> None:
     edit = painted(tmp_path, (90, 60))
     (tmp_path / "out").mkdir()
-    kept = [resized(edit["background"], (8, 12), tmp_path / "out") for _ in range(3)]
-    mask = resized(edit["layers"][0], (8, 12), tmp_path / "out", mask=True)
+    kept = [resize_file(edit["background"], (8, 12), tmp_path / "out") for _ in range(3)]
+    mask = resize_file(edit["layers"][0], (8, 12), tmp_path / "out", mask=True)
     assert len(set(kept)) == 1 and len(names(tmp_path / "out")) == 2 and mask is not None
     with Image.open(mask) as paint:
         assert paint.size == (12, 8) and paint.getpixel((11, 4)) == (255, 255, 255, 255) and paint.getpixel((0, 4))[3] == 0
     Image.new("RGBA", (9, 9)).save(tmp_path / "nothing.png")
-    assert resized(tmp_path / "nothing.png", (8, 8), tmp_path / "out", mask=True) is None
+    assert resize_file(tmp_path / "nothing.png", (8, 8), tmp_path / "out", mask=True) is None
 
 
 FULL = Request(
@@ -195,8 +195,8 @@ def test_looking_changes_no_drawing_and_its_maps_add_up(desk: Desk, image: Path,
         assert mass is not None and torch.allclose(maps[77:].sum(dim=0), mass, atol=0.02)
     else:
         assert mass is None
-    found, sentence = cells(desk.pipeline.text, seen, 2, 1, 1)
-    assert len(found) >= 6 and ("one softmax" in sentence) == (fuse is concatenated)
+    actual, sentence = cells(desk.pipeline.text, seen, 2, 1, 1)
+    assert len(actual) >= 6 and ("one softmax" in sentence) == (fuse is concatenated)
     for wrong in ((4, 1, 0), (1, 9, 0), (1, 1, 9)):
         with pytest.raises(ValueError, match="there is no"):
             seen.of(*wrong)

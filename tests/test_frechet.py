@@ -70,8 +70,8 @@ def test_the_frechet_command(
     monkeypatch.setattr("sys.argv", [*command, "6"])
     main()
     results = json.loads(out.read_text())
-    found = results["distance"]
-    assert list(found) == ["another", "reconstructed", "drawn"] and 0 < found["reconstructed"] < found["drawn"]
+    actual = results["distance"]
+    assert list(actual) == ["another", "reconstructed", "drawn"] and 0 < actual["reconstructed"] < actual["drawn"]
     assert table(results) in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*command, "1"])
     with pytest.raises(SystemExit, match="at least 2 pictures"):

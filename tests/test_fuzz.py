@@ -21,7 +21,7 @@ from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.cards import save
 from checkpoints.clip import load_image_encoder
 from checkpoints.diffusers_folder import save_unet
-from checkpoints.names import Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
+from checkpoints.names import Names, adapter_names, image_names, map_names, text_names, unet_rows, vae_rows
 from checkpoints.single_file import LDM, load_single
 from checkpoints.stable_diffusion import load_unet, load_vae
 from model.adapter import IPAdapter
@@ -82,12 +82,12 @@ def outcome(weights: Path, load: Callable[[], Parts]) -> bool:
         parts = load()
     except (ValueError, FileNotFoundError) as error:
         sentence = str(error)
-        named = [
+        paths = [
             path
             for path in (weights, weights.with_suffix(".json"), weights.with_name("config.json"))
             if str(path) in sentence
         ]
-        assert named and len(sentence) > len(str(named[0])) + 10 and "Traceback" not in sentence, sentence
+        assert paths and len(sentence) > len(str(paths[0])) + 10 and "Traceback" not in sentence, sentence
         parts = []
     assert time.process_time() - began < SECONDS
     if parts:
@@ -224,8 +224,8 @@ def test_our_own_files(tmp_path: Path) -> None:
 def ldm_parts(path: Path) -> Parts:
     base = load_single(path)
     tables = (
-        named(base.unet.state_dict(), unet_rows(base.unet.config), 2),
-        named(base.vae.state_dict(), vae_rows(base.vae.config), 2),
+        map_names(base.unet.state_dict(), unet_rows(base.unet.config), 2),
+        map_names(base.vae.state_dict(), vae_rows(base.vae.config), 2),
         text_names(base.text.state_dict(), base.text.config),
     )
     return list(zip((base.unet, base.vae, base.text), tables, LDM.values(), strict=True))
@@ -237,8 +237,8 @@ def test_single_files(tmp_path: Path) -> None:
     vae, text = VAE(VAEConfig(channels=(32,), res_blocks=1)), TextEncoder(TextConfig(width=4, layers=1, heads=1))
     tensors: Tensors = {}
     for module, table, prefix in (
-        (unet, named(unet.state_dict(), unet_rows(unet.config), 2), LDM["unet"]),
-        (vae, named(vae.state_dict(), vae_rows(vae.config), 2), LDM["vae"]),
+        (unet, map_names(unet.state_dict(), unet_rows(unet.config), 2), LDM["unet"]),
+        (vae, map_names(vae.state_dict(), vae_rows(vae.config), 2), LDM["vae"]),
         (text, text_names(text.state_dict(), text.config), LDM["text"]),
     ):
         for name, tensor in module.state_dict().items():
@@ -269,7 +269,7 @@ def folders(tmp_path: Path) -> dict[str, tuple[Path, Path, Callable[[], Parts]]]
     unet, vae, image = tmp_path / "unet", tmp_path / "vae", tmp_path / "image"
     save_unet(UNet(UNET), unet)
     for folder, module, table in (
-        (vae, VAE(VAE_CONFIG), lambda state: named(state, vae_rows(VAE_CONFIG), 1)),
+        (vae, VAE(VAE_CONFIG), lambda state: map_names(state, vae_rows(VAE_CONFIG), 1)),
         (image, ImageEncoder(IMAGE), lambda state: image_names(state, IMAGE)),
     ):
         state, tensors = module.state_dict(), {}
@@ -300,11 +300,11 @@ def folders(tmp_path: Path) -> dict[str, tuple[Path, Path, Callable[[], Parts]]]
 
     def unet_parts() -> Parts:
         module = load_unet(unet)
-        return [(module, named(module.state_dict(), unet_rows(module.config), 1), "")]
+        return [(module, map_names(module.state_dict(), unet_rows(module.config), 1), "")]
 
     def vae_parts() -> Parts:
         module = load_vae(vae)
-        return [(module, named(module.state_dict(), vae_rows(module.config), 1), "")]
+        return [(module, map_names(module.state_dict(), vae_rows(module.config), 1), "")]
 
     def image_parts() -> Parts:
         module = load_image_encoder(image)

@@ -18,7 +18,7 @@ from model.image_projection import ImageProjection
 from model.source import Source
 from model.unet import Residuals, UNet, UNetConfig
 from sampling.guidance import Side, guided
-from sampling.lambdas import Lambda, moving, set_lambda, unmoved
+from sampling.lambdas import Lambda, keep_context, moving, set_lambda
 
 CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=6, groups=4)
 
@@ -174,7 +174,7 @@ def test_a_step_waits_for_nothing(fuse: Fuse, lam: str, moves: bool) -> None:
     """The meta device has no values, so a step that reads one fails there."""
     plain = UNet(CONFIG).double().requires_grad_(False)
     contexts = tuple(on_meta(context) for context in forms(plain, fuse, lam))
-    move = moving([Lambda((0.5, 1.0))], [7, 3]) if moves else unmoved
+    move = moving([Lambda((0.5, 1.0))], [7, 3]) if moves else keep_context
     denoise = guided(plain.to("meta"), *contexts, 7.5, move=move)
     x = torch.empty(2, 4, 8, 8, dtype=torch.float64, device="meta")
     with OnOneDevice():

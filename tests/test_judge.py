@@ -77,7 +77,7 @@ def spoilt(n: int = 256, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, tor
     """Return (pictures, their concepts, spoiled pictures, labels), made from true pictures and other drawings."""
     pool = judge.answers(n - 16, 16, "cpu")
     x, truth = pool.at(torch.arange(n))
-    made, labels = spoiled.spoiled(x, truth["concept"], truth["background_rgb"], generator(seed, 0))
+    made, labels = spoiled.spoil(x, truth["concept"], truth["background_rgb"], generator(seed, 0))
     return x, truth["concept"], made, labels
 
 
@@ -93,9 +93,9 @@ def test_spoiled_pictures_are_labelled_none_and_the_others_are_left_alone() -> N
 
 def test_a_warp_displaces_pixels_by_its_standard_deviation() -> None:
     x = torch.linspace(-1, 1, 64).expand(400, 1, 64, 64)
-    still = spoiled.warped(x, torch.zeros(400), generator(0, 0))
+    still = spoiled.warp(x, torch.zeros(400), generator(0, 0))
     torch.testing.assert_close(still, x.contiguous(), atol=1e-5, rtol=0)
-    moved = spoiled.warped(x, torch.full((400,), 2.0), generator(0, 0))  # a ramp of 63 / 2 pixels per unit
+    moved = spoiled.warp(x, torch.full((400,), 2.0), generator(0, 0))  # a ramp of 63 / 2 pixels per unit
     inside = (moved - x)[..., 16:48, 16:48] * 63 / 2
     assert float(inside.std()) == pytest.approx(2.0 * 63 / 64, rel=0.25)  # interpolation between grid points lowers it
 

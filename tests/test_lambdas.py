@@ -21,7 +21,7 @@ from model.context import Context, pyramid
 from model.layers import Downsample
 from model.unet import MINI, SD15, SD21, SDXL
 from sampling.guidance import guided
-from sampling.lambdas import Lambda, moving, set_lambda, unmoved
+from sampling.lambdas import Lambda, keep_context, moving, set_lambda
 from sampling.layer_weights import attention_layers, layer_weights, preset
 
 TOLERANCE = 1e-12
@@ -224,7 +224,7 @@ def test_every_step_is_that_of_a_plain_lambda(one: Any, guidance: Any, mask: Ten
 
 def test_a_still_lambda_is_the_plain_path_bit_for_bit(one: Any) -> None:
     unet, x = one[0], randn(2, 4, 9, 7, seed=1)
-    assert moving([Lambda(0.7), 0.3], TIMES) is unmoved
+    assert moving([Lambda(0.7), 0.3], TIMES) is keep_context
     contexts = halves(one, Lambda(0.7).by_layer(SMALL_ONE, (9, 7)))
     assert torch.equal(guided(unet, *contexts, 7.5)(x, 9), guided(unet, *halves(one, 0.7), 7.5)(x, 9))
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from train import checkpoint, loop
 from train.data import OnTheFly
-from train.errors import Damaged, Diverged, Interrupted, OtherRun
+from train.errors import DamagedState, Diverged, Interrupted, OtherRun
 from train.loop import Plan, run
 from train.randomness import generator
 
@@ -166,7 +166,7 @@ def test_a_damaged_state_is_named_with_what_to_do(tmp_path: Path, damage: str) -
     train(tmp_path, until=4)
     DAMAGES[damage](tmp_path / "tiny.pt")
     before = (tmp_path / "tiny.pt").read_bytes()
-    with pytest.raises(Damaged, match=r"tiny\.pt is damaged \(.+\): remove it to restart this part of the training"):
+    with pytest.raises(DamagedState, match=r"tiny\.pt is damaged \(.+\): remove it to restart this part of the training"):
         train(tmp_path)
     assert (tmp_path / "tiny.pt").read_bytes() == before
 
@@ -362,8 +362,8 @@ def test_workers_change_no_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize("factor", [1, 2, 8])
 def test_a_scaled_plan_sees_as_many_pictures(factor: int) -> None:
     plan = Plan("tiny", steps=800, batch=4, lr=1e-2, warmup=80, ema=0.99, validate_every=400)
-    scaled = plan.scaled(factor)
+    scaled = plan.scale_batch(factor)
     assert scaled.steps * scaled.batch == plan.steps * plan.batch and scaled.lr == plan.lr
     assert scaled.ema**scaled.steps == pytest.approx(plan.ema**plan.steps)
     assert [scaled.rate(i // factor) for i in (799, 400)] == pytest.approx([plan.rate(i) for i in (799, 400)], abs=0.03)
-    assert plan.scaled(10_000).steps == 1
+    assert plan.scale_batch(10_000).steps == 1

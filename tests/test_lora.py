@@ -27,7 +27,7 @@ from checkpoints.base import Base
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
 from checkpoints.lora import merge, open_lora, read_updates
-from checkpoints.names import attention_order, named, unet_rows
+from checkpoints.names import attention_order, map_names, unet_rows
 from model.context import Context
 from model.text_encoder import TextConfig
 from model.vae import VAEConfig
@@ -143,7 +143,7 @@ def test_a_merged_lora_is_the_sum_in_every_layer(tmp_path: Path, layout: str, al
 def test_kohyas_names_of_sdxl_are_read_as_in_diffusers(tmp_path: Path) -> None:
     """kohya's scripts name SDXL's modules as LDM does. diffusers says which of its own modules each one is."""
     peer, _, base = small("sdxl")
-    rows = named(base.unet.state_dict(), unet_rows(SMALL_SDXL), 2)
+    rows = map_names(base.unet.state_dict(), unet_rows(SMALL_SDXL), 2)
     ldm = [name.removesuffix(".weight") for (name,) in rows.values() if ".transformer_blocks." in name or "emb_layers" in name]
     keys = {f"lora_unet_{flat(name)}": i for i, name in enumerate(ldm) if "norm" not in name and not name.endswith("bias")}
     marked = {f"{key}.{part}.weight": torch.tensor(float(i)) for key, i in keys.items() for part in ("lora_down", "lora_up")}
@@ -173,7 +173,7 @@ def test_attention_order_is_that_of_the_processors() -> None:
     for name in SMALL_UNETS:
         peer, _, base = small(name)
         names = list(base.unet.state_dict())
-        table = {theirs: ours for ours, (theirs,) in named(names, unet_rows(base.unet.config), 1).items()}
+        table = {theirs: ours for ours, (theirs,) in map_names(names, unet_rows(base.unet.config), 1).items()}
         wanted = [table[p.removesuffix("processor") + "to_q.weight"] for p in peer.attn_processors]
         assert [f"{name}.to_q.weight" for name in attention_order(base.unet)] == wanted
 

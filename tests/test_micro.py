@@ -50,8 +50,8 @@ def test_sizes_stay_exact_in_half_precision(dtype: torch.dtype, rounding: float)
 
 def test_the_command_line_has_width_first() -> None:
     options = "--original-size 800 600 --crop-corner 3 5 --target-size 640 480 --zero-negative"
-    found = Inputs(parse(options.split()).request, (), None).micro
-    assert found == Micro((600, 800), (5, 3), (480, 640), True)
+    micro = Inputs(parse(options.split()).request, (), None).micro
+    assert micro == Micro((600, 800), (5, 3), (480, 640), True)
     assert Inputs(Request(), (), None).micro == DRAWING
 
 

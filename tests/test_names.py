@@ -21,7 +21,17 @@ from transformers import (
 
 from checkpoints.configs import diffusers_config
 from checkpoints.diffusers_folder import text_settings, vision_settings
-from checkpoints.names import TRANSPOSED, Names, Row, adapter_names, image_names, named, text_names, unet_rows, vae_rows
+from checkpoints.names import (
+    TRANSPOSED,
+    Names,
+    Row,
+    adapter_names,
+    image_names,
+    map_names,
+    text_names,
+    unet_rows,
+    vae_rows,
+)
 from eval.peers.official import peer_autoencoder
 from model.adapter import IPAdapter
 from model.attention import CrossAttention
@@ -71,13 +81,13 @@ def check_bijection(ours: nn.Module, names: Names, theirs: nn.Module, count: int
 def test_the_unet_in_diffusers(name: str) -> None:
     config, count = UNETS[name]
     unet = on_meta(UNet, config)
-    check_bijection(unet, named(unet.state_dict(), unet_rows(config), DIFFUSERS), peer_unet(config), count)
+    check_bijection(unet, map_names(unet.state_dict(), unet_rows(config), DIFFUSERS), peer_unet(config), count)
 
 
 @pytest.mark.parity("diffusers AutoencoderKL", 0)
 def test_the_vae_in_diffusers() -> None:
     vae = on_meta(VAE)
-    check_bijection(vae, named(vae.state_dict(), vae_rows(SD_VAE), DIFFUSERS), peer_vae(SD_VAE), 248)
+    check_bijection(vae, map_names(vae.state_dict(), vae_rows(SD_VAE), DIFFUSERS), peer_vae(SD_VAE), 248)
 
 
 def marked(names: Iterable[str], prefix: str) -> dict[str, Any]:
@@ -90,7 +100,7 @@ def check_ldm(
 ) -> None:
     """Check that diffusers' converter maps the LDM name of each tensor to the diffusers name in the table."""
     state = ours.state_dict()
-    ldm, diffusers = named(state, rows, LDM), named(state, rows, DIFFUSERS)
+    ldm, diffusers = map_names(state, rows, LDM), map_names(state, rows, DIFFUSERS)
     assert ldm.keys() == diffusers.keys() == state.keys()
     assert len({name for (name,) in ldm.values()}) == len(state)
     converted = convert(marked((name for (name,) in ldm.values()), prefix))

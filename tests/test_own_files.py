@@ -21,9 +21,9 @@ SIZE, STEPS = (24, 40), 3
 
 
 def level(said: str) -> int:
-    found = re.match(r"largest difference (\d+) of 255 grey levels, at x = \d+, y = \d+; [\d.]+ % of the pixels differ by more", said)
-    assert found, said
-    return int(found[1])
+    match = re.match(r"largest difference (\d+) of 255 grey levels, at x = \d+, y = \d+; [\d.]+ % of the pixels differ by more", said)
+    assert match, said
+    return int(match[1])
 
 
 @pytest.mark.parity("diffusers StableDiffusionPipeline with IP-Adapter and FaceID, in levels of 255", 1)

@@ -38,7 +38,7 @@ from train import adapter, encode, loop, preview, setting
 from train import unet as unet_stage
 from train.__main__ import main, status
 from train.card import card, code_version
-from train.data import Cached, Data
+from train.data import Data, ShuffledBatches
 from train.errors import OtherRun
 from train.file_pairs import FilePairs, FilePictures
 from train.pairs import Pairs
@@ -106,7 +106,7 @@ def test_a_finished_command_is_not_trained_again(
 ) -> None:
     folder = tmp_path / "work"
     shutil.copytree(trained, folder)
-    monkeypatch.setattr(Cached, "batch", lambda *_: pytest.fail("a step was run"))
+    monkeypatch.setattr(ShuffledBatches, "batch", lambda *_: pytest.fail("a step was run"))
     main(command(folder, base))
     assert sha256(folder / "out" / "ip_adapter.safetensors") == sha256(trained / "out" / "ip_adapter.safetensors")
 
@@ -128,8 +128,8 @@ def test_a_result_of_another_run_is_not_overwritten(trained: Path, base: Path, t
 
 def test_a_second_run_in_the_folder_is_refused(base: Path, tmp_path: Path) -> None:
     write_pictures(tmp_path / "data")
-    hold = "import sys, time; from pathlib import Path; from train.checkpoint import locked\n"
-    hold += "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(100)"
+    hold = "import sys, time; from pathlib import Path; from train.checkpoint import lock_folder\n"
+    hold += "with lock_folder(Path(sys.argv[1])): print('locked', flush=True); time.sleep(100)"
     first = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "state"], stdout=subprocess.PIPE)
     try:
         assert first.stdout is not None and first.stdout.readline() == b"locked\n"
@@ -156,13 +156,13 @@ def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypa
 
         return real(data, keys, one, cache, each, workers=0)
 
-    monkeypatch.setattr(encode, "encoded", counted)
+    monkeypatch.setattr(encode, "encode_rows", counted)
 
     def pairs(where: Path = base, side: int = 16) -> tuple[FilePairs, int]:
         encoded.clear()
-        found = setting.prepare(TrainingSource(where, data=folder, side=side), tmp_path / "state").pairs
-        assert isinstance(found, FilePairs)
-        return found, len(encoded)
+        actual = setting.prepare(TrainingSource(where, data=folder, side=side), tmp_path / "state").pairs
+        assert isinstance(actual, FilePairs)
+        return actual, len(encoded)
 
     first, n = pairs()
     assert n == 6  # latents and embeddings
@@ -219,10 +219,10 @@ def test_a_run_killed_at_twenty_points_ends_in_the_same_file(base: Path, tmp_pat
     arguments = [sys.executable, "tests/kill.py", base, data, tmp_path / "work"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found["points"]) == 20 and all(found["same"]), found
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results["points"]) == 20 and all(results["same"]), results
     kinds = {"half of tensors", "half of state", "before rename", "after rename", "before step", "after latents"}
-    assert kinds <= set(found["points"])
+    assert kinds <= set(results["points"])
 
 
 # few pictures
@@ -232,7 +232,7 @@ def test_a_run_killed_at_twenty_points_ends_in_the_same_file(base: Path, tmp_pat
 def test_fewer_pictures_than_the_batch_are_repeated(n: int, batch: int) -> None:
     """Every batch is full, and the counts of all pictures differ by at most one."""
     pairs = Pairs(torch.zeros(n, 1), torch.zeros(n, 1), torch.zeros(n, dtype=torch.long), torch.zeros(1, 1), None)
-    data = Cached(pairs, batch, seed=0)
+    data = ShuffledBatches(pairs, batch, seed=0)
     for step in range(4):
         counts = torch.bincount(data.rows(step), minlength=n)
         assert counts.sum() == batch and int(counts.max() - counts.min()) <= 1

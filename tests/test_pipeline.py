@@ -225,11 +225,11 @@ def test_the_ablation_runs_on_the_files_of_a_base_model(model: Callable[[str], M
     named |= {"state": tmp_path / "state", "out": tmp_path, "seeds": 1, "steps": 16, "batch": 2, "rates": 1e-3, "jobs": 1}
     options = [str(part) for name, value in named.items() for part in (f"--{name}", value)]
     measures.run(measures.parser().parse_args(["ablation", "--smoke", *options]))
-    found = json.loads((tmp_path / "results" / "ablation.json").read_text())
+    results = json.loads((tmp_path / "results" / "ablation.json").read_text())
     hashes = [int.from_bytes(hashlib.sha256(path.read_bytes()).digest()[:8], "little", signed=True) for path in pictures]
     own = [f"picture {i}" for i in sorted(range(20), key=hashes.__getitem__)[:4]]
-    assert found["tasks"] == ["conflict", "picture"] and found["prompts"] == {"test": {"texts": {"conflict": [*own[1:], own[0]]}}}
-    assert set(found["summary"]["endpoint"]) == set(found["study"]["forms"]) and "confirmed" not in found["summary"]
+    assert results["tasks"] == ["conflict", "picture"] and results["prompts"] == {"test": {"texts": {"conflict": [*own[1:], own[0]]}}}
+    assert set(results["summary"]["endpoint"]) == set(results["study"]["forms"]) and "confirmed" not in results["summary"]
     assert set(load_file(tmp_path / "results" / "ablation.safetensors")) == {"clip_i", "clip_t"}
     text = (tmp_path / "RESULTS.md").read_text()
     assert "have no ground truth" in text and "another picture's caption" in text and "palette information" not in text

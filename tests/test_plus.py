@@ -137,15 +137,15 @@ def unet(files: Files) -> UNet:
 @pytest.mark.parametrize("form", ["Plus", "Full"])
 def test_files_there_and_back(files: Files, unet: UNet, tmp_path: Path, form: str) -> None:
     """Bit for bit, with every size read from the shapes."""
-    found = load_adapter(files.paths[form], unet, SMALL.image, dtype=None)
-    save_adapter(found, unet, tmp_path / "back.safetensors", {"a": 1}, dtype=None)
+    actual = load_adapter(files.paths[form], unet, SMALL.image, dtype=None)
+    save_adapter(actual, unet, tmp_path / "back.safetensors", {"a": 1}, dtype=None)
     convert(files.paths[form], tmp_path / "converted.safetensors")
     for name in ("back", "converted"):
         back = load_file(tmp_path / f"{name}.safetensors")
         assert back.keys() == files.tensors[form].keys()
         assert all(t.dtype == back[k].dtype and torch.equal(t, back[k]) for k, t in files.tensors[form].items())
         assert verify(files.paths[form], tmp_path / f"{name}.safetensors") == []
-    assert not any(p.is_meta or p.requires_grad for p in found.parameters()) and not found.training
+    assert not any(p.is_meta or p.requires_grad for p in actual.parameters()) and not actual.training
 
 
 @pytest.mark.parity("IP-Adapter trainer, the names that it saves", 0)
@@ -223,11 +223,11 @@ def test_another_encoder_or_base_is_refused(files: Files, unet: UNet, form: str)
     wide.config = UNetConfig(context_dim=768)
     with pytest.raises(ValueError, match=r"is an adapter for 24-d, but you gave a base model of Stable Diffusion 1\.5"):
         load_adapter(files.paths[form], wide)
-    found = load_adapter(files.paths[form], unet, replace(SMALL.image, output_dim=7)).image_projection  # the embedding's width says nothing
+    other = load_adapter(files.paths[form], unet, replace(SMALL.image, output_dim=7)).image_projection  # the embedding's width says nothing
     with pytest.raises(ValueError, match="reads fine features of width 24, but the image encoder gives 25: use the"):
-        found(torch.zeros(1, 3, 25))
+        other(torch.zeros(1, 3, 25))
     with pytest.raises(ValueError, match="reads fine features, a matrix for each picture"):
-        found(torch.zeros(1, 1, 24))
+        other(torch.zeros(1, 1, 24))
     with pytest.raises(ValueError, match="reads image embeddings, a vector for each picture"):
         ImageProjection(24, 6)(torch.zeros(1, 3, 24))
 

@@ -27,9 +27,9 @@ from sampling.loading import load
 from train import adapter, checkpoint, processes
 from train.__main__ import main, status
 from train.clock import ROW
-from train.data import Cached, OnTheFly, Shared
+from train.data import OnTheFly, ProcessBatches, ShuffledBatches
 from train.errors import Interrupted
-from train.loss import drops, noise_for, noised
+from train.loss import drops, noise_for, sample_inputs
 from train.pairs import Pairs
 from train.processes import Team
 from train.randomness import Share, seeded, share_generator
@@ -116,11 +116,11 @@ def test_random_numbers_of_a_picture_depend_on_its_position() -> None:
     """The shares of a batch draw what the whole batch draws, row by row."""
     rows = torch.arange(12)
     batch = pairs().at(rows)
-    whole = noised(batch, torch.Generator().manual_seed(5), dropping=True)
+    whole = sample_inputs(batch, torch.Generator().manual_seed(5), dropping=True)
     for of in (1, 2, 3, 4, 12):
         shares = [Share(i, of) for i in range(of)]
         generators = [share_generator(5, share, torch.device("cpu")) for share in shares]
-        parts = [noised(pairs().at(rows[share.rows(12)]), g, dropping=True) for share, g in zip(shares, generators, strict=True)]
+        parts = [sample_inputs(pairs().at(rows[share.rows(12)]), g, dropping=True) for share, g in zip(shares, generators, strict=True)]
         for name in ("x0", "t", "eps", "text", "image"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), (of, name)
 
@@ -131,7 +131,7 @@ def test_one_process_draws_what_it_always_drew() -> None:
     x0 = batch.mean + batch.std * torch.randn(batch.mean.shape, generator=g)
     t = torch.randint(1000, (7,), generator=g)
     eps, r = torch.randn(x0.shape, generator=g), torch.rand(7, generator=g)
-    drawn = noised(batch, torch.Generator().manual_seed(3), dropping=True)
+    drawn = sample_inputs(batch, torch.Generator().manual_seed(3), dropping=True)
     assert torch.equal(drawn.x0, x0) and torch.equal(drawn.t, t) and torch.equal(drawn.eps, eps)
     g = torch.Generator().manual_seed(3)
     batch.latents(g), noise_for(x0, g)
@@ -139,13 +139,13 @@ def test_one_process_draws_what_it_always_drew() -> None:
 
 
 def test_shares_of_a_step_are_its_batches() -> None:
-    data = Cached(pairs(), 8, seed=1)
+    data = ShuffledBatches(pairs(), 8, seed=1)
     for size, parts in ((1, 0), (1, 4), (2, 0), (2, 4), (4, 4), (4, 0)):
         teams = [Team(rank, size, parts) for rank in range(size)]
-        shared = [Shared(data, team.shares, 2) for team in teams]
+        shared = [ProcessBatches(data, team.shares, 2) for team in teams]
         read = [each.batch(3 * each.each + i) for each in shared for i in range(each.each)]
-        found = sorted(tuple(row.flatten().tolist()) for batch in read for row in batch.mean)
-        assert found == sorted(tuple(row.flatten().tolist()) for i in (6, 7) for row in data.batch(i).mean)
+        actual = sorted(tuple(row.flatten().tolist()) for batch in read for row in batch.mean)
+        assert actual == sorted(tuple(row.flatten().tolist()) for i in (6, 7) for row in data.batch(i).mean)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
@@ -172,14 +172,14 @@ def test_sigterm_to_one_process_saves_and_stops_all(setting: Setting, tmp_path: 
     """After the same step; the run then goes on to the same bits."""
 
     def work(rank: int) -> None:
-        real = Cached.batch
+        real = ShuffledBatches.batch
 
         def batch(self: Any, step: int, *share: int) -> Any:
             if rank == 1 and step == 6:  # in the fourth step
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(self, step, *share)
 
-        Cached.batch = batch  # type: ignore[method-assign]
+        ShuffledBatches.batch = batch  # type: ignore[method-assign]
         with pytest.raises(Interrupted, match="stopped after step 4;"):
             fitted(setting, tmp_path)
 

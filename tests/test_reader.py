@@ -74,7 +74,7 @@ def test_a_prefix_of_data_parallel_training_is_left_out(tmp_path: Path, end: str
 def test_names_are_joined_and_left_out(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "a.safetensors")
     file = File(tmp_path / "a.safetensors")
-    joined = file.renamed({"both": ("layer.1.weight", "layer.0.weight"), "one": "layer.4.weight"})
+    joined = file.rename({"both": ("layer.1.weight", "layer.0.weight"), "one": "layer.4.weight"})
     equal(
         joined,
         {"both": torch.cat([TENSORS["layer.1.weight"], TENSORS["layer.0.weight"]]), "one": TENSORS["layer.4.weight"]},

@@ -28,7 +28,7 @@ PAGE = (ROOT / "RESULTS.md").read_text()
 def test_make_docs_changes_nothing() -> None:
     """README.md and docs/ show the numbers of the result files."""
     values = docs.inserts(ROOT)
-    assert not [path.name for path in docs.pages(ROOT) if docs.filled(path.read_text(), values) != path.read_text()]
+    assert not [path.name for path in docs.pages(ROOT) if docs.fill_page(path.read_text(), values) != path.read_text()]
 
 
 def test_every_insert_is_shown_somewhere() -> None:
@@ -38,11 +38,11 @@ def test_every_insert_is_shown_somewhere() -> None:
 
 def test_pages_are_filled_where_they_are_marked() -> None:
     page = "a\n<!-- insert: one -->\nold\n<!-- end -->\nb\n<!-- insert: two -->\n<!-- end -->\n"
-    new = docs.filled(page, {"one": "1\n1", "two": "2"})
+    new = docs.fill_page(page, {"one": "1\n1", "two": "2"})
     assert new == "a\n<!-- insert: one -->\n1\n1\n<!-- end -->\nb\n<!-- insert: two -->\n2\n<!-- end -->\n"
-    assert docs.filled(new, {"one": "1\n1", "two": "2"}) == new
+    assert docs.fill_page(new, {"one": "1\n1", "two": "2"}) == new
     with pytest.raises(ValueError, match="unknown insert 'two'"):
-        docs.filled(page, {"one": "1"})
+        docs.fill_page(page, {"one": "1"})
 
 
 def test_fine_results_are_of_the_shipped_adapters() -> None:
@@ -79,7 +79,7 @@ STAGES = {
 def test_the_weights_were_trained_by_the_recipe_in_the_tree(stage: str) -> None:
     """The settings in the cards are those of `make weights DEVICE=cuda`, at the commit that the card names."""
     phases = importlib.import_module(f"train.{stage}").PHASES
-    plans = [json.loads(json.dumps(asdict(replace(plan.scaled(4), device="cuda")))) for plan in phases]
+    plans = [json.loads(json.dumps(asdict(replace(plan.scale_batch(4), device="cuda")))) for plan in phases]
     for name in STAGES[stage]:
         card = read_card(ROOT / "weights" / f"{name}.safetensors")
         assert [{"fp16": False, **settings} for settings in card["settings"]] == plans  # fp16 is newer than some cards
@@ -126,7 +126,7 @@ def test_the_adapters_of_the_ablation_ship(study: Results) -> None:
 def test_the_endpoint_of_the_ablation_is_that_of_its_drawings(study: Results, form: str) -> None:
     """Computed again from the palettes that the judge read, drawing by drawing, with torch's distances and numpy's interpolation."""
     palettes = torch.tensor(study.data["prompts"]["test"]["truth"]["palette"], dtype=torch.float64).view(-1, 2, 3)
-    found, alone = [], study.measures("alone-complementary-test")
+    collected, alone = [], study.measures("alone-complementary-test")
     for name in (name for name in study.units if re.fullmatch(rf"drawn-{form}-\d-8000-complementary-test-all", name)):
         read = study.units[name].arrays["palette"].double().view(-1, len(palettes), 2, 3) / 10
         following = [alone["following"].mean(), *study.measures(name)["following"].mean(axis=1)]
@@ -137,8 +137,8 @@ def test_the_endpoint_of_the_ablation_is_that_of_its_drawings(study: Results, fo
             values.append(float(d[others].mean() - d.diagonal().mean()))
         last = max(i for i, share in enumerate(following) if share >= 0.8 * following[0])
         below, above = last + 1, last
-        found.append(np.interp(0.8 * following[0], [following[below], following[above]], [values[below], values[above]]))
-    assert found == pytest.approx(study.data["summary"]["endpoint"][form]["information"], abs=0.01)
+        collected.append(np.interp(0.8 * following[0], [following[below], following[above]], [values[below], values[above]]))
+    assert collected == pytest.approx(study.data["summary"]["endpoint"][form]["information"], abs=0.01)
 
 
 @pytest.mark.parametrize(("form", "lam"), [("ip_adapter", 1.0), ("simple", 1 / 64)])
@@ -161,8 +161,8 @@ def test_every_training_of_the_ablation_used_one_kind_of_gpu_and_one_commit(stud
 
 def test_the_second_clip_is_another_than_the_adapters() -> None:
     """It has another width and patch size than the CLIP of the adapters, and it recognises concepts (probe in its card)."""
-    found = json.loads((ROOT / "weights" / "score_image.json").read_text())["results"]
-    assert found["concept"] > 0.95 and found["background"] > 0.95
+    results = json.loads((ROOT / "weights" / "score_image.json").read_text())["results"]
+    assert results["concept"] > 0.95 and results["background"] > 0.95
     score, own = (
         load_image_encoder(ROOT / "weights" / f"{n}.safetensors").config for n in ("score_image", "image_encoder")
     )

@@ -61,16 +61,16 @@ def test_tasks_with_pictures_are_those_with_a_lambda() -> None:
     tasks = world.tasks_of(4, seed=2)
     assert list(tasks) == ["text", "scene", "colour", "image", "complementary", "conflict"]
     assert [key for key, task in tasks.items() if task.images] == ["image", "complementary", "conflict"]
-    assert tasks["scene"].target is tasks["complementary"].target and tasks["image"].target.copied
+    assert tasks["scene"].target is tasks["complementary"].target and tasks["image"].target.references
 
 
 def test_floors_equal_their_definitions() -> None:
     """The palettes of two prompts differ by (3, 4), so by 5, in both colours. The error of a grey of lightness 65 is its
     distance from all four colours."""
     palette = torch.tensor([[[60.0, 40, 0], [60, 0, 40]], [[60, 43, 4], [60, 3, 44]]])
-    found = world.floors(palette)
-    assert found["another"]["palette_error"] == pytest.approx([5, 5, 5])
-    assert found["grey"]["palette_error"][0] == pytest.approx((palette - torch.tensor([65.0, 0, 0])).norm(dim=-1).mean().item())
+    actual = world.floors(palette)
+    assert actual["another"]["palette_error"] == pytest.approx([5, 5, 5])
+    assert actual["grey"]["palette_error"][0] == pytest.approx((palette - torch.tensor([65.0, 0, 0])).norm(dim=-1).mean().item())
 
 
 def test_the_table_shows_values_with_half_their_intervals() -> None:

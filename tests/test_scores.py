@@ -21,7 +21,7 @@ from train.world import (
     SIZES,
     Scene,
     World,
-    moved,
+    move_randomly,
     place_class,
     size_class,
 )
@@ -46,10 +46,10 @@ def perfect(scenes: list[Scene]) -> Reading:
 )
 def test_shares_have_wilson_s_interval(hits: int, n: int, low: float, high: float) -> None:
     """The values are those of Newcombe (1998), table I, method 3."""
-    found = share(torch.arange(n) < hits)
-    assert found == pytest.approx([hits / n, low, high], abs=5e-5)
+    interval = share(torch.arange(n) < hits)
+    assert interval == pytest.approx([hits / n, low, high], abs=5e-5)
     mirrored = share(torch.arange(n) >= hits)
-    assert mirrored == pytest.approx([1 - found[0], 1 - found[2], 1 - found[1]], abs=1e-12)
+    assert mirrored == pytest.approx([1 - interval[0], 1 - interval[2], 1 - interval[1]], abs=1e-12)
 
 
 def test_means_have_the_normal_interval() -> None:
@@ -59,9 +59,9 @@ def test_means_have_the_normal_interval() -> None:
 
 def test_a_perfect_reading_is_right_in_everything() -> None:
     scenes = scenes_of(40)
-    found = {key: value for key, (value, _, _) in score_reading(perfect(scenes), Target.of_scenes(scenes)).items()}
+    scores = {key: value for key, (value, _, _) in score_reading(perfect(scenes), Target.of_scenes(scenes)).items()}
     errors = {"palette_error": 0.0, "placement_error": 0.0}
-    assert found == {"concept": 1, "background": 1, "size": 1, "place": 1, "all": 1, **errors}
+    assert scores == {"concept": 1, "background": 1, "size": 1, "place": 1, "all": 1, **errors}
 
 
 def test_each_mistake_affects_only_its_own_score() -> None:
@@ -71,9 +71,9 @@ def test_each_mistake_affects_only_its_own_score() -> None:
     reading.concept[0] = torch.eye(65)[64]
     reading.background[1] = reading.background[1].roll(1)
     reading.placement[2, 0] += 10
-    found = {key: value for key, (value, _, _) in score_reading(reading, target).items()}
-    assert found["placement_error"] == pytest.approx(1) and found["palette_error"] == 0
-    assert [found[key] for key in ("concept", "background", "size", "place", "all")] == [0.9, 0.9, 1.0, 0.9, 0.7]
+    scores = {key: value for key, (value, _, _) in score_reading(reading, target).items()}
+    assert scores["placement_error"] == pytest.approx(1) and scores["palette_error"] == 0
+    assert [scores[key] for key in ("concept", "background", "size", "place", "all")] == [0.9, 0.9, 1.0, 0.9, 0.7]
 
 
 def test_a_large_drawing_may_be_anywhere() -> None:
@@ -121,8 +121,8 @@ def test_texts_name_another_scene_and_nothing_else() -> None:
 
 def test_what_texts_name_is_drawn_evenly() -> None:
     index = torch.arange(9).repeat(1000)
-    found = other_class(np.random.default_rng(0), index, 9)
-    counts = torch.bincount(9 * index + found, minlength=81).view(9, 9)
+    classes = other_class(np.random.default_rng(0), index, 9)
+    counts = torch.bincount(9 * index + classes, minlength=81).view(9, 9)
     assert counts.diagonal().sum() == 0 and counts[~torch.eye(9, dtype=torch.bool)].sub(125).abs().max() < 50
 
 
@@ -135,6 +135,6 @@ def test_nearest_finds_the_drawing() -> None:
     many = [i for i in range(200) if len(CONCEPTS[CONCEPT_NAMES[World("val")[i].concept]]) > 1][:6]
     scenes = [World("val")[i] for i in many]
     other = [replace(s, drawing=(s.drawing + 1) % len(all_drawings(s))) for s in scenes]
-    for shown in (scenes, other, [moved(s) for s in scenes], [moved(s) for s in other]):
+    for shown in (scenes, other, [move_randomly(s) for s in scenes], [move_randomly(s) for s in other]):
         placement = ground_truth(shown)["placement"] + torch.tensor([2.0, -2.0, 1.0])  # the judge is not exact
         assert nearest(scenes, torch.stack([all_drawings(s)[s.drawing] for s in shown]), placement) == [s.drawing for s in shown]

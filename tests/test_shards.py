@@ -16,7 +16,7 @@ from teams import together
 
 from train import shards
 from train.album import Album
-from train.captioned import captioned_files, skipped, split, summary
+from train.captioned import captioned_files, ignored_entries, split, summary
 
 
 def png(seed: int, kind: str = "PNG") -> bytes:
@@ -54,7 +54,7 @@ def test_members_are_grouped_and_read_at_random(tmp_path: Path) -> None:
     assert len(album) == 24 and album[17].text == "picture 17"
     for i in (23, 0, 10, 9):
         assert np.array_equal(np.asarray(album[i].open()), np.asarray(picture(i))) and album[i].texts == (f"picture {i}",)
-    chosen = album.chosen(torch.tensor([20, 3]))
+    chosen = album.select(torch.tensor([20, 3]))
     assert [file.text for file in chosen] == ["picture 20", "picture 3"] and chosen.keys.tolist() == [album[20].key, album[3].key]
 
 
@@ -132,7 +132,7 @@ def test_what_is_beside_shards_is_skipped(tmp_path: Path) -> None:
     (data / "00000_stats.json").touch()
     picture(0).save(data / "a.png")
     album = read(data)
-    assert len(album) == 4 and "2 files are skipped (.json, .png)" in summary(data, *split(album)) and len(skipped(data)) == 2
+    assert len(album) == 4 and "2 files are skipped (.json, .png)" in summary(data, *split(album)) and len(ignored_entries(data)) == 2
     with pytest.raises(ValueError, match="no pictures found"):
         read(write(tmp_path / "empty" / "0.tar", ("a.txt", b"a")).parent)
 
@@ -153,11 +153,11 @@ def test_only_changed_shards_are_indexed_again(tmp_path: Path, monkeypatch: pyte
 
 
 def test_hashes_name_what_differs(tmp_path: Path) -> None:
-    found = []
+    inputs = []
     for name, seed, text in (("a", 0, b"x"), ("b", 0, b"y"), ("c", 1, b"x"), ("d", 0, b"x")):
-        found.append(read(write(tmp_path / name / "0.tar", ("a.png", png(seed)), ("a.txt", text)).parent).made_from())
-    assert found[0] == found[3] and found[0]["pictures"] == found[1]["pictures"] and found[0]["captions"] != found[1]["captions"]
-    assert found[0]["captions"] == found[2]["captions"] and found[0]["pictures"] != found[2]["pictures"]
+        inputs.append(read(write(tmp_path / name / "0.tar", ("a.png", png(seed)), ("a.txt", text)).parent).made_from())
+    assert inputs[0] == inputs[3] and inputs[0]["pictures"] == inputs[1]["pictures"] and inputs[0]["captions"] != inputs[1]["captions"]
+    assert inputs[0]["captions"] == inputs[2]["captions"] and inputs[0]["pictures"] != inputs[2]["pictures"]
 
 
 def test_processes_share_the_indexing(tmp_path: Path) -> None:
@@ -170,5 +170,5 @@ def test_processes_share_the_indexing(tmp_path: Path) -> None:
         (tmp_path / f"{rank}.json").write_text(json.dumps(sorted(seen)))
 
     together(2, work)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert found == [["00000.tar", "00002.tar"], ["00001.tar", "00003.tar"]]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert results == [["00000.tar", "00002.tar"], ["00001.tar", "00003.tar"]]

@@ -58,9 +58,9 @@ SINGLE = 1e-5  # in float32
 def test_a_single_file(base: Peers, tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
     """Old checkpoints nest everything in `state_dict` beside a class of Lightning's, which is not needed to read them."""
     path = write_single(base, tmp_path / f"sd{suffix}", dtype)
-    found = load_single(path, dtype=None)
-    check_base(found, base.ours, dtype)
-    assert found.unet.config == UNET and found.vae.config == VAE_CONFIG and found.text.config == TEXT
+    actual = load_single(path, dtype=None)
+    check_base(actual, base.ours, dtype)
+    assert actual.unet.config == UNET and actual.vae.config == VAE_CONFIG and actual.text.config == TEXT
     assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
 
 
@@ -102,17 +102,17 @@ def test_ema_takes_the_slow_copy(base: Peers, single: Path, tmp_path: Path) -> N
 
 @pytest.mark.parity("diffusers save_pretrained", 0)
 def test_a_diffusers_folder(base: Peers, folder: Path) -> None:
-    found = load_base(folder)
-    check_base(found, base.ours)
-    assert found.unet.config == UNET and found.vae.config == VAE_CONFIG and found.text.config == TEXT
+    actual = load_base(folder)
+    check_base(actual, base.ours)
+    assert actual.unet.config == UNET and actual.vae.config == VAE_CONFIG and actual.text.config == TEXT
 
 
 def test_a_folders_tokenizer_and_scheduler_decide(own_folder: Path) -> None:
     shutil.rmtree(own_folder / "tokenizer")
     write_tokenizer(own_folder / "tokenizer", {"content": "!", "lstrip": False})
     change_json(own_folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    found = load_base(own_folder)
-    assert found.text.config.pad == 0 and found.unet.config.prediction == "v"
+    actual = load_base(own_folder)
+    assert actual.text.config.pad == 0 and actual.unet.config.prediction == "v"
     words = json.loads((own_folder / "tokenizer" / "vocab.json").read_text())
     (own_folder / "tokenizer" / "vocab.json").unlink()
     (own_folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
@@ -178,9 +178,9 @@ def test_text_towers(tmp_path: Path, output_dim: int, form: str) -> None:
         extra = {"text_model.embeddings.position_ids": torch.arange(77)[None]} if form == "positions" else {}
         tower = {(name if "projection" in name else prefix + name): tensor for name, tensor in tensors.items()}
         save_file(tower | extra, path)
-    found = load_text_encoder(tmp_path)
-    equal(found, ours)
-    assert found.config == ours.config
+    encoder = load_text_encoder(tmp_path)
+    equal(encoder, ours)
+    assert encoder.config == ours.config
 
 
 @pytest.mark.parity("transformers CLIPVisionModelWithProjection, float32", SINGLE)
@@ -191,12 +191,12 @@ def test_image_towers(tmp_path: Path, positions: bool) -> None:
     if positions:
         extra = {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
         change(tmp_path / "model.safetensors", lambda tensors: tensors.update(extra))
-    found = load_image_encoder(tmp_path)
-    equal(found, ours)
-    assert found.config == IMAGE
+    encoder = load_image_encoder(tmp_path)
+    equal(encoder, ours)
+    assert encoder.config == IMAGE
     with torch.no_grad():
         pixels = randn(2, 3, 32, 32, dtype=torch.float32)
-        assert max_error(found(pixels), peer(pixels).image_embeds) < SINGLE
+        assert max_error(encoder(pixels), peer(pixels).image_embeds) < SINGLE
 
 
 def test_the_width_of_an_mlp_survives_the_ratio() -> None:
@@ -210,8 +210,8 @@ def test_the_width_of_an_mlp_survives_the_ratio() -> None:
     }
     for hidden in (56, 768, 1152, 1664):
         for intermediate in (488, 3072, 4304, 8192):
-            found = configs.image_config(entries | {"hidden_size": hidden, "intermediate_size": intermediate})
-            assert int(hidden * found.mlp_ratio) == intermediate
+            config = configs.image_config(entries | {"hidden_size": hidden, "intermediate_size": intermediate})
+            assert int(hidden * config.mlp_ratio) == intermediate
 
 
 # what is refused

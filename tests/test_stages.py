@@ -26,12 +26,12 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = list[str]()
+        self.ops = list[str]()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if any(name in op.name() for name in HOST):
             frames = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack() if "/train/" in frame.filename]
-            self.found.append(f"{op.name()} at {frames[-1:]}")
+            self.ops.append(f"{op.name()} at {frames[-1:]}")
         return op(*args, **(kwargs or {}))
 
 
@@ -81,7 +81,7 @@ def test_every_stage_trains_and_its_steps_wait_for_nothing(tmp_path: Path, monke
     control.train(state, weights, tiny(control.PHASES), pictures=16)
     stage = "t2i"
     t2i.train(state, weights, tiny(t2i.PHASES), pictures=16)
-    assert not watch.found
+    assert not watch.ops
     assert seen == {"vae": 1, "clip": 3, "unet": 4, "adapter": 6, "plus": 6, "judge": 6, "scorer": 3, "control": 5, "t2i": 5}
     for file in weights.glob("*.safetensors"):
         assert all(plan["steps"] == 2 and plan["batch"] == 8 for plan in read_card(file)["settings"])
@@ -91,4 +91,4 @@ def test_the_watch_sees_what_would_wait() -> None:
     with Watch() as watch:
         float(torch.ones(2).sum())
         torch.tensor([1.0, 2.0])
-    assert len(watch.found) >= 2
+    assert len(watch.ops) >= 2

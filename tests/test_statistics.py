@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from eval.ablation.grid import GAP, MOST, TOP, Scale, bisected, middle, spaced
+from eval.ablation.grid import GAP, MOST, TOP, Scale, bisect_lambdas, middle, spaced_lambdas
 from eval.ablation.statistics import (
     Array,
     Bootstrap,
@@ -130,10 +130,10 @@ def curve(value: Array) -> Curve:
 def test_the_interval_of_a_plain_mean() -> None:
     rng = np.random.default_rng(1)
     a, b = (curve(rng.normal(mean, 6.0, (1, 1, 400))) for mean in (30.0, 27.0))
-    found = Bootstrap(4000).difference(a, b, at_index(0))
+    actual = Bootstrap(4000).difference(a, b, at_index(0))
     each = (a.value - b.value)[0, 0]
-    assert found.mean == pytest.approx(each.mean(), abs=1e-12)
-    assert (found.high - found.low) / 2 == pytest.approx(1.96 * each.std() / 20, rel=0.06)
+    assert actual.mean == pytest.approx(each.mean(), abs=1e-12)
+    assert (actual.high - actual.low) / 2 == pytest.approx(1.96 * each.std() / 20, rel=0.06)
 
 
 def test_seeds_are_resampled_too_and_paired() -> None:
@@ -161,8 +161,8 @@ def test_the_reading_is_resampled_and_not_the_drawings_alone() -> None:
     it, value = Bootstrap(30), rng.normal(0, 1, (2, 3, 40)) + np.array([0.0, 10, 20])[:, None]
     weights, rows = it.draws(2, 40)
     assert weights.sum(axis=1) == pytest.approx(1) and weights.std() > 0 and set(rows.flat) == {0, 1}
-    found = Curve(following, value).resampled(at_level(0.8), weights, rows)
-    for w, seeds, expected in zip(weights, rows, found, strict=True):
+    samples = Curve(following, value).resample(at_level(0.8), weights, rows)
+    for w, seeds, expected in zip(weights, rows, samples, strict=True):
         each = [at((following[s] @ w).tolist(), (value[s] @ w).tolist(), 0.8 * float(following[s][0] @ w)) for s in seeds]
         assert expected == pytest.approx(np.mean(each))
 
@@ -184,8 +184,8 @@ def test_the_trend_is_the_change_per_doubling() -> None:
 
 def test_holm_gives_the_values_of_r() -> None:
     """R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm") is 0.03 0.06 0.06 0.02."""
-    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
-    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+    p_values = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert p_values == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
 
 
@@ -201,15 +201,15 @@ def falling(at: float, steepness: float) -> Callable[[float], float]:
 def test_neighbours_of_a_grid_are_close(scale: Scale, at: float, steepness: float) -> None:
     """Unless the grid is full. Its values are those of the function, and it has the text alone, 1 and the largest lambda."""
     follow = falling(at, steepness)
-    found = bisected(follow, scale)
-    assert {0.0, 1.0, TOP[scale]} <= set(found) and list(found) == sorted(found)
-    assert found == {lam: follow(lam) for lam in found} and len(found) <= MOST + 1
-    gaps = [abs(found[a] - found[b]) for a, b in pairwise(found)]
-    assert len(found) == MOST + 1 or max(gaps) <= GAP * found[0.0]
+    shares = bisect_lambdas(follow, scale)
+    assert {0.0, 1.0, TOP[scale]} <= set(shares) and list(shares) == sorted(shares)
+    assert shares == {lam: follow(lam) for lam in shares} and len(shares) <= MOST + 1
+    gaps = [abs(shares[a] - shares[b]) for a, b in pairwise(shares)]
+    assert len(shares) == MOST + 1 or max(gaps) <= GAP * shares[0.0]
 
 
 def test_a_flat_curve_needs_no_more_lambdas() -> None:
-    assert list(bisected(lambda _: 0.8, "sum")) == [0, 1, 2] and list(bisected(lambda _: 0.0, "odds")) == [0, 1, 64]
+    assert list(bisect_lambdas(lambda _: 0.8, "sum")) == [0, 1, 2] and list(bisect_lambdas(lambda _: 0.0, "odds")) == [0, 1, 64]
 
 
 def test_the_largest_gap_is_bisected_first() -> None:
@@ -219,7 +219,7 @@ def test_the_largest_gap_is_bisected_first() -> None:
         asked.append(lam)
         return 1.0 if lam < 1.3 else 0.0
 
-    bisected(follow, "sum", most=5)
+    bisect_lambdas(follow, "sum", most=5)
     assert asked == [0, 1, 2, 1.5, 1.25, 1.375]
 
 
@@ -229,5 +229,5 @@ def test_lambdas_between_two() -> None:
 
 
 def test_a_few_lambdas_span_the_grid() -> None:
-    assert spaced([0, 1, 2, 3, 4, 5, 6, 7]) == [1, 3, 5, 7] and spaced([0, 1, 2]) == [1, 2]
-    assert spaced([0.0, 0.1, 0.2, 0.3, 0.4]) == [0.1, 0.2, 0.3, 0.4]
+    assert spaced_lambdas([0, 1, 2, 3, 4, 5, 6, 7]) == [1, 3, 5, 7] and spaced_lambdas([0, 1, 2]) == [1, 2]
+    assert spaced_lambdas([0.0, 0.1, 0.2, 0.3, 0.4]) == [0.1, 0.2, 0.3, 0.4]

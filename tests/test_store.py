@@ -17,7 +17,7 @@ from torch import Tensor
 from train import store
 from train.data import Data, OnTheFly
 from train.fingerprint import content_key
-from train.store import Rows, Store, encoded
+from train.store import Rows, Store, encode_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -46,7 +46,7 @@ def count(data: Data[Tensor], seen: list[int], wanted: Tensor, folder: Path) -> 
         seen.append(int(x[0, 0]))
         return {"x": x, "y": x[:, :1, None] + 0.5}
 
-    rows = encoded(data, wanted, encode, folder, workers=0)
+    rows = encode_rows(data, wanted, encode, folder, workers=0)
     assert torch.equal(rows["x"].all()[:, 0] + 0.5, rows["y"].all()[:, 0, 0])
     return rows["x"].all()[:, 0].tolist()
 
@@ -94,7 +94,7 @@ def test_batches_of_several_rows(tmp_path: Path) -> None:
     wanted = keys(*(f"{i}" for i in range(10)))
     for times in ([4, 4, 2], []):
         seen.clear()
-        assert torch.equal(encoded(data, wanted, encode, tmp_path, 4, workers=0)["x"].all().float(), x) and seen == times
+        assert torch.equal(encode_rows(data, wanted, encode, tmp_path, 4, workers=0)["x"].all().float(), x) and seen == times
 
 
 def test_rows_are_read_across_packs() -> None:

@@ -50,7 +50,7 @@ def test_chamfer_distances_by_hand(a: list[tuple[int, int]], b: list[tuple[int, 
 def test_true_pictures_have_the_lines_of_their_hints() -> None:
     """The error of the hints' own pictures is far below a pixel; that of other pictures is several pixels."""
     prompts = HintedPrompts.of_the_world(64, seed=5)
-    true = bytes_to_tensor(pictures(prompts.hinted))
+    true = bytes_to_tensor(pictures(prompts.hint_scenes))
     own, other = (structure.structure_error(x, prompts.hints)[0] for x in (true, true.roll(1, dims=0)))
     assert own < 0.12 and other > 3
 
@@ -65,7 +65,7 @@ def test_a_shifted_drawing_is_as_far_off_as_it_is_shifted() -> None:
 
 def test_prompts_agree_in_the_concept_alone() -> None:
     prompts = HintedPrompts.of_the_world(2 * len(CONCEPTS), seed=0)
-    assert [a.concept for a in prompts.scenes] == [b.concept for b in prompts.hinted]
+    assert [a.concept for a in prompts.scenes] == [b.concept for b in prompts.hint_scenes]
     assert np.bincount([scene.concept for scene in prompts.scenes]).tolist() == [2] * len(CONCEPTS)
     assert not (prompts.background == ground_truth(prompts.scenes)["background"]).any()
     texts = prompts.texts("image and text")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from checkpoints.cards import read_card, save_tensors
-from checkpoints.names import named, unet_rows
+from checkpoints.names import map_names, unet_rows
 from checkpoints.stable_diffusion import load_unet
 from eval.__main__ import main
 from eval.style import LAMBDAS, table
@@ -61,7 +61,7 @@ def test_the_merged_unet_equals_the_unet_with_changed_weights(rank: int) -> None
     unet, lora = networks(rank)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     with torch.no_grad():
-        changed, merged = lora(unet, *inputs()), lora.merged(unet)
+        changed, merged = lora(unet, *inputs()), lora.merge(unet)
         assert torch.equal(changed, merged(*inputs()))
         assert max_error(changed, unet(*inputs())) > 1e-2
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
@@ -77,20 +77,20 @@ def test_the_merged_unet_equals_the_unet_with_changed_weights(rank: int) -> None
 def test_the_file_has_the_differences_in_the_layout_of_peft() -> None:
     """A layer's difference is lora_B after lora_A, as layers of the same kind: computed here by running both on the identity."""
     unet, lora = networks(3)
-    tensors, merged = style.peft_layout(lora, unet), lora.merged(unet).state_dict()
-    theirs = named([name for name, p in unet.named_parameters() if p.ndim > 1], unet_rows(CONFIG), 1, "unet.")
+    tensors, merged = style.peft_layout(lora, unet), lora.merge(unet).state_dict()
+    theirs = map_names([name for name, p in unet.named_parameters() if p.ndim > 1], unet_rows(CONFIG), 1, "unet.")
     assert len(tensors) == 2 * len(theirs)
     for ours, (name,) in theirs.items():
         a, b = (tensors[name.replace(".weight", f".lora_{factor}.weight")] for factor in "AB")
         want = merged[ours] - unet.state_dict()[ours]
         if want.ndim == 2:
-            found = nn.functional.linear(nn.functional.linear(torch.eye(a.shape[1]).double(), a), b).T
+            actual = nn.functional.linear(nn.functional.linear(torch.eye(a.shape[1]).double(), a), b).T
         else:  # the response to an impulse in each input channel is the flipped kernel
             i, k = a.shape[1], a.shape[2]
             impulses = torch.zeros(i, i, 2 * k - 1, 2 * k - 1).double()
             impulses[range(i), range(i), k - 1, k - 1] = 1
-            found = nn.functional.conv2d(nn.functional.conv2d(impulses, a), b).flip(2, 3).transpose(0, 1)
-        assert max_error(found, want) < 1e-12, name
+            actual = nn.functional.conv2d(nn.functional.conv2d(impulses, a), b).flip(2, 3).transpose(0, 1)
+        assert max_error(actual, want) < 1e-12, name
 
 
 @pytest.mark.parametrize("index", range(8))

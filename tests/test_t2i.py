@@ -46,8 +46,8 @@ def test_float32_is_as_close_to_the_truth_as_diffusers(name: str) -> None:
     peer, ours = t2i_pair(SMALL_T2I[name], seed=5)
     hint = hint_for(ours.config, 17, 13)
     truth = ours(hint)
-    theirs, found = peer.float()(hint.float()), ours.float()(hint.float())
-    own, peers = (max(max_error(a.double(), b) for a, b in zip(each, truth, strict=True)) for each in (found, theirs))
+    theirs, actual = peer.float()(hint.float()), ours.float()(hint.float())
+    own, peers = (max(max_error(a.double(), b) for a, b in zip(each, truth, strict=True)) for each in (actual, theirs))
     assert own < 2 * peers + 1e-6
 
 
@@ -79,8 +79,8 @@ def test_where_the_feature_maps_go() -> None:
     assert places(SDXL) == places(SMALL_SDXL) == [3, 5, 8]
     assert places(MINI) == [1, 3, 5]
     features = [torch.full((1,), float(i)) for i in range(4)]
-    found = residuals(features, SDXL)
-    assert found.mid is features[3] and found.hidden == dict(zip([3, 5, 8], features, strict=False)) and not found.skips
+    actual = residuals(features, SDXL)
+    assert actual.mid is features[3] and actual.hidden == dict(zip([3, 5, 8], features, strict=False)) and not actual.skips
     assert residuals(features, SD15).mid is None
 
 

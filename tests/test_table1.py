@@ -21,7 +21,7 @@ from checkpoints.files import read_json
 from eval import clip_score, table1
 from eval.__main__ import main
 from eval.scores import bootstrap
-from eval.table1 import Protocol, first_of_each, measured, report, scores_of
+from eval.table1 import Protocol, first_of_each, measure_cosines, report, scores_of
 from model.image_encoder import ImageEncoder
 from model.text_encoder import TextEncoder
 from sampling.images import to_images
@@ -66,35 +66,35 @@ def test_from_end_to_end(
     """With the mini weights; everything that a comparison with Table 1 needs is in the file."""
     monkeypatch.setattr(sys, "argv", ["eval", "clip", *line(data, clip, tmp_path)])
     main()
-    found = read_json(tmp_path / "clip.json")
-    assert found["protocol"] == {
+    results = read_json(tmp_path / "clip.json")
+    assert results["protocol"] == {
         **{"pictures": 5, "images_per_prompt": 2, "prompt": "", "scale": 1.0, "steps": 2, "guidance": 7.5, "seed": 0},
         **{"sampler": "DDIM", "size": [64, 64], "data": "data"},
     }
-    assert found["departs from the paper in"] == [
+    assert results["departs from the paper in"] == [
         "pictures: 5, in the paper 5000",
         "images_per_prompt: 2, in the paper 4",
         "steps: 2, in the paper 50",
     ]
-    assert found["drawings"] == 10 and found["Table 1"]["CLIP-I"] == 0.828
-    assert {"base", "adapter", "scorer", "interval", "trainable parameters", "made_from", "code", "torch", "compare"} <= found.keys()
-    assert {*found["scores"]} == {"clip_i", "clip_t", "clip_i_score", "clip_t_score"}
-    assert all(low <= value <= high for value, low, high in found["scores"].values())
-    assert capsys.readouterr().out.startswith(f"clip_i: {found['scores']['clip_i'][0]:.4f} (")
-    assert sum(p.numel() for p in load(WEIGHTS).adapters[0].parameters()) == found["trainable parameters"]
+    assert results["drawings"] == 10 and results["Table 1"]["CLIP-I"] == 0.828
+    assert {"base", "adapter", "scorer", "interval", "trainable parameters", "made_from", "code", "torch", "compare"} <= results.keys()
+    assert {*results["scores"]} == {"clip_i", "clip_t", "clip_i_score", "clip_t_score"}
+    assert all(low <= value <= high for value, low, high in results["scores"].values())
+    assert capsys.readouterr().out.startswith(f"clip_i: {results['scores']['clip_i'][0]:.4f} (")
+    assert sum(p.numel() for p in load(WEIGHTS).adapters[0].parameters()) == results["trainable parameters"]
 
 
 def test_scores_are_cosines_of_each_drawing(data: Path, clip: Path, mini: Pipeline, tmp_path: Path) -> None:
     """Compared with one drawing at a time: its seed, the empty text, and the cosines of both kinds."""
     files, scorer = captioned_files(data, tmp_path), clip_score.find(str(clip))
-    found = scores_of(mini, scorer, [files[3], files[4]], 3, FAST, batch=3)
+    scores = scores_of(mini, scorer, [files[3], files[4]], 3, FAST, batch=3)
     for row, number in enumerate((3, 4)):
         picture = files[number].open()
         for j in range(2):
             drawn = mini.sample("", 3 + 2 * number + j, mini.embed(picture), guidance=7.5, steps=2)
             shown = F.normalize(scorer.images(to_images(drawn)))
             for name, target in {"clip_i": scorer.images([picture]), "clip_t": scorer.texts([files[number].text])}.items():
-                assert found[name][row][j] == pytest.approx(float((shown * F.normalize(target)).sum()), abs=2e-3)
+                assert scores[name][row][j] == pytest.approx(float((shown * F.normalize(target)).sum()), abs=2e-3)
 
 
 def test_finished_blocks_are_not_drawn_again(
@@ -113,15 +113,15 @@ def test_finished_blocks_are_not_drawn_again(
     monkeypatch.setattr(table1, "scores_of", counted)
     stop_at = 2
     with pytest.raises(KeyboardInterrupt):
-        measured(mini, scorer, files, FAST, 4, tmp_path / "a")
+        measure_cosines(mini, scorer, files, FAST, 4, tmp_path / "a")
     stop_at = -1
-    whole = measured(mini, scorer, files, FAST, 4, tmp_path / "a")
+    whole = measure_cosines(mini, scorer, files, FAST, 4, tmp_path / "a")
     assert seen == [0, 2, 4] and whole["clip_i"].shape == (5, 2)
 
     def work(rank: int) -> None:
         seen.clear()
-        found = measured(mini, scorer, files, FAST, 4, tmp_path / "b")
-        assert all(torch.equal(found[name], whole[name]) for name in whole)
+        cosines = measure_cosines(mini, scorer, files, FAST, 4, tmp_path / "b")
+        assert all(torch.equal(cosines[name], whole[name]) for name in whole)
         (tmp_path / f"{rank}.json").write_text(json.dumps(seen))
 
     together(2, work)
@@ -139,9 +139,9 @@ def test_each_picture_counts_once(data: Path, tmp_path: Path) -> None:
 
 def test_scores_of_known_cosines() -> None:
     """Of three prompts with two drawings each; CLIPScore clips each drawing, not the mean."""
-    found = report({"clip_i": torch.tensor([[0.5, 0.7], [0.6, 0.6], [0.6, 0.6]]), "clip_t": torch.tensor([[-0.2, 0.2]] * 3)})
-    assert found["clip_i"] == pytest.approx([0.6] * 3) and found["clip_i_score"] == pytest.approx([1.5] * 3)
-    assert found["clip_t"] == pytest.approx([0.0] * 3, abs=1e-7) and found["clip_t_score"] == pytest.approx([0.25] * 3)
+    row = report({"clip_i": torch.tensor([[0.5, 0.7], [0.6, 0.6], [0.6, 0.6]]), "clip_t": torch.tensor([[-0.2, 0.2]] * 3)})
+    assert row["clip_i"] == pytest.approx([0.6] * 3) and row["clip_i_score"] == pytest.approx([1.5] * 3)
+    assert row["clip_t"] == pytest.approx([0.0] * 3, abs=1e-7) and row["clip_t_score"] == pytest.approx([0.25] * 3)
 
 
 def test_the_bootstrap_is_that_of_a_mean() -> None:

@@ -41,8 +41,8 @@ def test_hidden_states_equal_transformers(activation: str) -> None:
         want.hidden_states[-2],
         next(m for name, m in peer.named_modules() if name.endswith("final_layer_norm")),
     )
-    assert max_error(ours.hidden(tokens(), skip=1, final_norm=False), penultimate) < TOLERANCE  # SDXL
-    assert max_error(ours.hidden(tokens(), skip=1, final_norm=True), norm(penultimate)) < TOLERANCE  # SD 2
+    assert max_error(ours.hidden_states(tokens(), skip=1, final_norm=False), penultimate) < TOLERANCE  # SDXL
+    assert max_error(ours.hidden_states(tokens(), skip=1, final_norm=True), norm(penultimate)) < TOLERANCE  # SD 2
     assert max_error(penultimate, want.last_hidden_state) > 0.1
 
 
@@ -55,7 +55,7 @@ def test_forward_reads_what_the_config_says() -> None:
             .eval()
         )
         other.load_state_dict(ours.state_dict())
-        assert max_error(other(tokens()), ours.hidden(tokens(), skip, final_norm)) < TOLERANCE
+        assert max_error(other(tokens()), ours.hidden_states(tokens(), skip, final_norm)) < TOLERANCE
 
 
 @pytest.mark.parity("transformers CLIPTextModelWithProjection", TOLERANCE)

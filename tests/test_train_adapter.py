@@ -29,10 +29,10 @@ from train import adapter as adapter_stage
 from train import preview
 from train.__main__ import main
 from train.adapter import Recipe
-from train.data import Cached
+from train.data import ShuffledBatches
 from train.gains import check_gates, held_out_losses
 from train.loop import Plan
-from train.loss import diffusion_loss, drops, min_snr, noise_for, noised
+from train.loss import diffusion_loss, drops, min_snr, noise_for, sample_inputs
 from train.pairs import Pairs
 from train.plus import initialise_from
 from train.setting import Setting, TrainingSource
@@ -114,8 +114,8 @@ def test_diffusion_loss_is_eq_1(prediction: Prediction, gamma: float | None) -> 
     unet, _ = parts(prediction)
     schedule, t = Schedule(prediction=prediction), torch.tensor([0, 500, 999])
     x0, eps, text = randn(3, 4, 8, 8, seed=1), randn(3, 4, 8, 8, seed=2), Context(randn(3, 5, 8, seed=3))
-    found = diffusion_loss(unet, schedule, x0, text, t, eps, gamma)
-    assert found.shape == (3,) and found.dtype == torch.float32
+    losses = diffusion_loss(unet, schedule, x0, text, t, eps, gamma)
+    assert losses.shape == (3,) and losses.dtype == torch.float32
     alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
     for i, step in enumerate(t.tolist()):
         a = float(alphas[step])
@@ -125,7 +125,7 @@ def test_diffusion_loss_is_eq_1(prediction: Prediction, gamma: float | None) -> 
         if gamma is not None:
             snr = a / (1 - a)
             expected *= min(snr, gamma) / (snr if prediction == "epsilon" else snr + 1)
-        assert float(found[i]) == pytest.approx(expected, rel=1e-4)
+        assert float(losses[i]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_eq_6_is_eq_1_with_a_picture() -> None:
@@ -137,10 +137,10 @@ def test_eq_6_is_eq_1_with_a_picture() -> None:
         Context(randn(2, 5, 8, seed=3)),
     )
     context = adapter(text, randn(2, EMBEDDING, seed=4))
-    found = diffusion_loss(unet, Schedule(), x0, context, t, eps)
+    losses = diffusion_loss(unet, Schedule(), x0, context, t, eps)
     expected = (unet(Schedule().add_noise(x0, eps, t), t, context) - eps).square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, diffusion_loss(unet, Schedule(), x0, text, t, eps))
+    torch.testing.assert_close(losses, expected)
+    assert not torch.allclose(losses, diffusion_loss(unet, Schedule(), x0, text, t, eps))
 
 
 def test_loss_is_summed_in_float32_for_a_half_precision_base() -> None:
@@ -160,7 +160,7 @@ def test_noise_offset_moves_whole_channels() -> None:
     features = Features(torch.zeros(n, 1, 1, 3), torch.zeros(1, 1, 1, 3))
     batch = Pairs(torch.zeros(n, 4, 5, 3), torch.ones(n, 4, 5, 3), torch.zeros(n, dtype=torch.long), torch.zeros(1, 77, 2), features)
     plain, moved = (
-        noised(batch.at(torch.arange(n)), torch.Generator().manual_seed(0), dropping=True, offset=offset) for offset in (0.0, 0.5)
+        sample_inputs(batch.at(torch.arange(n)), torch.Generator().manual_seed(0), dropping=True, offset=offset) for offset in (0.0, 0.5)
     )
     for name in ("x0", "t", "text", "image"):
         assert torch.equal(getattr(plain, name), getattr(moved, name))
@@ -257,8 +257,8 @@ def test_held_out_losses_are_what_they_say(pairs: Pairs) -> None:
     deaf = copy.deepcopy(adapter)
     for to in deaf.to_v:
         nn.init.zeros_(to.weight)
-    found = held_out_losses(unet, deaf, Schedule(), pairs)
-    assert found["gain_zero"] == found["gain_shuffled"] == 0  # V' = 0: no picture says anything
+    losses = held_out_losses(unet, deaf, Schedule(), pairs)
+    assert losses["gain_zero"] == losses["gain_shuffled"] == 0  # V' = 0: no picture says anything
     assert first["gain_zero"] != 0 and first["gain_shuffled"] != 0
 
 
@@ -297,7 +297,7 @@ def test_plus_begins_with_the_drawing_of_the_adapter_that_it_begins_as(pairs: Pa
     assert all(torch.equal(before[name], tensor) for name, tensor in known.state_dict().items())
     assert all(torch.equal(plus.state_dict()[n], before[n]) for n in before if n.startswith(("to_k", "to_v")))
     rows, none = torch.arange(len(pairs)), torch.zeros(len(pairs), dtype=torch.bool)
-    batch = noised(pairs.at(rows), torch.Generator().manual_seed(0), "cpu")
+    batch = sample_inputs(pairs.at(rows), torch.Generator().manual_seed(0), "cpu")
     errors: dict[str, float] = {}
     for name, adapter in {"plus": plus, "fresh": fresh}.items():
         for drop in (none, ~none):
@@ -346,7 +346,7 @@ def test_the_command_trains_plus_from_the_base_folders_adapter(tmp_path: Path, m
 
 
 def test_an_epoch_shows_every_picture_once(pairs: Pairs) -> None:
-    data = Cached(pairs, 2, seed=0)
+    data = ShuffledBatches(pairs, 2, seed=0)
     seen = [data.rows(step).tolist() for step in range(6)]
     first, second = ([row for rows in epoch for row in rows] for epoch in (seen[:3], seen[3:]))
     assert sorted(first) == sorted(second) == list(range(6)) and first != second

@@ -122,8 +122,8 @@ def test_the_verdict_is_whether_the_right_picture_helps(monkeypatch: pytest.Monk
         "it has not learned": lambda image: torch.randn(image.shape, generator=g),
     }
     for said, read in readers.items():
-        found = verdict(None, lambda _, image, read=read: read(image), None, pairs, "cpu")  # type: ignore[arg-type]
-        assert found.startswith(said), found
+        sentence = verdict(None, lambda _, image, read=read: read(image), None, pairs, "cpu")  # type: ignore[arg-type]
+        assert sentence.startswith(said), sentence
 
 
 WHOLE = "steps", "side", "accumulate", "batch"
@@ -215,7 +215,7 @@ def test_known_failures_are_sentences(
 
 
 @pytest.mark.parametrize(
-    ("error", "found"),
+    ("error", "expected"),
     [
         (Interrupted("ip_adapter: stopped after step 3", 2), 130),
         (Interrupted("ip_adapter: stopped after step 3", 15), 143),
@@ -229,15 +229,15 @@ def test_every_early_end_has_a_status(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: Exception,
-    found: int | str,
+    expected: int | str,
 ) -> None:
     def fails(*_: Any) -> Any:
         raise error
 
     write_pictures(tmp_path / "data", 3)
     monkeypatch.setattr(adapter, "run", fails)
-    assert status(command(tmp_path, base)) == found
-    assert isinstance(found, str) or "stopped after step 3" in capsys.readouterr().err
+    assert status(command(tmp_path, base)) == expected
+    assert isinstance(expected, str) or "stopped after step 3" in capsys.readouterr().err
 
 
 # the command line

@@ -24,7 +24,7 @@ from train import control, loop, structure, t2i
 from train.drawings import drawing, recolour
 from train.errors import GateError
 from train.options import SHIPPED, STAGES
-from train.outlines import Hinted, outline, outlines_of
+from train.outlines import HintedPairs, outline, outlines_of
 from train.pairs import Pairs
 from train.randomness import generator
 from train.world import CONCEPT_NAMES, CONCEPTS, World, render
@@ -49,78 +49,78 @@ def test_outlines_are_the_drawings_black_lines(index: int) -> None:
     svg, fills = drawing(CONCEPTS[CONCEPT_NAMES[scene.concept]][scene.drawing])
     want = 255 - resvg(recolour(svg, dict.fromkeys(fills, "#ffffff")), scene.size)
     want = want[:, ::-1] if scene.mirror else want
-    found = outline(scene).astype(int)
-    inside = found[scene.y : scene.y + scene.size, scene.x : scene.x + scene.size]
-    assert np.abs(inside - want).max() <= 4 and found.sum() == inside.sum() > 0
+    outlines = outline(scene).astype(int)
+    inside = outlines[scene.y : scene.y + scene.size, scene.x : scene.x + scene.size]
+    assert np.abs(inside - want).max() <= 4 and outlines.sum() == inside.sum() > 0
     dark = render(scene).max(axis=2) < 40
-    assert found[dark].min(initial=255) > 150  # black in the picture is a line in the hint
+    assert outlines[dark].min(initial=255) > 150  # black in the picture is a line in the hint
 
 
 def test_outlines_do_not_depend_on_colours() -> None:
     scene = World("train")[3]
     assert (outline(scene) == outline(replace(scene, palette=scene.palette[::-1], background=0))).all()
-    found = outlines_of("train", 5)
-    assert found.shape == (5, 1, 64, 64) and found.dtype == torch.uint8
-    assert (found[3, 0].numpy() == outline(scene)).all()
+    outlines = outlines_of("train", 5)
+    assert outlines.shape == (5, 1, 64, 64) and outlines.dtype == torch.uint8
+    assert (outlines[3, 0].numpy() == outline(scene)).all()
 
 
 @pytest.fixture(scope="module")
-def pool() -> Hinted:
+def pool() -> HintedPairs:
     """Random latents and text of the mini model's sizes, with true outlines."""
     g = torch.Generator().manual_seed(0)
     mean, texts = torch.randn(6, 4, 16, 16, generator=g), torch.randn(3, 77, 128, generator=g)
     pairs = Pairs(mean, 0.1 * torch.ones_like(mean), torch.arange(6) % 3, texts, None)
-    return Hinted(pairs, outlines_of("train", 6))
+    return HintedPairs(pairs, outlines_of("train", 6))
 
 
 def steered(name: str) -> Any:
     kind, base = KINDS[name], load(ROOT / "weights", ())
     torch.manual_seed(0)
     made = kind.build(base.unet, base.vae.config.factor).requires_grad_(True)
-    return structure.Steered(kind, base.unet, made, base.schedule)
+    return structure.SteeredBase(kind, base.unet, made, base.schedule)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_gates_pass_for_an_untrained_control(pool: Hinted, name: str) -> None:
-    found = steered(name)
-    found.check_gates(pool)
-    assert all(p.grad is None for p in found.control.parameters())
-    assert all(p.grad is None for p in found.unet.parameters())
-    held = found.held_out(pool)
+def test_gates_pass_for_an_untrained_control(pool: HintedPairs, name: str) -> None:
+    model = steered(name)
+    model.check_gates(pool)
+    assert all(p.grad is None for p in model.control.parameters())
+    assert all(p.grad is None for p in model.unet.parameters())
+    held = model.held_out(pool)
     assert set(held) == {"held_out", "gain_none", "gain_shuffled"}
     assert (held["gain_none"] == 0) == (name == "control")  # a neutral one changes no bit
 
 
-def test_gates_see_what_is_wrong(pool: Hinted) -> None:
-    found = steered("control")
+def test_gates_see_what_is_wrong(pool: HintedPairs) -> None:
+    model = steered("control")
     with torch.no_grad():
-        found.control.zero_mid.bias[0] = 0.1
+        model.control.zero_mid.bias[0] = 0.1
     with pytest.raises(GateError, match="changes the base model"):
-        found.check_gates(pool)
-    found = steered("control")
-    found.control.zero[1].requires_grad_(False)
+        model.check_gates(pool)
+    model = steered("control")
+    model.control.zero[1].requires_grad_(False)
     with pytest.raises(GateError, match=r"first step these tensors .*: zero\.1\.weight, zero\.1\.bias"):
-        found.check_gates(pool)
-    found = steered("t2i")
+        model.check_gates(pool)
+    model = steered("t2i")
     with torch.no_grad():
-        for parameter in found.control.body[2].parameters():
+        for parameter in model.control.body[2].parameters():
             parameter.zero_()
     with pytest.raises(GateError, match=r"first step these tensors .*body\.2\."):
-        found.check_gates(pool)
-    found = steered("t2i")
-    found.unet.conv_out.requires_grad_(True)
+        model.check_gates(pool)
+    model = steered("t2i")
+    model.unet.conv_out.requires_grad_(True)
     with pytest.raises(GateError, match=r"reach the frozen base: conv_out\.weight"):
-        found.check_gates(pool)
+        model.check_gates(pool)
 
 
-def test_half_of_the_pictures_lose_their_text(pool: Hinted, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, seen = steered("control"), list[torch.Tensor]()
+def test_half_of_the_pictures_lose_their_text(pool: HintedPairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = steered("control"), list[torch.Tensor]()
     monkeypatch.setattr(structure, "diffusion_loss", lambda unet, schedule, x0, context, *_: seen.append(context.text) or x0)
     batch = pool.at(torch.arange(6).repeat(50))
-    found.losses(batch, generator(0, 0), structure.DROP, None, batch.hint)
+    model.losses(batch, generator(0, 0), structure.DROP, None, batch.hint)
     dropped = [bool(torch.equal(text, batch.pairs.empty)) for text in seen[0][batch.pairs.text.ne(batch.pairs.empty).flatten(1).any(1)]]
     assert 0.4 < np.mean(dropped) < 0.6
-    found.losses(batch, generator(0, 0), 0.0, None, batch.hint)
+    model.losses(batch, generator(0, 0), 0.0, None, batch.hint)
     assert torch.equal(seen[1], batch.pairs.text)
 
 
@@ -170,8 +170,8 @@ def test_what_is_written_loads_as_a_control_of_the_base(base: Path, tmp_path: Pa
     file = base / t2i.KIND.file
     card = read_card(file)
     assert card["results"].keys() >= {"held_out", "gain_none", "gain_shuffled"} and "licence" in card
-    found = load_control(file, load_unet(base / "unet.safetensors").config, factor=4)
-    assert isinstance(found, T2IAdapter) and kind_of(file) == "t2i"
+    actual = load_control(file, load_unet(base / "unet.safetensors").config, factor=4)
+    assert isinstance(actual, T2IAdapter) and kind_of(file) == "t2i"
 
 
 def test_all_trains_what_ships() -> None:

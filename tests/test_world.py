@@ -37,7 +37,7 @@ from train.world import (
     caption,
     elsewhere,
     held_out_pair,
-    moved,
+    move_randomly,
     pictures,
     place_class,
     render,
@@ -133,8 +133,8 @@ plain = lambda scene: [v.tolist() if hasattr(v, "tolist") else v for v in astupl
 scenes = [World("train")[i] for i in (3, 40)]
 print(json.dumps([[plain(scene), int(render(scene).astype(int).sum())] for scene in scenes]))
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert json.loads(found.stdout) == [[plain(scenes[i]), int(render(scenes[i]).astype(int).sum())] for i in (3, 40)]
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(process.stdout) == [[plain(scenes[i]), int(render(scenes[i]).astype(int).sum())] for i in (3, 40)]
 
 
 def test_splits_share_no_scene(scenes: list[Scene]) -> None:
@@ -365,15 +365,15 @@ def test_rich_captions_tell_size_place_and_both_colours(scenes: list[Scene]) -> 
 
 def test_an_image_prompt_shows_the_scene_at_another_size_and_place(scenes: list[Scene]) -> None:
     """The same drawing in the same colours on the same background. Nothing about the new size and place follows from the old ones."""
-    found = [moved(scene) for scene in scenes]
-    assert [plain(scene) for scene in found] == [plain(moved(scene)) for scene in scenes]
-    for old, new in zip(scenes, found, strict=True):
+    others = [move_randomly(scene) for scene in scenes]
+    assert [plain(scene) for scene in others] == [plain(move_randomly(scene)) for scene in scenes]
+    for old, new in zip(scenes, others, strict=True):
         assert plain(replace(new, size=old.size, x=old.x, y=old.y)) == plain(old)
         assert min(new.x, new.y) >= 0 and max(new.x, new.y) + new.size <= SIZE
-    assert {new.size for new in found} == set(range(SIDES[0], SIDES[1] + 1))
+    assert {new.size for new in others} == set(range(SIDES[0], SIDES[1] + 1))
     for at in (lambda s: s.size, lambda s: s.x / (SIZE + 1 - s.size), lambda s: s.y / (SIZE + 1 - s.size)):
-        assert abs(np.corrcoef([at(scene) for scene in scenes], [at(scene) for scene in found])[0, 1]) < 4 / COUNT**0.5
-    assert np.array_equal(elsewhere(scenes[0]), render(found[0]))
+        assert abs(np.corrcoef([at(scene) for scene in scenes], [at(scene) for scene in others])[0, 1]) < 4 / COUNT**0.5
+    assert np.array_equal(elsewhere(scenes[0]), render(others[0]))
 
 
 def test_sizes_and_places_are_equally_frequent() -> None:

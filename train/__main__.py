@@ -94,10 +94,10 @@ def plans_of(args: argparse.Namespace, phases: tuple[Plan, ...]) -> tuple[Plan, 
     """Override the plans of a stage with the settings given on the command line."""
     from dataclasses import replace
 
-    given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
-    scaled = (plan.scaled(args.scale) for plan in phases)
-    given["fp16"] = args.fp16
-    return tuple(replace(plan, device=args.device, bf16=args.bf16 or (plan.bf16 and not args.fp16), **given) for plan in scaled)
+    settings = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
+    plans = (plan.scale_batch(args.scale) for plan in phases)
+    settings["fp16"] = args.fp16
+    return tuple(replace(plan, device=args.device, bf16=args.bf16 or (plan.bf16 and not args.fp16), **settings) for plan in plans)
 
 
 def cost(plan: Plan) -> str:
@@ -108,11 +108,11 @@ def cost(plan: Plan) -> str:
 def run(args: argparse.Namespace, command: str) -> None:
     """Train the chosen stage, or all whose weights ship, and print the outcome."""
     from sampling.device import check_device
-    from train.processes import started
+    from train.processes import join_team
 
     check_device(args.device)
     allow_fast_kernels()
-    with started(args.device, args.deterministic) as team, contextlib.ExitStack() as stack:
+    with join_team(args.device, args.deterministic) as team, contextlib.ExitStack() as stack:
         if team.rank:  # the first process speaks for all
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         train_stages(args, command, team)
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace, command: str) -> None:
 
 def train_stages(args: argparse.Namespace, command: str, team: Team) -> None:
     """Train the stages in this process, one of a team."""
-    from train.checkpoint import locked
+    from train.checkpoint import lock_folder
     from train.processes import check_shares
 
     if team.size > 1 and args.stage not in (*ADAPTERS, "cache"):
@@ -128,7 +128,7 @@ def train_stages(args: argparse.Namespace, command: str, team: Team) -> None:
     if team.parts:
         make_deterministic()
     state, weights = folders(args)
-    with contextlib.nullcontext() if team.rank else locked(state):
+    with contextlib.nullcontext() if team.rank else lock_folder(state):
         if args.stage == "cache":
             from train.cache import fill
 
@@ -158,12 +158,12 @@ def status(argv: Sequence[str] | None = None) -> str | int:
 
     Of several processes, only the first to end returns the message.
     """
-    ended = outcome(argv)
-    if isinstance(ended, str):
+    result = outcome(argv)
+    if isinstance(result, str):
         from train.processes import speaks
 
-        return ended if speaks() else 1
-    return ended
+        return result if speaks() else 1
+    return result
 
 
 def outcome(argv: Sequence[str] | None) -> str | int:

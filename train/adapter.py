@@ -5,7 +5,7 @@ dropped picture becomes a zero embedding. W'_k and W'_v start as copies of W_k a
 
 A user's pictures are trained on in the same way. The mini world differs in three points. Its captions leave out more, as captions on the
 web do. Min-SNR weights reduce gradient noise at timesteps where a picture carries no information, because training takes hours, where the
-paper's took days. And the image prompt shows the drawing at another size and place (`world.moved`): an adapter that is trained on the same
+paper's took days. And the image prompt shows the drawing at another size and place (`move_randomly`): an adapter trained on the same
 picture copies size and place too, against the text. The log shows whether the adapter learns: see `gains.held_out_losses`.
 """
 
@@ -31,7 +31,7 @@ from train.display import Display
 from train.file_pairs import FilePairs
 from train.gains import check_gates, held_out_losses, verdict
 from train.loop import Plan, autocast, run
-from train.loss import diffusion_loss, noised
+from train.loss import diffusion_loss, sample_inputs
 from train.pairs import Batch
 from train.randomness import seeded
 from train.setting import SAYS, Setting, TrainingSource, data_identity, encode, prepare
@@ -44,8 +44,8 @@ class Recipe(Plan):
 
     says: Says = SAYS
 
-    def scaled(self, factor: int) -> Plan:
-        return super().scaled(min(factor, 2))
+    def scale_batch(self, factor: int) -> Plan:
+        return super().scale_batch(min(factor, 2))
 
 
 PLAN = Recipe("ip_adapter", 8_000, 32, 2e-3, 500, 0.7, ema=0.999, bf16=True, validate_every=4_000)
@@ -83,7 +83,7 @@ def fit(
     unet, schedule, held_out = setting.pipeline.unet, setting.pipeline.schedule, setting.held_out
 
     def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
-        x = noised(batch, g, dropping=True, offset=setting.noise_offset)
+        x = sample_inputs(batch, g, dropping=True, offset=setting.noise_offset)
         context = adapter(Context(x.text, fuse=fuse), x.image)
         return {"loss": diffusion_loss(unet, schedule, x.x0, context, x.t, x.eps, setting.gamma).mean()}
 
@@ -97,9 +97,9 @@ def fit(
 
     form = f"{adapter.own_projections=}, fuse={fuse.__name__}, gamma={setting.gamma}"
     data, made_from = setting.pairs.batches(plan.batch, plan.seed), {**setting.made_from, "adapter": form}
-    kept, log = run(plan, adapter, data, loss, validate, folder, 0, until, made_from, display)
-    assert isinstance(kept, IPAdapter)
-    return kept, log
+    result, log = run(plan, adapter, data, loss, validate, folder, 0, until, made_from, display)
+    assert isinstance(result, IPAdapter)
+    return result, log
 
 
 def initial_adapter(setting: Setting, source: TrainingSource, seed: int) -> IPAdapter:
@@ -116,10 +116,10 @@ def initial_adapter(setting: Setting, source: TrainingSource, seed: int) -> IPAd
 def provenance(setting: Setting, source: TrainingSource) -> dict[str, Any]:
     """Describe the data and the base for the card."""
     held_out = len(setting.held_out) if setting.held_out else 0
-    counted = f"{len(setting.pairs)} pictures to train on, {held_out} held out"
-    data = f"{source.data.resolve().name if source.data else 'the mini world'}: {counted}"
-    started = {} if source.start is None else {"from": source.start.name}
-    return {"data": data, "base": source.base.resolve().name, **started, "made_from": setting.made_from}
+    count = f"{len(setting.pairs)} pictures to train on, {held_out} held out"
+    data = f"{source.data.resolve().name if source.data else 'the mini world'}: {count}"
+    start = {} if source.start is None else {"from": source.start.name}
+    return {"data": data, "base": source.base.resolve().name, **start, "made_from": setting.made_from}
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ class Outcome:
     """The adapter file, and a sentence on whether the adapter learned."""
 
     file: Path
-    learned: str
+    verdict: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.learned}"
+        return f"{self.file}: {self.verdict}"
 
 
 def train(
@@ -185,14 +185,14 @@ def run_phases(
         if source.data is None:
             preview.draw_image_prompts(replace(pipeline, adapters=(module,)), folder / f"{phases[0].name}.png")
 
-    shown = setting.held_out or setting.pairs
-    draw = preview.own_pictures(pipeline, shown.files, lambda: autocast(phases[0])) if isinstance(shown, FilePairs) else None
+    data = setting.held_out or setting.pairs
+    draw = preview.own_pictures(pipeline, data.files, lambda: autocast(phases[0])) if isinstance(data, FilePairs) else None
     display = Display(draw, source.preview_every, source.tensorboard)
     for phase in phases:
         if phase.says != says and source.data is None:
             says, sets = phase.says, source.picture_sets(None, 0, phase.says)
             pairs, held_out = encode(pipeline, sets, folder, source.reads)
             setting = replace(setting, pairs=pairs, held_out=held_out, made_from={**setting.made_from, **data_identity(sets)})
-        kept, log = fit(setting, adapter, phase, folder, watch=draw_preview, display=display)
-        adapter.load_state_dict(kept.state_dict())
+        result, log = fit(setting, adapter, phase, folder, watch=draw_preview, display=display)
+        adapter.load_state_dict(result.state_dict())
     return log

@@ -26,7 +26,7 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Captioned:
+class CaptionedPicture:
     """A picture, its captions (at least one), and `key`, the hash of its bytes. It is a file, or a `member` of the tar file `path`."""
 
     path: Path
@@ -54,10 +54,10 @@ def first_rows(keys: Tensor) -> Tensor:
     return torch.full_like(different, len(keys)).scatter_reduce(0, which, torch.arange(len(keys)), "amin")
 
 
-class Album(Sequence[Captioned]):
-    """Pictures with captions. `broken` is the number of pictures that were left out because they cannot be read."""
+class Album(Sequence[CaptionedPicture]):
+    """Pictures with captions. `num_broken` is the number of pictures that were left out because they cannot be read."""
 
-    broken: int
+    num_broken: int
 
     @property
     @abstractmethod
@@ -65,7 +65,7 @@ class Album(Sequence[Captioned]):
         """Return the keys of all pictures, `n`."""
 
     @abstractmethod
-    def chosen(self, rows: Tensor) -> Album:
+    def select(self, rows: Tensor) -> Album:
         """Return the album of the pictures at `rows`, in that order."""
 
     @abstractmethod
@@ -73,24 +73,24 @@ class Album(Sequence[Captioned]):
         """Return hashes that identify the pictures and the captions."""
 
 
-class Listed(Album):
+class ListAlbum(Album):
     """An album in memory."""
 
-    def __init__(self, files: Sequence[Captioned], broken: int = 0) -> None:
-        self.files, self.broken = files, broken
+    def __init__(self, files: Sequence[CaptionedPicture], num_broken: int = 0) -> None:
+        self.files, self.num_broken = files, num_broken
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> Captioned:  # type: ignore[override]
+    def __getitem__(self, i: int) -> CaptionedPicture:  # type: ignore[override]
         return self.files[i]
 
     @property
     def keys(self) -> Tensor:
         return torch.tensor([file.key for file in self.files], dtype=torch.int64)
 
-    def chosen(self, rows: Tensor) -> Listed:
-        return Listed([self.files[i] for i in rows.tolist()], self.broken)
+    def select(self, rows: Tensor) -> ListAlbum:
+        return ListAlbum([self.files[i] for i in rows.tolist()], self.num_broken)
 
     def made_from(self) -> dict[str, str]:
         return {"pictures": digest(self.keys.tolist()), "captions": digest([file.texts for file in self.files])}

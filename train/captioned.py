@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from sampling.images import open_image
-from train.album import Album, Captioned, Listed, first_rows
+from train.album import Album, CaptionedPicture, ListAlbum, first_rows
 from train.fingerprint import content_key
-from train.shards import indexed, shards_in
+from train.shards import index_shards, shards_in
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MIN_PICTURES = 20  # with fewer different pictures than this, none are held out
@@ -29,27 +29,31 @@ def captioned_files(data: Path, cache: Path, skip_broken: bool = False) -> Album
     ValueError with a list of all problems; with `skip_broken`, leaves the broken pictures out.
     """
     shards = shards_in(data)
-    album, problems = indexed(shards, cache / "shards") if shards else _checked(*(_in_folder(data) if data.is_dir() else _in_list(data)))
+    album: Album
+    if shards:
+        album, problems = index_shards(shards, cache / "shards")
+    else:
+        album, problems = _open_all(*(_in_folder(data) if data.is_dir() else _in_list(data)))
     if problems and not skip_broken:
         more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
         heading = f"{data}: fix or remove these before training, or train with --skip-broken ({len(problems)} problems)"
         raise ValueError("\n  ".join([heading, *problems[:MAX_LISTED], *more]))
     if not len(album):
         raise ValueError(f"{data}: no pictures found: add pictures ({', '.join(PICTURES)}) and their captions, or shards (.tar)")
-    album.broken = len(problems)
+    album.num_broken = len(problems)
     return album
 
 
-def _checked(pairs: list[Pair], problems: list[str]) -> tuple[Listed, list[str]]:
+def _open_all(pairs: list[Pair], problems: list[str]) -> tuple[ListAlbum, list[str]]:
     """Open all pictures. Return the good ones, and all problems."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = list(pool.map(_key, [path for path, _ in pairs]))
-    problems += dict.fromkeys(found for found in checked if isinstance(found, str))
-    good = zip(pairs, checked, strict=True)
-    return Listed([Captioned(path, (text,), key) for (path, text), key in good if isinstance(key, int)]), problems
+        results = list(pool.map(_key, [path for path, _ in pairs]))
+    problems += dict.fromkeys(problem for problem in results if isinstance(problem, str))
+    good = zip(pairs, results, strict=True)
+    return ListAlbum([CaptionedPicture(path, (text,), key) for (path, text), key in good if isinstance(key, int)]), problems
 
 
-def skipped(data: Path) -> list[Path]:
+def ignored_entries(data: Path) -> list[Path]:
     """List the entries of a folder that training ignores: other files, folders, hidden files, captions without a picture."""
     if not data.is_dir():
         return []
@@ -70,9 +74,9 @@ def split(files: Album) -> tuple[Album, Album]:
     different, which = keys.unique(return_inverse=True)
     n = len(different)
     if n < MIN_PICTURES:
-        return files, files.chosen(torch.arange(0))
+        return files, files.select(torch.arange(0))
     out = min(max(4, n // 20), MAX_HELD_OUT)
-    return files.chosen((which >= out).nonzero()[:, 0]), files.chosen(first_rows(keys)[:out])
+    return files.select((which >= out).nonzero()[:, 0]), files.select(first_rows(keys)[:out])
 
 
 def summary(data: Path, train: Album, held_out: Album) -> str:
@@ -80,9 +84,9 @@ def summary(data: Path, train: Album, held_out: Album) -> str:
     parts = [f"{data}: {len(train)} pictures to train on, {len(held_out)} held out to measure whether the adapter learns"]
     if not len(held_out):
         parts.append(f"fewer than {MIN_PICTURES} different pictures, so none are held out and nothing is measured")
-    if train.broken:
-        parts.append(f"{train.broken} left out because they are broken")
-    if others := skipped(data):
+    if train.num_broken:
+        parts.append(f"{train.num_broken} left out because they are broken")
+    if others := ignored_entries(data):
         kinds = sorted({path.suffix or "folders and others" for path in others})
         parts.append(f"{len(others)} files are skipped ({', '.join(kinds)})")
     return "; ".join(parts)
@@ -110,17 +114,17 @@ def _in_folder(folder: Path) -> tuple[list[Pair], list[str]]:
 
 def _in_list(data: Path) -> tuple[list[Pair], list[str]]:
     """Return the pairs in a JSON list and the problems with its entries."""
-    wanted = 'a folder of pictures, or a JSON list of {"image_file": ..., "text": ...}'
+    expected = 'a folder of pictures, or a JSON list of {"image_file": ..., "text": ...}'
     try:
         entries = json.loads(data.read_text("utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"{data}: {error.strerror}; give {wanted}") from None
+        raise ValueError(f"{data}: {error.strerror}; give {expected}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{data}: the file is not UTF-8; give {wanted}, saved as UTF-8") from None
+        raise ValueError(f"{data}: the file is not UTF-8; give {expected}, saved as UTF-8") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{data}: not JSON ({error}); give {wanted}") from None
+        raise ValueError(f"{data}: not JSON ({error}); give {expected}") from None
     if not isinstance(entries, list):
-        raise ValueError(f"{data}: not a list; give {wanted}")
+        raise ValueError(f"{data}: not a list; give {expected}")
     pairs, problems = list[Pair](), list[str]()
     for i, entry in enumerate(entries):
         values = {key: entry.get(key) for key in ("image_file", "text")} if isinstance(entry, dict) else {}

@@ -57,6 +57,6 @@ def check_free(file: Path, made_from: dict[str, Any], phases: Sequence[Plan], st
     card, own = file.with_suffix(".json"), (made_from, json.loads(json.dumps([*map(asdict, phases)])))
     if not file.exists() or (state.exists() and not card.exists()):
         return
-    recorded = read_json(card) if card.exists() else {}
-    if (recorded.get("made_from"), recorded.get("settings")) != own:
+    content = read_json(card) if card.exists() else {}
+    if (content.get("made_from"), content.get("settings")) != own:
         raise FileExistsError(f"{file} was written by another run: choose another folder with --weights, or remove it")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.files import check_output, replacing
-from train.errors import Damaged, OtherRun
+from train.errors import DamagedState, OtherRun
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -24,7 +24,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """Return the state, or None if there is no file. Never unpickles code. Raises `Damaged`."""
+    """Return the state, or None if there is no file. Never unpickles code. Raises `DamagedState`."""
     if not path.exists():
         return None
     try:
@@ -35,9 +35,9 @@ def load(path: Path) -> dict[str, Any] | None:
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds of errors for files it cannot read
-        raise Damaged(path, str(error).partition("\n")[0]) from None
+        raise DamagedState(path, str(error).partition("\n")[0]) from None
     if not isinstance(state, dict):
-        raise Damaged(path, "it is not the state of a run")
+        raise DamagedState(path, "it is not the state of a run")
     return state
 
 
@@ -62,16 +62,16 @@ def refuse_other(path: Path, made_from: Mapping[str, Any]) -> None:
     state = load(path)
     if state is None:
         return
-    if (recorded := state.get("made_from")) is None:
+    if (inputs := state.get("made_from")) is None:
         raise OtherRun(f"{path} does not record what it was made from: choose another folder with --state, or remove it")
-    if other := [name for name, value in made_from.items() if recorded.get(name) != value]:
+    if other := [name for name, value in made_from.items() if inputs.get(name) != value]:
         raise OtherRun(
             f"{path} is the state of a run with different {', '.join(other)}: choose another folder with --state, or remove it"
         )
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a state folder against other processes. The system releases the lock when this process ends.
 
     Raises BlockingIOError if another process holds the lock. On exit, a folder created here is removed if it is empty.

@@ -53,8 +53,8 @@ def captioned_pictures(text: TextEncoder, count: int, first: int, device: str, s
     scenes, pixels = scenes_of("train", count, first), pixels_of("train", count, first)
 
     def tokens(name: str) -> Tensor:
-        made = in_parts(lambda part: text.tokenize([getattr(scenes[i], name) for i in part]), count, 0, f"{name}s")
-        return torch.cat(made)
+        parts = in_parts(lambda part: text.tokenize([getattr(scenes[i], name) for i in part]), count, 0, f"{name}s")
+        return torch.cat(parts)
 
     plain, rich = tokens("caption"), tokens("rich_caption")
     length = int((rich == rich[:, -1:]).int().argmax(dim=1).max()) + 1

@@ -61,8 +61,8 @@ def lch(lightness: float, chroma: float, hue: float) -> Array:
     chromas = np.append(np.arange(chroma, 0, -1), 0.0)
     candidates = np.array([lightness, 0.0, 0.0]) + chromas[:, None] * direction
     rgb = lab_to_srgb(candidates)
-    shown = np.all((rgb >= 0) & (rgb <= 1), axis=1) | (chromas == 0)
-    return np.asarray(candidates[shown.argmax()])
+    displayable = np.all((rgb >= 0) & (rgb <= 1), axis=1) | (chromas == 0)
+    return np.asarray(candidates[displayable.argmax()])
 
 
 def hue_of(lab: Array) -> float:

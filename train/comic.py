@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.drawings import fill_colours, layers
-from train.world import CONCEPT_NAMES, CONCEPTS, SIZE, Scene, placed
+from train.world import CONCEPT_NAMES, CONCEPTS, SIZE, Scene, paste
 
 SHADOW = 4  # offset of the shadow in pixels, to the right and down
 
@@ -19,8 +19,8 @@ def comic(scene: Scene) -> NDArray[np.uint8]:
     code = CONCEPTS[CONCEPT_NAMES[scene.concept]][scene.drawing]
     fills, outlines, transparency = layers(code, scene.size)
     colours = fill_colours(code, scene.palette)[:, None, None] / 255
-    drawn = placed(scene, (fills * colours).sum(axis=0) + outlines, np.zeros((SIZE, SIZE, 3)))
-    clear = placed(scene, transparency, np.ones((SIZE, SIZE, 1)))
+    layer = paste(scene, (fills * colours).sum(axis=0) + outlines, np.zeros((SIZE, SIZE, 3)))
+    clear = paste(scene, transparency, np.ones((SIZE, SIZE, 1)))
     lit = np.ones_like(clear)
     lit[SHADOW:, SHADOW:] = clear[:-SHADOW, :-SHADOW]
-    return np.rint((drawn + clear * lit * scene.background_rgb).clip(0, 1) * 255).astype(np.uint8)
+    return np.rint((layer + clear * lit * scene.background_rgb).clip(0, 1) * 255).astype(np.uint8)

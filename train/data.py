@@ -22,7 +22,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
-def mapped(function: Callable[[Tensor], Any], batch: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     """Apply `function` to all tensors in a batch: a tensor, None, or a tuple, dict or dataclass of these.
 
     Raises TypeError for anything else, because a tensor inside would be missed.
@@ -30,11 +30,11 @@ def mapped(function: Callable[[Tensor], Any], batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, tuple):
-        return tuple(mapped(function, part) for part in batch)
+        return tuple(map_tensors(function, part) for part in batch)
     if isinstance(batch, dict):
-        return {name: mapped(function, part) for name, part in batch.items()}
+        return {name: map_tensors(function, part) for name, part in batch.items()}
     if is_dataclass(batch) and not isinstance(batch, type):
-        return replace(batch, **{f.name: mapped(function, getattr(batch, f.name)) for f in fields(batch)})
+        return replace(batch, **{f.name: map_tensors(function, getattr(batch, f.name)) for f in fields(batch)})
     if batch is None:
         return None
     raise TypeError(f"a batch may not hold {type(batch).__name__}")
@@ -42,9 +42,9 @@ def mapped(function: Callable[[Tensor], Any], batch: Any) -> Any:
 
 def tensors(batch: Any) -> list[Tensor]:
     """List all tensors in a batch."""
-    found = list[Tensor]()
-    mapped(found.append, batch)
-    return found
+    collected = list[Tensor]()
+    map_tensors(collected.append, batch)
+    return collected
 
 
 class Data(Protocol[T_co]):
@@ -65,7 +65,7 @@ class OnTheFly(Generic[T]):
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T:
         if world_size == 1:
             return self.make(step)
-        return mapped(lambda x: x[Share(rank, world_size).rows(len(x))], self.make(step))
+        return map_tensors(lambda x: x[Share(rank, world_size).rows(len(x))], self.make(step))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Pool(Protocol[T_co]):
 
 
 @dataclass(frozen=True)
-class Cached(Generic[T]):
+class ShuffledBatches(Generic[T]):
     """Batches of `size` items of a pool, shuffled anew in every epoch. If there are fewer items, a batch repeats them."""
 
     pool: Pool[T]
@@ -108,7 +108,7 @@ class Cached(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Shared(Generic[T]):
+class ProcessBatches(Generic[T]):
     """The batches that a process reads in turn: in each step, its shares of all `accumulate` batches of the step."""
 
     data: Data[T]
@@ -144,7 +144,7 @@ class _StepDataset(Dataset[T | Exception]):
             return error
 
 
-def _unchanged(batch: T) -> T:
+def _identity(batch: T) -> T:
     """Keep a batch as it is: by default, a DataLoader would turn tuples into lists."""
     return batch
 
@@ -166,7 +166,7 @@ def stream(data: Data[T], steps: Iterable[int], workers: int) -> Iterator[T]:
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         multiprocessing_context="fork" if workers else None,
-        collate_fn=_unchanged,
+        collate_fn=_identity,
         worker_init_fn=ignore_interrupt,
         generator=torch.Generator(),  # otherwise it draws from the global generator
     )

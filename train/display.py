@@ -51,7 +51,7 @@ def bar(name: str, steps: int, step: int, hidden: bool) -> tqdm[NoReturn]:
     return tqdm(total=steps, initial=step, desc=name, dynamic_ncols=True, disable=hidden)
 
 
-def shown(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def last_numbers(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the numbers of the last row, for the progress bar."""
     return {k: f"{v:.4g}" for k, v in (log[-1] if log else {}).items() if k not in ("step", "lr", *ROW)}
 

@@ -31,8 +31,8 @@ def drawing(code: str) -> tuple[str, tuple[str, ...]]:
     values, counts = np.unique(pixels[pixels[:, 3] > 128][:, :3], axis=0, return_counts=True)
     area = {tuple(int(v) for v in value): int(count) for value, count in zip(values, counts, strict=True)}
     colours = {c for c in (hex_to_rgb(text) for text in _COLOUR.findall(svg)) if sum(c) > 60}
-    ordered = sorted(colours, key=lambda c: (-area.get(c, 0), c))
-    return svg, tuple(rgb_to_hex(c) for c in ordered)
+    order = sorted(colours, key=lambda c: (-area.get(c, 0), c))
+    return svg, tuple(rgb_to_hex(c) for c in order)
 
 
 def hex_to_rgb(text: str) -> tuple[int, int, int]:
@@ -80,6 +80,6 @@ def layers(code: str, size: int) -> tuple[Array, Array, Array]:
 
     black = dict.fromkeys(fills, "#000000")
     outlines, alpha = render(black)
-    shown = [black | dict(zip(fills[i : i + 3], ("#ff0000", "#00ff00", "#0000ff"), strict=False)) for i in range(0, len(fills), 3)]
-    masks = np.concatenate([render(colours)[0] - outlines for colours in shown], axis=-1)[..., : len(fills)]
+    groups = [black | dict(zip(fills[i : i + 3], ("#ff0000", "#00ff00", "#0000ff"), strict=False)) for i in range(0, len(fills), 3)]
+    masks = np.concatenate([render(colours)[0] - outlines for colours in groups], axis=-1)[..., : len(fills)]
     return masks.transpose(2, 0, 1)[..., None], outlines, 1 - alpha

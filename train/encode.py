@@ -18,7 +18,7 @@ from train.data import Data, OnTheFly
 from train.fingerprint import content_key, digest, fingerprint
 from train.pairs import Pairs
 from train.pool import in_parts, scenes_of, to_unit
-from train.store import Rows, encoded
+from train.store import Rows, encode_rows
 from train.world import SAYS, Says, Scene, Split, Style, World, elsewhere, pictures, render
 
 ENCODED = 500  # pictures of the mini world that are encoded at a time
@@ -35,7 +35,7 @@ def latents(vae: VAE, data: Data[Tensor], keys: Tensor, folder: Path, size: str,
         mean, logvar = vae.moments(x.to(weight))
         return {"mean": mean * vae.config.scale, "std": (0.5 * logvar).exp() * vae.config.scale}
 
-    moments = encoded(data, keys, encode, folder / f"latents-{size}-{fingerprint(vae)}-{vae.config.scale:g}", each)
+    moments = encode_rows(data, keys, encode, folder / f"latents-{size}-{fingerprint(vae)}-{vae.config.scale:g}", each)
     return moments["mean"], moments["std"]
 
 
@@ -45,7 +45,7 @@ def features(
     """Return the features of each picture, `n m e`, and of the null image, `1 1 m e`, for batches of pixels `b 3 s s`."""
     weight, size = next(image.parameters()), image.config.image_size
     cache = folder / f"{reads.name.replace(' ', '-')}-{size}-{fingerprint(image)}"
-    pictures = encoded(data, keys, lambda x: {"features": reads(image, x.to(weight))}, cache, each)["features"]
+    pictures = encode_rows(data, keys, lambda x: {"features": reads(image, x.to(weight))}, cache, each)["features"]
     with torch.no_grad():
         return pictures, reads.null(image, pictures.shape[-1]).cpu()
 
@@ -71,7 +71,7 @@ def renderer(style: Style = render) -> str:
 class WorldPictures:
     """The first `count` pictures of a split in a style, with captions that name as much as `says`.
 
-    The image prompt of a picture is another picture: it shows the scene with the drawing at another size and place (`world.moved`).
+    The image prompt of a picture is another picture: it shows the scene with the drawing at another size and place (`move_randomly`).
     """
 
     split: Split
@@ -90,19 +90,19 @@ class WorldPictures:
         """Encode the pictures, `ENCODED` at a time. The pairs are on the device of `vae`. Without `image`, there are no features."""
         scenes = self.scenes
 
-        def rendered(style: Style, i: int) -> Tensor:
+        def batch_of(style: Style, i: int) -> Tensor:
             part = pictures(scenes[ENCODED * i : ENCODED * (i + 1)], style)
             return torch.from_numpy(part).permute(0, 3, 1, 2)
 
-        targets = OnTheFly(lambda i: to_unit(rendered(self.style, i)))
+        targets = OnTheFly(lambda i: to_unit(batch_of(self.style, i)))
         mean, std = latents(vae, targets, self.keys(self.style), folder, "world", ENCODED)
-        read = None
+        inputs = None
         if image is not None:
-            prompts = OnTheFly(lambda i: normalise(rendered(elsewhere, i).float() / 255))
-            found, null = features(image, prompts, self.keys(elsewhere), folder, reads, ENCODED)
-            read = Features(found.all()[:, None], null)
+            prompts = OnTheFly(lambda i: normalise(batch_of(elsewhere, i).float() / 255))
+            rows, null = features(image, prompts, self.keys(elsewhere), folder, reads, ENCODED)
+            inputs = Features(rows.all()[:, None], null)
         texts, caption = encode_texts(text, [scene.caption for scene in scenes])
-        return Pairs(mean.all(), std.all(), caption, texts, read).to(str(next(vae.parameters()).device))
+        return Pairs(mean.all(), std.all(), caption, texts, inputs).to(str(next(vae.parameters()).device))
 
     def keys(self, style: Style) -> Tensor:
         """Return the keys of the pictures in a style, `n`. They name the pictures that are encoded together."""
@@ -113,5 +113,5 @@ class WorldPictures:
     def made_from(self) -> dict[str, str]:
         """Return hashes that identify the pictures, the image prompts and the captions."""
         captions = digest([scene.caption for scene in self.scenes])
-        named = {"pictures": f"{self.count} of {self.split}, {renderer(self.style)}", "image prompts": renderer(elsewhere)}
-        return {**named, "captions": captions}
+        parts = {"pictures": f"{self.count} of {self.split}, {renderer(self.style)}", "image prompts": renderer(elsewhere)}
+        return {**parts, "captions": captions}

@@ -25,7 +25,7 @@ class OtherRun(ValueError):
     """The saved state belongs to a run with other inputs or settings."""
 
 
-class Damaged(ValueError):
+class DamagedState(ValueError):
     """The saved state cannot be read."""
 
     def __init__(self, path: Path, why: str) -> None:

@@ -21,7 +21,7 @@ from model.image_encoder import ImageEncoder, centre_square
 from model.text_encoder import Text
 from model.vae import VAE
 from train.album import Album
-from train.data import Cached, Data, Files
+from train.data import Data, Files, ShuffledBatches
 from train.encode import encode_texts, features, latents
 from train.pairs import Batch, EncodedPairs
 from train.randomness import Share, generator
@@ -49,13 +49,13 @@ class FilePairs(EncodedPairs):
     def at(self, rows: Tensor, picks: Sequence[int] = ()) -> Batch:
         """Return the pairs at `rows`, in float32. Of n captions, take number pick mod n, or the first without `picks`."""
         captions = [self.files[row].texts for row in rows.tolist()]
-        chosen = [texts[pick % len(texts)] for texts, pick in zip(captions, picks or [0] * len(captions), strict=True)]
+        sentences = [texts[pick % len(texts)] for texts, pick in zip(captions, picks or [0] * len(captions), strict=True)]
         with warnings.catch_warnings(action="ignore"):  # about words that the vocabulary lacks, in every batch
-            texts, caption = encode_texts(self.text, chosen)
-        read = None
+            texts, caption = encode_texts(self.text, sentences)
+        inputs = None
         if self.read is not None and self.null is not None:
-            read = Features(self.read[rows][:, None].float(), self.null.float())
-        return Batch(self.mean[rows].float(), self.std[rows].float(), texts[caption].float(), texts[0].float(), read)
+            inputs = Features(self.read[rows][:, None].float(), self.null.float())
+        return Batch(self.mean[rows].float(), self.std[rows].float(), texts[caption].float(), texts[0].float(), inputs)
 
     @property
     def width(self) -> int:
@@ -63,11 +63,11 @@ class FilePairs(EncodedPairs):
         return self.read.shape[-1]
 
     def batches(self, size: int, seed: int) -> Data[Batch]:
-        return Picked(self, size, seed)
+        return CaptionBatches(self, size, seed)
 
 
 @dataclass(frozen=True)
-class Picked(Cached[Batch]):
+class CaptionBatches(ShuffledBatches[Batch]):
     """Shuffled batches. If a picture has several captions, one is drawn, from the seed, the step and the position in the batch."""
 
     pool: FilePairs

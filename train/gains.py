@@ -11,7 +11,7 @@ from model.context import Context
 from model.unet import UNet
 from sampling.schedule import Schedule
 from train.errors import GateError
-from train.loss import diffusion_loss, noised
+from train.loss import diffusion_loss, sample_inputs
 from train.pairs import EncodedPairs
 from train.randomness import generator
 
@@ -26,7 +26,7 @@ def losses_of(
     """
     losses: dict[str, list[Tensor]] = {"right": [], "null": [], "wrong": []}
     for i, part in enumerate(pairs.parts(device)):
-        batch = noised(part, generator(seed, i, device))
+        batch = sample_inputs(part, generator(seed, i, device))
         null = part.images(torch.ones(len(part), dtype=torch.bool, device=device))
         for name, image in {"right": batch.image, "null": null, "wrong": batch.image.roll(1, dims=0)}.items():
             context = adapter(Context(batch.text, fuse=fuse), image)
@@ -53,9 +53,9 @@ def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPa
     losses = [losses_of(unet, adapter, schedule, pairs, decoupled, device, seed) for seed in rounds]
     gains = torch.stack([torch.cat(each["wrong"]) - torch.cat(each["right"]) for each in losses]).mean(dim=0)
     gain, error = float(gains.mean()), float(gains.std() / len(gains) ** 0.5)
-    learned = "it learned to read pictures" if gain > 2 * error else "it has not learned to read pictures yet"
+    claim = "it learned to read pictures" if gain > 2 * error else "it has not learned to read pictures yet"
     return (
-        f"{learned}: on {len(pairs)} held-out pictures, the loss with another picture minus that with the right one "
+        f"{claim}: on {len(pairs)} held-out pictures, the loss with another picture minus that with the right one "
         f"is {gain:.2g} ± {2 * error:.2g}"
     )
 
@@ -68,16 +68,16 @@ def check_gates(
     At scale 0, the output must equal that of the base model bit for bit. Every trainable tensor must get a gradient, and no frozen
     tensor may get one.
     """
-    batch = noised(pairs.at(torch.arange(min(4, len(pairs)))).to(device), generator(0, 0, device))
+    batch = sample_inputs(pairs.at(torch.arange(min(4, len(pairs)))).to(device), generator(0, 0, device))
     text = Context(batch.text, fuse=fuse)
     with torch.no_grad():
         if not torch.equal(unet(batch.x0, batch.t, text), unet(batch.x0, batch.t, adapter(text, batch.image, 0.0))):
             raise GateError("at scale 0 the adapter changes the base model")
     diffusion_loss(unet, schedule, batch.x0, adapter(text, batch.image), batch.t, batch.eps).mean().backward()
     silent = [name for name, p in adapter.named_parameters() if p.grad is None or not p.grad.any()]
-    moved = [name for name, p in unet.named_parameters() if p.grad is not None]
+    leaks = [name for name, p in unet.named_parameters() if p.grad is not None]
     adapter.zero_grad(set_to_none=True)
     if silent:
         raise GateError(f"no gradient reaches these tensors of the adapter: {', '.join(silent)}")
-    if moved:
-        raise GateError(f"gradients reach the frozen base: {', '.join(moved)}")
+    if leaks:
+        raise GateError(f"gradients reach the frozen base: {', '.join(leaks)}")

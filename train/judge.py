@@ -21,12 +21,12 @@ from checkpoints.files import check_output
 from model.layers import ResBlock
 from train.card import WORLD_LICENCE, card
 from train.colour import tensor_to_lab
-from train.data import Cached
+from train.data import ShuffledBatches
 from train.encode import renderer
 from train.loop import Plan, run
 from train.pool import pixels_of, scenes_of, to_unit
 from train.randomness import seeded
-from train.spoiled import NONE, degraded, spoiled, strangers
+from train.spoiled import NONE, degrade, spoil, strangers
 from train.world import BACKGROUNDS, SIZE, Scene
 
 PHASES = (Plan("judge", 12_000, 64, 1e-3, 500, 0.7, bf16=True, validate_every=3_000),)
@@ -153,16 +153,16 @@ def answers(count: int, unknown: int, device: str) -> Answers:
 def judge_loss(judge: Judge, batch: JudgeBatch, g: torch.Generator) -> dict[str, Tensor]:
     """Add the cross-entropies, the palette error / 20 and the placement error / 3: means over the pictures with that label."""
     x, true = batch
-    x, labels = spoiled(x, true["concept"], true["background_rgb"], g)
-    reading = judge(degraded(x, g))
+    x, labels = spoil(x, true["concept"], true["background_rgb"], g)
+    reading = judge(degrade(x, g))
 
-    def mean(errors: Tensor, known: Tensor) -> Tensor:
-        return (errors * known).sum() / known.sum().clamp(min=1)
+    def mean(errors: Tensor, mask: Tensor) -> Tensor:
+        return (errors * mask).sum() / mask.sum().clamp(min=1)
 
     concept = mean(F.cross_entropy(reading.concept, labels.concept, reduction="none"), labels.concept_known)
     background = mean(F.cross_entropy(reading.background, true["background"], reduction="none"), labels.background_known)
-    palette = mean(delta_e(reading.palette, true["palette"]), labels.whole)
-    placement = mean((reading.placement - true["placement"]).abs().mean(dim=-1), labels.whole)
+    palette = mean(delta_e(reading.palette, true["palette"]), labels.is_clean)
+    placement = mean((reading.placement - true["placement"]).abs().mean(dim=-1), labels.is_clean)
     return {"loss": concept + background + palette / 20 + placement / 3, "palette": palette.detach()}
 
 
@@ -188,7 +188,7 @@ def train(
         return module.read(x).score(true["concept"], true["background"], true["palette"])
 
     for plan in phases:
-        data, loss = Cached(pool, plan.batch, plan.seed), functools.partial(judge_loss, judge)
+        data, loss = ShuffledBatches(pool, plan.batch, plan.seed), functools.partial(judge_loss, judge)
         log += run(plan, judge, data, loss, validate, folder, 0, made_from={"pictures": f"{len(pool)}, {renderer()}"})[1]
     details = {"data": f"the mini world, {pictures} pictures and {unknown} of other drawings"}
     cards.save(judge, out, card(phases, log, command, details, WORLD_LICENCE))

@@ -20,12 +20,12 @@ from torch import nn
 from checkpoints.files import check_output, replacing
 from train import checkpoint, processes
 from train.clock import Clock
-from train.data import Data, Shared, stream
-from train.display import Display, bar, shown
-from train.errors import Damaged, Interrupted
+from train.data import Data, ProcessBatches, stream
+from train.display import Display, bar, last_numbers
+from train.errors import DamagedState, Interrupted
 from train.fingerprint import fingerprint
 from train.interrupt import Interrupt
-from train.randomness import hashed
+from train.randomness import hash_step
 from train.shared import step_of
 from train.step import Loss, Values, check_finite, move_towards, numbers
 
@@ -58,7 +58,7 @@ class Plan:
     validate_every: int = 250
     fp16: bool = False
 
-    def scaled(self, factor: int) -> Plan:
+    def scale_batch(self, factor: int) -> Plan:
         """Return the plan for batches `factor` times as large: as many pictures in fewer steps, at the same learning rates."""
 
         def fewer(steps: int) -> int:
@@ -79,8 +79,8 @@ def has_bfloat16(device: str) -> bool:
 
 def autocast(plan: Plan) -> torch.autocast:
     """Autocast to float16, or to bfloat16 where the device supports it, if the plan asks for it."""
-    dtype, enabled = torch.float16 if plan.fp16 else torch.bfloat16, plan.fp16 or (plan.bf16 and has_bfloat16(plan.device))
-    return torch.autocast(plan.device.split(":")[0], dtype, enabled=enabled)
+    dtype, on = torch.float16 if plan.fp16 else torch.bfloat16, plan.fp16 or (plan.bf16 and has_bfloat16(plan.device))
+    return torch.autocast(plan.device.split(":")[0], dtype, enabled=on)
 
 
 class _Training(Generic[T]):
@@ -95,7 +95,7 @@ class _Training(Generic[T]):
         self.state_file, self.log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
         settings = plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan), plan.fp16
         self.run_step = step_of(self.team, plan.device, module, loss, *settings)
-        self.kept = copy.deepcopy(module) if plan.ema else module
+        self.result = copy.deepcopy(module) if plan.ema else module
         self.step, self.log, self.unread, self.clock = 0, list[dict[str, Any]](), list[Values](), Clock()
         self._load()
         processes.check_same({**self.made_from, "states": self.step})
@@ -108,11 +108,11 @@ class _Training(Generic[T]):
             return
         try:
             checkpoint.restore(self.module, state["module"])
-            checkpoint.restore(self.kept, state["kept"])
+            checkpoint.restore(self.result, state["kept"])
             self.run_step.restore(state["optimizer"], state["scaler"])
             self.step, self.clock, self.log = state["step"], Clock(state["seconds"]), state["log"]
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-            raise Damaged(self.state_file, str(error).partition("\n")[0]) from None
+            raise DamagedState(self.state_file, str(error).partition("\n")[0]) from None
 
     def save(self) -> None:
         """Write the state and the log, in the first process."""
@@ -121,7 +121,7 @@ class _Training(Generic[T]):
         if self.team.rank:
             return
         state = {"made_from": self.made_from, "step": self.step, "seconds": self.clock.elapsed(), "log": self.log}
-        state |= {"module": checkpoint.changing(self.module), "kept": checkpoint.changing(self.kept)}
+        state |= {"module": checkpoint.changing(self.module), "kept": checkpoint.changing(self.result)}
         state |= {"optimizer": self.run_step.optimizer.state_dict(), "scaler": self.run_step.scaler.state_dict()}
         checkpoint.save(self.state_file, state)
         with replacing(self.log_file) as part:
@@ -130,13 +130,13 @@ class _Training(Generic[T]):
     def advance(self, batches: Iterator[T]) -> None:
         """Run one step. On a CPU, raises `Diverged` before the weights change."""
         plan, parts = self.plan, range(self.step * self.plan.accumulate, (self.step + 1) * self.plan.accumulate)
-        seeds, lr = [hashed(plan.seed, part) for part in parts], plan.lr * plan.rate(self.step)
+        seeds, lr = [hash_step(plan.seed, part) for part in parts], plan.lr * plan.rate(self.step)
         with self.clock.step(plan.batch * plan.accumulate):
             with self.clock.waiting(self.run_step.idle):
                 own = [next(batches) for _ in self.team.shares for _ in parts]
             values = self.run_step(own, seeds, lr, f"{plan.name}, step {self.step + 1}")
-        if self.kept is not self.module:
-            move_towards(self.kept, self.module, 1 - min(plan.ema, (1 + self.step) / (10 + self.step)))
+        if self.result is not self.module:
+            move_towards(self.result, self.module, 1 - min(plan.ema, (1 + self.step) / (10 + self.step)))
         self.step += 1
         self.unread.append(values)
         if len(self.unread) == self.run_step.lag:
@@ -151,9 +151,9 @@ class _Training(Generic[T]):
         self.unread.clear()
         return self.log[-1]
 
-    def measure(self, measured: dict[str, float]) -> None:
+    def measure(self, losses: dict[str, float]) -> None:
         """Add the clock and what validation measured to the last row."""
-        more = self.clock.row() | measured
+        more = self.clock.row() | losses
         self.read().update(more)
         self.display.row({"step": self.step, **more})
 
@@ -176,25 +176,25 @@ def run(
     are kept in `folder`. If a state exists there, the run resumes from it, provided that the plan, the initial weights of `module`
     and the inputs named in `made_from` are the same. With `until`, stop after that many steps of the plan.
     Raises `Interrupted` after saving the state, `Diverged` before the weights change (on a GPU: before they are saved), `OtherRun`
-    if the state belongs to another run, and `Damaged` if it cannot be read.
+    if the state belongs to another run, and `DamagedState` if it cannot be read.
     """
     check_output(folder / f"{plan.name}.pt")
     first, end = processes.team().rank == 0, plan.steps if until is None else until
     training = _Training(plan, module, loss, folder, made_from or {}, display if display and first else Display())
-    shared = Shared(data, training.team.shares, plan.accumulate)
+    shared = ProcessBatches(data, training.team.shares, plan.accumulate)
     batches = stream(shared, range(training.step * shared.each, end * shared.each), workers)
     with Interrupt() as interrupt, bar(plan.name, plan.steps, training.step, not first) as progress:
         while training.step < end:
             training.advance(batches)
-            done, last = training.step, training.step == end
-            if last or done % plan.validate_every == 0:
-                training.measure(validate(training.kept) if first else {})
-            training.display.step(training.kept, done)
-            progress.set_postfix(shown(training.log), refresh=False)
+            step, last = training.step, training.step == end
+            if last or step % plan.validate_every == 0:
+                training.measure(validate(training.result) if first else {})
+            training.display.step(training.result, step)
+            progress.set_postfix(last_numbers(training.log), refresh=False)
             progress.update()
-            stopped = processes.agreed(interrupt.signal_number)
-            if last or stopped or done % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
+            signal_number = processes.largest_of_all(interrupt.signal_number)
+            if last or signal_number or step % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
                 training.save()
-            if stopped and not last:
-                raise Interrupted(f"{plan.name}: stopped after step {done}; the same command resumes the run", stopped)
-    return training.kept, training.log
+            if signal_number and not last:
+                raise Interrupted(f"{plan.name}: stopped after step {step}; the same command resumes the run", signal_number)
+    return training.result, training.log

@@ -41,8 +41,8 @@ class LoRA(nn.Module):
         return functional_call(unet, self.weights(unet), arguments)
 
     @torch.no_grad()
-    def merged(self, unet: UNet) -> UNet:
+    def merge(self, unet: UNet) -> UNet:
         """Return a copy of the UNet that has the changed weights."""
-        changed = copy.deepcopy(unet)
-        changed.load_state_dict(self.weights(unet), strict=False)
-        return changed
+        result = copy.deepcopy(unet)
+        result.load_state_dict(self.weights(unet), strict=False)
+        return result

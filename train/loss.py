@@ -62,7 +62,7 @@ def drops(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Noised:
+class LossInputs:
     """The inputs of Eq. 6: latents x_0, timesteps, noise, text tokens c_t, and the adapter's input."""
 
     x0: Tensor
@@ -72,7 +72,7 @@ class Noised:
     image: Tensor
 
 
-def noised(batch: Batch, g: torch.Generator, dropping: bool = False, offset: float = 0.0) -> Noised:
+def sample_inputs(batch: Batch, g: torch.Generator, dropping: bool = False, offset: float = 0.0) -> LossInputs:
     """Draw latents, timesteps and noise for the pairs. With `dropping`, some lose their text, picture, or both.
 
     `offset` is the noise offset o: eps + o n, where n ~ N(0, I) is the same at all pixels of a channel. The paper uses none.
@@ -84,4 +84,4 @@ def noised(batch: Batch, g: torch.Generator, dropping: bool = False, offset: flo
     if offset:
         eps = eps + offset * draw_normal(eps[:, :, :1, :1], g)
     text = torch.where(drop_text.view(-1, 1, 1), batch.empty, batch.text)
-    return Noised(x0, t, eps, text, batch.images(drop_image))
+    return LossInputs(x0, t, eps, text, batch.images(drop_image))

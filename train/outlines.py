@@ -14,13 +14,13 @@ from torch import Tensor
 from train.drawings import layers
 from train.pairs import Batch, Pairs
 from train.pool import in_parts
-from train.world import CONCEPT_NAMES, CONCEPTS, SIZE, Scene, Split, World, placed
+from train.world import CONCEPT_NAMES, CONCEPTS, SIZE, Scene, Split, World, paste
 
 
 def outline(scene: Scene) -> NDArray[np.uint8]:
     """Compute the share of black lines in each pixel of a scene, `64 64`: the part that neither fills nor background cover."""
     fills, _, transparency = layers(CONCEPTS[CONCEPT_NAMES[scene.concept]][scene.drawing], scene.size)
-    lines = placed(scene, 1 - transparency - fills.sum(axis=0), np.zeros((SIZE, SIZE, 1)))
+    lines = paste(scene, 1 - transparency - fills.sum(axis=0), np.zeros((SIZE, SIZE, 1)))
     return np.rint(lines[..., 0].clip(0, 1) * 255).astype(np.uint8)
 
 
@@ -44,7 +44,7 @@ class HintedBatch:
 
 
 @dataclass(frozen=True)
-class Hinted:
+class HintedPairs:
     """A pool of encoded pairs and their hints, `n 1 H W`, bytes, on the same device."""
 
     pairs: Pairs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.features import Features
-from train.data import Cached, Data, mapped
+from train.data import Data, ShuffledBatches, map_tensors
 from train.randomness import draw_normal
 
 
@@ -34,11 +34,11 @@ class Batch:
     def images(self, drop: Tensor) -> Tensor:
         """Return the adapter's input, `b 1 m e`, with the null image where `drop`, `b`, is true."""
         assert self.features is not None
-        return self.features.dropped(drop)
+        return self.features.drop_pictures(drop)
 
     def to(self, device: str) -> Batch:
         """Move the batch to a device."""
-        return mapped(lambda part: part.to(device), self)
+        return map_tensors(lambda part: part.to(device), self)
 
     def latents(self, generator: torch.Generator) -> Tensor:
         """Sample q(z|x) for each picture, `b c h w`, on the generator's device."""
@@ -61,7 +61,7 @@ class EncodedPairs(ABC):
 
     def batches(self, size: int, seed: int) -> Data[Batch]:
         """Return endless shuffled batches."""
-        return Cached(self, size, seed)
+        return ShuffledBatches(self, size, seed)
 
     def parts(self, device: str = "cpu", size: int = 64) -> Iterator[Batch]:
         """Yield all pairs in order, on a device, in parts of nearly equal size, at most `size`."""
@@ -88,7 +88,7 @@ class Pairs(EncodedPairs):
 
     def to(self, device: str) -> Pairs:
         """Move all pairs to a device."""
-        return mapped(lambda part: part.to(device), self)
+        return map_tensors(lambda part: part.to(device), self)
 
     def at(self, rows: Tensor) -> Batch:
         """Return the pairs at `rows`, in float32, on the device of the pairs."""

@@ -46,7 +46,7 @@ class _PairedData:
 
 
 def initialise_from(
-    known: IPAdapter,
+    source: IPAdapter,
     plus: IPAdapter,
     plan: Plan,
     embeddings: tuple[EncodedPairs, EncodedPairs | None],
@@ -56,18 +56,18 @@ def initialise_from(
 ) -> None:
     """Initialise Plus from a trained global adapter: copy W'_k and W'_v, and fit its tokens by least squares.
 
-    Token j of Plus's N tokens learns to equal token j mod n of the n tokens of `known`. Attention over n keys equals attention over
-    N / n copies of each, so Plus then draws what `known` draws, and training by Eq. 6 continues from there. (From random weights, a
+    Token j of Plus's N tokens learns to equal token j mod n of the n tokens of `source`. Attention over n keys equals attention over
+    N / n copies of each, so Plus then draws what `source` draws, and training by Eq. 6 continues from there. (From random weights, a
     Resampler learns slowly, because the gradient of Eq. 6 is mostly noise.) `embeddings` and `features` hold the training and
     held-out pairs of the same pictures. The log holds `explained`, the explained share of the held-out tokens' variance.
     """
-    plus.to_k.load_state_dict(known.to_k.state_dict())
-    plus.to_v.load_state_dict(known.to_v.state_dict())
+    plus.to_k.load_state_dict(source.to_k.state_dict())
+    plus.to_v.load_state_dict(source.to_v.state_dict())
 
     def tokens(batch: PairedBatch, drop: Tensor) -> tuple[Tensor, Tensor]:
         pooled, fine = (part.images(drop) for part in batch)
         with torch.no_grad():
-            goal = known.tokens(pooled)
+            goal = source.tokens(pooled)
         own = plus.tokens(fine)
         return own, repeat(goal, "b n c -> b (r n) c", r=own.shape[1] // goal.shape[1])
 
@@ -83,7 +83,7 @@ def initialise_from(
         return {"explained": 1 - float(F.mse_loss(own, goal) / goal.var(dim=0, correction=0).mean())}
 
     data = _PairedData(*(pairs[0].batches(plan.batch, plan.seed) for pairs in (embeddings, features)))
-    made_from = {**(made_from or {}), "adapter that Plus begins as": fingerprint(known)}
+    made_from = {**(made_from or {}), "adapter that Plus begins as": fingerprint(source)}
     run(plan, plus.image_projection, data, loss, validate, folder, 0, made_from=made_from)
 
 
@@ -117,9 +117,9 @@ def train(
         raise FileNotFoundError(f"{start} is missing, and Plus is initialised from it: run `python -m train adapter` first")
 
     def initialise(setting: Setting, plus: IPAdapter) -> tuple[Plan, ...]:
-        known = load_adapter(start, setting.pipeline.unet).to(begin.device)
+        start_adapter = load_adapter(start, setting.pipeline.unet).to(begin.device)
         embeddings = encode(setting.pipeline, source.picture_sets(None, 0, phases[0].says), folder, GLOBAL)
-        initialise_from(known, plus, begin, embeddings, (setting.pairs, setting.held_out), folder, setting.made_from)
+        initialise_from(start_adapter, plus, begin, embeddings, (setting.pairs, setting.held_out), folder, setting.made_from)
         return (begin,)
 
     return adapter.train(folder, weights, tuple(others), source, command, initialise)

@@ -24,8 +24,8 @@ def in_parts(make: Callable[[range], T], count: int, first: int, name: str) -> l
     """Call make(range) in parallel, for ranges of `PART` indices that cover first .. first + count - 1. Return the results in order."""
     parts = [range(i, min(i + PART, first + count)) for i in range(first, first + count, PART)]
     workers = 0 if count < ALONE else os.cpu_count() or 0
-    made = stream(OnTheFly(lambda i: make(parts[i])), range(len(parts)), workers)
-    return list(tqdm(made, desc=name, total=len(parts), disable=not workers))
+    results = stream(OnTheFly(lambda i: make(parts[i])), range(len(parts)), workers)
+    return list(tqdm(results, desc=name, total=len(parts), disable=not workers))
 
 
 @functools.lru_cache(maxsize=16)

@@ -39,8 +39,8 @@ def _write(image: Image.Image, path: Path) -> None:
 def draw_captions(pipeline: Pipeline, path: Path) -> None:
     """Draw the captions of the first validation scenes; write the sheet and the captions."""
     prompts = [World("val")[i].caption for i in range(ROWS * COLUMNS)]
-    drawn = pipeline.sample(prompts, list(range(len(prompts))), guidance=4.0, steps=12)
-    _write(_grid(to_images(drawn), COLUMNS), path)
+    drawings = pipeline.sample(prompts, list(range(len(prompts))), guidance=4.0, steps=12)
+    _write(_grid(to_images(drawings), COLUMNS), path)
     with replacing(path.with_suffix(".txt")) as part:
         part.write_text("\n".join(prompts) + "\n")
 
@@ -52,8 +52,8 @@ def draw_image_prompts(pipeline: Pipeline, path: Path) -> None:
         prompt = Image.fromarray(pictures([World("val")[i]])[0])
         text = ["", "", *[caption("fox", None, "pink")] * 4]
         lam = torch.tensor(scales).view(-1, 1, 1, 1)
-        drawn = pipeline.sample(text, [0, 1, 0, 0, 0, 0], pipeline.embed([prompt]), scale=lam, guidance=4.0, steps=12)
-        cells += [prompt, *to_images(drawn)]
+        drawings = pipeline.sample(text, [0, 1, 0, 0, 0, 0], pipeline.embed([prompt]), scale=lam, guidance=4.0, steps=12)
+        cells += [prompt, *to_images(drawings)]
     _write(_grid(cells, 1 + len(scales)), path)
 
 
@@ -69,8 +69,8 @@ def own_pictures(pipeline: Pipeline, files: Album, precision: Callable[[], Abstr
         for i in range(min(ROWS, len(files))):
             prompt, lam = files[i].open(), torch.tensor([1.0, 1.0, 0.6]).view(-1, 1, 1, 1)
             with precision():
-                drawn = own.sample(["", "", files[i].text], [0, 1, 0], own.embed([prompt]), scale=lam, steps=20)
-            cells += [ImageOps.fit(prompt, (width, height)), *to_images(drawn)]
+                drawings = own.sample(["", "", files[i].text], [0, 1, 0], own.embed([prompt]), scale=lam, steps=20)
+            cells += [ImageOps.fit(prompt, (width, height)), *to_images(drawings)]
         with replacing(path) as part:
             _grid(cells, 4).save(part, "PNG")
 

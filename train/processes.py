@@ -49,12 +49,12 @@ _team = Team()
 
 
 def team() -> Team:
-    """Return the processes of this run: a single one outside `started`."""
+    """Return the processes of this run: a single one outside `join_team`."""
     return _team
 
 
 @contextmanager
-def started(device: str = "cpu", parts: int = 0, init_method: str = "env://") -> Iterator[Team]:
+def join_team(device: str = "cpu", parts: int = 0, init_method: str = "env://") -> Iterator[Team]:
     """Join the processes that torchrun started, if it did. Each takes the GPU of its local rank.
 
     With `parts`, a power of two, sums do not depend on the number of processes: see `shared.TreeStep`.
@@ -120,18 +120,18 @@ def check_same(values: Mapping[str, Any]) -> None:
         )
 
 
-def agreed(number: int) -> int:
+def largest_of_all(number: int) -> int:
     """Return the largest `number` of all processes."""
     if _team.size == 1:
         return number
-    found = torch.tensor(number)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def wait() -> None:
     """Wait until all processes are here."""
-    agreed(0)
+    largest_of_all(0)
 
 
 def speaks() -> bool:
@@ -143,5 +143,5 @@ def speaks() -> bool:
 
 def lost_another(error: RuntimeError) -> bool:
     """Return whether an error means that another process ended."""
-    found = str(error).lower()
-    return _team.size > 1 and (isinstance(error, dist.DistError) or "gloo" in found or "connection" in found)
+    message = str(error).lower()
+    return _team.size > 1 and (isinstance(error, dist.DistError) or "gloo" in message or "connection" in message)

@@ -33,14 +33,14 @@ class ShareGenerator(torch.Generator):
     share = WHOLE
 
 
-def hashed(seed: int, step: int) -> int:
+def hash_step(seed: int, step: int) -> int:
     """Hash seed and step to 32 bits, since torch's CPU generator reads no more."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
 def generator(seed: int, step: int, device: str = "cpu") -> torch.Generator:
     """Return the generator of one step. Its numbers depend on the kind of device too."""
-    return torch.Generator(device).manual_seed(hashed(seed, step))
+    return torch.Generator(device).manual_seed(hash_step(seed, step))
 
 
 def share_generator(seed: int, share: Share, device: torch.device) -> ShareGenerator:

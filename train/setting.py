@@ -111,7 +111,7 @@ class Setting:
     pairs: EncodedPairs
     held_out: EncodedPairs | None
     gamma: float | None = None  # of the min-SNR weights; the paper uses none
-    noise_offset: float = 0.0  # see `loss.noised`; the paper uses none
+    noise_offset: float = 0.0  # see `loss.sample_inputs`; the paper uses none
     reads: Embedder = GLOBAL
     depth: int = DEPTH  # layers of Plus
     made_from: dict[str, Any] = field(default_factory=dict)

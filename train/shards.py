@@ -27,7 +27,7 @@ from tqdm import tqdm
 from checkpoints.files import replacing
 from sampling.images import decode_image
 from train import processes
-from train.album import Album, Captioned, Member
+from train.album import Album, CaptionedPicture, Member
 from train.fingerprint import content_key, digest
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -39,7 +39,7 @@ def shards_in(data: Path) -> list[Path]:
     return sorted(data.glob("*.tar")) if data.is_dir() else []
 
 
-def indexed(shards: Sequence[Path], folder: Path) -> tuple[Shards, list[str]]:
+def index_shards(shards: Sequence[Path], folder: Path) -> tuple[Shards, list[str]]:
     """Read the index of each shard in `folder`, or make it. Return the pictures, and the problems of all shards.
 
     Processes share the shards to index. Raises ValueError if a file is not a tar file.
@@ -51,43 +51,43 @@ def indexed(shards: Sequence[Path], folder: Path) -> tuple[Shards, list[str]]:
     processes.wait()  # so that all processes find the same ones missing
     own = missing[team.rank :: team.size]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda i: _write(files[i], shards[i]), own)
-        list(tqdm(made, desc="indexing shards", total=len(own), disable=not own or team.rank > 0))
+        results = pool.map(lambda i: _write(files[i], shards[i]), own)
+        list(tqdm(results, desc="indexing shards", total=len(own), disable=not own or team.rank > 0))
     processes.wait()
     indices, problems = list[dict[str, Tensor]](), list[str]()
     for file, shard in zip(files, shards, strict=True):
-        if (found := _read(file, shard)) is None:
+        if (pair := _read(file, shard)) is None:
             raise FileNotFoundError(f"{file} is not here, or {shard} is being changed: keep --state on a disk that all processes share")
-        indices.append(found[0])
-        problems += found[1]
+        indices.append(pair[0])
+        problems += pair[1]
     return Shards(shards, indices, torch.arange(sum(len(index["keys"]) for index in indices))), problems
 
 
 class Shards(Album):
     """The pictures at `rows` of the shards, counted on from one shard to the next. Memory holds 8 bytes per picture."""
 
-    def __init__(self, shards: Sequence[Path], indices: Sequence[dict[str, Tensor]], rows: Tensor, broken: int = 0) -> None:
-        self.shards, self.indices, self.rows, self.broken = shards, indices, rows, broken
+    def __init__(self, shards: Sequence[Path], indices: Sequence[dict[str, Tensor]], rows: Tensor, num_broken: int = 0) -> None:
+        self.shards, self.indices, self.rows, self.num_broken = shards, indices, rows, num_broken
         self.starts = [0, *accumulate(len(index["keys"]) for index in indices)]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Captioned:  # type: ignore[override]
+    def __getitem__(self, i: int) -> CaptionedPicture:  # type: ignore[override]
         row = int(self.rows[i])
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         index, at = self.indices[shard], row - self.starts[shard]
         start, end = index["words"][at : at + 2].tolist()
         name, *texts = json.loads(index["text"][start:end].numpy().tobytes())
         member = Member(name, int(index["offsets"][at]), int(index["sizes"][at]))
-        return Captioned(self.shards[shard], tuple(texts), int(index["keys"][at]), member)
+        return CaptionedPicture(self.shards[shard], tuple(texts), int(index["keys"][at]), member)
 
     @property
     def keys(self) -> Tensor:
         return torch.cat([index["keys"] for index in self.indices])[self.rows]
 
-    def chosen(self, rows: Tensor) -> Shards:
-        return Shards(self.shards, self.indices, self.rows[rows], self.broken)
+    def select(self, rows: Tensor) -> Shards:
+        return Shards(self.shards, self.indices, self.rows[rows], self.num_broken)
 
     def made_from(self) -> dict[str, str]:
         """Return hashes that identify the pictures and captions. A change of any caption in the shards changes the second."""
@@ -111,14 +111,14 @@ def _members(shard: Path, first: bool = False) -> tuple[list[tarfile.TarInfo], s
 
 def scan(shard: Path) -> tuple[list[tuple[list[str], int, int, int]], list[str]]:
     """Read a shard. Return an entry for each good picture ([name, *captions], offset, size, key), and a sentence for each broken one."""
-    members, cut = _members(shard)
+    members, truncation = _members(shard)
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
     for member in members:
         folder, _, name = member.name.rpartition("/")
         key, dot, kind = name.partition(".")
         if key and dot:
             groups.setdefault(f"{folder}/{key}", {})[f".{kind.lower()}"] = member
-    entries, problems = list[tuple[list[str], int, int, int]](), [cut] if cut else []
+    entries, problems = list[tuple[list[str], int, int, int]](), [truncation] if truncation else []
     with open(shard, "rb") as file:
         for group in groups.values():
             for member in (group[kind] for kind in group if kind in PICTURES):
@@ -139,21 +139,21 @@ def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     return file.read(member.size)
 
 
-def _captions(text: bytes | None, described: bytes | None) -> list[str]:
+def _captions(text: bytes | None, content: bytes | None) -> list[str]:
     """Return the different captions in a text and a JSON member; either may be missing. Raises ValueError if there are none."""
     try:
-        found = [text.decode("utf-8-sig").strip()] if text is not None else []
-        value = json.loads(described.decode("utf-8-sig")) if described is not None else {}
+        captions = [text.decode("utf-8-sig").strip()] if text is not None else []
+        value = json.loads(content.decode("utf-8-sig")) if content is not None else {}
     except UnicodeDecodeError:
         raise ValueError("its caption is not UTF-8") from None
     except (json.JSONDecodeError, RecursionError):
         raise ValueError("its .json member is not JSON") from None
     for name in CAPTIONS:
-        given = value.get(name) if isinstance(value, dict) else None
-        found += [given] if isinstance(given, str) else given if isinstance(given, list) else []
-    if not found or not all(isinstance(each, str) for each in found):
+        caption = value.get(name) if isinstance(value, dict) else None
+        captions += [caption] if isinstance(caption, str) else caption if isinstance(caption, list) else []
+    if not captions or not all(isinstance(each, str) for each in captions):
         raise ValueError('it has no caption: add a .txt member, or a .json member {"caption": ...}')
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(captions))
 
 
 def _write(file: Path, shard: Path) -> None:
@@ -175,11 +175,11 @@ def _write(file: Path, shard: Path) -> None:
 def _read(file: Path, shard: Path) -> tuple[dict[str, Tensor], list[str]] | None:
     """Map an index into memory, with its problems. Return None if there is none for this state of the shard."""
     try:
-        with safe_open(file, "pt") as opened:
-            about = opened.metadata() or {}
+        with safe_open(file, "pt") as stream:
+            about = stream.metadata() or {}
             if about.get("shard") != _state(shard):
                 return None
-            return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(about["problems"])  # noqa: SIM118
+            return {name: stream.get_tensor(name) for name in stream.keys()}, json.loads(about["problems"])  # noqa: SIM118
     except (FileNotFoundError, SafetensorError):
         return None
 

@@ -49,10 +49,10 @@ class SharedStep(TeamStep[T]):
         super().__init__(team, module, loss, *settings)
         self.loss = self.ddp = DistributedDataParallel(_WithLoss(module, loss), broadcast_buffers=False)
 
-    def averaged(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
+    def average(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
         with self.ddp.no_sync():
-            means = self.accumulated(batches[:-1], generators[:-1], len(batches))
-        last = self.accumulated(batches[-1:], generators[-1:], len(batches))
+            means = self.accumulate(batches[:-1], generators[:-1], len(batches))
+        last = self.accumulate(batches[-1:], generators[-1:], len(batches))
         total = torch.stack([(value + means.get(name, 0.0)).float() for name, value in last.items()])
         dist.all_reduce(total)
         return dict(zip(last, total / self.team.size, strict=True))
@@ -65,13 +65,13 @@ class TreeStep(TeamStep[T]):
     processes, all sums are the same to the last bit, on processors that compute the parts alike.
     """
 
-    def averaged(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
+    def average(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
         each = len(batches) // len(self.team.shares)  # batches of a step
         count = each * self.team.parts
 
         def leaf(i: int) -> Tensor:
             part = slice(i * each, (i + 1) * each)
-            values = self.accumulated(batches[part], generators[part], count)
+            values = self.accumulate(batches[part], generators[part], count)
             self.names = [*values]
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
             self.optimizer.zero_grad(set_to_none=True)
@@ -79,12 +79,12 @@ class TreeStep(TeamStep[T]):
 
         own = tree_sum(leaf, len(self.team.shares))
         if self.team.size == 1:
-            return self.unpacked(own)
+            return self.unpack(own)
         every = [torch.empty_like(own) for _ in range(self.team.size)]
         dist.all_gather(every, own)
-        return self.unpacked(tree_sum(every.__getitem__, len(every)))
+        return self.unpack(tree_sum(every.__getitem__, len(every)))
 
-    def unpacked(self, total: Tensor) -> Values:
+    def unpack(self, total: Tensor) -> Values:
         """Set the gradients of the parameters from the sum of all parts, and return the named scalars at its end."""
         gradients, values = total[: -len(self.names)], total[-len(self.names) :]
         for p, gradient in zip(self.parameters, gradients.split([p.numel() for p in self.parameters]), strict=True):

@@ -35,13 +35,13 @@ class Labels:
     """The labels of a batch after spoiling; all fields are `b`.
 
     `concept`: index of the concept, or `NONE`. `concept_known`, `background_known`: 1 if the label may be used in training, else 0.
-    `whole`: 1 for pictures that are not spoiled and show a concept, else 0.
+    `is_clean`: 1 for pictures that are not spoiled and show a concept, else 0.
     """
 
     concept: Tensor
     concept_known: Tensor
     background_known: Tensor
-    whole: Tensor
+    is_clean: Tensor
 
 
 def strangers(scenes: list[Scene], seed: int) -> Tensor:
@@ -60,7 +60,7 @@ def smooth(n: int, channels: int, size: int, side: int, g: torch.Generator) -> T
     return F.interpolate(coarse, side, mode="bicubic", align_corners=True)
 
 
-def warped(x: Tensor, pixels: Tensor, g: torch.Generator) -> Tensor:
+def warp(x: Tensor, pixels: Tensor, g: torch.Generator) -> Tensor:
     """Displace pixels smoothly. `pixels`: standard deviation of the displacement in pixels, `b`."""
     n, side = len(x), x.shape[-1]
     move = smooth(n, 2, 7, side, g) * (2 * pixels / side).view(-1, 1, 1, 1)
@@ -80,7 +80,7 @@ def uniform(n: int, low: float, high: float, g: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(n, generator=g, device=g.device)
 
 
-def spoiled(x: Tensor, concept: Tensor, background: Tensor, g: torch.Generator) -> tuple[Tensor, Labels]:
+def spoil(x: Tensor, concept: Tensor, background: Tensor, g: torch.Generator) -> tuple[Tensor, Labels]:
     """Spoil `SHARE` of the pictures `b 3 h w`, a quarter of these in each of four ways. Return the pictures and their labels.
 
     `concept`: `b`, indices, or `NONE`. `background`: `b 3`, the colour behind each drawing.
@@ -89,27 +89,27 @@ def spoiled(x: Tensor, concept: Tensor, background: Tensor, g: torch.Generator) 
     other, differs = x.roll(1, dims=0), concept != concept.roll(1)
     even = uniform(n, 0.35, 0.65, g).view(-1, 1, 1, 1)
     curve = torch.sigmoid(10 * (lines(n, x.shape[-1], g) + 0.3 * smooth(n, 1, 4, x.shape[-1], g)))
-    kept = torch.sigmoid(12 * (smooth(n, 1, 4, x.shape[-1], g) - 0.5))
+    mask = torch.sigmoid(12 * (smooth(n, 1, 4, x.shape[-1], g) - 0.5))
     far = uniform(n, 3.0, 9.0, g)
-    ways = [even * x + (1 - even) * other, curve * x + (1 - curve) * other, kept * x + (1 - kept) * plain, warped(x, far, g)]
-    known = [differs, differs, kept.mean(dim=(1, 2, 3)) < 0.4, far > 5.0]
+    ways = [even * x + (1 - even) * other, curve * x + (1 - curve) * other, mask * x + (1 - mask) * plain, warp(x, far, g)]
+    usable = [differs, differs, mask.mean(dim=(1, 2, 3)) < 0.4, far > 5.0]
     way = torch.randint(4, (n,), generator=g, device=g.device)
     bad = torch.rand(n, generator=g, device=g.device) < SHARE
-    drawn, labelled = x, torch.ones_like(bad)
+    spoiled, has_label = x, torch.ones_like(bad)
     for i in range(4):
-        chosen = bad & (way == i)
-        drawn = torch.where(chosen.view(-1, 1, 1, 1), ways[i], drawn)
-        labelled = torch.where(chosen, known[i], labelled)
+        rows = bad & (way == i)
+        spoiled = torch.where(rows.view(-1, 1, 1, 1), ways[i], spoiled)
+        has_label = torch.where(rows, usable[i], has_label)
     labels = concept.masked_fill(bad, NONE)
-    whole = ~bad & (concept != NONE)
-    return drawn, Labels(labels, labelled.float(), (~bad | (way >= 2)).float(), whole.float())
+    is_clean = ~bad & (concept != NONE)
+    return spoiled, Labels(labels, has_label.float(), (~bad | (way >= 2)).float(), is_clean.float())
 
 
-def degraded(x: Tensor, g: torch.Generator) -> Tensor:
+def degrade(x: Tensor, g: torch.Generator) -> Tensor:
     """Warp, blur and add noise to pictures slightly, to imitate the flaws of a model's drawings."""
     n = len(x)
-    x = warped(x, uniform(n, 0.0, 1.2, g), g)
-    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    x = x.lerp(blurred, uniform(n, 0.0, 0.6, g).view(-1, 1, 1, 1))
+    x = warp(x, uniform(n, 0.0, 1.2, g), g)
+    blur = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    x = x.lerp(blur, uniform(n, 0.0, 0.6, g).view(-1, 1, 1, 1))
     noise = torch.randn(x.shape, generator=g, device=g.device)
     return x + uniform(n, 0.0, 0.1, g).view(-1, 1, 1, 1) * noise

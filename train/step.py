@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from train.data import mapped, tensors
+from train.data import map_tensors, tensors
 from train.errors import Diverged
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class Step(Generic[T]):
         """Return the generators of the batches with these seeds."""
         return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
-    def accumulated(self, batches: Sequence[T], generators: Sequence[torch.Generator], count: int) -> Values:
+    def accumulate(self, batches: Sequence[T], generators: Sequence[torch.Generator], count: int) -> Values:
         """Add the gradients of the losses, divided by `count`. Return the sum of each named scalar, divided by `count`."""
         means: Values = {}
         for batch, generator in zip(batches, generators, strict=True):
@@ -75,16 +75,16 @@ class Step(Generic[T]):
                 means[name] = means[name] + part if name in means else part
         return means
 
-    def averaged(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
+    def average(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
         """Compute the gradients of the mean loss, and the mean of each named scalar."""
-        return self.accumulated(batches, generators, len(batches))
+        return self.accumulate(batches, generators, len(batches))
 
     def gradients(self, batches: Sequence[T], generators: Sequence[torch.Generator]) -> Values:
         """Compute the gradients of the mean loss, and clip them. Return the mean of each named scalar, and the gradient norm.
 
         In float16, the loss is scaled before the backward pass, so that small gradients do not become 0; `loss_scale` is returned too.
         """
-        means = self.averaged(batches, generators)
+        means = self.average(batches, generators)
         scale = {"loss_scale": self.scaler.scale(torch.ones((), device=self.device))} if self.scaler.is_enabled() else {}
         self.scaler.unscale_(self.optimizer)
         return means | {"grad_norm": nn.utils.clip_grad_norm_(self.parameters, self.clip)} | scale
@@ -96,7 +96,7 @@ class Step(Generic[T]):
 
     def __call__(self, batches: Sequence[T], seeds: Sequence[int], lr: float, name: str) -> Values:
         """Run a step on batches with these seeds. Raises `Diverged`, before the weights change, if a number is not finite."""
-        values = self.gradients(mapped(lambda x: x.to(self.device), tuple(batches)), self.generators(seeds))
+        values = self.gradients(map_tensors(lambda x: x.to(self.device), tuple(batches)), self.generators(seeds))
         check_finite(numbers([values])[0], name)
         self.set_rate(lr)
         self.update()
@@ -113,13 +113,13 @@ class GraphStep(Step[T]):
         super().__init__(*arguments)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0
-        self.kept: list[torch.Generator] = []
+        self.graph_generators: list[torch.Generator] = []
 
     def idle(self) -> bool:
         return torch.cuda.current_stream(self.device).query()
 
     def _step(self) -> Tensor:
-        values = self.gradients(self.batches, self.kept)
+        values = self.gradients(self.batches, self.graph_generators)
         self.update()
         self.names = [*values]
         return torch.stack([value.float() for value in values.values()])
@@ -127,7 +127,7 @@ class GraphStep(Step[T]):
     def _record(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)  # so that the graph owns the gradients, and overwrites them in each replay
         self.graph = torch.cuda.CUDAGraph()
-        for generator in self.kept:
+        for generator in self.graph_generators:
             self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph):
             self.values = self._step()
@@ -149,12 +149,12 @@ class GraphStep(Step[T]):
             return self._run(batches, seeds, lr)
 
     def _run(self, batches: Sequence[T], seeds: Sequence[int], lr: float) -> Values:
-        if not self.kept:
-            self.kept = self.generators(seeds)
-            self.batches = mapped(lambda x: x.to(self.device, copy=True), tuple(batches))
+        if not self.graph_generators:
+            self.graph_generators = self.generators(seeds)
+            self.batches = map_tensors(lambda x: x.to(self.device, copy=True), tuple(batches))
         for old, new in zip(tensors(self.batches), tensors(tuple(batches)), strict=True):
             old.copy_(new, non_blocking=True)
-        for generator, seed in zip(self.kept, seeds, strict=True):
+        for generator, seed in zip(self.graph_generators, seeds, strict=True):
             generator.manual_seed(seed)
         self.set_rate(lr)
         if self.warm < WARM_UP:
@@ -183,9 +183,9 @@ def numbers(rows: Sequence[Values]) -> list[dict[str, float]]:
 
 def check_finite(values: dict[str, float], name: str) -> None:
     """Raise `Diverged` if the loss or the gradient norm is not finite; in float16, if no scale of the loss keeps them finite."""
-    scaled = "loss_scale" in values
-    if not (values["loss_scale"] >= 1 if scaled else math.isfinite(values["loss"] + values["grad_norm"])):
-        instead = "train with --bf16, or restart" if scaled else "restart"
+    has_scale = "loss_scale" in values
+    if not (values["loss_scale"] >= 1 if has_scale else math.isfinite(values["loss"] + values["grad_norm"])):
+        instead = "train with --bf16, or restart" if has_scale else "restart"
         raise Diverged(f"{name}: the loss or gradient is not finite; {instead} with a lower --lr")
 
 

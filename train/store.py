@@ -46,11 +46,11 @@ class Rows:
         """Read the rows `b`: `b ...`, in half precision."""
         places = self.places[rows]
         pack = torch.bucketize(places, self.starts, right=True) - 1
-        found = torch.empty(len(rows), *self.shape[1:], dtype=self.packs[0].dtype)
+        values = torch.empty(len(rows), *self.shape[1:], dtype=self.packs[0].dtype)
         for i in pack.unique().tolist():
             here = pack == i
-            found[here] = self.packs[i][places[here] - self.starts[i]]
-        return found
+            values[here] = self.packs[i][places[here] - self.starts[i]]
+        return values
 
     def all(self) -> Tensor:
         """Read all rows into memory."""
@@ -67,15 +67,15 @@ class Store:
     def read(self) -> None:
         """Open all packs. Remove damaged ones, and report them on stderr."""
         files = sorted(self.folder.glob("pack-*.safetensors"))
-        self.packs = [pack for file in files if (pack := _opened(file)) is not None]
+        self.packs = [pack for file in files if (pack := _open_pack(file)) is not None]
 
     def places(self, keys: Tensor) -> Tensor:
         """Return where the rows with these keys are, `n`, and -1 for those that are missing."""
         if not self.packs:
             return torch.full_like(keys, -1)
-        known, order = torch.cat([pack["keys"] for pack in self.packs]).sort()
-        at = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
-        return torch.where(known[at] == keys, order[at], -1)
+        stored_keys, order = torch.cat([pack["keys"] for pack in self.packs]).sort()
+        at = torch.searchsorted(stored_keys, keys).clamp(max=len(stored_keys) - 1)
+        return torch.where(stored_keys[at] == keys, order[at], -1)
 
     def rows(self, keys: Tensor) -> dict[str, Rows]:
         """Return the named rows with these keys. Raises FileNotFoundError if some are missing."""
@@ -111,7 +111,7 @@ class Store:
             write()
 
 
-def _opened(file: Path) -> Pack | None:
+def _open_pack(file: Path) -> Pack | None:
     """Map a pack into memory. Remove it if it is damaged, and return None."""
     try:
         pack = load_file(file)
@@ -127,7 +127,9 @@ def _opened(file: Path) -> Pack | None:
 
 
 @torch.no_grad()
-def encoded(data: Data[Tensor], keys: Tensor, encode: Encode, folder: Path, each: int = 1, workers: int | None = None) -> dict[str, Rows]:
+def encode_rows(
+    data: Data[Tensor], keys: Tensor, encode: Encode, folder: Path, each: int = 1, workers: int | None = None
+) -> dict[str, Rows]:
     """Return the named rows of encode(data.batch(i)) for all i. Row j of batch i has the key `keys[i * each + j]`.
 
     Only batches with rows that are not in `folder` are encoded, each separately, so the result does not depend on what was there.

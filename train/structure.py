@@ -26,13 +26,13 @@ from model.context import Context
 from model.unet import Residuals, UNet, UNetConfig
 from sampling.schedule import Schedule
 from train.card import WORLD_LICENCE, card
-from train.data import Cached
+from train.data import ShuffledBatches
 from train.encode import WorldPictures
 from train.errors import GateError
 from train.fingerprint import digest, fingerprint
 from train.loop import Plan, autocast, run
 from train.loss import diffusion_loss
-from train.outlines import Hinted, HintedBatch, outlines_of
+from train.outlines import HintedBatch, HintedPairs, outlines_of
 from train.randomness import generator, seeded
 from train.unet import GAMMA
 
@@ -59,7 +59,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Steered:
+class SteeredBase:
     """A base, a control of one kind, and the loss of both."""
 
     kind: Kind
@@ -80,7 +80,7 @@ class Steered:
         return diffusion_loss(self.unet, self.schedule, x0, context, t, eps, gamma, control)
 
     @torch.no_grad()
-    def held_out(self, pool: Hinted, seed: int = 1) -> dict[str, float]:
+    def held_out(self, pool: HintedPairs, seed: int = 1) -> dict[str, float]:
         """Return the mean loss with the right hint, and its increase without a hint and with another picture's hint."""
         sums, device = {"right": 0.0, "none": 0.0, "wrong": 0.0}, pool.hints.device
         for i, part in enumerate(pool.parts()):
@@ -89,7 +89,7 @@ class Steered:
         right, none, wrong = (total / len(pool) for total in sums.values())
         return {"held_out": right, "gain_none": none - right, "gain_shuffled": wrong - right}
 
-    def check_gates(self, pool: Hinted) -> None:
+    def check_gates(self, pool: HintedPairs) -> None:
         """Raise `GateError` if an untrained control cannot be trained as it should.
 
         If it is `neutral`, the output must equal that of the base bit for bit. In the first step, the tensors of `kind.first` (for
@@ -107,12 +107,12 @@ class Steered:
         losses(batch.hint).mean().backward()
         first = {id(p) for p in self.kind.first(self.control)}
         wrong = [n for n, p in self.control.named_parameters() if (p.grad is not None and bool(p.grad.any())) != (id(p) in first)]
-        moved = [name for name, p in self.unet.named_parameters() if p.grad is not None]
+        leaks = [name for name, p in self.unet.named_parameters() if p.grad is not None]
         self.control.zero_grad(set_to_none=True)
         if wrong:
             raise GateError(f"in the first step these tensors of the control have a gradient, or lack one, wrongly: {', '.join(wrong)}")
-        if moved:
-            raise GateError(f"gradients reach the frozen base: {', '.join(moved)}")
+        if leaks:
+            raise GateError(f"gradients reach the frozen base: {', '.join(leaks)}")
 
 
 def train(kind: Kind, folder: Path, weights: Path, phases: tuple[Plan, ...], command: str, pictures: int) -> None:
@@ -126,23 +126,23 @@ def train(kind: Kind, folder: Path, weights: Path, phases: tuple[Plan, ...], com
     parts = {"base": fingerprint(unet), "vae": fingerprint(vae), "text encoder": fingerprint(text)}
     made_from = {**training.made_from(), **parts, "outlines": digest(outlines_of("val", 8).flatten().tolist())}
 
-    def hinted(part: WorldPictures) -> Hinted:
+    def with_hints(part: WorldPictures) -> HintedPairs:
         pairs = part.pairs(vae, text, None, folder / "cache")
-        return Hinted(pairs, outlines_of(part.split, part.count).to(pairs.mean.device))
+        return HintedPairs(pairs, outlines_of(part.split, part.count).to(pairs.mean.device))
 
-    pool, held_out = hinted(training), hinted(validation)
+    pool, held_out = with_hints(training), with_hints(validation)
     with seeded(plan.seed):
         control = kind.build(unet, vae.config.factor).to(plan.device).train().requires_grad_(True)
-    steered = Steered(kind, unet, control, Schedule(prediction=unet.config.prediction))
-    steered.check_gates(pool)
+    model = SteeredBase(kind, unet, control, Schedule(prediction=unet.config.prediction))
+    model.check_gates(pool)
 
     def loss(batch: HintedBatch, g: torch.Generator) -> dict[str, Tensor]:
-        return {"loss": steered.losses(batch, g, DROP, GAMMA, batch.hint).mean()}
+        return {"loss": model.losses(batch, g, DROP, GAMMA, batch.hint).mean()}
 
     def validate(module: nn.Module) -> dict[str, float]:
         with autocast(plan):
-            return Steered(kind, unet, module, steered.schedule).held_out(held_out)
+            return SteeredBase(kind, unet, module, model.schedule).held_out(held_out)
 
-    kept, log = run(plan, control, Cached(pool, plan.batch, plan.seed), loss, validate, folder, workers=0, made_from=made_from)
+    result, log = run(plan, control, ShuffledBatches(pool, plan.batch, plan.seed), loss, validate, folder, workers=0, made_from=made_from)
     details = {"data": f"the mini world, {pictures} pictures; hints: outlines of the drawings", "made_from": made_from}
-    cards.save(kept, out, card(phases, log, command, details, WORLD_LICENCE))
+    cards.save(result, out, card(phases, log, command, details, WORLD_LICENCE))

@@ -25,7 +25,7 @@ from sampling.schedule import Schedule
 from train import preview
 from train.card import WORLD_LICENCE, card
 from train.comic import comic
-from train.data import Cached
+from train.data import ShuffledBatches
 from train.encode import WorldPictures
 from train.fingerprint import fingerprint
 from train.loop import Plan, run
@@ -71,17 +71,17 @@ def train(
         lora = LoRA(unet, RANK).to(plan.device)
 
     def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
-        styled: Callable[..., Tensor] = partial(lora, unet)
-        return {"loss": text_loss(styled, schedule, batch, g)}
+        model: Callable[..., Tensor] = partial(lora, unet)
+        return {"loss": text_loss(model, schedule, batch, g)}
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, LoRA)
-        styled = module.merged(unet)
-        preview.draw_captions(Pipeline(styled, vae, text, schedule), folder / "comic.png")
-        return {"held_out": held_out_loss(styled, schedule, held_out)}
+        model = module.merge(unet)
+        preview.draw_captions(Pipeline(model, vae, text, schedule), folder / "comic.png")
+        return {"held_out": held_out_loss(model, schedule, held_out)}
 
-    data = Cached(pairs, plan.batch, plan.seed)
-    kept, log = run(plan, lora, data, loss, validate, folder, workers=0, made_from=made_from)
-    assert isinstance(kept, LoRA)
+    data = ShuffledBatches(pairs, plan.batch, plan.seed)
+    result, log = run(plan, lora, data, loss, validate, folder, workers=0, made_from=made_from)
+    assert isinstance(result, LoRA)
     details = {"data": f"the mini world in the comic style, {pictures} pictures", "rank": RANK, "made_from": made_from}
-    cards.save_tensors(peft_layout(kept, unet), out, card(phases, log, command, details, WORLD_LICENCE))
+    cards.save_tensors(peft_layout(result, unet), out, card(phases, log, command, details, WORLD_LICENCE))

@@ -24,7 +24,7 @@ from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
 from train import preview
 from train.card import WORLD_LICENCE, card
-from train.data import Cached
+from train.data import ShuffledBatches
 from train.encode import WorldPictures
 from train.fingerprint import fingerprint
 from train.loop import Plan, run
@@ -102,9 +102,9 @@ def train(
 
     log: list[dict[str, Any]] = []
     for plan in phases:
-        data = Cached(pairs, plan.batch, plan.seed)
-        kept, rows = run(plan, unet, data, loss, validate, folder, workers=0, made_from=made_from)
-        unet.load_state_dict(kept.state_dict())
+        data = ShuffledBatches(pairs, plan.batch, plan.seed)
+        result, rows = run(plan, unet, data, loss, validate, folder, workers=0, made_from=made_from)
+        unet.load_state_dict(result.state_dict())
         log += rows
     details = {"data": f"the mini world, {pictures} pictures"}
     cards.save(unet, out, card(phases, log, command, details, WORLD_LICENCE))

@@ -25,7 +25,7 @@ from model.attention import SelfAttention
 from model.layers import ResBlock
 from model.vae import MINI_VAE, VAE, VAEConfig
 from train.card import WORLD_LICENCE, card
-from train.data import Cached
+from train.data import ShuffledBatches
 from train.encode import renderer
 from train.fingerprint import significant
 from train.loop import Plan, run
@@ -105,7 +105,7 @@ def train(
         return {"psnr": psnr(module, held_out)}
 
     for plan in phases:
-        data, loss = Cached(pool, plan.batch, plan.seed), functools.partial(vae_loss, vae)
+        data, loss = ShuffledBatches(pool, plan.batch, plan.seed), functools.partial(vae_loss, vae)
         log += run(plan, vae, data, loss, validate, folder, 0, made_from=made_from)[1]
     some = torch.arange(min(1024, pictures)).split(64)
     vae.config = replace(config, scale=unit_scale(vae, map(pool.at, some)))

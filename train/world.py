@@ -168,12 +168,12 @@ def render(scene: Scene, code: str | None = None) -> NDArray[np.uint8]:
     code = code or CONCEPTS[CONCEPT_NAMES[scene.concept]][scene.drawing]
     fills, outlines, transparency = layers(code, scene.size)
     colours = fill_colours(code, scene.palette)[:, None, None] / 255
-    drawn = (fills * colours).sum(axis=0) + outlines + transparency * scene.background_rgb
+    layer = (fills * colours).sum(axis=0) + outlines + transparency * scene.background_rgb
     canvas = np.broadcast_to(scene.background_rgb, (SIZE, SIZE, 3)).copy()
-    return np.rint(placed(scene, drawn, canvas).clip(0, 1) * 255).astype(np.uint8)
+    return np.rint(paste(scene, layer, canvas).clip(0, 1) * 255).astype(np.uint8)
 
 
-def moved(scene: Scene) -> Scene:
+def move_randomly(scene: Scene) -> Scene:
     """Return the scene with its drawing at another random size and place, which depend only on the scene."""
     rng = np.random.default_rng(scene.palette.view(np.uint64).ravel())
     size = int(rng.integers(SIDES[0], SIDES[1] + 1))
@@ -182,16 +182,16 @@ def moved(scene: Scene) -> Scene:
 
 
 def elsewhere(scene: Scene) -> NDArray[np.uint8]:
-    """Render the `moved` scene, `64 64 3`."""
-    return render(moved(scene))
+    """Render the scene after `move_randomly`, `64 64 3`."""
+    return render(move_randomly(scene))
 
 
 Style = Callable[[Scene], NDArray[np.uint8]]  # renders a scene, `64 64 3`
 
 
-def placed(scene: Scene, drawn: Array, canvas: Array) -> Array:
+def paste(scene: Scene, layer: Array, canvas: Array) -> Array:
     """Put a drawing, `s s c`, in its place on a canvas, `64 64 c`, mirrored if the scene is. Changes and returns the canvas."""
-    canvas[scene.y : scene.y + scene.size, scene.x : scene.x + scene.size] = drawn[:, ::-1] if scene.mirror else drawn
+    canvas[scene.y : scene.y + scene.size, scene.x : scene.x + scene.size] = layer[:, ::-1] if scene.mirror else layer
     return canvas
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY, fraction
 from eval.ablation.rows import Results
 from eval.ablation.summary import trainings
-from eval.tables import shown
+from eval.tables import with_interval
 
 SETS = {"test": "test prompts", "confirm": "confirmation prompts"}
 
@@ -23,7 +23,8 @@ def parts(results: Results) -> list[str]:
         told.append(f"Each change alone {how} of this lead: {each}.")
     for form, difference in summary["difference"].items():
         if form != PRIMARY and difference["low"] <= 0 <= difference["high"]:
-            told.append(f"No difference is shown between IP-Adapter and `{FORMS[form].short}` ({FORMS[form].name}): {shown(difference)}.")
+            name = f"`{FORMS[form].short}` ({FORMS[form].name})"
+            told.append(f"No difference is shown between IP-Adapter and {name}: {with_interval(difference)}.")
     return [" ".join(told)] if told else []
 
 
@@ -37,8 +38,8 @@ def _reading(results: Results) -> list[str]:
     summary, found = results.data["summary"], results.data["summary"]["robustness"]
     if not found:
         return []
-    levels = ", ".join(f"{shown(each)} at {level}" for level, each in found["levels"].items())
-    grounds = " and ".join(f"{shown(each)} ({SETS[name]})" for name, each in found["backgrounds"].items())
+    levels = ", ".join(f"{with_interval(each)} at {level}" for level, each in found["levels"].items())
+    grounds = " and ".join(f"{with_interval(each)} ({SETS[name]})" for name, each in found["backgrounds"].items())
     told = f"The size of the lead depends on the level: {levels}. If only the background counts as following, it is {grounds}."
     end, smallest = summary["endpoint"][PRIMARY], found["smallest"]
     if not end["start"]:
@@ -113,7 +114,7 @@ def _other_measures(results: Results) -> list[str]:
     """Name measures that do not favour IP-Adapter: CLIP-I of the image prompt alone, and the held-out loss."""
     summary, told = results.data["summary"], []
     if (clip := summary["paper"]["difference"]["clip_i"].get(PRIMARY)) and clip["low"] <= 0:
-        told.append(f"With the image prompt alone at lambda 1, CLIP-I does not separate the two forms: {shown(clip, 3)}.")
+        told.append(f"With the image prompt alone at lambda 1, CLIP-I does not separate the two forms: {with_interval(clip, 3)}.")
     means = {form: np.mean(losses) for form, losses in summary["losses"].items()}
     if lower := [f"`{FORMS[form].short}`" for form in means if means[form] < means[BASELINE]]:
         told.append(f"The held-out loss of {' and '.join(lower)} is lower than that of IP-Adapter.")

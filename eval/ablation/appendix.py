@@ -12,9 +12,9 @@ from eval.ablation.rows import Results
 from eval.ablation.summary import trainings
 
 
-def marked(number: str, read: Mapping[str, int]) -> str:
+def mark(number: str, ends: Mapping[str, int]) -> str:
     """Mark a number that some seeds read at the end of their curve by ">", and one that some read before their smallest lambda by "†"."""
-    return ("> " if read.get("end") else "") + number + (" †" if read.get("start") else "")
+    return ("> " if ends.get("end") else "") + number + (" †" if ends.get("start") else "")
 
 
 def rate_table(results: Results) -> pd.DataFrame:
@@ -22,9 +22,9 @@ def rate_table(results: Results) -> pd.DataFrame:
     lines, runs = [], trainings(results)
     for form, rates in results.data["summary"]["rates"].items():
         line: dict[str, Any] = {"form": FORMS[form].name, "parameters": f"{runs[form][0]['parameters']:,}"}
-        for rate, found in rates.items():
-            step, end = next(iter(found["endpoint"].items()))
-            text = "diverged" if end is None else f"{found['held_out']:.5f}, {marked(f'{end:.1f}', found['read'][step])}"
+        for rate, row in rates.items():
+            step, end = next(iter(row["endpoint"].items()))
+            text = "diverged" if end is None else f"{row['held_out']:.5f}, {mark(f'{end:.1f}', row['read'][step])}"
             line[rate] = text + (" \\*" if float(rate) == runs[form][0]["rate"] else "")
         lines.append(line)
     return pd.DataFrame(lines)
@@ -34,12 +34,12 @@ def through_table(results: Results) -> pd.DataFrame:
     """Tabulate the endpoint of the trainings that went on to the end at every rate; empty if there are none."""
     lines = []
     for form, rates in results.data["summary"]["rates"].items():
-        if any(len(found["endpoint"]) == 1 for found in rates.values()):
+        if any(len(row["endpoint"]) == 1 for row in rates.values()):
             continue
         for step in next(iter(rates.values()), {"endpoint": {}})["endpoint"]:
-            ends = {rate: (found["endpoint"][step], found["read"][step]) for rate, found in rates.items()}
-            shown = {rate: "diverged" if end is None else marked(f"{end:.1f}", read) for rate, (end, read) in ends.items()}
-            lines.append({"form": FORMS[form].short, "steps": f"{int(step):,}", **shown})
+            ends = {rate: (row["endpoint"][step], row["read"][step]) for rate, row in rates.items()}
+            cells = {rate: "diverged" if end is None else mark(f"{end:.1f}", places) for rate, (end, places) in ends.items()}
+            lines.append({"form": FORMS[form].short, "steps": f"{int(step):,}", **cells})
     return pd.DataFrame(lines)
 
 
@@ -61,5 +61,5 @@ def ceiling_table(results: Results) -> pd.DataFrame:
         "error, best constant": "raw palette error of the best constant palette",
         "error, another's": "raw palette error of another image prompt's palette",
     }
-    found = results.data["summary"]["ceilings"]
-    return pd.DataFrame({"": name, "value": f"{found[key]:.1f}"} for key, name in names.items() if key in found)
+    values = results.data["summary"]["ceilings"]
+    return pd.DataFrame({"": name, "value": f"{values[key]:.1f}"} for key, name in names.items() if key in values)

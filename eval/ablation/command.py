@@ -16,7 +16,7 @@ import torch
 
 from checkpoints.files import check_output, replacing, write_json, write_tensors
 from eval.ablation import plots, report
-from eval.ablation.draws import Draw, drawn
+from eval.ablation.draws import Draw, draw_unit
 from eval.ablation.memo import Memo, pack
 from eval.ablation.rows import SCHEMA, Results
 from eval.ablation.study import SMOKE, Study, Workspace
@@ -50,7 +50,7 @@ def execute(workspace: Workspace, study: Study, out: Path, jobs: int) -> None:
     path = out / "results" / "ablation.json"
     check_output(path)
     check_output(out / "RESULTS.md")
-    workspace = workspace.fingerprinted(study)  # loads the scorer and the judge before hours of training
+    workspace = workspace.with_fingerprints(study)  # loads the scorer and the judge before hours of training
     if path.exists():
         before = Results.of(path)
         if other := differing(before.data["made_from"], workspace.made_from):
@@ -82,12 +82,12 @@ def rewrite(workspace: Workspace, out: Path, device: str) -> None:
 
     Raises FileNotFoundError if there are no stored results.
     """
-    results = stored(out)
+    results = load_results(out)
     data = {key: value for key, value in results.data.items() if key not in ("schema", "units")}
     write(Results(data, results.units), workspace, replace(Study.of(results.study), device=device), out)
 
 
-def stored(out: Path) -> Results:
+def load_results(out: Path) -> Results:
     """Read the results in `out`. Raises FileNotFoundError if there are none."""
     path = out / "results" / "ablation.json"
     if not path.is_file():
@@ -107,7 +107,7 @@ def redraw(workspace: Workspace, out: Path, name: str, device: str) -> pd.DataFr
 
     Raises FileNotFoundError if there are no stored results or their adapter is not there, and ValueError if there is no such cell.
     """
-    results = stored(out)
+    results = load_results(out)
     study, tasks = replace(Study.of(results.study), device=device), results.data["tasks"]
     form, seed, task = (*name.split(":"), "", "")[:3]
     if form not in study.forms or seed not in map(str, study.seeds_of(form)) or task not in tasks:
@@ -122,14 +122,14 @@ def redraw(workspace: Workspace, out: Path, name: str, device: str) -> pd.DataFr
     if workspace.card(study, plan, study.steps).get("settings") != settings_of(workspace, plan):
         adapter = workspace.adapter(study, plan, study.steps)
         raise FileNotFoundError(f"{adapter} is not the adapter of the stored results: restore it from the commit of RESULTS.md")
-    again = drawn(workspace, study, what, results.units[what.name].value["lambdas"])
+    again = draw_unit(workspace, study, what, results.units[what.name].value["lambdas"])
     return compare(results, Results(results.data, results.units | {what.name: again}), what.name)
 
 
-def compare(stored: Results, redrawn: Results, unit: str) -> pd.DataFrame:
+def compare(old: Results, redrawn: Results, unit: str) -> pd.DataFrame:
     """Tabulate for each lambda and measure of a unit: the stored and redrawn mean, the largest difference, and `TOLERANCE`."""
-    before, after, lines = stored.measures(unit), redrawn.measures(unit), []
-    for i, lam in enumerate(stored.units[unit].value["lambdas"]):
+    before, after, lines = old.measures(unit), redrawn.measures(unit), []
+    for i, lam in enumerate(old.units[unit].value["lambdas"]):
         for key, tolerance in TOLERANCE.items():
             if key in before:
                 a, b = before[key][i], after[key][i]
@@ -141,26 +141,26 @@ def compare(stored: Results, redrawn: Results, unit: str) -> pd.DataFrame:
 
 def workspace_of(args: Namespace) -> Workspace:
     """Choose the files of the study. Raises ValueError if options cannot be combined."""
-    changed = [name for name in STUDY_OPTIONS if getattr(args, name)]
-    if changed and args.out == Path("."):
-        raise ValueError(f"--{changed[0]} changes the study: choose another folder with --out, to keep the default results")
+    options = [name for name in STUDY_OPTIONS if getattr(args, name)]
+    if options and args.out == Path("."):
+        raise ValueError(f"--{options[0]} changes the study: choose another folder with --out, to keep the default results")
     if (args.base is None) != (args.data is None):
         raise ValueError("--base and --data must be given together: the mini world's pictures need the mini world's base")
     if args.data is not None and args.scorer is None:
         raise ValueError("--data needs a CLIP that scores the drawings, such as --scorer ViT-L-14:openai")
     pictures = 4 * SMOKE.batch if args.smoke else TrainingSource.pictures
     source = TrainingSource(args.base or args.weights, args.image_encoder, pictures=pictures, data=args.data)
-    shipped, state = args.out / "results" / "ablation", args.state or args.out / "runs" / "ablation"
-    return Workspace(source, shipped, state, args.scorer or str(args.weights))
+    adapters, state = args.out / "results" / "ablation", args.state or args.out / "runs" / "ablation"
+    return Workspace(source, adapters, state, args.scorer or str(args.weights))
 
 
 def study_of(args: Namespace) -> Study:
     """Choose the settings of the study. Raises ValueError if it is too small."""
     check_device(args.device)
-    given = {key: value for key in ("prompts", "steps", "batch", "seeds") if (value := getattr(args, key)) is not None}
+    settings = {key: value for key in ("prompts", "steps", "batch", "seeds") if (value := getattr(args, key)) is not None}
     if args.rates is not None:
-        given["rates"] = tuple(args.rates)
-    return replace(SMOKE if args.smoke else Study(), device=args.device, **given)
+        settings["rates"] = tuple(args.rates)
+    return replace(SMOKE if args.smoke else Study(), device=args.device, **settings)
 
 
 def run(args: Namespace) -> None:
@@ -173,8 +173,8 @@ def run(args: Namespace) -> None:
         study = study_of(args)
         execute(workspace, study, args.out, args.jobs or (os.cpu_count() or 1 if study.device == "cpu" else GPU_JOBS))
         return
-    compared = redraw(workspace, args.out, args.cell, args.device)
-    print(compared.to_string(index=False))
-    if not compared["within"].all():
+    comparison = redraw(workspace, args.out, args.cell, args.device)
+    print(comparison.to_string(index=False))
+    if not comparison["within"].all():
         sys.exit(f"{args.cell} differs from the stored numbers by more than the tolerance")
     print(f"{args.cell} agrees with the stored numbers within the tolerance")

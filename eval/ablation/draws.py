@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 
 from eval.ablation.forms import FORMS
-from eval.ablation.grid import bisected, spaced
+from eval.ablation.grid import bisect_lambdas, spaced_lambdas
 from eval.ablation.memo import Arrays, Memo, Unit
 from eval.ablation.rows import SCALES, follows
 from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
-from eval.ablation.training import plan_of, train, trained, try_rate
+from eval.ablation.training import plan_of, train, trained_adapter, try_rate
 from eval.bench import Bench, through_the_vae
 from model.adapter import IPAdapter
 from model.attention import decoupled
 from sampling.lambdas import Lambda
 
 
-def encoded(read: dict[str, Tensor]) -> Arrays:
+def quantise(readings: dict[str, Tensor]) -> Arrays:
     """Round what was read to int16, one row per drawing (`SCALES`)."""
-    flat = {key: values.reshape(len(values), -1).double() * SCALES[key] for key, values in read.items()}
+    flat = {key: values.reshape(len(values), -1).double() * SCALES[key] for key, values in readings.items()}
     return {key: values.round().clamp(-(2**15), 2**15 - 1).to(torch.int16) for key, values in flat.items()}
 
 
-def joined(parts: Sequence[Arrays]) -> Arrays:
+def concatenate(parts: Sequence[Arrays]) -> Arrays:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -58,13 +58,13 @@ def draw(workspace: Workspace, study: Study, what: Draw) -> Unit:
 
     def make() -> Unit:
         grid = find_grid(workspace, study, what.form).value["lambdas"]
-        lambdas = [lam for lam in grid if lam] if what.step == study.steps and what.rate is None else spaced(grid, study.few)
-        return drawn(workspace, study, what, lambdas)
+        lambdas = [lam for lam in grid if lam] if what.step == study.steps and what.rate is None else spaced_lambdas(grid, study.few)
+        return draw_unit(workspace, study, what, lambdas)
 
     return Memo(workspace.work)(what.name, make)
 
 
-def drawn(workspace: Workspace, study: Study, what: Draw, lambdas: list[float]) -> Unit:
+def draw_unit(workspace: Workspace, study: Study, what: Draw, lambdas: list[float]) -> Unit:
     """Draw at these lambdas. Nothing is drawn by an adapter whose training diverged."""
     value = {**asdict(what), "lambdas": lambdas}
     if what.rate is None:
@@ -73,14 +73,14 @@ def drawn(workspace: Workspace, study: Study, what: Draw, lambdas: list[float]) 
         return Unit(value, made_on(study.device))
     else:
         plan = study.plan(what.form, RATE_SEED, what.rate)
-    adapter, bench = trained(workspace, study, what.form, plan, what.step), workspace.bench(study, what.split)
-    return Unit(value, made_on(study.device), joined([_read(bench, adapter, what, lam) for lam in lambdas]))
+    adapter, bench = trained_adapter(workspace, study, what.form, plan, what.step), workspace.bench(study, what.split)
+    return Unit(value, made_on(study.device), concatenate([_read(bench, adapter, what, lam) for lam in lambdas]))
 
 
 def _read(bench: Bench, adapter: IPAdapter, what: Draw, lam: float) -> Arrays:
     strength = lam if what.layers == "all" else Lambda(lam, what.layers)
-    drawn = bench.draw(what.task, adapter, FORMS[what.form].fuse, bench.embedding(adapter), strength)
-    return encoded(bench.read(what.task, drawn))
+    drawings = bench.draw(what.task, adapter, FORMS[what.form].fuse, bench.embedding(adapter), strength)
+    return quantise(bench.read(what.task, drawings))
 
 
 def alone(workspace: Workspace, study: Study, task: str, split: str) -> Unit:
@@ -88,7 +88,7 @@ def alone(workspace: Workspace, study: Study, task: str, split: str) -> Unit:
 
     def make() -> Unit:
         bench = workspace.bench(study, split)
-        arrays = encoded(bench.read(task, bench.draw(task, None, decoupled, None, 0.0)))
+        arrays = quantise(bench.read(task, bench.draw(task, None, decoupled, None, 0.0)))
         return Unit({"task": task, "split": split, "lambdas": [0.0]}, made_on(study.device), arrays)
 
     return Memo(workspace.work)(f"alone-{task}-{split}", make)
@@ -100,8 +100,8 @@ def references(workspace: Workspace, study: Study) -> Unit:
     def make() -> Unit:
         bench = workspace.bench(study)
         pixels = bench.prompts.pixels
-        parts = [encoded(bench.read("picture", x)) for x in (pixels, through_the_vae(bench.pipeline.vae, pixels))]
-        return Unit({"task": "picture", "split": "test", "references": ["truth", "vae"]}, made_on(study.device), joined(parts))
+        parts = [quantise(bench.read("picture", x)) for x in (pixels, through_the_vae(bench.pipeline.vae, pixels))]
+        return Unit({"task": "picture", "split": "test", "references": ["truth", "vae"]}, made_on(study.device), concatenate(parts))
 
     return Memo(workspace.work)("references", make)
 
@@ -111,18 +111,18 @@ def find_grid(workspace: Workspace, study: Study, form: str) -> Unit:
 
     def make() -> Unit:
         bench = workspace.bench(study, "validation")
-        adapter = trained(workspace, study, form, plan_of(workspace, study, form, 0), study.steps)
+        adapter = trained_adapter(workspace, study, form, plan_of(workspace, study, form, 0), study.steps)
         what = Draw(form, 0, study.steps, bench.prompts.tasks[0], "validation")
         truth, parts = bench.prompts.to_json().get("truth"), dict[float, Arrays]()
 
         def follow(lam: float) -> float:
             none = bench.draw(what.task, None, decoupled, None, 0.0) if lam == 0 else None
-            parts[lam] = _read(bench, adapter, what, lam) if none is None else encoded(bench.read(what.task, none))
+            parts[lam] = _read(bench, adapter, what, lam) if none is None else quantise(bench.read(what.task, none))
             return float(follows(what.task, parts[lam], truth, parts[0.0]).mean())
 
-        found = bisected(follow, FORMS[form].scale)
-        value = {**asdict(what), "lambdas": list(found), "following": list(found.values())}
-        return Unit(value, made_on(study.device), joined([parts[lam] for lam in found]))
+        grid = bisect_lambdas(follow, FORMS[form].scale)
+        value = {**asdict(what), "lambdas": list(grid), "following": list(grid.values())}
+        return Unit(value, made_on(study.device), concatenate([parts[lam] for lam in grid]))
 
     return Memo(workspace.work)(f"grid-{form}", make)
 

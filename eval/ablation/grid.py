@@ -1,4 +1,4 @@
-"""The lambdas that a form is drawn with, found by bisection (docs/ablation-protocol.md)."""
+"""The lambdas that a form is drawn with, by bisection (docs/ablation-protocol.md)."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def middle(a: float, b: float, scale: Scale) -> float:
     return math.sqrt(a * b) if a else b / 256
 
 
-def bisected(follow: Callable[[float], float], scale: Scale, most: int = MOST, gap: float = GAP) -> dict[float, float]:
+def bisect_lambdas(follow: Callable[[float], float], scale: Scale, most: int = MOST, gap: float = GAP) -> dict[float, float]:
     """Return {lambda: following} in ascending order, with lambda 0, 1 and the largest.
 
     `follow(lambda)` measures the share of drawings that follow the text. Add a lambda between the neighbours that differ most, until
     no two differ by more than `gap` times the share at lambda 0, or there are `most` lambdas above 0.
     """
-    found = {lam: follow(lam) for lam in (0.0, 1.0, TOP[scale])}
-    while len(found) <= most:
-        a, b = max(pairwise(sorted(found)), key=lambda pair: abs(found[pair[0]] - found[pair[1]]))
-        if abs(found[a] - found[b]) <= gap * found[0.0]:
+    shares = {lam: follow(lam) for lam in (0.0, 1.0, TOP[scale])}
+    while len(shares) <= most:
+        a, b = max(pairwise(sorted(shares)), key=lambda pair: abs(shares[pair[0]] - shares[pair[1]]))
+        if abs(shares[a] - shares[b]) <= gap * shares[0.0]:
             break
         between = middle(a, b, scale)
-        found[between] = follow(between)
-    return dict(sorted(found.items()))
+        shares[between] = follow(between)
+    return dict(sorted(shares.items()))
 
 
-def spaced(lambdas: Sequence[float], count: int = 4) -> list[float]:
+def spaced_lambdas(lambdas: Sequence[float], count: int = 4) -> list[float]:
     """Return `count` of the lambdas above 0, evenly spaced in rank, with the smallest and the largest; all if there are fewer."""
     above = sorted(lam for lam in lambdas if lam)
     if len(above) <= count:

@@ -73,8 +73,8 @@ class Memo:
 def pack(units: Mapping[str, Unit]) -> tuple[dict[str, Any], Arrays]:
     """Return the plain data of all units, and their arrays, joined in this order."""
     data = {name: {"value": unit.value, "made": unit.made, "rows": unit.rows} for name, unit in units.items()}
-    drawn = [unit.arrays for unit in units.values() if unit.rows]
-    return data, {key: torch.cat([arrays[key] for arrays in drawn]) for key in (drawn[0] if drawn else ())}
+    parts = [unit.arrays for unit in units.values() if unit.rows]
+    return data, {key: torch.cat([arrays[key] for arrays in parts]) for key in (parts[0] if parts else ())}
 
 
 def unpack(data: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> dict[str, Unit]:

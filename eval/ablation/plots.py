@@ -35,9 +35,9 @@ def plot_all(results: Results, workspace: Workspace, study: Study, folder: Path)
     with replacing(folder / "ablation.png") as part:
         figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
-    matched = {form: matched_lambda(results, form) for form in study.forms}
+    lambdas = {form: matched_lambda(results, form) for form in study.forms}
     level = f"Each form at the lambda that keeps {study.level:.0%} of the following of the text alone"
-    contact_sheet(workspace, study, matched, level, folder / "ablation_matched.png")
+    contact_sheet(workspace, study, lambdas, level, folder / "ablation_matched.png")
     contact_sheet(workspace, study, dict.fromkeys(study.forms, 1.0), "Lambda 1", folder / "ablation_one.png")
 
 
@@ -56,8 +56,8 @@ def plot_curves(results: Results, axes: Axes) -> None:
         share = 100 * follow / follow[:, :1].clip(1e-9)
         axes.plot(share[:, 1:].T, value[:, 1:].T, color=colour, linewidth=0.6, alpha=0.6)
         axes.plot(share[:, :2].T, value[:, :2].T, ":", color=colour, linewidth=0.6, alpha=0.6)
-        drawn = share[:, 1:].max(axis=1).min() / 100  # the highest level that every seed reaches with a drawn lambda
-        levels = np.linspace(max(share.min(axis=1).max() / 100, 0.0), drawn, 41)
+        highest = share[:, 1:].max(axis=1).min() / 100  # the highest level that every seed reaches with a drawn lambda
+        levels = np.linspace(max(share.min(axis=1).max() / 100, 0.0), highest, 41)
         each = np.stack([curve.seeds(at_level(level)) for level in levels])
         mean, spread = each.mean(axis=1), each.std(axis=1, ddof=1 if each.shape[1] > 1 else 0)
         axes.plot(100 * levels, mean, style, color=colour, linewidth=2, label=FORMS[form].short)
@@ -77,16 +77,16 @@ def plot_curves(results: Results, axes: Axes) -> None:
 
 def plot_steps(results: Results, axes: Axes) -> None:
     """Plot the endpoint against the steps of training, on a log axis. An open marker: some seeds are read at their largest lambda."""
-    found = results.data["summary"]["steps"]
+    summary = results.data["summary"]["steps"]
     for form, (colour, style) in looks(results).items():
-        ends = np.array(found["endpoint"][form])
-        axes.plot(found["steps"], ends, color=colour, linewidth=0.6, alpha=0.6)
-        axes.plot(found["steps"], ends.mean(axis=1), style, color=colour, linewidth=2)
-        for step, mean, read in zip(found["steps"], ends.mean(axis=1), found["read"][form], strict=True):
-            axes.plot(step, mean, "o", color=colour, markersize=5, markerfacecolor="white" if read["end"] else colour)
+        ends = np.array(summary["endpoint"][form])
+        axes.plot(summary["steps"], ends, color=colour, linewidth=0.6, alpha=0.6)
+        axes.plot(summary["steps"], ends.mean(axis=1), style, color=colour, linewidth=2)
+        for step, mean, where in zip(summary["steps"], ends.mean(axis=1), summary["read"][form], strict=True):
+            axes.plot(step, mean, "o", color=colour, markersize=5, markerfacecolor="white" if where["end"] else colour)
     lines(results, axes)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(found["steps"], [f"{step:,}" for step in found["steps"]])
+    axes.set_xticks(summary["steps"], [f"{step:,}" for step in summary["steps"]])
     axes.set_xlabel("training steps")
     axes.set_ylabel(f"{unit(results)} at {results.study['level']:.0%} following")
 
@@ -94,8 +94,8 @@ def plot_steps(results: Results, axes: Axes) -> None:
 def plot_alone(results: Results, axes: Axes) -> None:
     """Plot the image prompt alone at lambda 1: CLIP-I against palette information, a point for each seed."""
     for form, (colour, _) in looks(results).items():
-        found = results.data["summary"]["paper"]["picture"][form]
-        axes.plot(found["clip_i"], found.get("information", found["clip_t"]), "o", color=colour)
+        measures = results.data["summary"]["paper"]["picture"][form]
+        axes.plot(measures["clip_i"], measures.get("information", measures["clip_t"]), "o", color=colour)
     axes.set_xlabel("CLIP-I, image prompt alone, lambda 1")
     axes.set_ylabel(unit(results) if results.truth() else "CLIP-T with the caption")
     if results.truth():
@@ -126,7 +126,7 @@ def contact_sheet(workspace: Workspace, study: Study, lambdas: Mapping[str, floa
     bench = workspace.bench(study).first(SHOWN)
     task, columns = bench.prompts.tasks[0], [bench.prompts.images]
     for form, lam in lambdas.items():
-        columns.append(drawn_at(bench, workspace.shipped / f"{form}-0.safetensors", form, lam))
+        columns.append(drawn_at(bench, workspace.adapters / f"{form}-0.safetensors", form, lam))
     rows: list[tuple[Image.Image, ...]] = list(zip(*columns, strict=True))
     heads = [f"{FORMS[form].short}, {fraction(lam)}" for form, lam in lambdas.items()]
     drawing = sheet([["image prompt"], heads], rows, bench.prompts.texts(task), note_at=1, title=title)

@@ -25,8 +25,8 @@ RESULTS, ADAPTERS = ROOT / "results" / "ablation.json", ROOT / "results" / "abla
 def drawn_at(bench: Bench, file: Path, form: str, lam: float) -> list[Image.Image]:
     """Draw the prompts of the first task at lambda, with an adapter of a form."""
     adapter = load_adapter(file, bench.pipeline.unet).to(next(bench.pipeline.unet.parameters()).device)
-    drawn = bench.draw(bench.prompts.tasks[0], adapter, FORMS[form].fuse, bench.embedding(adapter) if lam else None, lam)
-    return to_images(drawn)
+    drawings = bench.draw(bench.prompts.tasks[0], adapter, FORMS[form].fuse, bench.embedding(adapter) if lam else None, lam)
+    return to_images(drawings)
 
 
 def grids() -> dict[str, list[float]]:
@@ -45,5 +45,5 @@ def shipped_bench() -> Bench:
 def point(form: str, lam: float) -> list[tuple[Image.Image, str]]:
     """Draw a point of the shipped study with seed 0: the pictures with their texts."""
     bench = shipped_bench()
-    drawn = drawn_at(bench, ADAPTERS / f"{form}-0.safetensors", form, lam)
-    return list(zip(drawn, bench.prompts.texts(bench.prompts.tasks[0]), strict=True))
+    drawings = drawn_at(bench, ADAPTERS / f"{form}-0.safetensors", form, lam)
+    return list(zip(drawings, bench.prompts.texts(bench.prompts.tasks[0]), strict=True))

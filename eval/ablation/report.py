@@ -11,10 +11,10 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.ablation.against import SETS, against, parts
-from eval.ablation.appendix import ceiling_table, grid_table, marked, rate_table, through_table
+from eval.ablation.appendix import ceiling_table, grid_table, mark, rate_table, through_table
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY
 from eval.ablation.rows import Results
-from eval.tables import markdown, shown
+from eval.tables import markdown, with_interval
 
 TITLES = {
     "following": ("follows", ".0%"),
@@ -43,27 +43,27 @@ def headline(results: Results) -> str:
         return "The study does not hold both forms of the primary comparison."
     first, name = summary["difference"][PRIMARY], "palette information" if results.truth() else "similarity to the image prompt"
     both = [first, summary.get("confirmed", {}).get(PRIMARY, first)]
-    again = f" (on the confirmation prompts {shown(both[1])})" if "confirmed" in summary else ""
+    again = f" (on the confirmation prompts {with_interval(both[1])})" if "confirmed" in summary else ""
     of = f"; the ceiling is {summary['ceilings']['vae']:.1f}" if results.truth() else ""
-    told = f"where both follow the text equally often, IP-Adapter minus the simple adapter is {shown(first)} in {name}{again}{of}"
+    text = f"where both follow the text equally often, IP-Adapter minus the simple adapter is {with_interval(first)} in {name}{again}{of}"
     if any(each["high"] < 0 for each in both):
-        return f"The simple adapter beats decoupled attention here: {told}."
+        return f"The simple adapter beats decoupled attention here: {text}."
     if all(each["low"] > 0 for each in both):
-        return f"Decoupled attention beats the simple adapter here: {told}."
+        return f"Decoupled attention beats the simple adapter here: {text}."
     if first["low"] <= 0 and any(each["low"] > 0 for each in summary["steps"]["difference"][:-1]):
-        return f"The simple adapter catches up: IP-Adapter is ahead earlier in training, but in the end, {told}."
-    return f"The study does not decide between the two forms: {told}."
+        return f"The simple adapter catches up: IP-Adapter is ahead earlier in training, but in the end, {text}."
+    return f"The study does not decide between the two forms: {text}."
 
 
 def square(results: Results) -> pd.DataFrame:
     """Tabulate the endpoint of the four forms as a 2 x 2 table, with the share of right concepts."""
 
     def cell(form: str) -> str:
-        found = results.data["summary"]["endpoint"].get(form)
-        if found is None:
+        endpoint = results.data["summary"]["endpoint"].get(form)
+        if endpoint is None:
             return ""
-        concept = f" (concept {np.mean(found['concept']):.0%})" if "concept" in found else ""
-        return marked(spread(found["information"]), found) + concept
+        concept = f" (concept {np.mean(endpoint['concept']):.0%})" if "concept" in endpoint else ""
+        return mark(spread(endpoint["information"]), endpoint) + concept
 
     rows = {"own W'_k, W'_v": ("ip_adapter", "concatenated"), "the text's W_k, W_v": ("shared", "simple")}
     return pd.DataFrame([{"": name, "own softmax": cell(a), "joint softmax": cell(b)} for name, (a, b) in rows.items()])
@@ -79,19 +79,19 @@ def difference_table(results: Results) -> pd.DataFrame:
     summary, lines = results.data["summary"], []
     for key, prompts in (("difference", "test"), ("confirmed", "confirmation")):
         for form, d in summary.get(key, {}).items():
-            line = {"IP-Adapter minus": FORMS[form].name, "prompts": prompts, "difference [95 %]": shown(d), "p": p_value(d["p"])}
+            line = {"IP-Adapter minus": FORMS[form].name, "prompts": prompts, "difference [95 %]": with_interval(d), "p": p_value(d["p"])}
             lines.append(line | {"test": "primary" if form == PRIMARY else "adjusted"})
     return pd.DataFrame(lines)
 
 
 def step_table(results: Results) -> pd.DataFrame:
     """Tabulate the endpoint and the primary difference after each number of steps."""
-    found = results.data["summary"]["steps"]
+    summary = results.data["summary"]["steps"]
     lines = []
-    for i, step in enumerate(found["steps"]):
-        ends = {form: marked(spread(each[i]), found["read"][form][i]) for form, each in found["endpoint"].items()}
+    for i, step in enumerate(summary["steps"]):
+        ends = {form: mark(spread(each[i]), summary["read"][form][i]) for form, each in summary["endpoint"].items()}
         line = {"steps": f"{step:,}"} | {FORMS[form].short: end for form, end in ends.items()}
-        lines.append(line | ({"IP-Adapter minus simple": shown(found["difference"][i])} if "difference" in found else {}))
+        lines.append(line | ({"IP-Adapter minus simple": with_interval(summary["difference"][i])} if "difference" in summary else {}))
     return pd.DataFrame(lines)
 
 
@@ -99,8 +99,8 @@ def one_table(results: Results) -> pd.DataFrame:
     """Tabulate all tasks at lambda 1."""
     lines = []
     for task in results.data["tasks"]:
-        for form, found in results.data["summary"]["paper"][task].items():
-            numbers = {TITLES[key][0]: format(np.mean(values), TITLES[key][1]) for key, values in found.items()}
+        for form, measures in results.data["summary"]["paper"][task].items():
+            numbers = {TITLES[key][0]: format(np.mean(values), TITLES[key][1]) for key, values in measures.items()}
             if task == "picture":
                 numbers.pop("follows", None)
             lines.append({"task": task, "form": FORMS[form].short, **numbers})
@@ -110,27 +110,27 @@ def one_table(results: Results) -> pd.DataFrame:
 def secondary_table(results: Results) -> pd.DataFrame:
     """Tabulate the secondary endpoints, and the held-out losses."""
     lines = []
-    for name, found in results.data["summary"]["secondary"].items():
+    for name, row in results.data["summary"]["secondary"].items():
         digits = DIGITS.get(name, 1)
-        ends = {form: marked(spread(values, digits), found["read"].get(form, {})) for form, values in found["forms"].items()}
+        ends = {form: mark(spread(values, digits), row["read"].get(form, {})) for form, values in row["forms"].items()}
         line = {"": name} | {FORMS[form].short: end for form, end in ends.items()}
-        lines.append(line | {"IP-Adapter minus simple": shown(found["difference"], digits) if found["difference"] else ""})
+        lines.append(line | {"IP-Adapter minus simple": with_interval(row["difference"], digits) if row["difference"] else ""})
     losses = results.data["summary"]["losses"]
     return pd.DataFrame([*lines, {"": "held-out loss"} | {FORMS[form].short: spread(each, 5) for form, each in losses.items()}])
 
 
 def seed_counts(results: Results) -> str:
     """Say how many seeds each form has: "5 of IP-Adapter and simple, 3 of shared and joint"."""
-    found: dict[int, list[str]] = {}
+    forms: dict[int, list[str]] = {}
     for form, each in results.data["summary"]["endpoint"].items():
-        found.setdefault(len(each["information"]), []).append(FORMS[form].short)
-    return ", ".join(f"{count} of {' and '.join(names)}" for count, names in found.items())
+        forms.setdefault(len(each["information"]), []).append(FORMS[form].short)
+    return ", ".join(f"{count} of {' and '.join(names)}" for count, names in forms.items())
 
 
 def following_alone(results: Results) -> str:
     """Say how often drawings from the text alone follow it, on each set of prompts."""
-    found = {SETS[split]: results.measures(f"alone-{results.primary}-{split}") for split in SETS if split in results.data["prompts"]}
-    return ", ".join(f"{each['following'].mean():.0%} of the {name}" for name, each in found.items())
+    measures = {SETS[split]: results.measures(f"alone-{results.primary}-{split}") for split in SETS if split in results.data["prompts"]}
+    return ", ".join(f"{each['following'].mean():.0%} of the {name}" for name, each in measures.items())
 
 
 def records(results: Results) -> str:
@@ -141,10 +141,10 @@ def records(results: Results) -> str:
     for name, unit in results.units.items():
         if name.startswith("train-"):
             kinds.setdefault(unit.value["seed"], set()).add(unit.made["processor"])
-    mixed = [str(seed) for seed, each in kinds.items() if len(each) > 1]
-    said = f"All rows come from commit {commits[0]}" if len(commits) == 1 else f"**The rows come from commits {', '.join(commits)}**"
-    said += f", and were computed on {'; '.join(processors)}."
-    return said + (f" **The forms of seed {', '.join(mixed)} were trained on different processors.**" if mixed else "")
+    seeds = [str(seed) for seed, each in kinds.items() if len(each) > 1]
+    sentence = f"All rows come from commit {commits[0]}" if len(commits) == 1 else f"**The rows come from commits {', '.join(commits)}**"
+    sentence += f", and were computed on {'; '.join(processors)}."
+    return sentence + (f" **The forms of seed {', '.join(seeds)} were trained on different processors.**" if seeds else "")
 
 
 def render(results: Results) -> str:
@@ -165,9 +165,9 @@ def render(results: Results) -> str:
         study=results.study,
         lead=lead(results),
         against=against(results),
-        trend=shown(summary["steps"]["trend"]) if "trend" in summary["steps"] else "",
+        trend=with_interval(summary["steps"]["trend"]) if "trend" in summary["steps"] else "",
         p_trend=p_value(summary["steps"]["trend"]["p"]) if "trend" in summary["steps"] else "",
-        alone={key: shown(each[PRIMARY], 3 if key == "clip_i" else 1) for key, each in summary["paper"]["difference"].items()},
+        alone={key: with_interval(each[PRIMARY], 3 if key == "clip_i" else 1) for key, each in summary["paper"]["difference"].items()},
         ceilings=summary["ceilings"],
         first=FORMS[BASELINE].name,
         task=results.primary,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints.files import read_json
-from eval.ablation.grid import spaced
+from eval.ablation.grid import spaced_lambdas
 from eval.ablation.memo import Arrays, Unit, unpack
 from eval.ablation.statistics import Array, Curve, distances, information, retrieval
 from eval.scores import ANYWHERE, places_of, sizes_of
@@ -43,13 +43,13 @@ def follows(task: str, arrays: Arrays, truth: Mapping[str, Any] | None, alone: A
     if truth is None:
         return np.asarray(arrays["clip_t"].double().flatten() / alone["clip_t"].double().mean())
     if task == "complementary":
-        placement, wanted = arrays["placement"] / SCALES["placement"], truth["complementary"]
-        background, size, place = (torch.tensor(wanted[key]) for key in ("background", "size", "place"))
-        placed = (places_of(placement) == place) | (place == ANYWHERE)
-        hits = (arrays["background"].flatten() == background) & (sizes_of(placement) == size) & placed
+        placement, target = arrays["placement"] / SCALES["placement"], truth["complementary"]
+        background, size, place = (torch.tensor(target[key]) for key in ("background", "size", "place"))
+        in_place = (places_of(placement) == place) | (place == ANYWHERE)
+        hits = (arrays["background"].flatten() == background) & (sizes_of(placement) == size) & in_place
     else:
-        wanted = truth["conflict" if task == "conflict" else "own"]
-        concept, background = (arrays[key].flatten() == torch.tensor(wanted[key]) for key in ("concept", "background"))
+        target = truth["conflict" if task == "conflict" else "own"]
+        concept, background = (arrays[key].flatten() == torch.tensor(target[key]) for key in ("concept", "background"))
         hits = concept & background
     return np.asarray(hits.double())
 
@@ -77,8 +77,8 @@ class Results:
         return str(self.data["tasks"][0])
 
     def truth(self, split: str = "test") -> dict[str, Any] | None:
-        found: dict[str, Any] | None = self.data["prompts"][split].get("truth")
-        return found
+        truth: dict[str, Any] | None = self.data["prompts"][split].get("truth")
+        return truth
 
     def palettes(self, split: str = "test") -> Array:
         """The palettes of the image prompts, `n 2 3`."""
@@ -89,7 +89,7 @@ class Results:
         return list(self.units[f"grid-{form}"].value["lambdas"])
 
     @functools.cached_property
-    def _measured(self) -> dict[str, dict[str, Array]]:
+    def _measure_cache(self) -> dict[str, dict[str, Array]]:
         return {}
 
     def measures(self, name: str) -> dict[str, Array]:
@@ -99,30 +99,30 @@ class Results:
         `conflict` and that of the image prompt otherwise; `right background`: 1 if it is that of the text, or of the image prompt if the
         text names none; `clip_i`, `clip_t`. Without ground truth, `information` is 100 CLIP-I.
         """
-        if name not in self._measured:
-            self._measured[name] = self._measure(self.units[name])
-        return self._measured[name]
+        if name not in self._measure_cache:
+            self._measure_cache[name] = self._measure(self.units[name])
+        return self._measure_cache[name]
 
     def _measure(self, unit: Unit) -> dict[str, Array]:
         task, split = unit.value["task"], unit.value["split"]
         truth, count = self.truth(split), len(unit.value.get("lambdas") or unit.value["references"])
         parts = [dict(zip(unit.arrays, each, strict=True)) for each in zip(*(x.chunk(count) for x in unit.arrays.values()), strict=True)]
-        found: dict[str, list[Array]] = {}
+        rows: dict[str, list[Array]] = {}
         for part in parts:
             row = {key: np.asarray(part[key].double().flatten() / SCALES[key]) for key in ("clip_i", "clip_t")}
             row["following"] = follows(task, part, truth, self.units[f"alone-{task}-{split}"].arrays)
             row["information"] = 100 * row["clip_i"]
             if truth is not None:
-                read = np.asarray(part["palette"].double() / SCALES["palette"]).reshape(-1, 2, 3)
-                d = distances(read, self.palettes(split))
+                palettes = np.asarray(part["palette"].double() / SCALES["palette"]).reshape(-1, 2, 3)
+                d = distances(palettes, self.palettes(split))
                 row |= {"information": information(d), "error": np.diagonal(d), "auc": retrieval(d)}
-                wanted = truth["conflict" if task == "conflict" else "own"]["concept"]
+                concept = truth["conflict" if task == "conflict" else "own"]["concept"]
                 ground = truth[task if task in ("conflict", "complementary") else "own"]["background"]
-                row["concept"] = np.asarray((part["concept"].flatten() == torch.tensor(wanted)).double())
+                row["concept"] = np.asarray((part["concept"].flatten() == torch.tensor(concept)).double())
                 row["right background"] = np.asarray((part["background"].flatten() == torch.tensor(ground)).double())
             for key, values in row.items():
-                found.setdefault(key, []).append(values)
-        return {key: np.stack(values) for key, values in found.items()}
+                rows.setdefault(key, []).append(values)
+        return {key: np.stack(values) for key, values in rows.items()}
 
     def curve(
         self,
@@ -144,8 +144,8 @@ class Results:
         names = [f"drawn-{form}-{seed}-{step}-{task}-{split}-{layers}" for seed in range(self.study["seeds"])]
         names = [name for name in names if name in self.units]
         lambdas = self.units[names[0]].value["lambdas"]
-        wanted = spaced(lambdas, self.study["few"]) if few else lambdas
-        keep = [i for i, lam in enumerate(lambdas) if lam in wanted]
+        few_lambdas = spaced_lambdas(lambdas, self.study["few"]) if few else lambdas
+        keep = [i for i, lam in enumerate(lambdas) if lam in few_lambdas]
 
         def array(key: str) -> Array:
             return np.stack([np.concatenate([alone[key], self.measures(name)[key][keep]]) for name in names])

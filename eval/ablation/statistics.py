@@ -16,9 +16,9 @@ Array = NDArray[np.float64]
 Read = Callable[[Array, Array], Array]  # reads one number off a curve: (following, value), each `... lambdas` -> `...`
 
 
-def distances(read: Array, palettes: Array) -> Array:
+def distances(readings: Array, palettes: Array) -> Array:
     """Compute the CIE76 difference of each palette `n 2 3` from each of `m 2 3`, averaged over the two colours: `n m`."""
-    return np.asarray(np.linalg.norm(read[:, None] - palettes[None], axis=-1).mean(axis=-1))
+    return np.asarray(np.linalg.norm(readings[:, None] - palettes[None], axis=-1).mean(axis=-1))
 
 
 def information(distance: Array) -> Array:
@@ -65,8 +65,8 @@ def read_at(following: Array, value: Array, level: Array) -> Array:
 
     drop = take(following, last) - take(following, after)
     part = np.divide(take(following, last) - level, drop, out=np.zeros_like(drop), where=drop > 0)
-    found = take(value, last) + part * (take(value, after) - take(value, last))
-    return np.where(above.any(axis=-1), found, np.nan)
+    values = take(value, last) + part * (take(value, after) - take(value, last))
+    return np.where(above.any(axis=-1), values, np.nan)
 
 
 def at_level(level: float) -> Read:
@@ -107,7 +107,7 @@ class Curve:
         """Read the curve of each seed, averaged over all prompts: `seeds`."""
         return read(self.following.mean(axis=-1), self.value.mean(axis=-1))
 
-    def resampled(self, read: Read, weights: Array, rows: NDArray[np.intp]) -> Array:
+    def resample(self, read: Read, weights: Array, rows: NDArray[np.intp]) -> Array:
         """Read the curve in each resample, averaged over the seeds in `rows`, `r seeds`: `r`. `weights`: of the prompts, `r prompts`."""
         following, value = (np.moveaxis(part @ weights.T, -1, 0) for part in (self.following, self.value))
         return np.asarray(np.take_along_axis(read(following, value), rows, axis=1).mean(axis=1))
@@ -153,7 +153,7 @@ class Bootstrap:
         seeds = min(len(a.value), len(b.value))
         a, b = a.first(seeds), b.first(seeds)
         draws = self.draws(seeds, a.value.shape[-1])
-        return float((a.seeds(read) - b.seeds(read)).mean()), a.resampled(read, *draws) - b.resampled(read, *draws)
+        return float((a.seeds(read) - b.seeds(read)).mean()), a.resample(read, *draws) - b.resample(read, *draws)
 
     def difference(self, a: Curve, b: Curve, read: Read) -> Interval:
         """Return the difference a - b of a reading, paired by seed, on the seeds that both have."""
@@ -161,16 +161,16 @@ class Bootstrap:
 
     def trend(self, steps: Sequence[int], pairs: Sequence[tuple[Curve, Curve]], read: Read) -> Interval:
         """Return the least-squares slope of the differences a - b against log2(steps): the change per doubling of the steps."""
-        found = [self.samples(a, b, read) for a, b in pairs]
+        differences = [self.samples(a, b, read) for a, b in pairs]
         x = np.log2(steps) - np.log2(steps).mean()
-        mean, samples = np.array([mean for mean, _ in found]), np.stack([each for _, each in found], axis=1)
+        mean, samples = np.array([mean for mean, _ in differences]), np.stack([each for _, each in differences], axis=1)
         return interval(float(mean @ x / (x @ x)), samples @ x / (x @ x))
 
 
 def holm(p: dict[str, float]) -> dict[str, float]:
     """Adjust p-values by Holm's method: multiply the i-th smallest of m by m - i (i from 0), keep them in order, and cap them at 1."""
-    adjusted, least = {}, 0.0
+    p_values, least = {}, 0.0
     for i, name in enumerate(sorted(p, key=p.__getitem__)):
         least = max(least, min(1.0, (len(p) - i) * p[name]))
-        adjusted[name] = least
-    return adjusted
+        p_values[name] = least
+    return p_values

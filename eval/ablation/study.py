@@ -63,8 +63,8 @@ class Study:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Study:
         """Build a Study from a results file, which stores tuples as lists."""
-        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return cls(**given)
+        settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**settings)
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
@@ -119,11 +119,11 @@ class Workspace:
     """The inputs of a study and the locations of its files.
 
     `source`: base model and pictures. `shipped`: folder of the finished adapters. `state`: folder of all other files, with one
-    subfolder per value of `made_from`. `scorer`: the name of a CLIP (`clip_score.find`). `made_from`: see `fingerprinted`.
+    subfolder per value of `made_from`. `scorer`: the name of a CLIP (`clip_score.find`). `made_from`: see `with_fingerprints`.
     """
 
     source: TrainingSource
-    shipped: Path
+    adapters: Path
     state: Path
     scorer: str
     made_from: dict[str, Any] = field(default_factory=dict)
@@ -136,7 +136,7 @@ class Workspace:
     def adapter(self, study: Study, plan: Plan, step: int) -> Path:
         """Return the file of an adapter after some steps of its training."""
         if step == study.steps and plan.seed < RATE_SEED:
-            return self.shipped / f"{plan.name}.safetensors"
+            return self.adapters / f"{plan.name}.safetensors"
         return self.work / f"{plan.name}-{step}.safetensors"
 
     def card(self, study: Study, plan: Plan, step: int) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Workspace:
         """Build the bench that draws and scores a set of prompts. For a user's pictures, the prompts are the held-out pictures."""
         return _bench_once(self.source, self.scorer, study, split, self.state)
 
-    def fingerprinted(self, study: Study) -> Workspace:
+    def with_fingerprints(self, study: Study) -> Workspace:
         """Return a copy with `made_from` set: fingerprints of the weights, the data, the scorer and the source files, and the settings."""
         bench = self.bench(study)
         parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")} | {"judge": bench.judge}

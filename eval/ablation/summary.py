@@ -31,7 +31,7 @@ def summarise(results: Results) -> dict[str, Any]:
     """Compute all numbers. Those of each form are lists over seeds; differences are `BASELINE` minus another form."""
     study, forms = results.study, list(results.study["forms"])
     full = {form: results.curve(form) for form in forms}
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "endpoint": endpoints(results, full),
         "difference": differences(full, at_level(study["level"]), Bootstrap(study["resamples"])),
         "ceilings": ceilings(results),
@@ -44,8 +44,8 @@ def summarise(results: Results) -> dict[str, Any]:
     }
     if "confirm" in results.data["prompts"]:
         curves = {form: results.curve(form, split="confirm") for form in forms if form in (BASELINE, PRIMARY)}
-        found["confirmed"] = differences(curves, at_level(study["level"]), Bootstrap(study["resamples"]))
-    return found
+        summary["confirmed"] = differences(curves, at_level(study["level"]), Bootstrap(study["resamples"]))
+    return summary
 
 
 def trainings(results: Results) -> dict[str, list[dict[str, Any]]]:
@@ -55,16 +55,16 @@ def trainings(results: Results) -> dict[str, list[dict[str, Any]]]:
 
 
 def endpoints(results: Results, curves: dict[str, Curve]) -> dict[str, Any]:
-    """Return for each form: the endpoint of each seed, where the seeds are read (`counted`), and the share of right concepts there."""
-    level, found = results.study["level"], dict[str, dict[str, Any]]()
+    """Return for each form: the endpoint of each seed, where the seeds are read (`count_ends`), and the share of right concepts there."""
+    level, ends = results.study["level"], dict[str, dict[str, Any]]()
     for form, curve in curves.items():
-        found[form] = {"information": curve.seeds(at_level(level)).tolist()} | counted(curve, level)
+        ends[form] = {"information": curve.seeds(at_level(level)).tolist()} | count_ends(curve, level)
         if results.truth():
-            found[form]["concept"] = results.curve(form, "concept").seeds(at_level(level)).tolist()
-    return found
+            ends[form]["concept"] = results.curve(form, "concept").seeds(at_level(level)).tolist()
+    return ends
 
 
-def counted(curve: Curve, level: float) -> dict[str, int]:
+def count_ends(curve: Curve, level: float) -> dict[str, int]:
     """Count the seeds that are read at the `end` of their curve, and at its `start` (`statistics.where_read`)."""
     places = [where_read(each, level) for each in curve.following.mean(axis=-1)]
     return {place: places.count(place) for place in ("end", "start")}
@@ -72,22 +72,22 @@ def counted(curve: Curve, level: float) -> dict[str, int]:
 
 def differences(curves: dict[str, Curve], read: Read, bootstrap: Bootstrap) -> dict[str, Any]:
     """Return `BASELINE` minus each other form. The primary p-value is not adjusted; the others are adjusted by Holm's method."""
-    found = {form: bootstrap.difference(curves[BASELINE], curve, read) for form, curve in curves.items() if form != BASELINE}
-    p = {form: each.p for form, each in found.items()}
-    p |= holm({form: p[form] for form in found if form != PRIMARY})
-    return {form: asdict(each) | {"p": p[form]} for form, each in found.items()}
+    intervals = {form: bootstrap.difference(curves[BASELINE], curve, read) for form, curve in curves.items() if form != BASELINE}
+    p = {form: each.p for form, each in intervals.items()}
+    p |= holm({form: p[form] for form in intervals if form != PRIMARY})
+    return {form: asdict(each) | {"p": p[form]} for form, each in intervals.items()}
 
 
 def ceilings(results: Results) -> dict[str, float]:
     """Return the information of the truth, of the truth through the VAE and of the text alone; and raw errors that need no model."""
     truth, through = results.measures("references")["information"].mean(axis=1).tolist()
-    found = {"truth": truth, "vae": through, "alone": results.measures(f"alone-{results.primary}-test")["information"].mean()}
+    values = {"truth": truth, "vae": through, "alone": results.measures(f"alone-{results.primary}-test")["information"].mean()}
     if results.truth():
         palettes, error = results.palettes(), results.measures("references")["error"].mean(axis=1)
         guesses = {"grey": GREY.double().expand(2, 3).numpy(), "best constant": best_constant(palettes)}
-        found |= {f"error, {name}": distances(guess[None], palettes).mean() for name, guess in guesses.items()}
-        found |= {"error, another's": information(distances(palettes, palettes)).mean(), "error, vae": error[1]}
-    return {name: float(value) for name, value in found.items()}
+        values |= {f"error, {name}": distances(guess[None], palettes).mean() for name, guess in guesses.items()}
+        values |= {"error, another's": information(distances(palettes, palettes)).mean(), "error, vae": error[1]}
+    return {name: float(value) for name, value in values.items()}
 
 
 def by_step(results: Results) -> dict[str, Any]:
@@ -95,45 +95,45 @@ def by_step(results: Results) -> dict[str, Any]:
     study, read = results.study, at_level(results.study["level"])
     steps = [study["steps"] // 2**i for i in (4, 3, 2, 1, 0)]
     curves = {form: [results.curve(form, step=step, few=True) for step in steps] for form in study["forms"]}
-    found: dict[str, Any] = {"steps": steps, "endpoint": {form: [c.seeds(read).tolist() for c in each] for form, each in curves.items()}}
-    found["read"] = {form: [counted(c, study["level"]) for c in each] for form, each in curves.items()}
+    summary: dict[str, Any] = {"steps": steps, "endpoint": {form: [c.seeds(read).tolist() for c in each] for form, each in curves.items()}}
+    summary["read"] = {form: [count_ends(c, study["level"]) for c in each] for form, each in curves.items()}
     if {BASELINE, PRIMARY} <= set(curves):
         bootstrap, pairs = Bootstrap(study["resamples"]), list(zip(curves[BASELINE], curves[PRIMARY], strict=True))
-        found["difference"] = [asdict(bootstrap.difference(a, b, read)) for a, b in pairs]
-        found["trend"] = asdict(bootstrap.trend(steps, pairs, read))
-    return found
+        summary["difference"] = [asdict(bootstrap.difference(a, b, read)) for a, b in pairs]
+        summary["trend"] = asdict(bootstrap.trend(steps, pairs, read))
+    return summary
 
 
 def by_rate(results: Results) -> dict[str, Any]:
     """Return for each form and rate the held-out loss, and the endpoint after some steps: None if it diverged. `read`: where it is
-    read (`counted`). Only forms that were trained to the end at every rate have more than one number of steps."""
-    study, found = results.study, dict[str, dict[str, Any]]()
+    read (`count_ends`). Only forms that were trained to the end at every rate have more than one number of steps."""
+    study, summary = results.study, dict[str, dict[str, Any]]()
     read, steps = at_level(study["level"]), [study["steps"] // 4, study["steps"] // 2, study["steps"]]
     for form in study["forms"]:
-        found[form] = {}
+        summary[form] = {}
         for rate in study["rates"]:
-            drawn = steps if f"through-{form}-{rate:g}" in results.units else steps[:1]
-            curves = {str(step): results.rate_curve(form, rate, step) for step in drawn}
+            lengths = steps if f"through-{form}-{rate:g}" in results.units else steps[:1]
+            curves = {str(step): results.rate_curve(form, rate, step) for step in lengths}
             ends = {step: None if curve is None else float(curve.seeds(read)[0]) for step, curve in curves.items()}
-            places = {step: {} if curve is None else counted(curve, study["level"]) for step, curve in curves.items()}
+            places = {step: {} if curve is None else count_ends(curve, study["level"]) for step, curve in curves.items()}
             held_out = results.units[f"rate-{form}-{rate:g}"].value
-            found[form][f"{rate:g}"] = {"held_out": held_out, "endpoint": ends, "read": places}
-    return found
+            summary[form][f"{rate:g}"] = {"held_out": held_out, "endpoint": ends, "read": places}
+    return summary
 
 
 def at_one(results: Results) -> dict[str, Any]:
     """Return the measures of each task and form at lambda 1, the paper's setting, as lists over seeds; and differences for `picture`."""
     keys = ("following", "concept", "information", "clip_i", "clip_t") if results.truth() else ("clip_i", "clip_t")
     tasks = results.data["tasks"]
-    found = {task: {form: _at_one(results, form, task, keys) for form in results.study["forms"]} for task in tasks}
+    measures = {task: {form: _at_one(results, form, task, keys) for form in results.study["forms"]} for task in tasks}
     bootstrap = Bootstrap(results.study["resamples"])
-    found["difference"] = {
+    measures["difference"] = {
         key: differences(
             {form: _only_one(results, form, "picture", key) for form in results.study["forms"]}, at_index(0), bootstrap
         )
         for key in ("information", "clip_i")
     }
-    return found
+    return measures
 
 
 def _only_one(results: Results, form: str, task: str, key: str) -> Curve:
@@ -159,16 +159,16 @@ def secondary(results: Results) -> dict[str, Any]:
         measures["conflicting text, at 20 %"] = (lambda form: results.curve(form, task="conflict"), 0.2)
         measures["retrieval AUC"] = (lambda form: results.curve(form, "auc"), level)
         measures["raw palette error"] = (lambda form: results.curve(form, "error"), level)
-    bootstrap, found = Bootstrap(results.study["resamples"]), {}
+    bootstrap, summary = Bootstrap(results.study["resamples"]), {}
     for name, (curve, at) in measures.items():
         curves, read = {form: curve(form) for form in forms}, between(*BAND) if at is None else at_level(at)
         pair = {BASELINE, PRIMARY} <= set(forms)
-        found[name] = {
+        summary[name] = {
             "forms": {form: each.seeds(read).tolist() for form, each in curves.items()},
-            "read": {form: counted(each, at) for form, each in curves.items()} if at else {},
+            "read": {form: count_ends(each, at) for form, each in curves.items()} if at else {},
             "difference": asdict(bootstrap.difference(curves[BASELINE], curves[PRIMARY], read)) if pair else None,
         }
-    return found
+    return summary
 
 
 def robustness(results: Results) -> dict[str, Any]:
@@ -182,12 +182,12 @@ def robustness(results: Results) -> dict[str, Any]:
     bootstrap, level = Bootstrap(results.study["resamples"]), results.study["level"]
     ours, simple = (results.curve(form) for form in (BASELINE, PRIMARY))
     levels = {f"{at:.0%}": asdict(bootstrap.difference(ours, simple, at_level(at))) for at in LEVELS}
-    found: dict[str, Any] = {"levels": levels, "backgrounds": {}}
+    summary: dict[str, Any] = {"levels": levels, "backgrounds": {}}
     for split in [split for split in ("test", "confirm") if split in results.data["prompts"]]:
         a, b = (results.curve(form, split=split, following="right background") for form in (BASELINE, PRIMARY))
-        found["backgrounds"][split] = asdict(bootstrap.difference(a, b, at_level(level)))
+        summary["backgrounds"][split] = asdict(bootstrap.difference(a, b, at_level(level)))
     share = simple.following.mean(axis=(0, 2))
-    found["smallest"] = {"share": float(share[1] / max(share[0], 1e-9)), "information": float(simple.value[:, 1].mean())}
+    summary["smallest"] = {"share": float(share[1] / max(share[0], 1e-9)), "information": float(simple.value[:, 1].mean())}
     from_one = ours.value[:, results.grid(BASELINE).index(1.0) :]
-    found["extremes"] = [float(simple.value.mean(axis=-1).max()), float(from_one.mean(axis=-1).min())]
-    return found
+    summary["extremes"] = [float(simple.value.mean(axis=-1).max()), float(from_one.mean(axis=-1).min())]
+    return summary

@@ -32,7 +32,7 @@ def train(workspace: Workspace, study: Study, form: str, plan: Plan, steps: Sequ
     missing = [step for step in steps if workspace.card(study, plan, step).get("settings") != settings]
     if not missing:
         return
-    if (saved := checkpoint.load(state)) and saved["step"] > missing[0]:
+    if (content := checkpoint.load(state)) and content["step"] > missing[0]:
         state.unlink()  # the state is past the missing step, so train from the start
     setting, fuse = workspace.setting(study), FORMS[form].fuse
     for step in steps:
@@ -51,11 +51,11 @@ def settings_of(workspace: Workspace, plan: Plan) -> dict[str, Any]:
     return {"made_from": workspace.made_from, **plain}
 
 
-def trained(workspace: Workspace, study: Study, form: str, plan: Plan, step: int) -> IPAdapter:
+def trained_adapter(workspace: Workspace, study: Study, form: str, plan: Plan, step: int) -> IPAdapter:
     """Load an adapter as it was after some steps of its training; train it first if it is not there."""
-    needed = study.checkpoints if plan.seed != RATE_SEED else [each for each in study.rate_checkpoints if each <= step]
+    checkpoints = study.checkpoints if plan.seed != RATE_SEED else [each for each in study.rate_checkpoints if each <= step]
     if workspace.card(study, plan, step).get("settings") != settings_of(workspace, plan):
-        train(workspace, study, form, plan, needed)
+        train(workspace, study, form, plan, checkpoints)
     unet = workspace.bench(study).pipeline.unet
     return load_adapter(workspace.adapter(study, plan, step), unet).to(study.device)
 

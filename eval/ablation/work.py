@@ -58,11 +58,11 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
         jobs += [drawing(Draw(form, seed, last, task)) for task in tasks[1:]]
         jobs += [drawing(Draw(form, seed, step, first)) for step in study.checkpoints[:-1]]
         jobs.append(drawing(Draw(form, seed, last, first, layers="finest")))
-    tried = itertools.product(study.forms, study.rates)
-    jobs += [drawing(Draw(form, RATE_SEED, study.rate_steps, first, rate=rate)) for form, rate in tried]
+    pairs = itertools.product(study.forms, study.rates)
+    jobs += [drawing(Draw(form, RATE_SEED, study.rate_steps, first, rate=rate)) for form, rate in pairs]
     for form, rate in study.through_runs():
-        whole = Job(f"through-{form}-{rate:g}", partial(try_rate, workspace, study, form, rate, True), (f"rate-{form}-{rate:g}",))
-        jobs.append(whole)
+        through = Job(f"through-{form}-{rate:g}", partial(try_rate, workspace, study, form, rate, True), (f"rate-{form}-{rate:g}",))
+        jobs.append(through)
         for step in study.rate_checkpoints[1:]:  # one after the other, because both may have to train
             each = drawing(Draw(form, RATE_SEED, step, first, rate=rate))
             jobs.append(replace(each, after=(jobs[-1].name, *each.after)))
@@ -83,17 +83,17 @@ def run(jobs: Sequence[Job], workers: int) -> None:
         for job in tqdm(jobs, desc="ablation", position=0):
             job.call()
         return
-    waiting, running, listed = list(jobs), dict[Future[Any], str](), {job.name for job in jobs}
+    waiting, running, unfinished = list(jobs), dict[Future[Any], str](), {job.name for job in jobs}
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         try:
             with tqdm(total=len(jobs), desc="ablation", position=0) as bar:
                 while waiting or running:
-                    ready = [job for job in waiting if not listed & set(job.after)][: workers - len(running)]
+                    ready = [job for job in waiting if not unfinished & set(job.after)][: workers - len(running)]
                     for job in ready:
                         waiting.remove(job)
                         running[pool.submit(job.call)] = job.name
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        listed.discard(running.pop(future))
+                        unfinished.discard(running.pop(future))
                         future.result()
                         bar.update()
         except BaseException:
@@ -104,14 +104,14 @@ def run(jobs: Sequence[Job], workers: int) -> None:
 def evaluate(workspace: Workspace, study: Study, jobs: int) -> tuple[dict[str, Any], dict[str, Unit]]:
     """Compute what is missing; return the content of the results file except the summary, and all units."""
     splits = {split: workspace.bench(study, split).prompts for split in ("validation", "test", "confirm")}
-    listed = jobs_of(workspace, study, splits["test"].tasks)
-    if todo := missing(workspace, listed):
+    all_jobs = jobs_of(workspace, study, splits["test"].tasks)
+    if todo := missing(workspace, all_jobs):
         if workspace.source.data is None:
             print(f"{len(todo)} units of work are missing; all take about {study.hours():.1f} hours of one core of a CPU")
         workspace.setting(study)  # encode the pictures once, before parallel processes need them
         run(todo, jobs)
     memo = Memo(workspace.work)
-    units = {job.name: memo.read(job.name) for job in listed}
+    units = {job.name: memo.read(job.name) for job in all_jobs}
     if workspace.source.data is not None:
         splits = {"test": splits["test"]}
     data = {"made_from": workspace.made_from, "study": asdict(study), "tasks": list(splits["test"].tasks)}

@@ -17,7 +17,7 @@ from model.attention import concatenated, decoupled
 from sampling.command_line import command_line
 from sampling.device import check_device
 from sampling.fields import Preset, paths
-from sampling.form import EXAMPLES, ROOT, Desk, told
+from sampling.form import EXAMPLES, ROOT, Desk, collect_notes
 from sampling.layer_weights import attention_layers
 from sampling.request import Model, SamplerName
 from sampling.sheets.strip import LAMBDAS, strip
@@ -38,7 +38,7 @@ CSS = """.image-frame img, .media-button img {width: 100% !important; height: 10
 @media (max-width: 600px) {.flat .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important} .katex {font-size: 1em}}"""
 FLAT: dict[str, Any] = {"format": "png", "height": "auto", "object_fit": "contain", "elem_classes": "flat"}
 FLAT |= {"fit_columns": False, "buttons": []}
-stopped: set[str | None] = set()  # sessions that have pressed Stop
+stopped_sessions: set[str | None] = set()  # sessions that have pressed Stop
 
 
 def form_of(desk: Desk) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def form_of(desk: Desk) -> dict[str, Any]:
 
 
 def stop(session: gr.Request) -> None:
-    stopped.add(session.session_hash)
+    stopped_sessions.add(session.session_hash)
 
 
 def row(label: str) -> list[Any]:
@@ -92,17 +92,17 @@ def wire(row: list[Any], form: dict[str, Any], do: Callable[..., Iterator[list[A
     """Let the button of a row run `do`, which yields values for the outputs, with progress and Stop."""
     def run(values: dict[Any, Any], session: gr.Request, progress: Any = gr.Progress()) -> Iterator[list[Any]]:  # noqa: B008
         notes: list[str] = []
-        stopped.discard(session.session_hash)
+        stopped_sessions.discard(session.session_hash)
 
         def watch(state: Any) -> None:
-            if session.session_hash in stopped:
+            if session.session_hash in stopped_sessions:
                 raise ValueError("stopped; nothing more was drawn")
             progress((state.index + 1, values[form["steps"]]), unit="steps")
 
         with tempfile.TemporaryDirectory() as folder:
-            with told(notes):
-                for found in do({name: values[part] for name, part in form.items()}, values, watch, Path(folder)):
-                    yield [*found, ""]
+            with collect_notes(notes):
+                for update in do({name: values[part] for name, part in form.items()}, values, watch, Path(folder)):
+                    yield [*update, ""]
             yield [*[gr.skip()] * len(outputs), "  \n".join(notes)]
 
     row[1].click(stop, queue=False, api_visibility="private")
@@ -115,22 +115,22 @@ def draw_tab(desk: Desk, form: dict[str, Any]) -> None:
     with gr.Accordion("Keep it", open=False):
         command = gr.Textbox(label="As a command", interactive=False, lines=2, buttons=["copy"], elem_id="command")
         files = gr.File(label="Pictures with their settings, and what they were drawn from", file_count="multiple")
-        dropped = gr.File(label="Drop a picture that was drawn here, to get its settings back", file_types=[".png"])
+        upload = gr.File(label="Drop a picture that was drawn here, to get its settings back", file_types=[".png"])
 
     def draw(values: dict[str, Any], _: Any, watch: Any, folder: Path) -> Iterator[list[Any]]:
-        drawn, request = desk.draw(folder, values, watch)
-        yield [drawn, [str(one) for one in [*drawn, *dict.fromkeys(paths(request))]], command_line(request, desk.model)]
+        drawings, request = desk.draw(folder, values, watch)
+        yield [drawings, [str(one) for one in [*drawings, *dict.fromkeys(paths(request))]], command_line(request, desk.model)]
 
     def restore(path: str) -> list[Any]:
         notes: list[str] = []
         values: dict[str, Any] = {}
-        with told(notes):
+        with collect_notes(notes):
             values = desk.form(path)
             notes.append("The form has the settings of this picture.")
         return [*[values.get(name, gr.skip()) for name in form], "  \n".join(notes)]
 
     wire(parts, form, draw, [pictures, files, command])
-    dropped.upload(restore, dropped, [*form.values(), parts[2]], api_visibility="private")
+    upload.upload(restore, upload, [*form.values(), parts[2]], api_visibility="private")
 
 
 def lambda_tab(desk: Desk, form: dict[str, Any]) -> None:
@@ -141,18 +141,18 @@ def lambda_tab(desk: Desk, form: dict[str, Any]) -> None:
         strips.append(gr.Gallery(show_label=False, columns=4, allow_preview=False, **FLAT))
 
     def compare(values: dict[str, Any], _: Any, watch: Any, folder: Path) -> Iterator[list[Any]]:
-        request, found = desk.request(values), [gr.skip(), gr.skip()]
+        request, galleries = desk.request(values), [gr.skip(), gr.skip()]
         for i, fuse in enumerate(FUSES.values()):
-            drawn = strip(desk.pipeline, request, fuse, watch)
-            found[i] = [(one, f"λ = {scale:g}") for one, scale in zip(drawn, LAMBDAS, strict=True)]
-            yield found
+            pictures = strip(desk.pipeline, request, fuse, watch)
+            galleries[i] = [(one, f"λ = {scale:g}") for one, scale in zip(pictures, LAMBDAS, strict=True)]
+            yield galleries
 
     wire(parts, form, compare, strips)
 
 
 def look_tab(desk: Desk, form: dict[str, Any]) -> None:
     gr.Markdown("Draws once, and shows where the drawing looks: at each word, and at each token of the picture.")
-    fuse, parts, seen = gr.Radio([*FUSES], value="decoupled", label="Attention"), row("Look inside"), gr.State(time_to_live=900)
+    fuse, parts, state = gr.Radio([*FUSES], value="decoupled", label="Attention"), row("Look inside"), gr.State(time_to_live=900)
     layers = len(attention_layers(desk.config))
     with gr.Row():
         step = gr.Slider(1, 20, 10, step=1, label="Step", min_width=120)
@@ -162,34 +162,34 @@ def look_tab(desk: Desk, form: dict[str, Any]) -> None:
     maps = gr.Gallery(show_label=False, columns=4, allow_preview=False, **FLAT)
 
     def draw(values: dict[str, Any], every: dict[Any, Any], watch: Any, folder: Path) -> Iterator[list[Any]]:
-        found = look(desk.pipeline, desk.request(values), FUSES[every[fuse]], watch)
-        yield [found, gr.Slider(maximum=len(found.maps), value=-(-len(found.maps) // 2))]
+        result = look(desk.pipeline, desk.request(values), FUSES[every[fuse]], watch)
+        yield [result, gr.Slider(maximum=len(result.maps), value=-(-len(result.maps) // 2))]
 
-    def show(found: Look | None, *at: int) -> Any:
+    def show(result: Look | None, *at: int) -> Any:
         notes: list[str] = []
-        with told(notes):
-            return cells(desk.pipeline.text, found, *at) if found else [gr.skip(), gr.skip()]
+        with collect_notes(notes):
+            return cells(desk.pipeline.text, result, *at) if result else [gr.skip(), gr.skip()]
         return [gr.skip(), notes[-1]]
 
-    wire(parts, form, draw, [seen, step], fuse).then(show, [seen, step, layer, head], [maps, mass], api_visibility="private")
+    wire(parts, form, draw, [state, step], fuse).then(show, [state, step, layer, head], [maps, mass], api_visibility="private")
     for part in (step, layer, head):
-        part.input(show, [seen, step, layer, head], [maps, mass], show_progress="hidden", api_visibility="private")
+        part.input(show, [state, step, layer, head], [maps, mass], show_progress="hidden", api_visibility="private")
 
 
 def study_tab() -> None:
     """Show RESULTS.md as it is, and the pictures that it names; draw the points of its curves."""
     text, link = (ROOT / "RESULTS.md").read_text(), r"!\[(.*?)\]\((.*?)\)"
     gr.Markdown(re.sub(link, "", text))
-    if found := [(ROOT / path, about) for about, path in re.findall(link, text) if (ROOT / path).is_file()]:
-        gr.Gallery(found, show_label=False, columns=2, **FLAT)
+    if pictures := [(ROOT / path, about) for about, path in re.findall(link, text) if (ROOT / path).is_file()]:
+        gr.Gallery(pictures, show_label=False, columns=2, **FLAT)
     choices = {name: [(fraction(lam), lam) for lam in grid] for name, grid in points.grids().items()}
     gr.Markdown("## Points\nThe drawings behind a point of the curves: one form at one λ, with seed 0 and the first prompts.")
     with gr.Row():
         form = gr.Dropdown([(FORMS[name].name, name) for name in choices], value="ip_adapter", label="Form")
         lam = gr.Dropdown(choices["ip_adapter"], value=1.0, label="λ")
-    button, drawn = gr.Button("Draw this point"), gr.Gallery(show_label=False, columns=4, **FLAT)
+    button, gallery = gr.Button("Draw this point"), gr.Gallery(show_label=False, columns=4, **FLAT)
     form.change(lambda name: gr.Dropdown(choices[name], value=1.0), form, lam, api_visibility="private")
-    button.click(points.point, [form, lam], drawn, concurrency_id="draw", api_visibility="private")
+    button.click(points.point, [form, lam], gallery, concurrency_id="draw", api_visibility="private")
 
 
 def build(desk: Desk) -> gr.Blocks:

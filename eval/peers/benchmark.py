@@ -35,7 +35,7 @@ from model.adapter import IPAdapter
 from model.context import Context
 from model.image_encoder import VIT_H
 from model.unet import UNet
-from sampling.loading import compiled
+from sampling.loading import compile_unet
 from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
 from train.loss import diffusion_loss
@@ -54,14 +54,14 @@ def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = Fa
     peer = official.peer_unet(folder, dtype)
     unet, adapter = _ours(folder, dtype)
     if compile_ours:
-        unet = compiled(unet)
+        unet = compile_unet(unet)
     x, text, image = inputs(dtype)
     context = adapter(Context(text), image)
-    added = {"image_embeds": [image[:, None]]}
+    conditions = {"image_embeds": [image[:, None]]}
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:
-            peer(x, 500, text, added_cond_kwargs=added)
-        times = beside(lambda: unet(x, 500, context), lambda: peer(x, 500, text, added_cond_kwargs=added), rounds)
+            peer(x, 500, text, added_cond_kwargs=conditions)
+        times = beside(lambda: unet(x, 500, context), lambda: peer(x, 500, text, added_cond_kwargs=conditions), rounds)
     return times | {"limit": counter.get_total_flops() / peak(dtype)}
 
 
@@ -87,8 +87,8 @@ def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Timin
     with torch.no_grad():
         short, long = (beside(partial(our_picture, n), partial(their_picture, n), rounds) for n in few)
     step = {side: (long[side] - short[side]) / (few[1] - few[0]) for side in ("ours", "theirs")}
-    whole = {side: short[side] + (50 - few[0]) * step[side] for side in step}
-    return whole | {"ratio": whole["ours"] / whole["theirs"], "extrapolated_from": few}
+    seconds = {side: short[side] + (50 - few[0]) * step[side] for side in step}
+    return seconds | {"ratio": seconds["ours"] / seconds["theirs"], "extrapolated_from": few}
 
 
 def training(folder: Path, rounds: int) -> Timing:
@@ -105,8 +105,8 @@ def training(folder: Path, rounds: int) -> Timing:
             return diffusion_loss(unet, schedule, x, adapter(Context(text), image), t, eps).mean()
 
     def their_loss() -> torch.Tensor:
-        added = {"image_embeds": [image[:, None]]}
-        out = peer(schedule.add_noise(x, eps, t), t, text, added_cond_kwargs=added).sample
+        conditions = {"image_embeds": [image[:, None]]}
+        out = peer(schedule.add_noise(x, eps, t), t, text, added_cond_kwargs=conditions).sample
         return F.mse_loss(out, eps)
 
     return beside(training_step(our_loss, adapter.parameters()), training_step(their_loss, trained), rounds)

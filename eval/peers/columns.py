@@ -49,8 +49,8 @@ def step_of(folder: Path, side: str, dtype: torch.dtype) -> Run:
     """Return a step of one side: a guidance batch of 2 with the adapter. `side` is "theirs", "plain" or "fast"."""
     x, text, image = inputs(dtype)
     if side == "theirs":
-        peer, added = official.peer_unet(folder, dtype), {"image_embeds": [image[:, None]]}
-        return lambda: peer(x, 500, text, added_cond_kwargs=added)
+        peer, conditions = official.peer_unet(folder, dtype), {"image_embeds": [image[:, None]]}
+        return lambda: peer(x, 500, text, added_cond_kwargs=conditions)
     unet = load_single(folder / official.SINGLE, dtype).unet
     context = load_adapter(folder / official.ADAPTER, unet, VIT_H, dtype)(Context(text), image)
     unet = fasten(unet) if side == "fast" else unet

@@ -30,17 +30,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def rows(s: Setting) -> dict[str, Callable[[], Timing]]:
     """Return the functions that measure each line, by name, in the order in which they run."""
     few, many = s.batches
-    found = {f"eager {name}, batch {few}": partial(step, s, dtype, few) for name, dtype in DTYPES.items()}
-    found |= {
+    functions = {f"eager {name}, batch {few}": partial(step, s, dtype, few) for name, dtype in DTYPES.items()}
+    functions |= {
         f"training step, batch {s.training}": partial(training, s),
         f"{s.steps}-step picture, bf16": partial(picture, s, DTYPES["bf16"]),
     }
     for mode in ("reduce-overhead", "max-autotune"):
         for (name, dtype), batch in product(DTYPES.items(), s.batches):
-            found[f"compiled {name}, batch {batch}, {mode}"] = partial(step, s, dtype, batch, mode)
+            functions[f"compiled {name}, batch {batch}, {mode}"] = partial(step, s, dtype, batch, mode)
         if mode == "reduce-overhead":
-            found |= {f"eager {name}, batch {many}": partial(step, s, dtype, many) for name, dtype in DTYPES.items()}
-    return dict(found)
+            functions |= {f"eager {name}, batch {many}": partial(step, s, dtype, many) for name, dtype in DTYPES.items()}
+    return dict(functions)
 
 
 def evaluate(setting: Setting, out: Path, only: list[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from model.vae import VAE
 from sampling.ddim import ddim, ddim_times
 from sampling.guidance import guided
 from sampling.lambdas import as_tensors
-from sampling.loading import compiled
+from sampling.loading import compile_unet
 from sampling.schedule import Schedule
 from train.loss import diffusion_loss
 
@@ -52,13 +52,13 @@ def step(setting: Setting, dtype: torch.dtype, batch: int, mode: str | None = No
     with FlopCounterMode(display=False) as counter:
         unet(x, t, context)
     if mode:
-        unet, context = compiled(unet, mode), as_tensors(context)
+        unet, context = compile_unet(unet, mode), as_tensors(context)
     row: Timing = {"ours": measure(setting, partial(unet, x, t, context))}
     del unet, adapter
     if (peer := peer_or_none(partial(their_unet, setting, dtype))) is not None:
         peer = torch.compile(peer, mode=mode) if mode else peer
-        added = {"image_embeds": [image[:, None]]}
-        row["theirs"] = measure(setting, lambda: peer(x, t, text, added_cond_kwargs=added))
+        conditions = {"image_embeds": [image[:, None]]}
+        row["theirs"] = measure(setting, lambda: peer(x, t, text, added_cond_kwargs=conditions))
     return row | {"limit": counter.get_total_flops() / peak(setting, dtype)}
 
 
@@ -79,9 +79,9 @@ def picture(setting: Setting, dtype: torch.dtype) -> Timing:
     row = {"ours": measure(setting, ours)}
     if (theirs := peer_or_none(partial(their_pipeline, setting, dtype))) is not None:
         prompts = {"prompt_embeds": text[1:], "negative_prompt_embeds": text[:1]}
-        given = prompts | {"ip_adapter_image_embeds": [image[:, None]], "num_inference_steps": setting.steps}
+        arguments = prompts | {"ip_adapter_image_embeds": [image[:, None]], "num_inference_steps": setting.steps}
         size = setting.side * setting.vae.factor
-        row["theirs"] = measure(setting, lambda: theirs(**given, height=size, width=size, output_type="pt"))
+        row["theirs"] = measure(setting, lambda: theirs(**arguments, height=size, width=size, output_type="pt"))
     return row
 
 
@@ -123,5 +123,5 @@ def _their_loss(setting: Setting) -> tuple[Callable[[], Tensor], list[Tensor]]:
     trained = adapter_parameters(peer)
     for weight in trained:
         weight.data = weight.data.float()
-    added = {"image_embeds": [image[:, None]]}
-    return lambda: F.mse_loss(peer(noisy, t, text, added_cond_kwargs=added).sample, eps), trained
+    conditions = {"image_embeds": [image[:, None]]}
+    return lambda: F.mse_loss(peer(noisy, t, text, added_cond_kwargs=conditions).sample, eps), trained

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from checkpoints import configs
 from checkpoints.diffusers_folder import text_settings, vae_settings, vision_settings
 from checkpoints.files import write_json, write_tensors
-from checkpoints.names import TRANSPOSED, Names, adapter_names, image_names, named, text_names, unet_rows, vae_rows
+from checkpoints.names import TRANSPOSED, Names, adapter_names, image_names, map_names, text_names, unet_rows, vae_rows
 from checkpoints.single_file import LDM
 from model.adapter import IPAdapter
 from model.image_encoder import VIT_H, ImageEncoder
@@ -60,8 +60,8 @@ def write(folder: Path, seed: int = 0) -> None:
         unet, vae, text, image = UNet(SD15), VAE(SD_VAE), TextEncoder(SD15_TEXT), ImageEncoder(VIT_H)
         adapter = IPAdapter(unet, ImageProjection(VIT_H.output_dim, SD15.context_dim))
     tables = (
-        named(unet.state_dict(), unet_rows(SD15), 2),
-        named(vae.state_dict(), vae_rows(SD_VAE), 2),
+        map_names(unet.state_dict(), unet_rows(SD15), 2),
+        map_names(vae.state_dict(), vae_rows(SD_VAE), 2),
         text_names(text.state_dict(), SD15_TEXT),
     )
     single: dict[str, Tensor] = {}
@@ -140,8 +140,8 @@ def peer_image(folder: Path, dtype: torch.dtype) -> Any:
 
 def adapter_parameters(unet: Any) -> list[Tensor]:
     """Return the parameters of the adapter in diffusers' UNet, with gradients enabled."""
-    named = unet.named_parameters()
-    return [p.requires_grad_(True) for name, p in named if "_ip" in name or name.startswith("encoder_hid_proj")]
+    parameters = unet.named_parameters()
+    return [p.requires_grad_(True) for name, p in parameters if "_ip" in name or name.startswith("encoder_hid_proj")]
 
 
 def peer_pipeline(unet: Any, vae: Any, text: Any = None) -> Any:

@@ -83,21 +83,21 @@ def ours(files: Files, prompt: str, size: tuple[int, int], steps: int, scale: fl
     pipe = load(files.checkpoint, files.adapter or [], files.encoder, prediction=files.prediction)
     sampler = EULER if pipe.unet.config.added_dim else DDIM
     embedding = pipe.embed(files.image) if files.adapter and files.image else None
-    drawn = pipe.sample(prompt, 0, embedding, NEGATIVE, scale, GUIDANCE, steps, size=size, sampler=sampler)
-    return np.asarray(next(iter(to_images(drawn)))).astype(int)
+    picture = pipe.sample(prompt, 0, embedding, NEGATIVE, scale, GUIDANCE, steps, size=size, sampler=sampler)
+    return np.asarray(next(iter(to_images(picture)))).astype(int)
 
 
 @torch.no_grad()
 def theirs(files: Files, prompt: str, size: tuple[int, int], steps: int, scale: float) -> np.ndarray:
     """Draw in diffusers."""
-    pipe, given = _pipeline(files), dict[str, Any]()
+    pipe, arguments = _pipeline(files), dict[str, Any]()
     if files.adapter and files.image:
         _add_adapter(pipe, files)
         pipe.set_ip_adapter_scale(scale)
-        given = _image_prompt(pipe, files)
+        arguments = _image_prompt(pipe, files)
     pipe.check_inputs = lambda *_, **__: None  # it wants multiples of 8, whatever the VAE's factor
-    given |= {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": GUIDANCE}
-    picture = pipe(prompt, negative_prompt=NEGATIVE, generator=torch.Generator().manual_seed(0), **given).images[0]
+    arguments |= {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": GUIDANCE}
+    picture = pipe(prompt, negative_prompt=NEGATIVE, generator=torch.Generator().manual_seed(0), **arguments).images[0]
     return np.asarray(picture).astype(int)
 
 
@@ -106,10 +106,10 @@ def _pipeline(files: Files) -> Any:
 
     xl = unet_config(files.checkpoint).added_dim > 0
     kind, more = (StableDiffusionXLPipeline, {"add_watermarker": False}) if xl else (StableDiffusionPipeline, {"safety_checker": None})
-    with TemporaryDirectory() as made:
+    with TemporaryDirectory() as name:
         folder = files.checkpoint
         if not (folder / "model_index.json").is_file():
-            folder = Path(made) / "pipeline"
+            folder = Path(name) / "pipeline"
             save_pipeline(load_base(files.checkpoint, None, files.prediction), scheduler_config(files.checkpoint), folder)
         pipe: Any = kind.from_pretrained(folder, torch_dtype=torch.float32, **more)
     settings = {"prediction_type": "v_prediction" if files.prediction == "v" else "epsilon"} if files.prediction else {}
@@ -139,8 +139,8 @@ def _image_prompt(pipe: Any, files: Files) -> dict[str, Any]:
         return {"ip_adapter_image": [[open_image(files.image)]]}
     projection = projection_of(adapter_file(files.adapter))
     raw = faces.check(projection).raw
-    read = faces.embeddings if raw else faces.embeddings / faces.embeddings.norm(dim=-1, keepdim=True)
-    both = torch.stack([torch.zeros_like(read), read])
+    embeddings = faces.embeddings if raw else faces.embeddings / faces.embeddings.norm(dim=-1, keepdim=True)
+    both = torch.stack([torch.zeros_like(embeddings), embeddings])
     if isinstance(projection, FacePlus):
         pixels = pipe.feature_extractor(list(faces.pictures), return_tensors="pt").pixel_values
         fine = [pipe.image_encoder(each, output_hidden_states=True).hidden_states[-2] for each in (torch.zeros_like(pixels), pixels)]

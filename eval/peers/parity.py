@@ -81,8 +81,8 @@ def run(args: Namespace) -> None:
     if args.checkpoint:
         own_files.run(args)
         return
-    if named := [name for name in ("ip_adapter", "image_encoder", "image", "prediction") if getattr(args, name)]:
-        raise ValueError(f"--{named[0].replace('_', '-')} is for your own base model: name its file with --checkpoint")
+    if options := [name for name in ("ip_adapter", "image_encoder", "image", "prediction") if getattr(args, name)]:
+        raise ValueError(f"--{options[0].replace('_', '-')} is for your own base model: name its file with --checkpoint")
     xl = args.base == "sdxl"
     state, out = args.state / "sdxl" if xl else args.state, args.out or Path("results", "parity_sdxl.json" if xl else "parity.json")
     print(table(evaluate(args.base, state, out, args.side)))

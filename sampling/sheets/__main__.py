@@ -36,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     try:
-        written = {"demo": demo, "gallery": gallery, "figures": figures}[args.command].write(args.seed, args.out)
+        output = {"demo": demo, "gallery": gallery, "figures": figures}[args.command].write(args.seed, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped")
-    print(f"{written}, drawn in {time.time() - began:.0f} s")
+    print(f"{output}, drawn in {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

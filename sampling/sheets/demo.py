@@ -43,7 +43,7 @@ def cells() -> list[tuple[str, int, float]]:
 def draw_row(pipeline: Pipeline, prompt: Image.Image, seed: int, bar: tqdm[None]) -> list[Image.Image]:
     """Draw one row: the image prompt, followed by its drawings."""
     texts, seeds, scales = zip(*cells(), strict=True)
-    drawn = pipeline.sample(
+    pictures = pipeline.sample(
         texts,
         [seed + more for more in seeds],
         pipeline.embed(prompt),
@@ -52,7 +52,7 @@ def draw_row(pipeline: Pipeline, prompt: Image.Image, seed: int, bar: tqdm[None]
         steps=STEPS,
         watch=lambda _: bar.update() and None,
     )
-    return [prompt, *to_images(drawn)]
+    return [prompt, *to_images(pictures)]
 
 
 def write(seed: int, out: Path) -> str:

@@ -23,8 +23,8 @@ from sampling.sheets.gallery import (
     fine_grained,
     image_to_image,
     inpainting,
+    open_examples,
     prompt,
-    shown,
     shown_mask,
 )
 from sampling.sheets.layout import sheet
@@ -45,8 +45,8 @@ class Studio:
     @classmethod
     def of(cls, folder: Path, seed: int) -> Studio:
         """Load all models."""
-        base, controlled = load(), load(controls=[CONTROLNET, T2I])
-        alone = [replace(controlled, controls=(control,)) for control in controlled.controls]
+        base, steerable = load(), load(controls=[CONTROLNET, T2I])
+        alone = [replace(steerable, controls=(control,)) for control in steerable.controls]
         models = [base, *alone, load(loras=[(COMIC, 1.0)])]
         return cls(*(Artist(model, folder, seed) for model in models))
 
@@ -62,12 +62,12 @@ def figure_1(studio: Studio) -> Cells:
         mask = studio.base.mask(0, 32, 64, 64)
         rows.append(
             [
-                *shown(name),
+                *open_examples(name),
                 *studio.base.draw(prompt(name), num=2),
                 *studio.base.draw(prompt(name), text=text),
                 open_image(hint(lines)),
                 *studio.controlnet.draw(prompt(name), hints=(HintFile(hint(lines)),)),
-                *shown(start),
+                *open_examples(start),
                 shown_mask(mask),
                 *studio.base.draw(prompt(name), init_image=example(start), mask=mask),
                 *studio.comic.draw(prompt(name), num=2),
@@ -80,7 +80,7 @@ def figure_1(studio: Studio) -> Cells:
 def figure_4(studio: Studio) -> Cells:
     """One adapter, two base models."""
     rows = [
-        [*shown(name), *studio.base.draw(prompt(name), num=3), *studio.comic.draw(prompt(name), num=3)]
+        [*open_examples(name), *studio.base.draw(prompt(name), num=3), *studio.comic.draw(prompt(name), num=3)]
         for name in ("pig", "snail", "train", "mushroom")
     ]
     return [["image prompt"], ["original base", "", ""], ["comic base", "", ""]], rows, [""] * len(rows)
@@ -96,7 +96,7 @@ def figure_5(studio: Studio) -> Cells:
     ):
         control = (HintFile(hint(lines)),)
         both = artist.draw(prompt(name), num=4, hints=control)
-        rows.append([*shown(name), open_image(hint(lines)), *both, *artist.draw(num=2, hints=control)])
+        rows.append([*open_examples(name), open_image(hint(lines)), *both, *artist.draw(num=2, hints=control)])
         notes.append("ControlNet" if artist is studio.controlnet else "T2I-Adapter")
     groups = [["image prompt", "condition"], ["samples", "", "", ""], ["control alone", ""]]
     return groups, rows, notes
@@ -106,7 +106,7 @@ def figure_8(studio: Studio) -> Cells:
     """Multimodal prompts: the image prompt is the subject, the text its scene."""
     texts = ["on a pink background", "on a white background", "small, top left", "large on a blue background"]
     rows = [
-        [*shown(name), *(drawn for text in texts for drawn in studio.base.draw(prompt(name), text=text))]
+        [*open_examples(name), *(drawn for text in texts for drawn in studio.base.draw(prompt(name), text=text))]
         for name in ("owl", "mouse", "snail", "hat")
     ]
     return [["image prompt"], texts], rows, [""] * len(rows)

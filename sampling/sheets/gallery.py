@@ -59,7 +59,7 @@ def prompt(*names: str, **options: Any) -> ImagePrompt:
     return ImagePrompt(tuple(example(name) for name in names), **options)
 
 
-def shown(*names: str) -> list[Image.Image]:
+def open_examples(*names: str) -> list[Image.Image]:
     return [open_image(example(name)) for name in names]
 
 
@@ -72,8 +72,8 @@ def image_to_image(artist: Artist) -> Cells:
     strengths = (0.3, 0.45, 0.6, 0.75, 0.9)
     rows = []
     for start, name in (("cake", "mushroom"), ("rabbit", "pig"), ("ball", "mouse")):
-        drawn = [artist.draw(prompt(name), init_image=example(start), strength=share)[0] for share in strengths]
-        rows.append([*shown(start, name), *drawn])
+        drawings = [artist.draw(prompt(name), init_image=example(start), strength=share)[0] for share in strengths]
+        rows.append([*open_examples(start, name), *drawings])
     return [["start", "image prompt"], [f"strength {strength:g}" for strength in strengths]], rows, [""] * 3
 
 
@@ -81,8 +81,8 @@ def inpainting(artist: Artist) -> Cells:
     top, bottom, right = artist.mask(0, 0, 64, 30), artist.mask(0, 32, 64, 64), artist.mask(30, 0, 64, 64)
     rows = []
     for start, mask, name in (("alien", top, "hat"), ("rabbit", right, "ball"), ("mouse", bottom, "alien")):
-        drawn = artist.draw(prompt(name), num=4, init_image=example(start), mask=mask)
-        rows.append([*shown(start), shown_mask(mask), *shown(name), *drawn])
+        drawings = artist.draw(prompt(name), num=4, init_image=example(start), mask=mask)
+        rows.append([*open_examples(start), shown_mask(mask), *open_examples(name), *drawings])
     return [["picture", "mask", "image prompt"], ["four seeds", "", "", ""]], rows, [""] * 3
 
 
@@ -90,7 +90,7 @@ def several_pictures(artist: Artist) -> Cells:
     names, shares, rows = ("mouse", "owl"), (0.0, 0.25, 0.5, 0.75, 1.0), []
     for rule in get_args(Rule):
         prompts = [prompt(*names, weights=(1 - share, share), rule=rule) for share in shares]
-        rows.append([*shown(*names), *(artist.draw(one)[0] for one in prompts)])
+        rows.append([*open_examples(*names), *(artist.draw(one)[0] for one in prompts)])
     weights = [f"{1 - share:g} and {share:g}" for share in shares]
     return [["one prompt of", "two pictures"], weights], rows, [f"--image-rule {rule}" for rule in get_args(Rule)]
 
@@ -98,15 +98,15 @@ def several_pictures(artist: Artist) -> Cells:
 def negative_image(artist: Artist) -> Cells:
     rows = []
     for name, negative in (("snail", "banana"), ("ball", "rabbit"), ("mouse", "owl")):
-        drawn = [artist.draw(prompt(name, negatives=no), num=3) for no in ((), (example(negative),))]
-        rows.append([*shown(name, negative), *drawn[0], *drawn[1]])
+        drawings = [artist.draw(prompt(name, negatives=no), num=3) for no in ((), (example(negative),))]
+        rows.append([*open_examples(name, negative), *drawings[0], *drawings[1]])
     return [["image prompt", "negative"], ["without it", "", ""], ["with it", "", ""]], rows, [""] * 3
 
 
 def layers(artist: Artist) -> Cells:
     options: list[dict[str, Any]] = [{"scale": 0.0}, {}, *({"layers": name} for name in get_args(Preset))]
     rows = [
-        [*shown(name), *(artist.draw(prompt(name, **each), text=text)[0] for each in options)]
+        [*open_examples(name), *(artist.draw(prompt(name, **each), text=text)[0] for each in options)]
         for name, text in PROMPTS.items()
     ]
     return [["image prompt"], ["text alone"], ["all layers", *get_args(Preset)]], rows, [*PROMPTS.values()]
@@ -115,7 +115,7 @@ def layers(artist: Artist) -> Cells:
 def steps(artist: Artist) -> Cells:
     ranges = [(0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (0.75, 1.0)]
     rows = [
-        [*shown(name), *(artist.draw(prompt(name, start=start, end=end), text=text)[0] for start, end in ranges)]
+        [*open_examples(name), *(artist.draw(prompt(name, start=start, end=end), text=text)[0] for start, end in ranges)]
         for name, text in PROMPTS.items()
     ]
     return [["image prompt"], [f"{start:g} to {end:g}" for start, end in ranges]], rows, [*PROMPTS.values()]
@@ -126,9 +126,9 @@ def regions(artist: Artist) -> Cells:
     masks, rows = (artist.mask(0, 0, 32, 64), artist.mask(32, 0, 64, 64)), []
     for names in (("mouse", "pig"), ("owl", "alien"), ("snail", "mushroom")):
         halves = list(zip(names, masks, strict=True))
-        drawn = twice.draw(*(prompt(name, mask=mask) for name, mask in halves), num=4)
-        cells = [cell for name, mask in halves for cell in (*shown(name), shown_mask(mask))]
-        rows.append([*cells, *drawn])
+        drawings = twice.draw(*(prompt(name, mask=mask) for name, mask in halves), num=4)
+        cells = [cell for name, mask in halves for cell in (*open_examples(name), shown_mask(mask))]
+        rows.append([*cells, *drawings])
     return [["left", "its mask", "right", "its mask"], ["four seeds", "", "", ""]], rows, [""] * 3
 
 
@@ -136,8 +136,8 @@ def two_guidances(artist: Artist) -> Cells:
     weights, text, rows = (1.0, 2.0, 4.0, 8.0), "small on a yellow background, top left", []
     mushroom = prompt("mushroom")
     for w_t in weights:
-        drawn = [artist.draw(mushroom, text=text, guidance=w_t, image_guidance=w_i)[0] for w_i in weights]
-        rows.append([*shown("mushroom"), *drawn])
+        drawings = [artist.draw(mushroom, text=text, guidance=w_t, image_guidance=w_i)[0] for w_i in weights]
+        rows.append([*open_examples("mushroom"), *drawings])
     notes = [f'--guidance {w_t:g}, "{text}"' for w_t in weights]
     return [["image prompt"], [f"picture {w_i:g}" for w_i in weights]], rows, notes
 
@@ -146,8 +146,8 @@ def samplers(artist: Artist) -> Cells:
     counts, rows, notes = [max(1, artist.steps * n // STEPS) for n in (5, 10, 20, 50)], [], []
     for name in ("alien", "banana"):
         for sampler in ("ddim", "dpm++"):
-            drawn = [artist.draw(prompt(name), sampler=sampler, steps=n, guidance=7.5)[0] for n in counts]
-            rows.append([*shown(name), *drawn])
+            drawings = [artist.draw(prompt(name), sampler=sampler, steps=n, guidance=7.5)[0] for n in counts]
+            rows.append([*open_examples(name), *drawings])
             notes.append(f"--sampler {sampler} --guidance 7.5")
     return [["image prompt"], [f"{n} steps" for n in counts]], rows, notes
 
@@ -156,8 +156,8 @@ def fine_grained(artist: Artist) -> Cells:
     plus = replace(artist, pipeline=load(adapter=WEIGHTS / "ip_adapter_plus.safetensors"))
     rows = []
     for name in ("alien", "cake", "owl", "hat"):
-        drawn = [each.draw(prompt(name), num=3) for each in (artist, plus)]
-        rows.append([*shown(name), *drawn[0], *drawn[1]])
+        drawings = [each.draw(prompt(name), num=3) for each in (artist, plus)]
+        rows.append([*open_examples(name), *drawings[0], *drawings[1]])
     return [["image prompt"], ["global: 4 tokens", "", ""], ["fine-grained: 16 tokens", "", ""]], rows, [""] * 4
 
 

@@ -27,12 +27,12 @@ def strip(
     """Draw a picture for each lambda, all with the seed of the request. Raises ValueError if there is no image prompt."""
     if not request.image_prompts:
         raise ValueError("lambda is the weight of an image prompt: choose a picture first")
-    drawn: list[Image.Image] = []
+    pictures: list[Image.Image] = []
     height, width = pipeline.native_size
     for part in groups(0, len(lambdas), height * width // pipeline.vae.config.factor**2):
         scale = torch.tensor([lambdas[i] for i in part]).view(-1, 1, 1, 1)
-        drawn += to_images(sample(pipeline, request, fuse, watch, scale, len(part)))
-    return drawn
+        pictures += to_images(sample(pipeline, request, fuse, watch, scale, len(part)))
+    return pictures
 
 
 def sample(

@@ -11,7 +11,7 @@ from checkpoints.files import replacing
 from sampling.images import open_image
 
 
-def resized(path: Path | str, size: tuple[int, int], folder: Path, mask: bool = False) -> Path | None:
+def resize_file(path: Path | str, size: tuple[int, int], folder: Path, mask: bool = False) -> Path | None:
     """Crop and scale a picture file to `size` (height, width), and write it into `folder` under a name made of its pixels.
 
     With `mask`, the file has strokes on a transparent background. Make the strokes white; return None if there are none.
