@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from checkpoints.files import check_output, replacing
@@ -45,6 +45,14 @@ def decode_image(source: Path | BinaryIO, name: str, behind: Literal["white", "b
         raise ValueError(f"{name}: more pixels than can be read safely: make the picture smaller") from None
     except Exception as error:  # the decoders of damaged pictures raise errors of any kind
         raise ValueError(f"{name}: the picture is damaged or truncated ({str(error) or type(error).__name__})") from None
+
+
+def picture_size(source: Path | BinaryIO) -> tuple[int, int]:
+    """Read the (height, width) of a picture, upright, without decoding it."""
+    with Image.open(source) as file:
+        # Pillow turns TIFF files itself
+        on_its_side = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (file.width, file.height) if on_its_side else (file.height, file.width)
 
 
 def to_rgb(image: Image.Image, behind: Literal["white", "black"] = "white") -> Image.Image:

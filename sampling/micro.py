@@ -11,6 +11,17 @@ from model.layers import timestep_embedding
 from model.unet import UNetConfig
 
 
+def added_vector(pooled: Tensor, sizes: Tensor, config: UNetConfig) -> Tensor:
+    """Compute SDXL's added vector, `b a`, from the pooled text, `b p`, and sizes in pixels, `b 6`:
+
+    [pooled, e(h_original), e(w_original), e(top), e(left), e(h_target), e(w_target)], with e the timestep embedding.
+
+    The embedding is computed in float32: in bfloat16, 1021 would be 1020. (diffusers rounds to the dtype of the model first.)
+    """
+    embedded = timestep_embedding(sizes.flatten(), config.added_time_dim).view(len(sizes), -1)
+    return torch.cat([pooled, embedded.to(pooled)], dim=1)
+
+
 @dataclass(frozen=True)
 class Micro:
     """What SDXL is told about the training picture to imitate, and how the unconditional pass reads an empty text.
@@ -32,15 +43,9 @@ class Micro:
             raise ValueError(f"{names} are for Stable Diffusion XL: leave them out for other base models")
 
     def vector(self, pooled: Tensor, size: tuple[int, int], config: UNetConfig) -> Tensor:
-        """Compute the added vector `b a` from the pooled text `b e`, for drawings of `size` (height, width):
-
-        [pooled, e(h_original), e(w_original), e(top), e(left), e(h_target), e(w_target)], with e the timestep embedding.
-
-        The embedding is computed in float32: in bfloat16, 1021 would be 1020. (diffusers rounds to the dtype of the model first.)
-        """
-        numbers = [*(self.original or size), *self.crop, *(self.target or size)]
-        sizes = timestep_embedding(torch.tensor(numbers, device=pooled.device), config.added_time_dim).flatten()
-        return torch.cat([pooled, sizes.to(pooled).expand(len(pooled), -1)], dim=1)
+        """Compute the added vector, `b a`, from the pooled text, `b p`, for drawings of `size` (height, width)."""
+        sizes = torch.tensor([*(self.original or size), *self.crop, *(self.target or size)], device=pooled.device)
+        return added_vector(pooled, sizes.expand(len(pooled), -1), config)
 
 
 DRAWING = Micro()  # the drawing as it is: its own size, nothing cut off

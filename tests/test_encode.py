@@ -31,7 +31,7 @@ def tiny_encoders() -> tuple[VAE, TextEncoder, ImageEncoder]:
 def test_captions_are_encoded_once_each_the_empty_one_first() -> None:
     _, text, _ = tiny_encoders()
     captions = ["a fox", "", "an owl", "a fox"]
-    texts, rows = encode_texts(text, captions)
+    texts, _, rows = encode_texts(text, captions)
     assert texts.shape == (3, 77, 8) and rows.tolist() == [1, 0, 2, 1]
     with torch.no_grad():
         torch.testing.assert_close(texts[rows].float(), text(text.tokenize(captions)), atol=5e-3, rtol=0)
@@ -43,7 +43,7 @@ def test_pairs_of_the_world_and_their_cache(tmp_path: Path) -> None:
     pairs = WorldPictures("val", 3).pairs(*encoders, cache)
     assert pairs.mean.shape == (3, 4, 16, 16) and pairs.features and pairs.features.pictures.shape == (3, 1, 1, 12)
     captions = [World("val")[i].caption for i in range(3)]
-    texts, rows = encode_texts(encoders[1], captions)
+    texts, _, rows = encode_texts(encoders[1], captions)
     assert torch.equal(pairs.texts, texts) and torch.equal(pairs.caption, rows)
     prompts = torch.from_numpy(np.stack([elsewhere(World("val")[i]) for i in range(3)])).permute(0, 3, 1, 2)
     with torch.no_grad():

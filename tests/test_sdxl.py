@@ -29,7 +29,6 @@ from model.controlnet import ControlNetConfig
 from model.t2i import T2IConfig
 from sampling import __main__ as cli
 from sampling.loading import load
-from train import __main__ as train
 
 FOX, OWL = "A photo of a fox, 4k", "blurry; an owl"
 LEVEL = 1  # of 255
@@ -178,8 +177,3 @@ def test_float16_keeps_the_vae_in_float32(model: Model, tmp_path: Path) -> None:
     assert other.config == loud and {p.dtype for p in other.parameters()} == {torch.float16}
     one, two = (ours(model, f"--dtype {dtype}", tmp_path) for dtype in ("float32", "bfloat16"))
     assert 0 < difference(one, two) < 60
-
-
-def test_training_on_sdxl_is_refused(model: Model, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is Stable Diffusion XL, on which training is not supported"):
-        train.main(["adapter", "--base", str(model.base), "--image-encoder", str(model.encoder), "--weights", str(tmp_path)])

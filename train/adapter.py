@@ -23,7 +23,6 @@ from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.files import check_output
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
-from model.context import Context
 from sampling.request import WEIGHTS
 from train import checkpoint, preview, processes
 from train.card import WORLD_LICENCE, card, check_free
@@ -84,7 +83,7 @@ def fit(
 
     def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
         x = sample_inputs(batch, g, dropping=True, offset=setting.noise_offset)
-        context = adapter(Context(x.text, fuse=fuse), x.image)
+        context = adapter(x.context(unet.config, fuse), x.image)
         return {"loss": diffusion_loss(unet, schedule, x.x0, context, x.t, x.eps, setting.gamma).mean()}
 
     def validate(module: nn.Module) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sampling.images import decode_image, open_image
+from sampling.images import decode_image, open_image, picture_size
 from train.fingerprint import digest
 
 
@@ -39,13 +39,23 @@ class CaptionedPicture:
         """Return the first caption."""
         return self.texts[0]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return the (height, width) of the upright picture, without decoding it."""
+        return picture_size(self.path if self.member is None else BytesIO(self._bytes()))
+
     def open(self) -> Image.Image:
         """Open the picture as upright 8-bit RGB. Raises ValueError, naming the file, if it is not a picture."""
         if self.member is None:
             return open_image(self.path)
+        return decode_image(BytesIO(self._bytes()), f"{self.path}: {self.member.name}")
+
+    def _bytes(self) -> bytes:
+        """Return the bytes of the picture in its tar file."""
+        assert self.member is not None
         with open(self.path, "rb") as file:
             file.seek(self.member.offset)
-            return decode_image(BytesIO(file.read(self.member.size)), f"{self.path}: {self.member.name}")
+            return file.read(self.member.size)
 
 
 def first_rows(keys: Tensor) -> Tensor:

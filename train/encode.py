@@ -6,13 +6,14 @@ import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.features import GLOBAL, Embedder, Features
 from model.image_encoder import ImageEncoder, normalise
-from model.text_encoder import Text
+from model.text_encoder import Text, TextEncoderPair
 from model.vae import VAE
 from train.data import Data, OnTheFly
 from train.fingerprint import content_key, digest, fingerprint
@@ -50,15 +51,25 @@ def features(
         return pictures, reads.null(image, pictures.shape[-1]).cpu()
 
 
+class Texts(NamedTuple):
+    """Different captions, the empty one first: text tokens, `m 77 c`, and for SDXL pooled texts, `m p`. `rows`: of all captions, `n`."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+    rows: Tensor
+
+
 @torch.no_grad()
-def encode_texts(text: Text, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Return the text tokens of the different captions, `m 77 c`, the empty one first, and the row of each caption, `n`."""
+def encode_texts(text: Text, captions: list[str]) -> Texts:
+    """Encode captions, each different one once, in half precision."""
     different = ["", *sorted(set(captions) - {""})]
     row = {caption: i for i, caption in enumerate(different)}
     tokens = torch.cat(in_parts(lambda part: text.tokenize([different[i] for i in part]), len(different), 0, "captions"))
     device = next(text.parameters()).device
-    hidden = torch.cat([text(part.to(device)).half().cpu() for part in tokens.split(256)])
-    return hidden, torch.tensor([row[caption] for caption in captions])
+    parts = [part.to(device) for part in tokens.split(256)]
+    hidden = torch.cat([text(part).half().cpu() for part in parts])
+    pooled = torch.cat([text.pooled(part).half().cpu() for part in parts]) if isinstance(text, TextEncoderPair) else None
+    return Texts(hidden, pooled, torch.tensor([row[caption] for caption in captions]))
 
 
 @functools.cache
@@ -101,8 +112,8 @@ class WorldPictures:
             prompts = OnTheFly(lambda i: normalise(batch_of(elsewhere, i).float() / 255))
             rows, null = features(image, prompts, self.keys(elsewhere), folder, reads, ENCODED)
             inputs = Features(rows.all()[:, None], null)
-        texts, caption = encode_texts(text, [scene.caption for scene in scenes])
-        return Pairs(mean.all(), std.all(), caption, texts, inputs).to(str(next(vae.parameters()).device))
+        texts = encode_texts(text, [scene.caption for scene in scenes])
+        return Pairs(mean.all(), std.all(), texts.rows, texts.tokens, inputs).to(str(next(vae.parameters()).device))
 
     def keys(self, style: Style) -> Tensor:
         """Return the keys of the pictures in a style, `n`. They name the pictures that are encoded together."""

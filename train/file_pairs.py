@@ -23,7 +23,7 @@ from model.vae import VAE
 from train.album import Album
 from train.data import Data, Files, ShuffledBatches
 from train.encode import encode_texts, features, latents
-from train.pairs import Batch, EncodedPairs
+from train.pairs import Added, Batch, EncodedPairs
 from train.randomness import Share, generator
 from train.store import Rows
 
@@ -32,11 +32,12 @@ from train.store import Rows
 class FilePairs(EncodedPairs):
     """Encoded pairs on disk.
 
-    `mean`, `std`: `n c h w`. `read`: the adapter's input, `n m e`, and `null`: that of the null image, `1 1 m e`; or None without an
-    adapter. `text` encodes the captions of `files`, on its device.
+    `side`: of the pictures, in pixels. `mean`, `std`: `n c h w`. `read`: the adapter's input, `n m e`, and `null`: that of the null
+    image, `1 1 m e`; or None without an adapter. `text` encodes the captions of `files`, on its device.
     """
 
     files: Album
+    side: int
     mean: Rows
     std: Rows
     read: Rows | None
@@ -51,11 +52,25 @@ class FilePairs(EncodedPairs):
         captions = [self.files[row].texts for row in rows.tolist()]
         sentences = [texts[pick % len(texts)] for texts, pick in zip(captions, picks or [0] * len(captions), strict=True)]
         with warnings.catch_warnings(action="ignore"):  # about words that the vocabulary lacks, in every batch
-            texts, caption = encode_texts(self.text, sentences)
+            texts = encode_texts(self.text, sentences)
         inputs = None
         if self.read is not None and self.null is not None:
             inputs = Features(self.read[rows][:, None].float(), self.null.float())
-        return Batch(self.mean[rows].float(), self.std[rows].float(), texts[caption].float(), texts[0].float(), inputs)
+        added = None
+        if texts.pooled is not None:
+            added = Added(texts.pooled[texts.rows].float(), texts.pooled[0].float(), self.sizes(rows))
+        tokens = texts.tokens.float()
+        return Batch(self.mean[rows].float(), self.std[rows].float(), tokens[texts.rows], tokens[0], inputs, added)
+
+    def sizes(self, rows: Tensor) -> Tensor:
+        """Return what SDXL reads about the pictures at `rows`, `b 6`: the size of the file, and the corner and the size of the crop.
+
+        Pictures are resized before they are cropped, so the corner counts pixels of the resized picture, as in the official trainer.
+        """
+        side = self.side
+        files = [self.files[row].size for row in rows.tolist()]
+        corners = [[(int(side * n / min(size)) - side) // 2 for n in size] for size in files]
+        return torch.tensor([[*size, *corner, side, side] for size, corner in zip(files, corners, strict=True)])
 
     @property
     def width(self) -> int:
@@ -101,7 +116,7 @@ class FilePictures:
         if image is not None:
             read, null = features(image, Files(self.files, image.preprocess), keys, folder, reads)
         text.tokenize([self.files[i].text for i in range(min(1000, len(self)))])  # warns of words that the vocabulary lacks
-        return FilePairs(self.files, mean, std, read, null, text)
+        return FilePairs(self.files, self.side, mean, std, read, null, text)
 
     def made_from(self) -> dict[str, str]:
         """Return hashes that identify the pictures and captions."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
-from model.context import Context
 from model.unet import UNet
 from sampling.schedule import Schedule
 from train.errors import GateError
@@ -29,7 +28,7 @@ def losses_of(
         batch = sample_inputs(part, generator(seed, i, device))
         null = part.images(torch.ones(len(part), dtype=torch.bool, device=device))
         for name, image in {"right": batch.image, "null": null, "wrong": batch.image.roll(1, dims=0)}.items():
-            context = adapter(Context(batch.text, fuse=fuse), image)
+            context = adapter(batch.context(unet.config, fuse), image)
             losses[name].append(diffusion_loss(unet, schedule, batch.x0, context, batch.t, batch.eps))
     return losses
 
@@ -69,7 +68,7 @@ def check_gates(
     tensor may get one.
     """
     batch = sample_inputs(pairs.at(torch.arange(min(4, len(pairs)))).to(device), generator(0, 0, device))
-    text = Context(batch.text, fuse=fuse)
+    text = batch.context(unet.config, fuse)
     with torch.no_grad():
         if not torch.equal(unet(batch.x0, batch.t, text), unet(batch.x0, batch.t, adapter(text, batch.image, 0.0))):
             raise GateError("at scale 0 the adapter changes the base model")

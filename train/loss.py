@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from model.attention import Fuse, decoupled
 from model.context import Context
-from model.unet import Residuals
+from model.unet import Residuals, UNetConfig
+from sampling.micro import added_vector
 from sampling.schedule import Schedule
 from train.pairs import Batch
 from train.randomness import draw, draw_normal
@@ -63,13 +65,20 @@ def drops(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The inputs of Eq. 6: latents x_0, timesteps, noise, text tokens c_t, and the adapter's input."""
+    """The inputs of Eq. 6: latents x_0, timesteps, noise, text tokens c_t, the adapter's input, and for SDXL pooled texts and sizes."""
 
     x0: Tensor
     t: Tensor
     eps: Tensor
     text: Tensor
     image: Tensor
+    pooled: Tensor | None = None
+    sizes: Tensor | None = None
+
+    def context(self, unet: UNetConfig, fuse: Fuse = decoupled) -> Context:
+        """Return what this UNet is conditioned on, without the picture."""
+        added = None if self.pooled is None or self.sizes is None else added_vector(self.pooled, self.sizes, unet)
+        return Context(self.text, fuse=fuse, added=added)
 
 
 def sample_inputs(batch: Batch, g: torch.Generator, dropping: bool = False, offset: float = 0.0) -> LossInputs:
@@ -84,4 +93,7 @@ def sample_inputs(batch: Batch, g: torch.Generator, dropping: bool = False, offs
     if offset:
         eps = eps + offset * draw_normal(eps[:, :, :1, :1], g)
     text = torch.where(drop_text.view(-1, 1, 1), batch.empty, batch.text)
-    return LossInputs(x0, t, eps, text, batch.images(drop_image))
+    inputs = LossInputs(x0, t, eps, text, batch.images(drop_image))
+    if (added := batch.added) is None:
+        return inputs
+    return replace(inputs, pooled=torch.where(drop_text[:, None], added.empty, added.pooled), sizes=added.sizes)

@@ -15,11 +15,24 @@ from train.randomness import draw_normal
 
 
 @dataclass(frozen=True)
+class Added:
+    """What SDXL's added vector is made of (`sampling.micro.added_vector`).
+
+    `pooled`: the pooled texts, `b p`. `empty`, `p`, replaces those of dropped texts. `sizes`: (height, width) of the file, (top, left) of
+    the part that is trained on, and (height, width) of that part, `b 6`.
+    """
+
+    pooled: Tensor
+    empty: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Encoded picture-text pairs.
 
     `mean`, `std`: `b c h w`, the scaled parameters of q(z|x). `text`: the text tokens c_t, `b 77 c`. `empty`, `77 c`,
-    replaces dropped texts. `features`: the adapter's input, one picture each, or None without an adapter.
+    replaces dropped texts. `features`: the adapter's input, one picture each, or None without an adapter. `added`: for SDXL only.
     """
 
     mean: Tensor
@@ -27,6 +40,7 @@ class Batch:
     text: Tensor
     empty: Tensor
     features: Features | None = None
+    added: Added | None = None
 
     def __len__(self) -> int:
         return len(self.mean)

@@ -65,8 +65,8 @@ class TrainingSource:
             raise ValueError(
                 f"{self.base} is an inpainting model: train on the text-to-image model instead; its adapters also work for inpainting"
             )
-        if pipeline.unet.config.added_dim:
-            raise ValueError(f"{self.base} is Stable Diffusion XL, on which training is not supported: use Stable Diffusion 1.5 or 2.1")
+        if pipeline.unet.config.added_dim and self.data is None:
+            raise ValueError(f"{self.base} is Stable Diffusion XL: name pictures to train on with --data")
         if pipeline.image is None:
             raise ValueError(f"{self.base} has no image encoder: give one with --image-encoder")
         if self.side and self.side % pipeline.vae.config.factor:
