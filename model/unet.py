@@ -7,7 +7,7 @@ The architecture follows LDM's `openaimodel.py`. tests/test_unet.py compares it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -175,7 +175,7 @@ class UNetEncoder(nn.Module):
             raise ValueError(f"this UNet needs an added conditioning vector: set `added` in its Context, b x {self.config.added_dim}")
         return emb + self.added_embed(added)
 
-    def run(self, stage: nn.Module, *args: Any) -> Tensor:
+    def run(self, stage: Callable[..., Tensor], *args: Any) -> Tensor:
         """Run a stage. If `checkpointing` is on, its activations are recomputed in the backward pass."""
         return checkpoint(stage, *args, use_reentrant=False, preserve_rng_state=False) if self.checkpointing else stage(*args)
 

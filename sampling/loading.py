@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -132,5 +132,5 @@ def compile_unet(unet: UNet, mode: str = "max-autotune") -> UNet:
     fastest, and records a step as one CUDA graph.
     """
     on_cpu = unet.conv_in.weight.device.type == "cpu"
-    fast: Any = torch.compile(unet, options={"freezing": True}) if on_cpu else torch.compile(unet, mode=mode)
-    return fast
+    fast = torch.compile(unet, options={"freezing": True}) if on_cpu else torch.compile(unet, mode=mode)
+    return cast(UNet, fast)
