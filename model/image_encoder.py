@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from model.words import Fit
+
 if TYPE_CHECKING:
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.transformer import VisionTransformer
 
-Fit = Literal["crop", "squash", "pad"]
 LONG = 256  # images with a larger aspect ratio are cropped before they are resized
 ROWS = 64  # number of rows that `padded_square` resizes at once
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

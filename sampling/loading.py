@@ -22,9 +22,9 @@ from model.adapter import IPAdapter
 from model.image_encoder import ImageConfig
 from model.image_projection import FacePlus
 from model.unet import UNet
+from model.words import Prediction
 from sampling.pipeline import Pipeline
 from sampling.request import WEIGHTS
-from sampling.schedule import Prediction
 from sampling.scheduler_file import schedule_of
 from sampling.strips import in_strips
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Prediction = Literal["epsilon", "v"]
+from model.words import Prediction
+
 Spacing = Literal["leading", "trailing", "linspace", "ldm"]
 
 

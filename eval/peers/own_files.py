@@ -22,12 +22,12 @@ from checkpoints.diffusers_folder import save_pipeline
 from checkpoints.hub import locate
 from checkpoints.stable_diffusion import load_base, scheduler_config, unet_config
 from model.image_projection import FacePlus
+from model.words import Prediction
 from sampling.ddim import DDIM
 from sampling.euler import EULER
 from sampling.faces import Faces, read_faces
 from sampling.images import open_image, to_images
 from sampling.loading import load
-from sampling.schedule import Prediction
 
 NEGATIVE, GUIDANCE = "blurry", 7.5
 
