@@ -17,8 +17,9 @@ from checkpoints.describe import kind_of
 from checkpoints.diffusers_folder import save_image, save_pipeline, save_text, save_unet, save_vae
 from checkpoints.files import replacing_in, short_list, write_json, write_tensors
 from checkpoints.lora import open_lora
-from checkpoints.single_file import Prediction, load_single
+from checkpoints.single_file import load_single
 from checkpoints.stable_diffusion import load_base, load_unet, load_vae, scheduler_config
+from model.words import Prediction
 
 _LOADERS: dict[str, Callable[..., nn.Module]] = {
     "unet": load_unet,

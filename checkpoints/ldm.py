@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from checkpoints.configs import mlp_ratio, vocab_size
 from checkpoints.files import naming
@@ -14,6 +14,7 @@ from checkpoints.signatures import check_not_placeholder
 from model.text_encoder import TextConfig
 from model.unet import UNetConfig
 from model.vae import VAEConfig
+from model.words import Prediction
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,7 +27,7 @@ class Settings:
     for that of SD 1.5.
     """
 
-    prediction: Literal["epsilon", "v"] | None = "epsilon"
+    prediction: Prediction | None = "epsilon"
     heads: int = 8
     head_width: int = 0  # width of each head; if it is not 0, it determines the number of heads instead of `heads`
     scale: float = 0.18215

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -20,8 +19,8 @@ from checkpoints.reader import File
 from model.text_encoder import TextConfig, TextEncoder, TextEncoderPair
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
+from model.words import Prediction
 
-Prediction = Literal["epsilon", "v"]
 LDM = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
 
 

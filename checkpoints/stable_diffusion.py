@@ -20,7 +20,6 @@ from checkpoints.names import map_names, unet_rows, vae_rows
 from checkpoints.reader import File
 from checkpoints.single_file import (
     LDM,
-    Prediction,
     load_ldm_vae,
     load_single,
     single_settings,
@@ -30,6 +29,7 @@ from checkpoints.single_file import (
 from model.text_encoder import Text, TextEncoderPair
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
+from model.words import Prediction
 
 
 def scheduler_file(path: Path) -> Path:

@@ -34,7 +34,7 @@ def softmax_maps(q: Tensor, text: Source, image: Sequence[Source], fuse: Fuse) -
     keys = [source.k.shape[-2] for source in sources]
     one_hot = torch.eye(sum(keys), dtype=q.dtype, device=q.device).split(keys)
     one_hot_sources = [replace(s, v=v.expand(*s.k.shape[:2], -1, -1)) for s, v in zip(sources, one_hot, strict=True)]
-    return fuse(q, one_hot_sources[0], one_hot_sources[1:]).split(keys, dim=-1)
+    return torch.split(fuse(q, one_hot_sources[0], one_hot_sources[1:]), keys, dim=-1)
 
 
 def image_mass(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:

@@ -110,10 +110,10 @@ def attention_sheet(
     pipeline: Pipeline,
     pictures: Sequence[Image.Image],
     prompt: str,
-    scale: float = 1.0,
-    guidance: float = 4.0,
-    seed: int = 0,
-    steps: int = 20,
+    scale: float,
+    guidance: float,
+    seed: int,
+    steps: int,
 ) -> Image.Image:
     """Draw once and show the attention maps. Raises ValueError if there is neither a text nor an image prompt."""
     if not (prompt or pictures):

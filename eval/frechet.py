@@ -11,6 +11,7 @@ which no other network uses. The distance is 0 only if both moments are equal. W
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def moments(features: Tensor) -> Moments:
 def root(matrix: Tensor) -> Tensor:
     """Compute the square root of a symmetric positive semidefinite matrix. Negative eigenvalues, from rounding, count as 0."""
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+    return torch.matmul(vectors * values.clamp(min=0).sqrt(), vectors.T)
 
 
 def distance(a: Moments, b: Moments) -> float:
@@ -71,7 +72,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     pipeline, scorer, world = load(weights, (), device=device), clip_score.load(weights, device), World("test")
     scenes, others = ([world[i] for i in range(first, first + n)] for first in (0, n))
     held_out, texts = pixels_of(scenes), [scene.caption for scene in scenes]
-    sets = {
+    sets: dict[str, Callable[[], Tensor]] = {
         "another": lambda: pixels_of(others),
         "reconstructed": lambda: through_the_vae(pipeline.vae, held_out),
         "drawn": lambda: draw_prompts(pipeline, texts, None, 0.0, guidance, steps, "captions"),

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from eval.protocol import Protocol
+from model.words import Prediction
 from sampling.request import DtypeName, Model
 from train.options import STAGES
 
@@ -74,15 +76,16 @@ def add_clip(commands: Commands) -> None:
     p.add_argument("--checkpoint", type=Path, help="base model, a file or a folder (default: --weights)")
     p.add_argument("--ip-adapter", type=Path, help="adapter file (default: the one in the checkpoint's folder)")
     p.add_argument("--image-encoder", type=Path, help="image encoder (default: the one in the checkpoint's folder)")
-    scorer = "ViT-L-14:openai"
+    scorer, paper = "ViT-L-14:openai", Protocol()
     p.add_argument("--scorer", default=scorer, help=f"CLIP, an open_clip ARCHITECTURE:PRETRAINED (default: {scorer}, the paper's)")
-    p.add_argument("--n", type=count, default=5000, help="number of pictures, the first ones of --data (default: 5000)")
-    p.add_argument("--images-per-prompt", type=count, default=4, help="drawings for each picture (default: 4)")
-    p.add_argument("--prompt", default="", help="text prompt (default: the empty one)")
-    p.add_argument("--scale", type=float, default=1.0, help="lambda, the weight of the image prompt (default: 1)")
-    p.add_argument("--steps", type=count, default=50, help="sampling steps of DDIM (default: 50)")
-    p.add_argument("--guidance", type=float, default=7.5, help="guidance weight (default: 7.5)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the first drawing (default: 0)")
+    p.add_argument("--n", type=count, default=paper.pictures, help="number of pictures, the first ones of --data (default: %(default)s)")
+    about = "drawings for each picture (default: %(default)s)"
+    p.add_argument("--images-per-prompt", type=count, default=paper.images_per_prompt, help=about)
+    p.add_argument("--prompt", default=paper.prompt, help="text prompt (default: the empty one)")
+    p.add_argument("--scale", type=float, default=paper.scale, help="lambda, the weight of the image prompt (default: %(default)s)")
+    p.add_argument("--steps", type=count, default=paper.steps, help="sampling steps of DDIM (default: %(default)s)")
+    p.add_argument("--guidance", type=float, default=paper.guidance, help="guidance weight (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=paper.seed, help="seed of the first drawing (default: %(default)s)")
     p.add_argument("--batch", type=count, default=16, help="pictures to draw at a time (default: 16)")
     p.add_argument("--device", default="cpu", help="device to draw and score on, such as cuda (default: cpu)")
     p.add_argument("--state", type=Path, default=Path("runs/clip"), help="folder of finished scores (default: runs/clip)")
@@ -130,7 +133,7 @@ def add_peers(commands: Commands) -> None:
     own.add_argument("--image", type=Path, help="picture to use as the image prompt; for FaceID a file of faces")
     own.add_argument("--prompt", default="a photo of a fox", help="text prompt (default: a photo of a fox)")
     own.add_argument("--steps", type=count, default=4, help="number of steps (default: 4)")
-    own.add_argument("--prediction", choices=("epsilon", "v"), help="what the UNet predicts, if its files do not say it")
+    own.add_argument("--prediction", choices=get_args(Prediction), help="what the UNet predicts, if its files do not say it")
     description = "Compare speed and memory with diffusers at full size; writes 3.4 GB of random weights to --state"
     benchmark = command(commands, "benchmark", description)
     benchmark.add_argument("--rounds", type=count, default=3, help="number of measurements of each implementation (default: 3)")

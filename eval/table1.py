@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from eval.bench import embed
 from eval.clip_score import Scorer, cosine
 from eval.clip_score import clip_score as score_of
 from eval.device import device_of, dtype, precision
+from eval.protocol import Protocol
 from eval.scores import RESAMPLES, bootstrap
 from sampling.device import check_device
 from sampling.images import to_images
@@ -37,24 +38,6 @@ from train.fingerprint import digest, fingerprint
 BLOCK = 16  # prompts whose scores are written together
 TABLE_1 = {"CLIP-I": 0.828, "CLIP-T": 0.588, "trainable parameters": "22M"}  # the row of IP-Adapter
 NOT_STATED = "which of a picture's captions is used, the seeds, and the negative prompt"
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What is drawn; the defaults are the paper's. `scale` is lambda. Drawing j of prompt i has the seed `seed` + i k + j, k per prompt."""
-
-    pictures: int = 5000
-    images_per_prompt: int = 4
-    prompt: str = ""
-    scale: float = 1.0
-    steps: int = 50
-    guidance: float = 7.5
-    seed: int = 0
-
-    def differences(self) -> list[str]:
-        """Say where this departs from the paper. The paper states no seed."""
-        paper = asdict(Protocol(seed=self.seed))
-        return [f"{name}: {value!r}, in the paper {paper[name]!r}" for name, value in asdict(self).items() if value != paper[name]]
 
 
 def first_of_each(files: Album, n: int) -> Album:

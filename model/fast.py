@@ -32,18 +32,23 @@ class FastFeedForward(FeedForward):
 
     value: PackedLinear
     gate: PackedLinear
+    proj_out: PackedLinear  # type: ignore[assignment]  # `fasten` puts it in the place of a Linear
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         return self.proj_out(self.value.times(x, self.gate.gelu(x)), plus)
 
 
 class FastSelfAttention(SelfAttention):
+    to_out: PackedLinear  # type: ignore[assignment]
+
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         z = attention(self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x)))
         return self.to_out(rearrange(z, "b h n d -> b n (h d)"), plus)
 
 
 class FastCrossAttention(CrossAttention):
+    to_out: PackedLinear  # type: ignore[assignment]
+
     def forward(self, x: Tensor, context: Context, plus: Tensor | None = None) -> Tensor:
         text = Source(self.split(self.to_k(context.text)), self.split(self.to_v(context.text)))
         z = context.fuse(self.split(self.to_q(x)), text, context.at(self.layer))
@@ -53,6 +58,10 @@ class FastCrossAttention(CrossAttention):
 class FastTransformerBlock(TransformerBlock):
     """`x` may have fewer rows than the Context. They are repeated after the self-attention."""
 
+    attn1: FastSelfAttention
+    attn2: FastCrossAttention
+    ff: FastFeedForward
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = repeat_batch(self.attn1(self.norm1(x), x), len(context.text))
         x = self.attn2(self.norm2(x), context, plus=x)
@@ -60,6 +69,8 @@ class FastTransformerBlock(TransformerBlock):
 
 
 class FastSpatialTransformer(SpatialTransformer):
+    proj_out: PackedLinear  # type: ignore[assignment]
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         height = x.shape[-2]
         h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c").contiguous())

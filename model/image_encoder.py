@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from model.words import Fit
+
 if TYPE_CHECKING:
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.transformer import VisionTransformer
 
-Fit = Literal["crop", "squash", "pad"]
 LONG = 256  # images with a larger aspect ratio are cropped before they are resized
 ROWS = 64  # number of rows that `padded_square` resizes at once
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -122,7 +123,7 @@ class ImageEncoder(nn.Module):
 
         ViT: the class token after the final norm and projection. ResNet: the output of the attention pooling.
         """
-        return self.clip(pixels)
+        return cast(Tensor, self.clip(pixels))
 
     def fine(self, pixels: Tensor) -> Tensor:
         """Compute the fine-grained features, `b n e`.
@@ -132,10 +133,11 @@ class ImageEncoder(nn.Module):
         """
         if self.config.kind == "resnet":
             grid: Tensor = self.clip.forward_intermediates(pixels, indices=1, intermediates_only=True)["image_intermediates"][0]
-            return grid.flatten(2).transpose(1, 2) + self.clip.attnpool.positional_embedding[1:]
+            positions: Tensor = self.clip.attnpool.positional_embedding
+            return grid.flatten(2).transpose(1, 2) + positions[1:]
         layer = self.config.layers[0] - 2
         if layer < 0:  # a ViT of one layer: return the input of that layer
-            return self.clip._embeds(pixels)
+            return cast(Tensor, self.clip._embeds(pixels))
         parts = self.clip.forward_intermediates(
             pixels,
             indices=[layer],

@@ -26,6 +26,10 @@ class Projection(nn.Module):
         super().__init__()
         self.image_dim, self.context_dim = image_dim, context_dim
 
+    def forward(self, features: Tensor) -> Tensor:
+        """`b m e` -> `b n c`."""
+        raise NotImplementedError
+
     def check(self, features: Tensor) -> None:
         """Raise ValueError when the features are of the wrong kind or have the wrong width."""
         if not self.reads.accepts(features.shape[1]):

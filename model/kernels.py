@@ -6,6 +6,7 @@ tests/test_attention.py and tests/test_fast.py check that the results agree with
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -117,22 +118,22 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """x W^T + b, plus another tensor of the same shape."""
         if self.packed and plus is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.weight, self.bias, "add")
+            return cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.weight, self.bias, "add"))
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], ""))
         y = F.linear(x, self.weight, self.bias)
         return y if plus is None else plus + y
 
     def gelu(self, x: Tensor) -> Tensor:
         """gelu(x W^T + b), exact."""
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+            return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none"))
         return F.gelu(F.linear(x, self.weight, self.bias))
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
         """(x W^T + b) * factor."""
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
+            return cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul"))
         return F.linear(x, self.weight, self.bias) * factor
 
 
@@ -155,4 +156,4 @@ class PackedConv(nn.Module):
         self.bias = conv.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.settings, "none", [], "")
+        return cast(Tensor, torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.settings, "none", [], ""))

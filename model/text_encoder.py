@@ -142,7 +142,7 @@ class TextEncoder(nn.Module):
         Attention is causal, so a state does not depend on later tokens.
         """
         n = tokens.shape[1]
-        x = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:n]
+        x: Tensor = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:n]
         mask = torch.full((n, n), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
         for block in self.clip.transformer.resblocks[: self.config.layers - skip]:
             x = block(x, attn_mask=mask)
@@ -157,7 +157,8 @@ class TextEncoder(nn.Module):
         x = self.hidden_states(tokens)
         end = len(self.config.vocabulary) - 1 if self.rows else END
         at = x[torch.arange(len(x), device=x.device), (tokens == end).int().argmax(dim=-1)]
-        return at @ self.clip.text_projection
+        projection: Tensor = self.clip.text_projection
+        return at @ projection
 
 
 class TextEncoderPair(nn.Module):

@@ -7,9 +7,9 @@ The architecture follows LDM's `openaimodel.py`. tests/test_unet.py compares it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import CrossAttention
 from model.context import Context
 from model.layers import Downsample, ResBlock, SpatialTransformer, Upsample, keep_channels_last, timestep_embedding
+from model.words import Prediction
 
 EMPTY = -1  # depth of a transformer without blocks, whose projections remain; only the small ControlNets of SDXL have it
 
@@ -38,7 +39,7 @@ class UNetConfig:
     groups: int = 32
     added_dim: int = 0  # width of the added conditioning vector (SDXL: 2816); 0 = none
     added_time_dim: int = 256  # width of the embedding of each of SDXL's six size values, in that vector
-    prediction: Literal["epsilon", "v"] = "epsilon"
+    prediction: Prediction = "epsilon"
     sample_size: int = 64  # height and width of the latents in training
 
 
@@ -175,7 +176,7 @@ class UNetEncoder(nn.Module):
             raise ValueError(f"this UNet needs an added conditioning vector: set `added` in its Context, b x {self.config.added_dim}")
         return emb + self.added_embed(added)
 
-    def run(self, stage: nn.Module, *args: Any) -> Tensor:
+    def run(self, stage: Callable[..., Tensor], *args: Any) -> Tensor:
         """Run a stage. If `checkpointing` is on, its activations are recomputed in the backward pass."""
         return checkpoint(stage, *args, use_reentrant=False, preserve_rng_state=False) if self.checkpointing else stage(*args)
 

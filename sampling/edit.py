@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.vae import VAE
-from sampling.request import check_size
+from sampling.request import STRENGTH, check_size
 from sampling.sampler import Denoiser, randn
 from sampling.schedule import diffuse
 
@@ -28,7 +28,7 @@ class Edit:
     """
 
     picture: Tensor
-    strength: float = 0.8
+    strength: float = STRENGTH
     mask: Tensor | None = None
     paste: bool = True
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.features import Face
-from model.image_encoder import Fit, ImageEncoder
+from model.image_encoder import ImageEncoder
 from model.image_projection import FacePlus, Projection
+from model.words import Fit
 
 
 @dataclass(frozen=True)

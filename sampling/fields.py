@@ -61,8 +61,8 @@ def check_number(value: object, name: str) -> float:
     return float(_check(value, right, name, f"a number between {-LIMIT:g} and {LIMIT:g}"))  # type: ignore[arg-type]
 
 
-def _layers(value: object, name: str) -> Layers:
-    """A preset's name, a weight for each layer, or diffusers' blocks: {"up": {"block_1": [0, 1, 0]}, "mid": 1}."""
+def _layers(value: object, name: str) -> Any:
+    """Layers: a preset's name, a weight for each layer, or diffusers' blocks: {"up": {"block_1": [0, 1, 0]}, "mid": 1}."""
     if not isinstance(value, Mapping | list | tuple):
         return str(_check(value, value in get_args(Preset), name, f"{', '.join(get_args(Preset))}, or weights in JSON"))
 

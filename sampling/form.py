@@ -24,7 +24,7 @@ from sampling.images import save_image
 from sampling.inputs import read_inputs
 from sampling.pipeline import Pipeline
 from sampling.record import digests, recall, record, sha256
-from sampling.request import HintFile, ImagePrompt, Model, Request
+from sampling.request import STRENGTH, HintFile, ImagePrompt, Model, Request
 from sampling.resize import resize_file
 from sampling.sampler import State
 
@@ -121,7 +121,7 @@ class Desk:
             paint = [str(request.mask)] if request.mask else []
             values["edit"] = {"background": str(request.init_image), "layers": paint, "composite": None}
         self._warn(request, model, self.request(values))
-        return values | {"num": 1, "strength": request.strength or 0.8}
+        return values | {"num": 1, "strength": request.strength or STRENGTH}
 
     def _copy(self, path: Path) -> Path:
         """Copy a picture into the folder, from which a page may show it. A shipped example keeps its place."""

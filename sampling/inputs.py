@@ -13,7 +13,7 @@ from sampling.embeddings import PictureWeights
 from sampling.images import open_image, read_mask, to_tensor
 from sampling.lambdas import Lambda
 from sampling.micro import Micro
-from sampling.request import HintFile, ImagePrompt, Request
+from sampling.request import STRENGTH, HintFile, ImagePrompt, Request
 
 Picture = Image.Image | Path  # an opened picture, or the path of a saved embedding, which is read later
 
@@ -79,7 +79,7 @@ def _edit(request: Request) -> Edit | None:
     if request.init_image is None:
         return None
     mask = read_mask(request.mask) if request.mask else None
-    strength = request.strength if request.strength is not None else 1.0 if request.mask else 0.8
+    strength = request.strength if request.strength is not None else 1.0 if request.mask else STRENGTH
     return Edit(to_tensor(open_image(request.init_image)), strength, mask, request.paste)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -22,9 +22,9 @@ from model.adapter import IPAdapter
 from model.image_encoder import ImageConfig
 from model.image_projection import FacePlus
 from model.unet import UNet
+from model.words import Prediction
 from sampling.pipeline import Pipeline
 from sampling.request import WEIGHTS
-from sampling.schedule import Prediction
 from sampling.scheduler_file import schedule_of
 from sampling.strips import in_strips
 
@@ -132,5 +132,5 @@ def compile_unet(unet: UNet, mode: str = "max-autotune") -> UNet:
     fastest, and records a step as one CUDA graph.
     """
     on_cpu = unet.conv_in.weight.device.type == "cpu"
-    fast: Any = torch.compile(unet, options={"freezing": True}) if on_cpu else torch.compile(unet, mode=mode)
-    return fast
+    fast = torch.compile(unet, options={"freezing": True}) if on_cpu else torch.compile(unet, mode=mode)
+    return cast(UNet, fast)

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
+from model.words import Fit, Prediction
 from sampling.following import Following, FollowingControl, FollowingLora, flag
 from sampling.request import (
+    STRENGTH,
     Command,
     DtypeName,
-    Fit,
     HintFile,
     ImagePrompt,
     LoraFile,
@@ -138,7 +139,7 @@ def _edit(group: Any) -> None:
     group.add_argument(
         "--init-image", type=Path, metavar="FILE", help="Picture to change. It sets the width and height."
     )
-    about = "How much to change it: the fraction of the steps to run, above 0 and at most 1. Default 0.8, with --mask 1."
+    about = f"How much to change it: the fraction of the steps to run, above 0 and at most 1. Default {STRENGTH}, with --mask 1."
     group.add_argument("--strength", type=float, help=about)
     about = "Picture that shows where to repaint: white yes, black or transparent no. It has the size of --init-image."
     group.add_argument("--mask", type=Path, metavar="FILE", help=about)
@@ -182,7 +183,7 @@ def _files(group: Any) -> None:
     about = f"Weight of the face's structure in FaceID PlusV2. Default {Model.face_structure_scale:g}."
     add("--face-structure-scale", about, float)
     add("--vae", "Autoencoder to use instead of the base model's own.")
-    add("--prediction", "What the UNet predicts, where its files do not say it.", str, choices=("epsilon", "v"))
+    add("--prediction", "What the UNet predicts, where its files do not say it.", str, choices=get_args(Prediction))
     add("--dtype", f"Precision. Default {Model.dtype}.", str, choices=get_args(DtypeName))
     add("--device", f"Device, such as cuda or mps. Default {Command.device}.", str)
     for name, about in MACHINE.items():

@@ -17,11 +17,12 @@ from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.context import Context, rows
 from model.features import NO_FACE, Features, as_features
-from model.image_encoder import Fit, ImageEncoder
+from model.image_encoder import ImageEncoder
 from model.image_projection import Projection
 from model.text_encoder import Text
 from model.unet import UNet
 from model.vae import VAE
+from model.words import Fit
 from sampling.batch import check_finite, groups, rows_of
 from sampling.control import Hint, bind
 from sampling.ddim import DDIM
@@ -224,9 +225,9 @@ class Pipeline:
         embedding: Tensor | Sequence[Tensor] | None = None,
         negatives: str | Sequence[str] = "",
         scale: Strength | Sequence[Strength] = 1.0,
-        guidance: float = 7.5,
-        steps: int = 50,
-        eta: float = 0.0,
+        guidance: float = Request.guidance,
+        steps: int = Request.steps,
+        eta: float = Request.eta,
         size: tuple[int, int] | None = None,
         fuse: Fuse = decoupled,
         watch: Callable[[State], None] | None = None,

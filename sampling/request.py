@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from model.words import Fit, Prediction
 from sampling.fields import Layers, settle
 
 MOST_PIXELS = 1 << 24  # 4096 x 4096
 LARGEST = 1 << 16  # side of a picture that SDXL is told about
+STRENGTH = 0.8  # how much to change a picture, where nothing says it
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
-Fit = Literal["crop", "squash", "pad"]
 Rule = Literal["output", "embedding", "tokens"]
 SamplerName = Literal["ddim", "dpm++", "euler", "lcm"]
 NoiseLevels = Literal["karras"]
@@ -71,7 +72,7 @@ class Request:
 
     `guidance` is w (Eq. 7), and of the text alone where `image_guidance` is given. Without `width` and `height` the picture has
     the size of `init_image`, or else the size that the base model was trained at. `init_image` is a picture to change by
-    `strength`, in (0, 1] (default 0.8, with a mask 1); `mask` is white where to repaint it; `paste` keeps what is black as it
+    `strength`, in (0, 1] (default STRENGTH, with a mask 1); `mask` is white where to repaint it; `paste` keeps what is black as it
     was; `crop` cuts its middle to a size that the base model draws. `schedule` sets the noise levels of Karras et al., instead of
     those of the scheduler file. In Python a string does for a Path, one value for a tuple.
 
@@ -110,10 +111,7 @@ class Request:
         settle(self)
         check_seed(self.seed)
         check_size(self.width or 1, self.height or 1)
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {self.eta}")
-        if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta is DDIM's: with {self.sampler}, leave it at 0, not {self.eta}")
+        check_eta(self.eta, self.sampler, self.sampler == "ddim")
         if self.schedule and self.sampler not in ("dpm++", "euler"):
             raise ValueError(f"--schedule karras is for --sampler dpm++ and euler, not {self.sampler}")
         if self.image_guidance is not None and not self.image_prompts:
@@ -153,7 +151,7 @@ class Model:
     adapters: tuple[Path, ...] = ()
     image_encoder: Path | None = None
     vae: Path | None = None
-    prediction: Literal["epsilon", "v"] | None = None
+    prediction: Prediction | None = None
     dtype: DtypeName = "float32"
     controls: tuple[Path, ...] = ()
     loras: tuple[LoraFile, ...] = ()
@@ -190,6 +188,14 @@ def check_seed(seed: int) -> None:
     """Raises ValueError for a seed outside the range of torch's generators."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"the seed must be a whole number from -2^63 to 2^64 - 1, not {reprlib.repr(seed)}")
+
+
+def check_eta(eta: float, sampler: str, takes: bool) -> None:
+    """Raises ValueError unless eta is in [0, 1], and 0 for a sampler that does not take it."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {eta}")
+    if eta and not takes:
+        raise ValueError(f"eta works only with DDIM: with {sampler} it must be 0, not {eta}")
 
 
 def check_size(width: int, height: int) -> None:

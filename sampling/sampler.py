@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sampling.request import check_eta
 from sampling.schedule import Schedule
 
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -48,10 +49,7 @@ class Sampler:
 
     def noise(self, eta: float, generators: Sequence[torch.Generator]) -> dict[str, Any]:
         """Return the arguments of `draw` that control its noise. Raises ValueError if the sampler does not support this eta."""
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {eta}")
-        if eta and "eta" not in self.takes:
-            raise ValueError(f"eta works only with DDIM: with {self.name} it must be 0, not {eta}")
+        check_eta(eta, self.name, "eta" in self.takes)
         return {name: value for name, value in {"eta": eta, "generators": generators}.items() if name in self.takes}
 
 

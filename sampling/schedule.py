@@ -6,6 +6,7 @@ We write a_t for the cumulative product alpha-bar_t: x_t = sqrt(a_t) x_0 + sqrt(
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Prediction = Literal["epsilon", "v"]
+from model.words import Prediction
+
 Spacing = Literal["leading", "trailing", "linspace", "ldm"]
 
 
@@ -115,8 +117,8 @@ class Schedule:
 
 def karras_sigmas(most: float, least: float, steps: int, rho: float = 7.0) -> np.ndarray:
     """Eq. 5 of arXiv 2206.00364: sigma^(1/rho) falls linearly from the largest value to the smallest."""
-    ramp = np.linspace(0, 1, steps)
-    return (most ** (1 / rho) + ramp * (least ** (1 / rho) - most ** (1 / rho))) ** rho
+    first, last = math.pow(most, 1 / rho), math.pow(least, 1 / rho)
+    return np.power(first + np.linspace(0, 1, steps) * (last - first), rho)
 
 
 @functools.lru_cache(maxsize=16)

@@ -108,7 +108,7 @@ def test_an_inpainting_model(nine: Path, tmp_path: Path, photo: tuple[Path, Path
         ("--init-image PHOTO --mask WIDE", "the mask is 48 x 16 and the picture 24 x 16"),
         ("--init-image none.png", r"none\.png: there is no such file"),
         ("--init-image PHOTO --mask none.png", r"none\.png: there is no such file"),
-        ("--sampler dpm++ --eta 1", "eta is DDIM's"),
+        ("--sampler dpm++ --eta 1", "eta works only with DDIM"),
         ("--init-image ODD", "multiples of 4, not 26 x 18"),
         ("--init-image PHOTO --width 32", "the size is 32 x 16, but the picture to change is 24 x 16"),
         ("--init-image PHOTO --strength 0.2", "strength 0.2 of 3 steps is less than one step"),

@@ -9,9 +9,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from model.words import Prediction
 from sampling.ddim import DDIM, ddim, ddim_times
 from sampling.sampler import Denoiser, randn
-from sampling.schedule import Prediction, Schedule, Spacing
+from sampling.schedule import Schedule, Spacing
 
 SHAPE = (4, 5, 3)
 EXACT = 1e-10  # where both compute in float64

@@ -12,10 +12,11 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_dpmsolver_multistep
 from torch import Tensor
 
+from model.words import Prediction
 from sampling.ddim import DDIM
 from sampling.dpm import DPM, dpm, dpm_times
 from sampling.sampler import Sampler, randn
-from sampling.schedule import Prediction, Schedule, Spacing
+from sampling.schedule import Schedule, Spacing
 
 SHAPE = (4, 5, 3)
 EXACT = 1e-10  # where both compute in float64

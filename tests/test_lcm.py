@@ -85,6 +85,6 @@ def test_what_does_not_fit_is_refused() -> None:
             lcm_times(schedule_of(SD15 | entry), 4)
     with pytest.raises(ValueError, match="eta works only with DDIM: with lcm it must be 0"):
         LCM.noise(0.5, generators(1))
-    with pytest.raises(ValueError, match="eta is DDIM's: with lcm, leave it at 0"):
+    with pytest.raises(ValueError, match="eta works only with DDIM: with lcm it must be 0"):
         Request(sampler="lcm", eta=0.5)
     assert other_scheduler(SD15 | {"_class_name": "LCMScheduler"}, LCM) is None

@@ -6,13 +6,10 @@ import json
 import math
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 
-from model import image_encoder
-from sampling import request as request_file
-from sampling import schedule
 from sampling.fields import from_json, map_paths, paths, to_json
 from sampling.request import HintFile, ImagePrompt, LoraFile, Model, Request
 
@@ -185,10 +182,3 @@ def test_wrong_layers_are_refused(wrong: Any) -> None:
 def test_what_is_no_request_is_refused(kind: type[Any], data: object) -> None:
     with pytest.raises(ValueError):
         from_json(kind, data)
-
-
-def test_names_that_stand_twice_are_the_same() -> None:
-    """This file imports no torch, so it repeats two lists of words."""
-    assert get_args(request_file.Fit) == get_args(image_encoder.Fit)
-    words = {word for part in get_args(get_type_hints(Model)["prediction"]) for word in get_args(part)}
-    assert words == set(get_args(schedule.Prediction))

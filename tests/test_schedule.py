@@ -11,10 +11,11 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
+from model.words import Prediction
 from sampling.ddim import DDIM
 from sampling.dpm import DPM
 from sampling.sampler import Sampler
-from sampling.schedule import Prediction, Schedule, Spacing
+from sampling.schedule import Schedule, Spacing
 
 ROUNDING = 1e-13
 STEPS = (1, 7, 20, 30, 50, 1000)

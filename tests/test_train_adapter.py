@@ -23,8 +23,9 @@ from model.features import Features
 from model.image_projection import ImageProjection, Resampler
 from model.source import Source
 from model.unet import UNet, UNetConfig
+from model.words import Prediction
 from sampling.loading import load
-from sampling.schedule import Prediction, Schedule
+from sampling.schedule import Schedule
 from train import adapter as adapter_stage
 from train import preview
 from train.__main__ import main

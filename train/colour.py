@@ -52,7 +52,13 @@ def lab_to_srgb(lab: Array) -> Array:
     f = np.stack([fy + lab[..., 1] / 500, fy, fy - lab[..., 2] / 200], axis=-1)
     xyz = np.where(f**3 > _EPS, f**3, (116 * f - 16) / _KAPPA) * _WHITE
     linear = xyz @ _TO_RGB.T
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 0.0031308) ** (1 / 2.4) - 0.055)
+    clipped: Array = np.maximum(linear, 0.0031308)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * clipped ** (1 / 2.4) - 0.055)
+
+
+def to_bytes(rgb: Array) -> NDArray[np.uint8]:
+    """Round values in [0, 1] to bytes; values outside are clipped."""
+    return np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
 
 
 def lch(lightness: float, chroma: float, hue: float) -> Array:

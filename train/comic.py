@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from train.colour import to_bytes
 from train.drawings import fill_colours, layers
 from train.world import CONCEPT_NAMES, CONCEPTS, SIZE, Scene, paste
 
@@ -23,4 +24,4 @@ def comic(scene: Scene) -> NDArray[np.uint8]:
     clear = paste(scene, transparency, np.ones((SIZE, SIZE, 1)))
     lit = np.ones_like(clear)
     lit[SHADOW:, SHADOW:] = clear[:-SHADOW, :-SHADOW]
-    return np.rint((layer + clear * lit * scene.background_rgb).clip(0, 1) * 255).astype(np.uint8)
+    return to_bytes(layer + clear * lit * scene.background_rgb)

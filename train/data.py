@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -65,7 +65,8 @@ class OnTheFly(Generic[T]):
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T:
         if world_size == 1:
             return self.make(step)
-        return map_tensors(lambda x: x[Share(rank, world_size).rows(len(x))], self.make(step))
+        rows = Share(rank, world_size).rows
+        return cast(T, map_tensors(lambda x: x[rows(len(x))], self.make(step)))
 
 
 @dataclass(frozen=True)

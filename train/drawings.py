@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from train.colour import Array, lab_to_srgb, srgb_to_lab
+from train.colour import Array, lab_to_srgb, srgb_to_lab, to_bytes
 
 _COLOUR = re.compile(r"#(?:[0-9A-Fa-f]{6}|[0-9A-Fa-f]{3})\b")
 
@@ -54,7 +54,7 @@ def fill_colours(code: str, palette: Array) -> NDArray[np.uint8]:
     lightness = [float(srgb_to_lab(np.array(hex_to_rgb(text)) / 255)[0]) for text in others]
     shifts = [np.clip((each - lightness[0]) / 3, -18, 18) for each in lightness]
     lab = np.stack([palette[0], *(palette[1] + np.array([shift, 0.0, 0.0]) for shift in shifts)])
-    return np.rint(lab_to_srgb(lab).clip(0, 1) * 255).astype(np.uint8)
+    return to_bytes(lab_to_srgb(lab))
 
 
 def recolour(svg: str, colours: Mapping[str, str]) -> str:

@@ -116,7 +116,7 @@ def ground_truth(scenes: list[Scene]) -> dict[str, Tensor]:
 
 def delta_e(a: Tensor, b: Tensor) -> Tensor:
     """Compute the palette error: the CIE76 difference, averaged over the two colours. `b 2 3` -> `b`."""
-    return (a - b).norm(dim=-1).mean(dim=-1)
+    return torch.mean((a - b).norm(dim=-1), dim=-1)
 
 
 JudgeBatch = tuple[Tensor, dict[str, Tensor]]

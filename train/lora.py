@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class LoRA(nn.Module):
 
     def forward(self, unet: UNet, *arguments: object) -> Tensor:
         """Run the UNet with the changed weights."""
-        return functional_call(unet, self.weights(unet), arguments)
+        return cast(Tensor, functional_call(unet, self.weights(unet), arguments))
 
     @torch.no_grad()
     def merge(self, unet: UNet) -> UNet:

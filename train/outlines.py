@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from train.colour import to_bytes
 from train.drawings import layers
 from train.pairs import Batch, Pairs
 from train.pool import in_parts
@@ -21,7 +22,7 @@ def outline(scene: Scene) -> NDArray[np.uint8]:
     """Compute the share of black lines in each pixel of a scene, `64 64`: the part that neither fills nor background cover."""
     fills, _, transparency = layers(CONCEPTS[CONCEPT_NAMES[scene.concept]][scene.drawing], scene.size)
     lines = paste(scene, 1 - transparency - fills.sum(axis=0), np.zeros((SIZE, SIZE, 1)))
-    return np.rint(lines[..., 0].clip(0, 1) * 255).astype(np.uint8)
+    return to_bytes(lines[..., 0])
 
 
 @functools.lru_cache(maxsize=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Batch:
 
     def to(self, device: str) -> Batch:
         """Move the batch to a device."""
-        return map_tensors(lambda part: part.to(device), self)
+        return replace(self, **map_tensors(lambda part: part.to(device), vars(self)))
 
     def latents(self, generator: torch.Generator) -> Tensor:
         """Sample q(z|x) for each picture, `b c h w`, on the generator's device."""
@@ -102,7 +102,7 @@ class Pairs(EncodedPairs):
 
     def to(self, device: str) -> Pairs:
         """Move all pairs to a device."""
-        return map_tensors(lambda part: part.to(device), self)
+        return replace(self, **map_tensors(lambda part: part.to(device), vars(self)))
 
     def at(self, rows: Tensor) -> Batch:
         """Return the pairs at `rows`, in float32, on the device of the pairs."""

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from train.colour import FINE_NAMES, Array, coarse_name, fine_bin, fine_name, lab_to_srgb, lch, srgb_to_lab
+from train.colour import FINE_NAMES, Array, coarse_name, fine_bin, fine_name, lab_to_srgb, lch, srgb_to_lab, to_bytes
 from train.drawings import fill_colours, layers
 
 SIZE = 64
@@ -170,7 +170,7 @@ def render(scene: Scene, code: str | None = None) -> NDArray[np.uint8]:
     colours = fill_colours(code, scene.palette)[:, None, None] / 255
     layer = (fills * colours).sum(axis=0) + outlines + transparency * scene.background_rgb
     canvas = np.broadcast_to(scene.background_rgb, (SIZE, SIZE, 3)).copy()
-    return np.rint(paste(scene, layer, canvas).clip(0, 1) * 255).astype(np.uint8)
+    return to_bytes(paste(scene, layer, canvas))
 
 
 def move_randomly(scene: Scene) -> Scene:

@@ -19,7 +19,7 @@ from sampling.device import check_device
 from sampling.fields import Preset, paths
 from sampling.form import EXAMPLES, ROOT, Desk, collect_notes
 from sampling.layer_weights import attention_layers
-from sampling.request import Model, SamplerName
+from sampling.request import STRENGTH, Model, Request, SamplerName
 from sampling.sheets.strip import LAMBDAS, strip
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, caption
 
@@ -55,11 +55,11 @@ def form_of(desk: Desk) -> dict[str, Any]:
             word.input(lambda what, where: caption(what or None, background=where or None), words, form["prompt"])
     form["scale"] = gr.Slider(0, 1.5, 1.0, step=0.05, label="λ, the weight of the picture")
     with gr.Accordion("Settings", open=False):
-        form["guidance"] = gr.Slider(1, 15, 4 if desk.mini else 7.5, step=0.5, label="Guidance")
-        form["steps"] = gr.Slider(1, 100, 20 if desk.mini else 50, step=1, label="Steps")
+        form["guidance"] = gr.Slider(1, 15, 4 if desk.mini else Request.guidance, step=0.5, label="Guidance")
+        form["steps"] = gr.Slider(1, 100, 20 if desk.mini else Request.steps, step=1, label="Steps")
         form["seed"] = gr.Number(0, precision=0, label="Seed")
         form["num"] = gr.Slider(1, 8, 1, step=1, label="Number of pictures")
-        form["sampler"] = gr.Radio(get_args(SamplerName), value="ddim", label="Sampler")
+        form["sampler"] = gr.Radio(get_args(SamplerName), value=Request.sampler, label="Sampler")
         form["layers"] = gr.Radio(["all", *get_args(Preset)], value="all", label="Layers in which the picture acts")
         form["negative_prompt"] = gr.Textbox("", label="Negative text prompt")
         if desk.model.controls:
@@ -71,7 +71,7 @@ def form_of(desk: Desk) -> dict[str, Any]:
             type="filepath", format="png", brush=white, sources=("upload", "clipboard"), transforms=(), layers=False, height=360,
             show_label=False,
         )  # fmt: skip
-        form["strength"] = gr.Slider(0.05, 1, 0.8, step=0.05, label="How much to change")
+        form["strength"] = gr.Slider(0.05, 1, STRENGTH, step=0.05, label="How much to change")
     picture: Any = gr.Image
     picture.preprocess = lambda _, payload: payload and payload.path  # the library opens it, and says what is wrong
     return form

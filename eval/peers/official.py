@@ -6,6 +6,7 @@ networks from the same files. The weights have peaky attention and are stored in
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> T
     noise = torch.randn(shape, generator=generator)
     if len(shape) < 2:
         return (1.0 if _NORM.search(name) else 0.0) + 0.3 * noise
-    return noise * (2.0 if _PEAKY.search(name) else 1.0) / noise[0].numel() ** 0.5
+    return noise * (2.0 if _PEAKY.search(name) else 1.0) / math.sqrt(noise[0].numel())
 
 
 def _tensors(module: nn.Module, names: Names, prefix: str, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:

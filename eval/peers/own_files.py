@@ -22,12 +22,12 @@ from checkpoints.diffusers_folder import save_pipeline
 from checkpoints.hub import locate
 from checkpoints.stable_diffusion import load_base, scheduler_config, unet_config
 from model.image_projection import FacePlus
+from model.words import Prediction
 from sampling.ddim import DDIM
 from sampling.euler import EULER
 from sampling.faces import Faces, read_faces
 from sampling.images import open_image, to_images
 from sampling.loading import load
-from sampling.schedule import Prediction
 
 NEGATIVE, GUIDANCE = "blurry", 7.5
 
@@ -105,15 +105,16 @@ def _pipeline(files: Files) -> Any:
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     xl = unet_config(files.checkpoint).added_dim > 0
-    kind, more = (StableDiffusionXLPipeline, {"add_watermarker": False}) if xl else (StableDiffusionPipeline, {"safety_checker": None})
+    kind: Any = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    scheduler: Any = EulerDiscreteScheduler if xl else DDIMScheduler
     with TemporaryDirectory() as name:
         folder = files.checkpoint
         if not (folder / "model_index.json").is_file():
             folder = Path(name) / "pipeline"
             save_pipeline(load_base(files.checkpoint, None, files.prediction), scheduler_config(files.checkpoint), folder)
-        pipe: Any = kind.from_pretrained(folder, torch_dtype=torch.float32, **more)
+        pipe = kind.from_pretrained(folder, torch_dtype=torch.float32, **{"add_watermarker": False} if xl else {"safety_checker": None})
     settings = {"prediction_type": "v_prediction" if files.prediction == "v" else "epsilon"} if files.prediction else {}
-    pipe.scheduler = (EulerDiscreteScheduler if xl else DDIMScheduler).from_config(pipe.scheduler.config | settings)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config | settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
