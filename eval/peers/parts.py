@@ -145,7 +145,7 @@ def _peer_text_xl(folder: Path, dtype: torch.dtype, name: str) -> Network:
 
 def _our_text_xl(folder: Path, dtype: torch.dtype, name: str) -> Network:
     text = load_text_encoder(folder / name, dtype)
-    return lambda tokens: text.hidden(tokens, skip=1, final_norm=False)
+    return lambda tokens: text.hidden_states(tokens, skip=1, final_norm=False)
 
 
 def _peer_pooled(folder: Path, dtype: torch.dtype) -> Network:
