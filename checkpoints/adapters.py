@@ -54,7 +54,7 @@ PROJECTIONS: dict[str, type[Projection]] = {
 
 
 def display_name(names: dict[int, str], width: int) -> str:
-    """The name of a model of this width, such as "ViT-H (1024-d)", or "12-d" if it is unknown."""
+    """Return the name of a model of this width, such as "ViT-H (1024-d)", or "12-d" if it is unknown."""
     return f"{names[width]} ({width}-d)" if width in names else f"{width}-d"
 
 
@@ -75,12 +75,12 @@ _LORA = r"ip_adapter\.\d+\.to_(q|k|v|out)_lora\.(down|up)\.weight$"
 
 
 def own_updates(file: File) -> Updates:
-    """The updates of the LoRA inside a FaceID adapter, for all attention layers of the UNet; {} if it has none."""
+    """Return the updates of the LoRA inside a FaceID adapter, for all attention layers of the UNet; {} if it has none."""
     return read_updates(file.rename({name: name for name in file if re.match(_LORA, name)}))
 
 
 def adapter_kind(file: File) -> str:
-    """The kind of adapter, by the names and shapes of its tensors, as in diffusers; for other files, what they are.
+    """Return the kind of adapter, by the names and shapes of its tensors, as in diffusers; for other files, what they are.
 
     FaceID PlusV2 has the tensors of FaceID Plus. Only the file's name tells them apart, as in the official code.
     """
@@ -100,7 +100,7 @@ def adapter_kind(file: File) -> str:
 
 
 def is_plus_v2(path: Path) -> bool:
-    """Whether the name of a FaceID Plus file says that it is PlusV2."""
+    """Return whether the name of a FaceID Plus file says that it is PlusV2."""
     return "plusv2" in path.name.lower()
 
 
@@ -125,7 +125,7 @@ class _Shapes:
         return rows // size
 
     def layers(self, prefix: str = "") -> dict[str, int]:
-        """The sizes of a Resampler's layers."""
+        """Return the sizes of a Resampler's layers."""
         depth = sum(name.endswith(".to_kv.weight") for name in self.file)
         return {"depth": depth, "heads": self.divide(self(f"{prefix}layers.0.0.to_q.weight")[0], HEAD, "heads")}
 
@@ -154,7 +154,7 @@ def adapter_sizes(file: File) -> dict[str, int]:
 
 
 def projection_of(file: File) -> Projection:
-    """The adapter's image projection on the meta device: its class and sizes, without the weights."""
+    """Return the adapter's image projection on the meta device: its class and sizes, without the weights."""
     with torch.device("meta"):
         return PROJECTIONS[adapter_kind(file)](**adapter_sizes(file))
 

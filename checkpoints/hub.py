@@ -23,21 +23,21 @@ def locate(path: Path, download: bool = False) -> Path:
     """
     if path.exists() or path.is_absolute() or len(path.parts) < 2 or not all(map(_PART.fullmatch, path.parts)):
         return path
-    cached = _cache_path(path)
-    if cached.exists():
-        return cached
+    place = _cache_path(path)
+    if place.exists():
+        return place
     if not download:
         raise FileNotFoundError(
             f"{path} is neither here nor in the Hugging Face cache: name a file or folder, or add --download to download it"
         )
     _download(path)
-    if not cached.exists() and not (cached := _cache_path(path)).exists():
+    if not place.exists() and not (place := _cache_path(path)).exists():
         raise FileNotFoundError(f"{path} is not in the repository {'/'.join(path.parts[:2])}: look up its name")
-    return cached
+    return place
 
 
 def _cache_path(path: Path) -> Path:
-    """Where `path` is in the cache; `path` itself if the cache lacks its repository."""
+    """Return where `path` is in the cache; `path` itself if the cache lacks its repository."""
     from huggingface_hub import snapshot_download  # imported here, because it takes a second
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -42,7 +42,7 @@ Updates = dict[str, LowRank]  # by the name of the module in the file
 
 
 def is_lora(file: File) -> bool:
-    """Whether a file holds LoRA updates and no adapter."""
+    """Return whether a file holds LoRA updates and no adapter."""
     return any(role_of(name)[1] in ("down", "up") for name in file) and not any(n.startswith("image_proj") for n in file)
 
 
@@ -79,7 +79,7 @@ def _check(path: Path, module: str, parts: Mapping[str, Tensor]) -> None:
 
 
 def _common_alpha(path: Path) -> float | None:
-    """The alpha that diffusers wrote into the header of a safetensors file, for modules that have none of their own.
+    """Return the alpha that diffusers wrote into the header of a safetensors file, for modules that have none of their own.
 
     Raises ValueError if the header asks for another rule than alpha / r.
     """

@@ -47,7 +47,7 @@ def role_of(name: str) -> tuple[str, str]:
 
 
 def _modern(module: str, old: bool) -> str:
-    """The name of a module in today's diffusers. Old files have no `unet.`, and `to_out_lora` or `to_q_lora` in text encoders too."""
+    """Return a module's name in today's diffusers. Old files have no `unet.`, and `to_out_lora` or `to_q_lora` in text encoders too."""
     if not module.startswith(("unet.", "text_encoder.", "text_encoder_2.")):
         module = f"unet.{module.removeprefix('ip_adapter.')}"
     if old and module.startswith("text_"):

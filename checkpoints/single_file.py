@@ -50,7 +50,7 @@ _OTHERS = {  # a pattern of names that occur in no other kind of file
 
 
 def single_kind(file: File) -> str:
-    """The kind of model in a single file, by the names of its tensors."""
+    """Return the kind of model in a single file, by the names of its tensors."""
     for kind, pattern in _OTHERS.items():
         if any(re.match(pattern, name) for name in file):
             return kind
@@ -63,7 +63,7 @@ def single_kind(file: File) -> str:
 
 
 def single_settings(path: Path) -> ldm.Settings:
-    """The settings of the base model in a single file: of its family, and of the `.yaml` beside it, if any.
+    """Return the settings of the base model in a single file: of its family, and of the `.yaml` beside it, if any.
 
     SDXL's `.yaml` has another form and says nothing that is needed.
     """
@@ -146,7 +146,7 @@ def _load_text(
 
 
 def single_unet_config(path: Path) -> UNetConfig:
-    """The config of the UNet in a single file, without loading its weights. It may not say what the UNet predicts."""
+    """Return the config of the UNet in a single file, without loading its weights. It may not say what the UNet predicts."""
     with naming(path, "is not a complete base model"):
         return ldm.ldm_unet(open_single(path)[0].part(LDM["unet"]).shapes, single_settings(path))
 
@@ -168,5 +168,5 @@ def load_ldm_vae(file: File, settings: ldm.Settings, what: str, dtype: torch.dty
 
 
 def upcast(config: VAEConfig, dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype to compute a VAE in: float32 in place of float16 if its activations exceed float16 (SDXL)."""
+    """Return the dtype to compute a VAE in: float32 in place of float16 if its activations exceed float16 (SDXL)."""
     return torch.float32 if dtype == torch.float16 and config.force_upcast else dtype

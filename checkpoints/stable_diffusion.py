@@ -33,7 +33,7 @@ from model.words import Prediction
 
 
 def scheduler_file(path: Path) -> Path:
-    """The file that describes a base model's noise schedule: for a single file the `.yaml` beside it."""
+    """Return the file that describes a base model's noise schedule: for a single file the `.yaml` beside it."""
     return (ldm.yaml_beside(path) or path) if path.is_file() else path / "scheduler" / "scheduler_config.json"
 
 
@@ -51,7 +51,7 @@ def check_folder(path: Path) -> None:
 
 
 def scheduler_config(path: Path) -> dict[str, Any]:
-    """The noise schedule of a base model in diffusers' format; {} if no file describes it."""
+    """Return the noise schedule of a base model in diffusers' format; {} if no file describes it."""
     check_folder(path)
     return dict(single_settings(path).scheduler) if path.is_file() else read_json_if_there(scheduler_file(path))
 
@@ -62,7 +62,7 @@ def _unet_from_config(folder: Path) -> UNet:
 
 
 def unet_config(path: Path) -> UNetConfig:
-    """The config of a base model's UNet, without loading its weights.
+    """Return the config of a base model's UNet, without loading its weights.
 
     It comes from a card, a `config.json` or the shapes in a single file. Raises ValueError or OSError, as `load_base`
     does.
@@ -109,7 +109,7 @@ def load_vae(path: Path, dtype: torch.dtype | None = torch.float32, settings: ld
 
 
 def as_ldm_vae(file: File) -> File | None:
-    """The tensors of the VAE in a file in LDM's layout; None for other files."""
+    """Return the tensors of the VAE in a file in LDM's layout; None for other files."""
     part = file.part(LDM["vae"]) or file
     return part if any(name.startswith("decoder.mid.block_1.") for name in part) else None
 

@@ -30,7 +30,7 @@ class Look:
     maps: list[list[LayerMaps]]
 
     def of(self, step: int, layer: int, head: int) -> tuple[Tensor, Tensor | None, bool]:
-        """The maps `m y x` of a step, a layer and a head (all counted from 1; head 0 is their mean), the share of the picture
+        """Return the maps `m y x` of a step, a layer and a head (all counted from 1; head 0 is their mean), the share of the picture
         in a joint softmax `y x`, or None, and whether there is an image prompt. Raises ValueError for a number that is not there.
         """
         for name, number, most in (("step", step, len(self.maps)), ("layer", layer, len(self.maps[0]))):

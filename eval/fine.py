@@ -61,7 +61,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
         adapter = load_adapter(file, pipeline.unet).to(device)
         embedding = bench.embedding(adapter)
         alone, beside = (bench.draw(task, adapter, decoupled, embedding, 1.0) for task in ("picture", "complementary"))
-        rows.append(score_rows(bench, alone, form) | {"follows": following(bench, judge, beside)})
+        rows.append(score_rows(bench, alone, form) | {"follows": follows_text(bench, judge, beside)})
     results = {
         "command": f"python -m eval fine --n {n} --steps {steps} --guidance {guidance:g}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
@@ -90,7 +90,7 @@ def score_rows(bench: Bench, drawings: Tensor, form: str) -> Row:
     }
 
 
-def following(bench: Bench, judge: Judge, drawings: Tensor) -> list[int]:
+def follows_text(bench: Bench, judge: Judge, drawings: Tensor) -> list[int]:
     """Return 1 for each drawing whose background, size and place are those of the complementary text, otherwise 0."""
     assert isinstance(bench.prompts.truth, Truth)
     hits = hits_of(judge.read(drawings), bench.prompts.truth.complement)

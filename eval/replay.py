@@ -74,12 +74,12 @@ def record(stage: str, weights: Path, steps: int) -> dict[str, Any]:
     return {**origin, "sha256": files, "losses": [round(x, 6) for x in first_losses(stage, weights, steps)]}
 
 
-def compare(stages: Sequence[str], weights: Path, steps: int, stored: dict[str, Any]) -> pd.DataFrame:
+def compare(stages: Sequence[str], weights: Path, steps: int, old: dict[str, Any]) -> pd.DataFrame:
     """Tabulate for each stage the number of steps and the `difference`. Raises ValueError for stages that are not stored."""
-    if unknown := [stage for stage in stages if stage not in stored]:
-        raise ValueError(f"no losses are stored of {', '.join(unknown)}: choose from {', '.join(stored)}")
+    if unknown := [stage for stage in stages if stage not in old]:
+        raise ValueError(f"no losses are stored of {', '.join(unknown)}: choose from {', '.join(old)}")
     runs = {stage: first_losses(stage, weights, steps) for stage in tqdm(stages, desc="replay")}
-    rows = [(stage, len(losses), difference(losses, stored[stage]["losses"])) for stage, losses in runs.items()]
+    rows = [(stage, len(losses), difference(losses, old[stage]["losses"])) for stage, losses in runs.items()]
     return pd.DataFrame(rows, columns=["stage", "steps", "difference"])
 
 
@@ -87,14 +87,14 @@ def run(args: Namespace) -> None:
     """`python -m eval replay`"""
     if unknown := [stage for stage in args.stages if stage not in STAGES]:
         raise ValueError(f"there is no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}")
-    stored = read_json(args.out) if args.out.exists() or not args.write else {}
+    old = read_json(args.out) if args.out.exists() or not args.write else {}
     if args.write:
         check_output(args.out)
         for stage in tqdm(args.stages, desc="replay"):
-            stored[stage] = record(stage, args.weights, args.steps)
-            write_json(args.out, stored)
+            old[stage] = record(stage, args.weights, args.steps)
+            write_json(args.out, old)
         return
-    table = compare(args.stages, args.weights, args.steps, stored)
+    table = compare(args.stages, args.weights, args.steps, old)
     print(markdown(table.assign(difference=[f"{100 * x:.2f} %" for x in table["difference"]])))
     if (table["difference"] > TOLERANCE).any():
         sys.exit(f"a loss differs from the stored one by more than {100 * TOLERANCE:g} %")

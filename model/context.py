@@ -30,7 +30,7 @@ class Context:
     added: Tensor | None = None
 
     def at(self, layer: int) -> tuple[Source, ...]:
-        """The image sources of one cross-attention layer."""
+        """Return the image sources of one cross-attention layer."""
         return tuple(prompt[layer] for prompt in self.image)
 
 
@@ -45,7 +45,7 @@ def _cat_scale(a: Source, b: Source) -> float | Tensor:
 
 
 def stack(uncond: Context, cond: Context) -> Context:
-    """One Context for a classifier-free guidance batch: the rows of `uncond`, then those of `cond`.
+    """Build one Context for a classifier-free guidance batch: the rows of `uncond`, then those of `cond`.
 
     Raises ValueError unless both have the same number of image prompts and the same `fuse`, and either both or neither
     have `added`.

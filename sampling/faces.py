@@ -42,7 +42,7 @@ class Faces:
         return reads
 
     def features(self, projection: Projection, encoder: ImageEncoder | None, fit: Fit = "crop") -> Tensor:
-        """The features of the faces for a FaceID adapter, `1 k m e`. Raises ValueError if `check` does, or the encoder is missing."""
+        """Compute a FaceID adapter's features of the faces, `1 k m e`. Raises ValueError if `check` does, or the encoder is missing."""
         reads, like = self.check(projection), next(projection.parameters())
         pixels = None
         if reads.needs_encoder and encoder is not None:

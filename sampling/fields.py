@@ -62,7 +62,7 @@ def check_number(value: object, name: str) -> float:
 
 
 def _layers(value: object, name: str) -> Any:
-    """Layers: a preset's name, a weight for each layer, or diffusers' blocks: {"up": {"block_1": [0, 1, 0]}, "mid": 1}."""
+    """Read a preset's name, a weight for each layer, or diffusers' blocks: {"up": {"block_1": [0, 1, 0]}, "mid": 1}."""
     if not isinstance(value, Mapping | list | tuple):
         return str(_check(value, value in get_args(Preset), name, f"{', '.join(get_args(Preset))}, or weights in JSON"))
 
@@ -93,20 +93,20 @@ def from_json(kind: type[T], data: object) -> T:
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__} must be a JSON object, not {reprlib.repr(data)}")
     values = dict(data)
-    if known := _version(kind):
+    if current := _version(kind):
         version = values.pop("version", None)
-        if version not in range(1, known["version"] + 1):
-            raise ValueError(f"a request of version {reprlib.repr(version)}; this program reads up to version {known['version']}")
+        if version not in range(1, current["version"] + 1):
+            raise ValueError(f"a request of version {reprlib.repr(version)}; this program reads up to version {current['version']}")
     settings = {field.name: field.default is MISSING for field in fields(kind)}  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in settings]:
         raise ValueError(f"{kind.__name__} has no setting {reprlib.repr(unknown[0])}: another version wrote it")
-    if missing := [name for name, needed in settings.items() if needed and name not in values]:
+    if missing := [name for name, required in settings.items() if required and name not in values]:
         raise ValueError(f"{kind.__name__} needs {missing[0]}")
     return kind(**values)
 
 
 def _version(kind: type) -> dict[str, int]:
-    """The version to write with a dataclass that has one."""
+    """Return the version to write with a dataclass that has one."""
     return {"version": kind.VERSION} if hasattr(kind, "VERSION") else {}
 
 
@@ -124,12 +124,12 @@ def map_paths(item: T, change: Callable[[Path], Path]) -> T:
 
 
 def paths(item: object) -> list[Path]:
-    """Every path in a dataclass."""
-    collected: list[Path] = []
+    """List every path in a dataclass."""
+    result: list[Path] = []
 
     def keep(path: Path) -> Path:
-        collected.append(path)
+        result.append(path)
         return path
 
     map_paths(item, keep)
-    return collected
+    return result

@@ -37,19 +37,19 @@ class FollowingLora(Following):
     owner = "lora"
 
 
-def following(
+def options_by_file(
     arguments: dict[str, Any],
     names: Collection[str],
     owner: str,
     files: Sequence[Path],
     examples: str,
-    repeated: Collection[str] = (),
+    repeatable: Collection[str] = (),
 ) -> list[dict[str, list[Any]]]:
     """Take the options `names` out of `arguments`. Return the options of each file, in order, as {name: values}.
 
     A single file gets all of them, wherever they are given. If there are several files, each gets the options that follow it.
     Without files, return one dict. Raises ValueError if an option is given before the first of several files, or if one that is
-    not in `repeated` is given twice for a file.
+    not in `repeatable` is given twice for a file.
     """
     options = {name: arguments.pop(name) for name in names if name in arguments}
     several, by_file = len(files) > 1, []
@@ -58,7 +58,7 @@ def following(
     for number in range(1, max(1, len(files)) + 1):
         own = {name: [v for before, v in each if before == number or not several] for name, each in options.items()}
         own = {name: values for name, values in own.items() if values}
-        if twice := [name for name, values in own.items() if len(values) > 1 and name not in repeated]:
+        if twice := [name for name, values in own.items() if len(values) > 1 and name not in repeatable]:
             raise ValueError(f"{flag(twice[0])} is given twice for one {_NOUNS[owner]}")
         by_file.append(own)
     return by_file

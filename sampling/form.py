@@ -52,20 +52,20 @@ class Desk:
 
     model: Model
     folder: Path
-    loaded: Future[Pipeline] = field(default_factory=Future)
+    future: Future[Pipeline] = field(default_factory=Future)
 
     def load(self, device: str) -> None:
         """Load the model. Raises ValueError or OSError, here and where someone waits for the pipeline."""
         try:
-            self.loaded.set_result(load_model(self.model, device))
+            self.future.set_result(load_model(self.model, device))
         except (ValueError, OSError) as error:
-            self.loaded.set_exception(error)
+            self.future.set_exception(error)
             raise
 
     @property
     def pipeline(self) -> Pipeline:
         """The loaded model; waits for it."""
-        return self.loaded.result()
+        return self.future.result()
 
     @cached_property
     def config(self) -> UNetConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sampling.fields import check_number
-from sampling.following import flag, following
+from sampling.following import flag, options_by_file
 from sampling.parser import MACHINE, parser
 from sampling.request import Command, HintFile, ImagePrompt, LoraFile, Model, Request
 
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Comman
 def image_prompts(arguments: dict[str, Any], adapters: Sequence[Path]) -> tuple[ImagePrompt, ...]:
     """Take the options of image prompts out of `arguments`. Raises ValueError if they are ambiguous."""
     several, prompts = len(adapters) > 1, []
-    for place, own in enumerate(following(arguments, PROMPT, "ip_adapter", adapters, "--image and --scale", REPEATED)):
+    for place, own in enumerate(options_by_file(arguments, PROMPT, "ip_adapter", adapters, "--image and --scale", REPEATED)):
         if "image" in own:
             values: dict[str, Any] = {PROMPT[name]: v if name in REPEATED else v[0] for name, v in own.items()}
             prompts.append(ImagePrompt(**values))
@@ -80,7 +80,7 @@ def image_prompts(arguments: dict[str, Any], adapters: Sequence[Path]) -> tuple[
 def hint_files(arguments: dict[str, Any], controls: Sequence[Path]) -> tuple[HintFile, ...]:
     """Take the options of controls out of `arguments`. Raises ValueError if they are ambiguous, or if a control has no hint."""
     hints = []
-    for place, own in enumerate(following(arguments, CONTROL, "control", controls, "--hint and --control-scale")):
+    for place, own in enumerate(options_by_file(arguments, CONTROL, "control", controls, "--hint and --control-scale")):
         if own and not controls:
             raise ValueError(f"{flag(next(iter(own)))} is for a control: name its file with --control")
         if controls and "hint" not in own:
@@ -93,7 +93,7 @@ def hint_files(arguments: dict[str, Any], controls: Sequence[Path]) -> tuple[Hin
 def lora_files(arguments: dict[str, Any]) -> tuple[LoraFile, ...]:
     """Take the LoRAs and their scales out of `arguments`. Raises ValueError if they are ambiguous."""
     files = arguments.pop("lora", [])
-    scales = [own.get("lora_scale", [LoraFile.scale]) for own in following(arguments, ["lora_scale"], "lora", files, "--lora-scale")]
+    scales = [own.get("lora_scale", [LoraFile.scale]) for own in options_by_file(arguments, ["lora_scale"], "lora", files, "--lora-scale")]
     if not files and scales != [[LoraFile.scale]]:
         raise ValueError("--lora-scale is for a LoRA: name its file with --lora")
     return tuple(LoraFile(file, scale[0]) for file, scale in zip(files, scales, strict=False))

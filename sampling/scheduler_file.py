@@ -91,7 +91,7 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
 
 
 def _is_euler(config: Mapping[str, Any]) -> bool:
-    """Whether the file's own sampler is Euler at leading timesteps, as in SDXL.
+    """Return whether the file's own sampler is Euler at leading timesteps, as in SDXL.
 
     It ends at a = 1, whatever `set_alpha_to_one` says, and DDIM that does so is the same sampler.
     """

@@ -81,7 +81,7 @@ def test_the_cache_of_plus(folder: Path, base: Path, tmp_path: Path) -> None:
     line = ["cache", "--data", str(folder / "data"), "--base", str(base), "--side", "16", "--state", str(tmp_path), "--for", "plus"]
     main(line)
     pairs = prepare(TrainingSource(base, data=folder / "data", side=16, reads=FINE), tmp_path).pairs
-    assert isinstance(pairs, FilePairs) and pairs.read is not None and pairs.read.shape[1] > 1
+    assert isinstance(pairs, FilePairs) and pairs.inputs is not None and pairs.inputs.shape[1] > 1
     with pytest.raises(SystemExit):
         main(["cache"])
 

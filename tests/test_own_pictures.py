@@ -173,8 +173,8 @@ def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypa
     fresh = FilePictures(TrainingSource(base, data=folder).files(tmp_path)[0], 16)  # type: ignore[index]
     pipeline = load(base, ())
     again = fresh.pairs(pipeline.vae, pipeline.text, pipeline.image, tmp_path / "another cache")
-    assert torch.equal(again.mean.all(), second.mean.all()) and again.read and second.read
-    assert torch.equal(again.read.all(), second.read.all())
+    assert torch.equal(again.mean.all(), second.mean.all()) and again.inputs and second.inputs
+    assert torch.equal(again.inputs.all(), second.inputs.all())
     (folder / "00.png").rename(folder / "x.png")
     (folder / "02.png").rename(folder / "00.png")
     (folder / "x.png").rename(folder / "02.png")

@@ -42,9 +42,9 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
 
 def tensors(batch: Any) -> list[Tensor]:
     """List all tensors in a batch."""
-    collected = list[Tensor]()
-    map_tensors(collected.append, batch)
-    return collected
+    result = list[Tensor]()
+    map_tensors(result.append, batch)
+    return result
 
 
 class Data(Protocol[T_co]):

@@ -32,7 +32,7 @@ from train.store import Rows
 class FilePairs(EncodedPairs):
     """Encoded pairs on disk.
 
-    `side`: of the pictures, in pixels. `mean`, `std`: `n c h w`. `read`: the adapter's input, `n m e`, and `null`: that of the null
+    `side`: of the pictures, in pixels. `mean`, `std`: `n c h w`. `inputs`: the adapter's input, `n m e`, and `null`: that of the null
     image, `1 1 m e`; or None without an adapter. `text` encodes the captions of `files`, on its device.
     """
 
@@ -40,7 +40,7 @@ class FilePairs(EncodedPairs):
     side: int
     mean: Rows
     std: Rows
-    read: Rows | None
+    inputs: Rows | None
     null: Tensor | None
     text: Text
 
@@ -54,8 +54,8 @@ class FilePairs(EncodedPairs):
         with warnings.catch_warnings(action="ignore"):  # about words that the vocabulary lacks, in every batch
             texts = encode_texts(self.text, sentences)
         inputs = None
-        if self.read is not None and self.null is not None:
-            inputs = Features(self.read[rows][:, None].float(), self.null.float())
+        if self.inputs is not None and self.null is not None:
+            inputs = Features(self.inputs[rows][:, None].float(), self.null.float())
         added = None
         if texts.pooled is not None:
             added = Added(texts.pooled[texts.rows].float(), texts.pooled[0].float(), self.sizes(rows))
@@ -74,8 +74,8 @@ class FilePairs(EncodedPairs):
 
     @property
     def width(self) -> int:
-        assert self.read is not None
-        return self.read.shape[-1]
+        assert self.inputs is not None
+        return self.inputs.shape[-1]
 
     def batches(self, size: int, seed: int) -> Data[Batch]:
         return CaptionBatches(self, size, seed)
@@ -107,16 +107,16 @@ class FilePictures:
         """Encode the pictures that are not in the cache, one at a time. Without an `image` encoder, there are no features."""
 
         def square(picture: Image.Image) -> Tensor:
-            resized = centre_square(picture, self.side, Image.Resampling.BILINEAR)
-            return torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+            crop = centre_square(picture, self.side, Image.Resampling.BILINEAR)
+            return torch.from_numpy(np.array(crop, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
         keys = self.files.keys
         mean, std = latents(vae, Files(self.files, square), keys, folder, str(self.side))
-        read, null = None, None
+        inputs, null = None, None
         if image is not None:
-            read, null = features(image, Files(self.files, image.preprocess), keys, folder, reads)
+            inputs, null = features(image, Files(self.files, image.preprocess), keys, folder, reads)
         text.tokenize([self.files[i].text for i in range(min(1000, len(self)))])  # warns of words that the vocabulary lacks
-        return FilePairs(self.files, self.side, mean, std, read, null, text)
+        return FilePairs(self.files, self.side, mean, std, inputs, null, text)
 
     def made_from(self) -> dict[str, str]:
         """Return hashes that identify the pictures and captions."""

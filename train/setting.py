@@ -147,8 +147,8 @@ def made_from(pipeline: Pipeline, source: TrainingSource, sets: PictureSets) -> 
 
 def encode(pipeline: Pipeline, sets: PictureSets, folder: Path, reads: Embedder) -> tuple[EncodedPairs, EncodedPairs | None]:
     """Encode the training pairs and the held-out ones, if any, or read them from the cache in `folder`."""
-    parts, (train, held) = (pipeline.vae, pipeline.text, pipeline.image, folder / "cache", reads), sets
-    return train.pairs(*parts), held.pairs(*parts) if len(held) else None
+    parts, (train, held_out) = (pipeline.vae, pipeline.text, pipeline.image, folder / "cache", reads), sets
+    return train.pairs(*parts), held_out.pairs(*parts) if len(held_out) else None
 
 
 def prepare(

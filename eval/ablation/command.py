@@ -53,7 +53,7 @@ def execute(workspace: Workspace, study: Study, out: Path, jobs: int) -> None:
     workspace = workspace.with_fingerprints(study)  # loads the scorer and the judge before hours of training
     if path.exists():
         before = Results.of(path)
-        if other := differing(before.data["made_from"], workspace.made_from):
+        if other := changed_names(before.data["made_from"], workspace.made_from):
             raise FileExistsError(
                 f"{path} holds a study that was made from other {', '.join(other)}: continue it at a commit where they are the same, "
                 "or choose another folder with --out"
@@ -95,7 +95,7 @@ def load_results(out: Path) -> Results:
     return Results.of(path)
 
 
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """List the names whose values differ. `settings` are compared one by one."""
     flat = [{name: value for name, value in each.items() if name != "settings"} | each.get("settings", {}) for each in (before, now)]
     names = {"source": "source files"}

@@ -81,11 +81,11 @@ class Results:
         return truth
 
     def palettes(self, split: str = "test") -> Array:
-        """The palettes of the image prompts, `n 2 3`."""
+        """Return the palettes of the image prompts, `n 2 3`."""
         return np.array((self.truth(split) or {})["palette"]).reshape(-1, 2, 3)
 
     def grid(self, form: str) -> list[float]:
-        """The lambdas of a form, from 0."""
+        """Return the lambdas of a form, from 0."""
         return list(self.units[f"grid-{form}"].value["lambdas"])
 
     @functools.cached_property

@@ -102,11 +102,11 @@ class Study:
     def hours(self) -> float:
         """Estimate the hours on one core of a CPU, at 49 ms per training picture and 0.1 s per drawing of the mini world."""
         runs = len(self.runs(*self.forms))
-        trained = runs * self.steps + len(self.forms) * len(self.rates) * self.rate_steps
-        trained += len(self.through_runs()) * (self.steps - self.rate_steps)
+        steps = runs * self.steps + len(self.forms) * len(self.rates) * self.rate_steps
+        steps += len(self.through_runs()) * (self.steps - self.rate_steps)
         grids = 10 * (5 * runs + 2 * 2 * self.seeds + len(self.forms))  # four tasks, finest layers; confirmation; validation
         few = self.few * (4 * runs + len(self.forms) * len(self.rates) + 2 * len(self.through_runs()))
-        return (0.049 * self.batch * trained + 0.1 * self.prompts * (grids + few)) / 3600
+        return (0.049 * self.batch * steps + 0.1 * self.prompts * (grids + few)) / 3600
 
 
 # A tiny study that runs everything in minutes; its numbers are meaningless.

@@ -96,7 +96,7 @@ def training(folder: Path, rounds: int) -> Timing:
     unet, _ = _ours(folder, torch.bfloat16)
     adapter = load_adapter(folder / official.ADAPTER, unet, VIT_H).requires_grad_(True)
     peer = official.peer_unet(folder, torch.float32)
-    trained = official.adapter_parameters(peer)
+    parameters = official.adapter_parameters(peer)
     (x, text, image), t, schedule = inputs(torch.float32, batch=1), torch.tensor([500]), Schedule()
     eps = torch.randn_like(x)
 
@@ -109,7 +109,7 @@ def training(folder: Path, rounds: int) -> Timing:
         out = peer(schedule.add_noise(x, eps, t), t, text, added_cond_kwargs=conditions).sample
         return F.mse_loss(out, eps)
 
-    return beside(training_step(our_loss, adapter.parameters()), training_step(their_loss, trained), rounds)
+    return beside(training_step(our_loss, adapter.parameters()), training_step(their_loss, parameters), rounds)
 
 
 def loading(folder: Path, rounds: int, dtype: str) -> Timing:

@@ -120,8 +120,8 @@ def _their_loss(setting: Setting) -> tuple[Callable[[], Tensor], list[Tensor]]:
     x, text, image = inputs(setting, torch.float32, setting.training)
     t, eps = _noise(setting, x)
     peer, noisy = their_unet(setting, torch.bfloat16), Schedule().add_noise(x, eps, t)
-    trained = adapter_parameters(peer)
-    for weight in trained:
+    parameters = adapter_parameters(peer)
+    for weight in parameters:
         weight.data = weight.data.float()
     conditions = {"image_embeds": [image[:, None]]}
-    return lambda: F.mse_loss(peer(noisy, t, text, added_cond_kwargs=conditions).sample, eps), trained
+    return lambda: F.mse_loss(peer(noisy, t, text, added_cond_kwargs=conditions).sample, eps), parameters

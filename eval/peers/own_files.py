@@ -134,7 +134,7 @@ def _add_adapter(pipe: Any, files: Files) -> None:
 
 
 def _image_prompt(pipe: Any, files: Files) -> dict[str, Any]:
-    """The arguments of diffusers' pipeline for the image prompt; the unconditional side reads the null image."""
+    """Return the arguments of diffusers' pipeline for the image prompt; the unconditional side reads the null image."""
     assert files.adapter is not None and files.image is not None
     if (faces := files.faces) is None:
         return {"ip_adapter_image": [[open_image(files.image)]]}

@@ -78,7 +78,7 @@ def figure_1(studio: Studio) -> Cells:
 
 
 def figure_4(studio: Studio) -> Cells:
-    """One adapter, two base models."""
+    """Draw with one adapter and two base models."""
     rows = [
         [*open_examples(name), *studio.base.draw(prompt(name), num=3), *studio.comic.draw(prompt(name), num=3)]
         for name in ("pig", "snail", "train", "mushroom")
@@ -106,7 +106,7 @@ def figure_8(studio: Studio) -> Cells:
     """Multimodal prompts: the image prompt is the subject, the text its scene."""
     texts = ["on a pink background", "on a white background", "small, top left", "large on a blue background"]
     rows = [
-        [*open_examples(name), *(drawn for text in texts for drawn in studio.base.draw(prompt(name), text=text))]
+        [*open_examples(name), *(picture for text in texts for picture in studio.base.draw(prompt(name), text=text))]
         for name in ("owl", "mouse", "snail", "hat")
     ]
     return [["image prompt"], texts], rows, [""] * len(rows)
