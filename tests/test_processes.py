@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from own_pictures import ENVIRONMENT, IMAGE, UNET, base, command, write_pictures
 from safetensors.torch import load_file
 from teams import together
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from checkpoints.files import NotWritten
 from model.features import Features
@@ -34,6 +36,7 @@ from train.pairs import Pairs
 from train.processes import Team
 from train.randomness import Share, seeded, share_generator
 from train.setting import Setting
+from train.sharding import shard
 from train.shared import tree_sum
 
 __all__ = ["base"]  # a fixture
@@ -98,18 +101,40 @@ def test_any_number_of_processes_trains_the_same_bits(setting: Setting, tmp_path
             assert all(torch.equal(a, b) for a, b in zip(tensors(state[part]), tensors(whole[part]), strict=True)), (sizes, part)
 
 
+def agree(state: dict[str, Any], whole: dict[str, Any]) -> None:
+    """The weights agree to 1e-6, and the log to 1e-4 of each number."""
+    for part in ("module", "kept"):
+        for a, b in zip(tensors(state[part]), tensors(whole[part]), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    for row, expected in zip(plain(state), plain(whole), strict=True):
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 def test_ddp_equals_one_process(setting: Setting, tmp_path: Path) -> None:
     """To 1e-6; the noise, timesteps and drops of a picture are those that one process draws."""
     fitted(setting, tmp_path / "1")
     whole = checkpoint.load(tmp_path / "1" / "team.pt")
     assert whole is not None
     on(2, setting, tmp_path, 3)
-    state = on(4, setting, tmp_path)
-    for part in ("module", "kept"):
-        for a, b in zip(tensors(state[part]), tensors(whole[part]), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    for row, expected in zip(plain(state), plain(whole), strict=True):
-        assert row == pytest.approx(expected, rel=1e-4)
+    agree(on(4, setting, tmp_path), whole)
+
+
+def test_a_sharded_base_trains_the_same(setting: Setting, tmp_path: Path) -> None:
+    """Each of two processes has half of the base, and both validate. The run is resumed on one process with the whole base."""
+    setting = replace(setting, held_out=pairs(10))
+    whole = on(1, setting, tmp_path / "1")
+
+    def work(_: int) -> None:
+        with seeded(0):
+            own = setting.adapter()
+        unet = setting.pipeline.unet
+        size = sum(p.numel() for p in unet.parameters())
+        shard(unet)
+        assert sum(p.to_local().numel() for p in unet.parameters() if isinstance(p, DTensor)) < 0.6 * size
+        adapter.fit(replace(setting, sharded=True), own, PLAN, tmp_path / "2", until=4)
+
+    together(2, work)
+    agree(on(1, setting, tmp_path / "2"), whole)
 
 
 def test_random_numbers_of_a_picture_depend_on_its_position() -> None:
@@ -243,6 +268,29 @@ def test_numbers_that_do_not_fit_are_refused(team: Team, batch: int, sentence: s
     monkeypatch.setattr(processes, "_team", team)
     with pytest.raises(ValueError, match=sentence):
         processes.check_shares(batch)
+
+
+def test_sharding_from_the_command_line(base: Path, tmp_path: Path) -> None:
+    """The first process writes the adapter, and says whether it learned. --checkpointing gathers the base again."""
+    write_pictures(tmp_path / "data", 24)
+    line = command(tmp_path, base, "--shard", "--checkpointing")
+    run = torchrun(2, line)
+    said, errors = run.communicate(timeout=600)
+    assert run.returncode == 0, errors[-3000:]
+    assert re.search(r"ip_adapter.safetensors: it (has not )?learned", said)
+
+
+@pytest.mark.parametrize(("size", "options", "sentence"), [(1, [], "with torchrun"), (2, ["--preview-every", "5"], "only a part")])
+def test_sharding_that_cannot_be_is_refused(
+    size: int, options: list[str], sentence: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train import __main__ as command_line
+
+    write_pictures(tmp_path / "data", 4)
+    monkeypatch.setattr(processes, "_team", Team(0, size))
+    arguments = command_line.parser("").parse_args(command(tmp_path, base, "--shard", *options))
+    with pytest.raises(ValueError, match=sentence):
+        command_line.source_of(arguments, "adapter", tmp_path).pipeline("cpu")
 
 
 def test_other_stages_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,7 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
         noise_offset=args.noise_offset,
         preview_every=args.preview_every,
         tensorboard=args.tensorboard,
+        shard=args.shard,
     )
 
 

@@ -34,6 +34,7 @@ from train.loss import diffusion_loss, sample_inputs
 from train.pairs import Batch
 from train.randomness import seeded
 from train.setting import SAYS, Setting, TrainingSource, data_identity, encode, prepare
+from train.sharding import shard
 from train.world import Says
 
 
@@ -96,7 +97,7 @@ def fit(
 
     form = f"{adapter.own_projections=}, fuse={fuse.__name__}, gamma={setting.gamma}"
     data, made_from = setting.pairs.batches(plan.batch, plan.seed), {**setting.made_from, "adapter": form}
-    result, log = run(plan, adapter, data, loss, validate, folder, 0, until, made_from, display)
+    result, log = run(plan, adapter, data, loss, validate, folder, 0, until, made_from, display, setting.sharded)
     assert isinstance(result, IPAdapter)
     return result, log
 
@@ -160,14 +161,14 @@ def train(
     pipeline, plan = setting.pipeline, phases[-1]
     check_gates(pipeline.unet, adapter, pipeline.schedule, setting.pairs, device=plan.device)
     initial_plans = initialise(setting, adapter)
-    pipeline.unet.to(source.base_dtype)
     log = run_phases(setting, source, adapter, phases, folder)
-    if processes.team().rank:
+    if first := processes.team().rank == 0:
+        check(setting.made_from)
+        licence = WORLD_LICENCE if source.data is None and source.start is None else None
+        adapter_card = card((*initial_plans, *phases), log, command, provenance(setting, source), licence)
+        save_adapter(adapter, pipeline.unet, file, adapter_card)
+    if not first and not source.shard:
         return Outcome(file, "the first process writes it")
-    check(setting.made_from)
-    licence = WORLD_LICENCE if source.data is None and source.start is None else None
-    adapter_card = card((*initial_plans, *phases), log, command, provenance(setting, source), licence)
-    save_adapter(adapter, pipeline.unet, file, adapter_card)
     if setting.held_out is None:
         return Outcome(file, "no pictures were held out, so the program cannot tell whether it learned")
     with autocast(plan):
@@ -177,8 +178,12 @@ def train(
 def run_phases(
     setting: Setting, source: TrainingSource, adapter: IPAdapter, phases: tuple[Recipe, ...], folder: Path
 ) -> list[dict[str, Any]]:
-    """Train `adapter` in place, phase by phase. Return the log of the last phase."""
+    """Train `adapter` in place, phase by phase, with the base in its precision. Return the log of the last phase."""
     pipeline, says, log = setting.pipeline, phases[0].says, list[dict[str, Any]]()
+    pipeline.unet.to(source.base_dtype)
+    if source.shard:
+        shard(pipeline.unet)
+        setting = replace(setting, sharded=True)
 
     def draw_preview(module: IPAdapter) -> None:
         if source.data is None:

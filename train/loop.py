@@ -114,6 +114,11 @@ class _Training(Generic[T]):
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise DamagedState(self.state_file, str(error).partition("\n")[0]) from None
 
+    def batches(self, data: Data[T], end: int, workers: int) -> Iterator[T]:
+        """Yield this process's batches of all steps up to `end`."""
+        shared = ProcessBatches(data, self.team.shares, self.plan.accumulate)
+        return stream(shared, range(self.step * shared.each, end * shared.each), workers)
+
     def save(self) -> None:
         """Write the state and the log, in the first process."""
         self.read()
@@ -169,26 +174,26 @@ def run(
     until: int | None = None,
     made_from: Mapping[str, Any] | None = None,
     display: Display | None = None,
+    validate_together: bool = False,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Train the parameters of `module` that require gradients. Return the module to keep (the EMA, if there is one) and the log.
 
-    `loss(batch, generator)` returns named scalars and minimises "loss"; `validate(module)` returns named numbers. State and log
-    are kept in `folder`. If a state exists there, the run resumes from it, provided that the plan, the initial weights of `module`
-    and the inputs named in `made_from` are the same. With `until`, stop after that many steps of the plan.
-    Raises `Interrupted` after saving the state, `Diverged` before the weights change (on a GPU: before they are saved), `OtherRun`
-    if the state belongs to another run, and `DamagedState` if it cannot be read.
+    `loss(batch, generator)` returns named scalars and minimises "loss"; `validate(module)` returns named numbers. The first process
+    calls it; with `validate_together`, all do. State and log are kept in `folder`. If a state exists there, the run resumes from it,
+    provided that the plan, the initial weights of `module` and the inputs named in `made_from` are the same. With `until`, stop after
+    that many steps of the plan. Raises `Interrupted` after saving the state, `Diverged` before the weights change (on a GPU: before
+    they are saved), `OtherRun` if the state belongs to another run, and `DamagedState` if it cannot be read.
     """
     check_output(folder / f"{plan.name}.pt")
-    first, end = processes.team().rank == 0, plan.steps if until is None else until
+    first, end = processes.team().rank == 0, until or plan.steps
     training = _Training(plan, module, loss, folder, made_from or {}, display if display and first else Display())
-    shared = ProcessBatches(data, training.team.shares, plan.accumulate)
-    batches = stream(shared, range(training.step * shared.each, end * shared.each), workers)
+    batches = training.batches(data, end, workers)
     with Interrupt() as interrupt, bar(plan.name, plan.steps, training.step, not first) as progress:
         while training.step < end:
             training.advance(batches)
             step, last = training.step, training.step == end
             if last or step % plan.validate_every == 0:
-                training.measure(validate(training.result) if first else {})
+                training.measure(validate(training.result) if first or validate_together else {})
             training.display.step(training.result, step)
             progress.set_postfix(last_numbers(training.log), refresh=False)
             progress.update()

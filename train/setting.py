@@ -24,6 +24,7 @@ from train.encode import WorldPictures
 from train.file_pairs import FilePictures
 from train.fingerprint import digest, fingerprint
 from train.pairs import EncodedPairs
+from train.sharding import check_team
 from train.unet import HELD_OUT, PICTURES
 from train.world import Says
 
@@ -41,6 +42,7 @@ class TrainingSource:
     `data`: a user's pictures, or None for the mini world. `skip_broken`: leave out those that cannot be read. `reads`: how the adapter
     reads them; fine features are for Plus (Figure 11).
     `start`: a trained adapter to start from. `gamma`, `noise_offset`: see `Setting`. `preview_every`, `tensorboard`: see `Display`.
+    `shard`: keep a part of the base in each process.
     """
 
     base: Path = WEIGHTS
@@ -57,9 +59,12 @@ class TrainingSource:
     noise_offset: float = 0.0
     preview_every: int = 0
     tensorboard: bool = False
+    shard: bool = False
 
     def pipeline(self, device: str) -> Pipeline:
         """Load the frozen base and its image encoder. Raises ValueError if an adapter cannot be trained on them."""
+        if self.shard:
+            check_team(self.preview_every)
         pipeline = load(self.base, (), self.image_encoder, device=device)
         if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
             raise ValueError(
@@ -115,6 +120,7 @@ class Setting:
     reads: Embedder = GLOBAL
     depth: int = DEPTH  # layers of Plus
     made_from: dict[str, Any] = field(default_factory=dict)
+    sharded: bool = False  # each process has a part of the base, so all must run it together
 
     def adapter(self, own_projections: bool = True, tokens: int | None = None) -> IPAdapter:
         """Build an untrained adapter for this base and encoder, on the base's device. For fine features, build Plus with 16 tokens.
