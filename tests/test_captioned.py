@@ -163,7 +163,7 @@ def test_broken_pictures_are_left_out_if_asked(tmp_path: Path) -> None:
     broken_png(tmp_path / "1.png")
     (tmp_path / "3.txt").unlink()
     files = captioned(tmp_path, skip_broken=True)
-    assert [file.path.name for file in files] == ["0.png", "2.png", "4.png"] and files.broken == 2
+    assert [file.path.name for file in files] == ["0.png", "2.png", "4.png"] and files.num_broken == 2
     assert "2 left out because they are broken" in summary(tmp_path, files, ListAlbum([]))
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(b"")

@@ -85,7 +85,7 @@ def test_spoiled_pictures_are_labelled_none_and_the_others_are_left_alone() -> N
     x, concept, made, labels = spoilt()
     same = (made == x).flatten(1).all(dim=1)
     assert 0.2 < 1 - float(same[:240].float().mean()) < 0.4
-    assert torch.equal(labels.whole.bool(), same & (concept != spoiled.NONE))
+    assert torch.equal(labels.is_clean.bool(), same & (concept != spoiled.NONE))
     assert torch.equal(labels.concept[same], concept[same]) and (labels.concept[~same] == spoiled.NONE).all()
     assert labels.concept_known[same].all() and labels.background_known[same].all()
     assert 0.5 < float(labels.concept_known[~same].mean()) < 1 and (concept[240:] == spoiled.NONE).all()

@@ -147,7 +147,7 @@ def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypa
     """Cached latents depend on the content of a picture, not on its name, and on the encoder and the size."""
     folder = write_pictures(tmp_path / "data", 3)
     encoded: list[int] = []
-    real = encode.encoded
+    real = encode.encode_rows
 
     def counted(data: Data[Tensor], keys: Tensor, encode_: Any, cache: Path, each: int) -> dict[str, Rows]:
         def one(x: Tensor) -> dict[str, Tensor]:

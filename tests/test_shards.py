@@ -105,7 +105,7 @@ def test_broken_members_are_named_or_left_out(tmp_path: Path, case: str) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "scan", lambda _: pytest.fail("it was read again"))
         album = read(data, skip_broken=True)
-    assert [file.text for file in album] == ["a", "c"] and album.broken == 1
+    assert [file.text for file in album] == ["a", "c"] and album.num_broken == 1
     assert "1 left out because they are broken" in summary(data, *split(album))
 
 
