@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from train.loop import Plan, autocast
+from train.plan import Plan, autocast
 
 
 def device_of(module: nn.Module) -> str:

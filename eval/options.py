@@ -101,8 +101,7 @@ def add_ablation(commands: Commands) -> None:
     p.add_argument("--jobs", type=count, help="number of processes, each with one thread (default: one per core; on a GPU, 6 share it)")
     p.add_argument("--device", default="cpu", help="device to train and draw on, such as cuda (default: cpu)")
     p.add_argument("--smoke", action="store_true", help="run everything at a tiny size; the numbers mean nothing")
-    description = "draw and score one cell of the results again, and compare it with the stored numbers"
-    p.add_argument("--cell", metavar="FORM:SEED:TASK", help=description)
+    p.add_argument("--cell", metavar="FORM:SEED:TASK", help="draw and score one cell of the results again, and compare the numbers")
     p.add_argument("--report", action="store_true", help="write the summary, figures and RESULTS.md again, from the stored results")
     own = p.add_argument_group("your own base and pictures")
     own.add_argument("--base", type=Path, help="base model, a file or a folder (default: --weights); needs --data")

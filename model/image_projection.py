@@ -15,10 +15,7 @@ HEAD = 64  # width of each head of the Resampler; the shapes of the weights do n
 
 
 class Projection(nn.Module):
-    """Maps the features of an image, `m` vectors `image_dim` wide, to tokens `context_dim` wide.
-
-    `reads`: how a picture is read with the image encoder.
-    """
+    """Maps the features of an image, `m` vectors `image_dim` wide, to tokens `context_dim` wide. `reads`: how to compute the features."""
 
     reads: ClassVar[Embedder]
 

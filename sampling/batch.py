@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sampling.request import check_seed
+from sampling.fields import check_seed
 
 BATCH, AREA = 16, 64 * 64  # largest numbers of pictures and of latent positions in a batch; AREA is one 512 x 512 picture
 

@@ -24,7 +24,7 @@ from model.features import NO_FACE
 from sampling.device import check_device
 from sampling.embeddings import load_embedding, save_embedding
 from sampling.faces import read_faces
-from sampling.fields import map_paths
+from sampling.fields import check_seed, map_paths
 from sampling.images import check_png, save_image
 from sampling.inputs import Inputs, PromptInputs, read_inputs
 from sampling.layer_weights import layer_weights
@@ -32,7 +32,7 @@ from sampling.loading import compile_unet, load, prompt_files
 from sampling.machine import check_keep_memory, keep_memory
 from sampling.pipeline import SAMPLERS, Pipeline
 from sampling.record import digests, recall, record
-from sampling.request import Command, Model, check_seed
+from sampling.request import Command, Model
 from sampling.scheduler_file import other_scheduler
 
 

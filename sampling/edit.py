@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.vae import VAE
-from sampling.request import STRENGTH, check_size
+from sampling.fields import check_size
+from sampling.request import STRENGTH
 from sampling.sampler import Denoiser, randn
 from sampling.schedule import diffuse
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+MOST_PIXELS = 1 << 24  # 4096 x 4096
 LIMIT = 1e4  # largest magnitude of lambda, a guidance weight or a picture's weight: beyond it float16 and the networks overflow
 
 Preset = Literal["style", "layout", "finest"]
@@ -133,3 +134,24 @@ def paths(item: object) -> list[Path]:
 
     map_paths(item, keep)
     return result
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed outside the range of torch's generators."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"the seed must be a whole number from -2^63 to 2^64 - 1, not {reprlib.repr(seed)}")
+
+
+def check_eta(eta: float, sampler: str, takes: bool) -> None:
+    """Raises ValueError unless eta is in [0, 1], and 0 for a sampler that does not take it."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {eta}")
+    if eta and not takes:
+        raise ValueError(f"eta works only with DDIM: with {sampler} it must be 0, not {eta}")
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises ValueError for more than MOST_PIXELS pixels, before memory is allocated."""
+    if abs(width * height) > MOST_PIXELS:
+        size = f"{reprlib.repr(width)} x {reprlib.repr(height)}"
+        raise ValueError(f"{size} is too large: a picture has at most {MOST_PIXELS:,} pixels (4096 x 4096)")

@@ -31,13 +31,14 @@ from sampling.edit import Edit, begin
 from sampling.embeddings import PictureWeights, Strength, load_embedding, of_prompts, parts, weigh_tokens
 from sampling.euler import EULER
 from sampling.faces import read_faces
+from sampling.fields import check_seed
 from sampling.guidance import Side, guided
 from sampling.images import to_images
 from sampling.inputs import Inputs, Picture, open_picture, read_inputs, size_of
 from sampling.lambdas import moving, set_lambda
 from sampling.lcm import LCM
 from sampling.micro import DRAWING, Micro
-from sampling.request import Request, check_seed
+from sampling.request import Request
 from sampling.sampler import Sampler, State
 from sampling.schedule import Schedule
 from sampling.visit import visiting

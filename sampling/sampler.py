@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sampling.request import check_eta
+from sampling.fields import check_eta
 from sampling.schedule import Schedule
 
 Denoiser = Callable[[Tensor, float], Tensor]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from train.clock import ROW
 from train.data import OnTheFly
-from train.loop import Plan, run
+from train.loop import run
+from train.plan import Plan
 
 PLAN = Plan("tiny", steps=12, batch=4, lr=1e-2, warmup=3, ema=0.9, save_every=100, validate_every=4)
 Batch = tuple[Tensor, Tensor]

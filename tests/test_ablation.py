@@ -35,8 +35,8 @@ from model.features import Features
 from sampling.loading import load
 from train import checkpoint
 from train.album import CaptionedPicture
-from train.loop import Plan
 from train.pairs import Pairs
+from train.plan import Plan
 from train.setting import Setting, TrainingSource
 
 ROOT = Path(__file__).parent.parent

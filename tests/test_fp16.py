@@ -15,8 +15,9 @@ from train.__main__ import plans_of, source_of
 from train.adapter import PHASES
 from train.data import OnTheFly
 from train.errors import Diverged
-from train.loop import Plan, autocast, run
+from train.loop import run
 from train.options import parser
+from train.plan import Plan, autocast
 
 FP16 = replace(PLAN, fp16=True, steps=6, ema=0.0)
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from train import checkpoint, loop
 from train.data import OnTheFly
 from train.errors import DamagedState, Diverged, Interrupted, OtherRun
-from train.loop import Plan, run
+from train.loop import run
+from train.plan import Plan
 from train.randomness import generator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

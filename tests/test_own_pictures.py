@@ -34,7 +34,7 @@ from model.adapter import IPAdapter
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
 from model.unet import UNet
 from sampling.loading import load
-from train import adapter, encode, loop, preview, setting
+from train import adapter, encode, plan, preview, setting
 from train import unet as unet_stage
 from train.__main__ import main, status
 from train.card import card, code_version
@@ -88,7 +88,7 @@ def test_another_runs_adapter_is_not_returned(
     folder, other = tmp_path / "work", write_base(tmp_path / "other", seed=1)
     shutil.copytree(trained, folder)
     edit, options, names = CHANGES[change]
-    monkeypatch.setattr(loop, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(plan, "has_bfloat16", lambda _: True)
     if edit:
         edit(folder)
     started = trained / "out" / "ip_adapter.safetensors"

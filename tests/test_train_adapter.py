@@ -32,9 +32,9 @@ from train.__main__ import main
 from train.adapter import Recipe
 from train.data import ShuffledBatches
 from train.gains import check_gates, held_out_losses
-from train.loop import Plan
 from train.loss import diffusion_loss, drops, min_snr, noise_for, sample_inputs
 from train.pairs import Pairs
+from train.plan import Plan
 from train.plus import initialise_from
 from train.setting import Setting, TrainingSource
 from train.world import Says

@@ -28,7 +28,7 @@ from train.errors import Diverged, GateError, Interrupted
 from train.options import ADAPTERS, SETTINGS, SHIPPED, parser
 
 if TYPE_CHECKING:
-    from train.loop import Plan
+    from train.plan import Plan
     from train.processes import Team
     from train.setting import TrainingSource
 
@@ -64,7 +64,7 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
 
     from model.features import FINE, GLOBAL
     from sampling.request import WEIGHTS
-    from train.loop import has_bfloat16
+    from train.plan import has_bfloat16
     from train.setting import TrainingSource
     from train.unet import PICTURES
 
@@ -155,10 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def status(argv: Sequence[str] | None = None) -> str | int:
-    """Run a command line. Return an exit status, or an error message for `sys.exit`.
-
-    Of several processes, only the first to end returns the message.
-    """
+    """Run a command line. Return an exit status, or in the first process to end an error message for `sys.exit`."""
     result = outcome(argv)
     if isinstance(result, str):
         from train.processes import speaks

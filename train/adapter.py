@@ -29,9 +29,10 @@ from train.card import WORLD_LICENCE, card, check_free
 from train.display import Display
 from train.file_pairs import FilePairs
 from train.gains import check_gates, held_out_losses, verdict
-from train.loop import Plan, autocast, run
+from train.loop import run
 from train.loss import diffusion_loss, sample_inputs
 from train.pairs import Batch
+from train.plan import Plan, autocast
 from train.randomness import seeded
 from train.setting import SAYS, Setting, TrainingSource, data_identity, encode, prepare
 from train.sharding import shard
@@ -55,10 +56,7 @@ NAMES = {"IP-Adapter": "ip_adapter", "IP-Adapter Plus": "ip_adapter_plus", "IP-A
 
 
 def phases_for(source: TrainingSource, world: tuple[Recipe, ...] = PHASES, mini: Recipe = PLAN) -> tuple[Recipe, ...]:
-    """Return the mini world's phases, or a single phase for a user's pictures.
-
-    That phase uses the mini world's learning rate on the mini base, and the paper's on any other base.
-    """
+    """Return the mini world's phases, or one for a user's pictures: at the paper's learning rate, unless the base is the mini one."""
     if source.data is None:
         return world
     own = source.base.resolve() == WEIGHTS.resolve()

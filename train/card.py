@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from checkpoints.files import read_json
-from train.loop import Plan
+from train.plan import Plan
 
 WORLD_LICENCE = "CC BY-SA 4.0, trained on drawings by OpenMoji (https://openmoji.org)"
 ROOT = Path(__file__).parent.parent

@@ -35,7 +35,8 @@ from train.clip_pictures import ClipBatch, captioned_pictures
 from train.colour import ISH, NAMES, fine_colours
 from train.encode import renderer
 from train.fingerprint import significant
-from train.loop import Plan, run
+from train.loop import run
+from train.plan import Plan
 from train.probe import probe, probe_data
 from train.randomness import seeded
 from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, PLACES, SIZES, SLOTS

@@ -13,8 +13,8 @@ from model.context import Context
 from model.controlnet import HINT, ControlNet
 from model.unet import Residuals, UNet, UNetConfig
 from train import structure
-from train.loop import Plan
 from train.loss import noise_for
+from train.plan import Plan
 from train.structure import PICTURES
 
 PHASES = (Plan("controlnet", 3_000, 32, 1e-3, 100, 0.5, ema=0.998, bf16=True, validate_every=500),)

@@ -23,7 +23,8 @@ from train.card import WORLD_LICENCE, card
 from train.colour import tensor_to_lab
 from train.data import ShuffledBatches
 from train.encode import renderer
-from train.loop import Plan, run
+from train.loop import run
+from train.plan import Plan
 from train.pool import pixels_of, scenes_of, to_unit
 from train.randomness import seeded
 from train.spoiled import NONE, degrade, spoil, strangers

@@ -22,9 +22,10 @@ from train import adapter
 from train.adapter import Outcome, Recipe
 from train.data import Data
 from train.fingerprint import fingerprint
-from train.loop import Plan, run
+from train.loop import run
 from train.loss import drops
 from train.pairs import Batch, EncodedPairs
+from train.plan import Plan
 from train.setting import Setting, TrainingSource, encode
 
 RATE = 3e-4  # at 1e-3 a Resampler forgets its initialisation

@@ -15,7 +15,7 @@ from model.image_encoder import MINI_IMAGE
 from train.card import WORLD_LICENCE, card
 from train.clip import CLIP, MINI_TEXT, train_towers
 from train.judge import FIRST, PICTURES
-from train.loop import Plan
+from train.plan import Plan
 from train.randomness import seeded
 
 PHASES = (Plan("clip_score", 6_000, 128, 1e-3, decay=0.7, weight_decay=0.05, bf16=True, seed=50, validate_every=6_000),)

@@ -30,9 +30,10 @@ from train.data import ShuffledBatches
 from train.encode import WorldPictures
 from train.errors import GateError
 from train.fingerprint import digest, fingerprint
-from train.loop import Plan, autocast, run
+from train.loop import run
 from train.loss import diffusion_loss
 from train.outlines import HintedBatch, HintedPairs, outlines_of
+from train.plan import Plan, autocast
 from train.randomness import generator, seeded
 from train.unet import GAMMA
 

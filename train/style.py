@@ -28,9 +28,10 @@ from train.comic import comic
 from train.data import ShuffledBatches
 from train.encode import WorldPictures
 from train.fingerprint import fingerprint
-from train.loop import Plan, run
+from train.loop import run
 from train.lora import LoRA
 from train.pairs import Batch
+from train.plan import Plan
 from train.randomness import seeded
 from train.unet import HELD_OUT, held_out_loss, text_loss
 

@@ -14,7 +14,7 @@ from model.context import Context
 from model.t2i import T2IAdapter, T2IConfig, residuals
 from model.unet import Residuals, UNet, UNetConfig
 from train import structure
-from train.loop import Plan
+from train.plan import Plan
 from train.structure import PICTURES
 
 PHASES = (Plan("t2i", 3_000, 32, 1e-3, 100, 0.5, ema=0.998, bf16=True, validate_every=500),)

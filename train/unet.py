@@ -27,9 +27,10 @@ from train.card import WORLD_LICENCE, card
 from train.data import ShuffledBatches
 from train.encode import WorldPictures
 from train.fingerprint import fingerprint
-from train.loop import Plan, run
+from train.loop import run
 from train.loss import diffusion_loss, noise_for
 from train.pairs import Batch, Pairs
+from train.plan import Plan
 from train.randomness import generator, seeded
 
 PHASES = (Plan("unet", 40_000, 32, 1e-3, 1000, 0.6, ema=0.9995, bf16=True, validate_every=5_000),)

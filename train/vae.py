@@ -28,7 +28,8 @@ from train.card import WORLD_LICENCE, card
 from train.data import ShuffledBatches
 from train.encode import renderer
 from train.fingerprint import significant
-from train.loop import Plan, run
+from train.loop import run
+from train.plan import Plan
 from train.pool import Pictures, pixels_of, to_unit
 from train.randomness import seeded
 

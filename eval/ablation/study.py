@@ -24,7 +24,7 @@ from train.captioned import captioned_files, split
 from train.card import ROOT, code_version
 from train.fingerprint import fingerprint
 from train.judge import load_judge
-from train.loop import Plan
+from train.plan import Plan
 from train.setting import Setting, TrainingSource, prepare
 
 SPLITS = {"validation": 1, "test": 3, "confirm": 6}  # sets of prompts, and their seeds

@@ -13,7 +13,7 @@ from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
 from model.adapter import IPAdapter
 from train import adapter as training
 from train import checkpoint
-from train.loop import Plan
+from train.plan import Plan
 from train.randomness import seeded
 from train.setting import Setting
 
