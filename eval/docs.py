@@ -29,6 +29,7 @@ def inserts(root: Path) -> dict[str, str]:
         "frechet": frechet.table(results["frechet"]),
         "fine": fine.table(results["fine"]),
         "parity": parity.table(results["parity"]),
+        "parity_sdxl": parity.table(results["parity_sdxl"]),
         "parity_tests": marks.table(root),
         "benchmark": benchmark.table(results["benchmark"]),
         "machine": f"Measured on {results['benchmark']['machine']}.",
