@@ -96,7 +96,7 @@ def several(folder: Path) -> Path:
 @pytest.fixture
 def pairs(base: Path, tmp_path: Path) -> FilePairs:
     album, pipeline = captioned_files(several(tmp_path / "data"), tmp_path / "cache"), load(base, ())
-    return FilePictures(album, 16).pairs(pipeline.vae, pipeline.text, pipeline.image, tmp_path / "cache")
+    return FilePictures(album, 16, 16).pairs(pipeline.vae, pipeline.text, pipeline.image, tmp_path / "cache")
 
 
 def test_batches_hold_what_the_encoders_give(pairs: FilePairs, base: Path) -> None:

@@ -170,7 +170,7 @@ def test_replaced_pictures_are_encoded_anew(base: Path, tmp_path: Path, monkeypa
     picture(99).save(folder / "01.png")
     second, n = pairs()
     assert n == 2 and (first.mean.all() != second.mean.all()).flatten(1).any(dim=1).tolist() == [False, True, False]
-    fresh = FilePictures(TrainingSource(base, data=folder).files(tmp_path)[0], 16)  # type: ignore[index]
+    fresh = FilePictures(TrainingSource(base, data=folder).files(tmp_path)[0], 16, 16)  # type: ignore[index]
     pipeline = load(base, ())
     again = fresh.pairs(pipeline.vae, pipeline.text, pipeline.image, tmp_path / "another cache")
     assert torch.equal(again.mean.all(), second.mean.all()) and again.inputs and second.inputs

@@ -77,6 +77,6 @@ def test_a_recorded_step_reads_every_batch(
         return run(replace(PLAN, accumulate=accumulate), net, data, loss, weight_sum, folder, workers)
 
     kept, log = trained(tmp_path / "plain")
-    monkeypatch.setattr(shared, "step_for", lambda _: Replayed)
+    monkeypatch.setattr(shared, "step_for", lambda *_: Replayed)
     kept_too, log_too = trained(tmp_path / "recorded")
     assert same(kept, kept_too) and numbers(log_too) == numbers(log) and len(log) == 12

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,7 +123,7 @@ def test_the_verdict_is_whether_the_right_picture_helps(monkeypatch: pytest.Monk
         "it has not learned": lambda image: torch.randn(image.shape, generator=g),
     }
     for said, read in readers.items():
-        sentence = verdict(None, lambda _, image, read=read: read(image), None, pairs, "cpu")  # type: ignore[arg-type]
+        sentence = verdict(SimpleNamespace(config=None), lambda _, image, read=read: read(image), None, pairs, "cpu")  # type: ignore[arg-type]
         assert sentence.startswith(said), sentence
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import Diverged, GateError, Interrupted
-from train.options import ADAPTERS, SETTINGS, SHIPPED, parser
+from train.options import ADAPTERS, SETTINGS, SHIPPED, SOURCE, parser
 
 if TYPE_CHECKING:
     from train.plan import Plan
@@ -70,24 +70,18 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
 
     if args.preview_every and not args.data:
         raise ValueError("--preview-every draws your own pictures: give --data (the mini world is drawn at every validation)")
+    if args.buckets and not args.data:
+        raise ValueError("--buckets is for your own pictures: give --data")
     if args.pictures and args.data:
         raise ValueError("--pictures limits the pictures of the mini world: omit it with --data")
+    dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 and has_bfloat16(args.device) else torch.float32
     return TrainingSource(
         args.base or (weights if args.data is None else WEIGHTS),
-        args.image_encoder,
         reads=FINE if stage == "plus" else GLOBAL,
         pictures=args.pictures or PICTURES,
-        data=args.data,
-        side=args.side,
-        base_dtype=torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 and has_bfloat16(args.device) else torch.float32,
-        checkpointing=args.checkpointing,
-        start=args.start,
-        skip_broken=args.skip_broken,
+        base_dtype=dtype,
         gamma=args.min_snr,
-        noise_offset=args.noise_offset,
-        preview_every=args.preview_every,
-        tensorboard=args.tensorboard,
-        shard=args.shard,
+        **{name: getattr(args, name) for name in SOURCE},
     )
 
 

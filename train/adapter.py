@@ -3,10 +3,9 @@
 Minimise Eq. 6 with a frozen base and AdamW (weight decay 0.01). Drop the text, the picture or both in 5 % of the samples each; a
 dropped picture becomes a zero embedding. W'_k and W'_v start as copies of W_k and W_v. Only the projection and W'_k, W'_v are trained.
 
-A user's pictures are trained on in the same way. The mini world differs in three points. Its captions leave out more, as captions on the
-web do. Min-SNR weights reduce gradient noise at timesteps where a picture carries no information, because training takes hours, where the
-paper's took days. And the image prompt shows the drawing at another size and place (`move_randomly`): an adapter trained on the same
-picture copies size and place too, against the text. The log shows whether the adapter learns: see `gains.held_out_losses`.
+The mini world differs in three points. Its captions leave out more, as captions on the web do. Min-SNR weights reduce gradient noise at
+timesteps where a picture carries no information. And the image prompt shows the drawing at another size and place (`move_randomly`): an
+adapter trained on the same picture copies size and place too, against the text.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from sampling.request import WEIGHTS
 from train import checkpoint, preview, processes
+from train.buckets import BucketPairs
 from train.card import WORLD_LICENCE, card, check_free
 from train.display import Display
 from train.file_pairs import FilePairs
@@ -75,8 +75,7 @@ def fit(
 ) -> tuple[IPAdapter, list[dict[str, Any]]]:
     """Train an adapter. Return the adapter to keep (the EMA, if there is one) and the log.
 
-    `watch` is called with the current adapter at every validation. With `until`, stop after that many steps of the plan; the next
-    call resumes there.
+    `watch` is called with the current adapter at every validation. With `until`, stop after that many steps of the plan.
     """
     unet, schedule, held_out = setting.pipeline.unet, setting.pipeline.schedule, setting.held_out
 
@@ -113,8 +112,7 @@ def initial_adapter(setting: Setting, source: TrainingSource, seed: int) -> IPAd
 
 def provenance(setting: Setting, source: TrainingSource) -> dict[str, Any]:
     """Describe the data and the base for the card."""
-    held_out = len(setting.held_out) if setting.held_out else 0
-    count = f"{len(setting.pairs)} pictures to train on, {held_out} held out"
+    count = f"{len(setting.pairs)} pictures to train on, {len(setting.held_out or ())} held out"
     data = f"{source.data.resolve().name if source.data else 'the mini world'}: {count}"
     start = {} if source.start is None else {"from": source.start.name}
     return {"data": data, "base": source.base.resolve().name, **start, "made_from": setting.made_from}
@@ -188,7 +186,8 @@ def run_phases(
             preview.draw_image_prompts(replace(pipeline, adapters=(module,)), folder / f"{phases[0].name}.png")
 
     data = setting.held_out or setting.pairs
-    draw = preview.own_pictures(pipeline, data.files, lambda: autocast(phases[0])) if isinstance(data, FilePairs) else None
+    own = data.files if isinstance(data, FilePairs | BucketPairs) else None
+    draw = preview.own_pictures(pipeline, own, lambda: autocast(phases[0])) if own else None
     display = Display(draw, source.preview_every, source.tensorboard)
     for phase in phases:
         if phase.says != says and source.data is None:

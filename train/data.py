@@ -50,7 +50,8 @@ def tensors(batch: Any) -> list[Tensor]:
 class Data(Protocol[T_co]):
     """An endless sequence of batches. Process `rank` of `world_size` reads its share of batch `step`.
 
-    The shares have equal size. Their union is the same batch for any number of processes.
+    The shares have equal size. Their union is the same batch for any number of processes. If the batches differ in shape, `one_shape` is
+    False: then a GPU cannot record a step.
     """
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> T_co: ...

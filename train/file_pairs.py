@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from model.features import GLOBAL, Embedder, Features
@@ -27,17 +27,34 @@ from train.pairs import Added, Batch, EncodedPairs
 from train.randomness import Share, generator
 from train.store import Rows
 
+Shape = tuple[int, int]  # (height, width)
+
+
+def cover(picture: Image.Image, shape: Shape) -> Image.Image:
+    """Resize a picture to cover a shape, and cut out its centre: for a square, the short side becomes `side`, as in the paper."""
+    height, width = shape
+    if height == width:
+        return centre_square(picture, height, Image.Resampling.BILINEAR)
+    return ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+
+
+def corner_of(size: Shape, shape: Shape) -> Shape:
+    """Return the (top, left) corner of the centre in a picture resized to cover `shape`, rounded as in the official trainer."""
+    short = 0 if size[1] * shape[0] >= size[0] * shape[1] else 1  # the side that is resized to that of the shape
+    resized = [int(shape[short] * n / size[short]) for n in size]
+    return (resized[0] - shape[0]) // 2, (resized[1] - shape[1]) // 2
+
 
 @dataclass(frozen=True)
 class FilePairs(EncodedPairs):
     """Encoded pairs on disk.
 
-    `side`: of the pictures, in pixels. `mean`, `std`: `n c h w`. `inputs`: the adapter's input, `n m e`, and `null`: that of the null
+    `shape`: of the pictures, in pixels. `mean`, `std`: `n c h w`. `inputs`: the adapter's input, `n m e`, and `null`: that of the null
     image, `1 1 m e`; or None without an adapter. `text` encodes the captions of `files`, on its device.
     """
 
     files: Album
-    side: int
+    shape: Shape
     mean: Rows
     std: Rows
     inputs: Rows | None
@@ -67,10 +84,8 @@ class FilePairs(EncodedPairs):
 
         Pictures are resized before they are cropped, so the corner counts pixels of the resized picture, as in the official trainer.
         """
-        side = self.side
         files = [self.files[row].size for row in rows.tolist()]
-        corners = [[(int(side * n / min(size)) - side) // 2 for n in size] for size in files]
-        return torch.tensor([[*size, *corner, side, side] for size, corner in zip(files, corners, strict=True)])
+        return torch.tensor([[*size, *corner_of(size, self.shape), *self.shape] for size in files])
 
     @property
     def width(self) -> int:
@@ -95,29 +110,33 @@ class CaptionBatches(ShuffledBatches[Batch]):
 
 @dataclass(frozen=True)
 class FilePictures:
-    """A user's pictures: resize the short side to `side`, then crop the centre, as in the paper."""
+    """A user's pictures, all in one shape."""
 
     files: Album
-    side: int
+    height: int
+    width: int
 
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def size(self) -> str:
+        return str(self.width) if self.width == self.height else f"{self.width}x{self.height}"
+
     def pairs(self, vae: VAE, text: Text, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> FilePairs:
         """Encode the pictures that are not in the cache, one at a time. Without an `image` encoder, there are no features."""
 
-        def square(picture: Image.Image) -> Tensor:
-            crop = centre_square(picture, self.side, Image.Resampling.BILINEAR)
-            return torch.from_numpy(np.array(crop, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+        def crop(picture: Image.Image) -> Tensor:
+            return torch.from_numpy(np.array(cover(picture, shape), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
-        keys = self.files.keys
-        mean, std = latents(vae, Files(self.files, square), keys, folder, str(self.side))
+        keys, shape = self.files.keys, (self.height, self.width)
+        mean, std = latents(vae, Files(self.files, crop), keys, folder, self.size)
         inputs, null = None, None
         if image is not None:
             inputs, null = features(image, Files(self.files, image.preprocess), keys, folder, reads)
         text.tokenize([self.files[i].text for i in range(min(1000, len(self)))])  # warns of words that the vocabulary lacks
-        return FilePairs(self.files, self.side, mean, std, inputs, null, text)
+        return FilePairs(self.files, shape, mean, std, inputs, null, text)
 
     def made_from(self) -> dict[str, str]:
         """Return hashes that identify the pictures and captions."""
-        return {**self.files.made_from(), "side": str(self.side)}
+        return {**self.files.made_from(), "side": self.size}

@@ -67,7 +67,7 @@ def check_gates(
     At scale 0, the output must equal that of the base model bit for bit. Every trainable tensor must get a gradient, and no frozen
     tensor may get one.
     """
-    batch = sample_inputs(pairs.at(torch.arange(min(4, len(pairs)))).to(device), generator(0, 0, device))
+    batch = sample_inputs(next(pairs.parts(device, 4)), generator(0, 0, device))
     text = batch.context(unet.config, fuse)
     with torch.no_grad():
         if not torch.equal(unet(batch.x0, batch.t, text), unet(batch.x0, batch.t, adapter(text, batch.image, 0.0))):

@@ -37,14 +37,22 @@ class _Training(Generic[T]):
     """The state of a run: the module, its optimizer and EMA, and the log. Loads and saves itself."""
 
     def __init__(
-        self, plan: Plan, module: nn.Module, loss: Loss[T], folder: Path, made_from: Mapping[str, Any], display: Display
+        self,
+        plan: Plan,
+        module: nn.Module,
+        data: Data[T],
+        loss: Loss[T],
+        folder: Path,
+        made_from: Mapping[str, Any],
+        display: Display,
     ) -> None:
+        self.data = data
         self.plan, self.module, self.display, self.team = plan, module, display, processes.team()
         parts = {"parts": self.team.parts} if self.team.parts else {}
         self.made_from = {**asdict(plan), **made_from, **parts, "first weights": fingerprint(module)}
         self.state_file, self.log_file = folder / f"{plan.name}.pt", folder / f"{plan.name}.jsonl"
         settings = plan.betas, plan.weight_decay, plan.clip, lambda: autocast(plan), plan.fp16
-        self.run_step = step_of(self.team, plan.device, module, loss, *settings)
+        self.run_step = step_of(self.team, plan.device, getattr(data, "one_shape", True), module, loss, *settings)
         self.result = copy.deepcopy(module) if plan.ema else module
         self.step, self.log, self.unread, self.clock = 0, list[dict[str, Any]](), list[Values](), Clock()
         self._load()
@@ -64,9 +72,9 @@ class _Training(Generic[T]):
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise DamagedState(self.state_file, str(error).partition("\n")[0]) from None
 
-    def batches(self, data: Data[T], end: int, workers: int) -> Iterator[T]:
+    def batches(self, end: int, workers: int) -> Iterator[T]:
         """Yield this process's batches of all steps up to `end`."""
-        shared = ProcessBatches(data, self.team.shares, self.plan.accumulate)
+        shared = ProcessBatches(self.data, self.team.shares, self.plan.accumulate)
         return stream(shared, range(self.step * shared.each, end * shared.each), workers)
 
     def save(self) -> None:
@@ -136,8 +144,8 @@ def run(
     """
     check_output(folder / f"{plan.name}.pt")
     first, end = processes.team().rank == 0, until or plan.steps
-    training = _Training(plan, module, loss, folder, made_from or {}, display if display and first else Display())
-    batches = training.batches(data, end, workers)
+    training = _Training(plan, module, data, loss, folder, made_from or {}, display if display and first else Display())
+    batches = training.batches(end, workers)
     with Interrupt() as interrupt, bar(plan.name, plan.steps, training.step, not first) as progress:
         while training.step < end:
             training.advance(batches)

@@ -21,6 +21,9 @@ STAGES = {
 }
 SHIPPED = tuple(name for name in STAGES if name not in ("control", "t2i", "style"))  # what `all` trains
 ADAPTERS = "adapter", "plus"
+# options that are fields of TrainingSource
+DATA = "data", "side", "buckets", "skip_broken"
+SOURCE = *DATA, "image_encoder", "checkpointing", "shard", "start", "noise_offset", "preview_every", "tensorboard"
 # options that override a field of the plan
 SETTINGS = "steps", "batch", "accumulate", "lr", "seed", "warmup", "ema", "clip", "save_every", "validate_every"
 
@@ -110,6 +113,7 @@ def add_data(p: argparse.ArgumentParser, required: bool = False) -> argparse._Ar
     )
     data.add_argument("--skip-broken", action="store_true", help="leave out pictures and captions that cannot be read, and count them")
     data.add_argument("--side", type=at_least(1), help="size of the training pictures (default: that of the base model)")
+    data.add_argument("--buckets", action="store_true", help="keep the shape of the pictures, nearly: train on several shapes of one area")
     base = p.add_argument_group("base model")
     base.add_argument("--base", type=Path, help="base model, a file or a folder (default: the mini weights)")
     base.add_argument("--image-encoder", type=Path, help="image encoder, a file or a folder (default: the one in the base folder)")
@@ -164,7 +168,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         else:
             nothing = ("data", "side", "base", "image_encoder", "start", "min_snr")
             stage.set_defaults(**dict.fromkeys(nothing), checkpointing=False, skip_broken=False, noise_offset=0.0, deterministic=0)
-            stage.set_defaults(preview_every=0, tensorboard=False, shard=False)
+            stage.set_defaults(preview_every=0, tensorboard=False, shard=False, buckets=False)
     encodes = "encode your own pictures ahead of training, and store the result in the state folder"
     add_cache(stages.add_parser("cache", help=encodes, description=f"{encodes.capitalize()}."))
     return p

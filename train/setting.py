@@ -19,6 +19,7 @@ from sampling.pipeline import Pipeline
 from sampling.request import WEIGHTS
 from train import processes
 from train.album import Album
+from train.buckets import BucketPictures
 from train.captioned import captioned_files, split, summary
 from train.encode import WorldPictures
 from train.file_pairs import FilePictures
@@ -31,7 +32,7 @@ from train.world import Says
 SAYS = Says(0.5, 0.7, 0.7, 0.7)  # captions of the mini world: the text names the scene, and often leaves the subject to the picture
 TOKENS, FINE_TOKENS, DEPTH = 4, 16, 4  # DEPTH: layers of Plus; diffusers supports only 4
 MINI_DEPTH, GAMMA = 2, 1.0  # layers of Plus, and gamma of the min-SNR weights, in the mini world
-PictureSets = tuple[WorldPictures | FilePictures, WorldPictures | FilePictures]
+PictureSets = tuple[WorldPictures | FilePictures | BucketPictures, WorldPictures | FilePictures]
 FileSplit = tuple[Album, Album]
 
 
@@ -42,7 +43,7 @@ class TrainingSource:
     `data`: a user's pictures, or None for the mini world. `skip_broken`: leave out those that cannot be read. `reads`: how the adapter
     reads them; fine features are for Plus (Figure 11).
     `start`: a trained adapter to start from. `gamma`, `noise_offset`: see `Setting`. `preview_every`, `tensorboard`: see `Display`.
-    `shard`: keep a part of the base in each process.
+    `shard`: keep a part of the base in each process. `buckets`: train on pictures in several shapes (train/buckets.py).
     """
 
     base: Path = WEIGHTS
@@ -60,6 +61,7 @@ class TrainingSource:
     preview_every: int = 0
     tensorboard: bool = False
     shard: bool = False
+    buckets: bool = False
 
     def pipeline(self, device: str) -> Pipeline:
         """Load the frozen base and its image encoder. Raises ValueError if an adapter cannot be trained on them."""
@@ -99,13 +101,16 @@ class TrainingSource:
         print(summary(self.data, train, held_out))
         return train, held_out
 
-    def picture_sets(self, files: FileSplit | None, native: int, says: Says) -> PictureSets:
-        """Return (training, held-out) pictures. A user's `files` are resized to `side`, or to the base's `native` size."""
+    def picture_sets(self, files: FileSplit | None, native: int, says: Says, multiple: int = 1) -> PictureSets:
+        """Return (training, held-out) pictures. A user's `files` are resized to `side`, or to the base's `native` size.
+
+        With `buckets`, those to train on keep about their shape, with sides that are multiples of `multiple`.
+        """
         if files is None:
-            held_out = min(HELD_OUT, self.pictures)
-            return WorldPictures("train", self.pictures, says), WorldPictures("val", held_out, says)
+            return WorldPictures("train", self.pictures, says), WorldPictures("val", min(HELD_OUT, self.pictures), says)
         side = self.side or native
-        return FilePictures(files[0], side), FilePictures(files[1], side)
+        held_out = FilePictures(files[1], side, side)
+        return BucketPictures(files[0], side, multiple) if self.buckets else FilePictures(files[0], side, side), held_out
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,8 @@ def prepare(
     """
     files = source.files(folder)
     pipeline = source.pipeline(device)
-    sets = source.picture_sets(files, pipeline.native_size[0], says)
+    multiple = pipeline.vae.config.factor * 2 ** (len(pipeline.unet.config.channels) - 1)
+    sets = source.picture_sets(files, pipeline.native_size[0], says, multiple)
     identity = made_from(pipeline, source, sets)
     processes.check_same(identity)
     check(identity)

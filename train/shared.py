@@ -100,8 +100,8 @@ def tree_sum(leaf: Callable[[int], Tensor], count: int, first: int = 0) -> Tenso
     return tree_sum(leaf, half, first) + tree_sum(leaf, half, first + half)
 
 
-def step_of(team: Team, device: str, module: nn.Module, loss: Loss[T], *settings: Any) -> Step[T]:
+def step_of(team: Team, device: str, one_shape: bool, module: nn.Module, loss: Loss[T], *settings: Any) -> Step[T]:
     """Return the step of a process: see `SharedStep` and `TreeStep`; `step_for` if it is alone."""
     if team.parts:
         return TreeStep(team, module, loss, *settings)
-    return step_for(device)(module, loss, *settings) if team.size == 1 else SharedStep(team, module, loss, *settings)
+    return step_for(device, one_shape)(module, loss, *settings) if team.size == 1 else SharedStep(team, module, loss, *settings)

@@ -168,9 +168,9 @@ class GraphStep(Step[T]):
         return dict(zip(self.names, values, strict=True))
 
 
-def step_for(device: str) -> type[Step[Any]]:
-    """Return the kind of step that a device runs: "cuda" GPUs record graphs, everything else runs step by step."""
-    return GraphStep if device.startswith("cuda") else Step
+def step_for(device: str, one_shape: bool = True) -> type[Step[Any]]:
+    """Return the kind of step to run: "cuda" GPUs record graphs of batches of one shape, everything else runs step by step."""
+    return GraphStep if device.startswith("cuda") and one_shape else Step
 
 
 def numbers(rows: Sequence[Values]) -> list[dict[str, float]]:

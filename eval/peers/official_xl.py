@@ -1,8 +1,7 @@
 """Write random full-size weights of Stable Diffusion XL, and load the public networks from them, for `python -m eval parity --base sdxl`.
 
-The folders hold the UNet, both text encoders and OpenCLIP's ViT-bigG/14 as the image encoder; the adapter has the layout of
-`ip-adapter_sdxl`. In half precision they take 11 GB. In float64 the UNet alone would take 21 GB, so `in_float64` converts one block at a
-time.
+They form a diffusers folder, beside it OpenCLIP's ViT-bigG/14 as the image encoder, and an adapter in the layout of `ip-adapter_sdxl`. In
+half precision they take 11 GB. In float64 the UNet alone would take 21 GB, so `in_float64` converts one block at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import torch
 from torch import nn
 
 from checkpoints.adapters import save_adapter
-from checkpoints.diffusers_folder import save_image, save_text, save_tokenizer, save_unet
+from checkpoints.diffusers_folder import SCHEDULER, save_image, save_text, save_tokenizer, save_unet, save_vae
+from checkpoints.files import write_json
 from checkpoints.fill import empty_module
 from eval.peers.official import ENCODER, attach_adapter, random_tensor
 from model.adapter import IPAdapter
@@ -23,8 +23,9 @@ from model.image_encoder import VIT_BIGG, ImageEncoder
 from model.image_projection import ImageProjection
 from model.text_encoder import SD15_TEXT, SDXL_TEXT_2, TextEncoder
 from model.unet import SDXL, UNet
+from model.vae import SDXL_VAE, VAE
 
-ADAPTER = "ip-adapter_sdxl.safetensors"
+ADAPTER, SCHEDULER_FILE = "ip-adapter_sdxl.safetensors", "scheduler/scheduler_config.json"
 UNET, IMAGE, TEXTS = SDXL, VIT_BIGG, {"text_encoder": SD15_TEXT, "text_encoder_2": SDXL_TEXT_2}
 LARGEST = 60_000_000  # parameters of a block that is converted as a whole: 0.5 GB in float64
 M = TypeVar("M", bound=nn.Module)
@@ -39,7 +40,7 @@ def _random(module: M, generator: torch.Generator) -> M:
 
 def write(folder: Path, seed: int = 0) -> None:
     """Write all networks, unless they exist already."""
-    if (folder / ADAPTER).exists():
+    if (folder / SCHEDULER_FILE).exists():
         return
     g = torch.Generator().manual_seed(seed)
     for name, config in TEXTS.items():
@@ -51,6 +52,8 @@ def write(folder: Path, seed: int = 0) -> None:
     with torch.device("meta"):
         adapter = IPAdapter(unet, ImageProjection(IMAGE.output_dim, UNET.context_dim))
     save_adapter(_random(adapter, g), unet, folder / ADAPTER, {})
+    save_vae(_random(empty_module(VAE, SDXL_VAE), g), folder / "vae")
+    write_json(folder / SCHEDULER_FILE, {"_class_name": "EulerDiscreteScheduler", **SCHEDULER})
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
