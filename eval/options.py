@@ -9,7 +9,7 @@ from typing import Any, get_args
 from eval.protocol import Protocol
 from model.words import Prediction
 from sampling.request import DtypeName, Model
-from train.options import STAGES
+from train.options import SHIPPED
 
 Commands = Any  # what ArgumentParser.add_subparsers returns
 DESCRIPTION = """Measure how good the networks are. Most commands write their results to a file and print a table.
@@ -164,7 +164,7 @@ def add_by_eye(commands: Commands) -> None:
 
 def add_replay(commands: Commands) -> None:
     p = command(commands, "replay", "Train the first steps of the mini world's stages again, and compare their losses with stored ones")
-    p.add_argument("stages", nargs="*", default=tuple(STAGES), metavar="STAGE", help=f"stages (default: {', '.join(STAGES)})")
+    p.add_argument("stages", nargs="*", default=SHIPPED, metavar="STAGE", help=f"stages (default: {', '.join(SHIPPED)})")
     p.add_argument("--steps", type=count, default=200, help="number of steps of each stage (default: 200)")
     p.add_argument("--write", action="store_true", help="store the losses instead of comparing them")
     out = Path("results/replay.json")

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints.files import read_json, sha256
 from eval import replay
 from eval.__main__ import main
 from eval.replay import difference
+from train.options import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +37,14 @@ def test_a_stage_gives_the_same_losses_again(tmp_path: Path, monkeypatch: pytest
     assert "| vae | 2 | 0.0" in capsys.readouterr().out
     monkeypatch.setattr(replay, "first_losses", lambda *_: [1.2 * loss for loss in stored["vae"]["losses"]])
     assert replayed(monkeypatch, "vae", "--steps", "2", "--out", str(out)) == "a loss differs from the stored one by more than 5 %"
+
+
+def test_the_stored_losses_are_of_the_shipped_weights() -> None:
+    stored, weights = read_json(ROOT / "results" / "replay.json"), sorted((ROOT / "weights").glob("*.safetensors"))
+    assert tuple(stored) == SHIPPED
+    for stage in stored.values():
+        assert len(stage["losses"]) == 200 and min(stage["losses"]) > 0
+        assert stage["sha256"] == {path.name: sha256(path) for path in weights if path.name in stage["sha256"]}
 
 
 def test_means_over_a_few_steps_are_compared() -> None:
