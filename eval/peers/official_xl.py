@@ -53,7 +53,7 @@ def write(folder: Path, seed: int = 0) -> None:
         adapter = IPAdapter(unet, ImageProjection(IMAGE.output_dim, UNET.context_dim))
     save_adapter(_random(adapter, g), unet, folder / ADAPTER, {})
     save_vae(_random(empty_module(VAE, SDXL_VAE), g), folder / "vae")
-    write_json(folder / SCHEDULER_FILE, {"_class_name": "EulerDiscreteScheduler", **SCHEDULER})
+    write_json(folder / SCHEDULER_FILE, {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", **SCHEDULER})
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
