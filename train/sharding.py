@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from model.layers import ResBlock, TransformerBlock
 from model.unet import UNet
@@ -18,6 +16,9 @@ def shard(unet: UNet) -> None:
     Each block gathers its weights before it runs, forward and backward, and frees them afterwards. So all processes must run the UNet
     equally often.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # imported here, because they take a second
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(next(unet.parameters()).device.type, (dist.get_world_size(),))
     unet.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
     for block in [module for module in unet.modules() if isinstance(module, ResBlock | TransformerBlock)]:
