@@ -77,6 +77,11 @@ def form_of(desk: Desk) -> dict[str, Any]:
     return form
 
 
+def resume(session: gr.Request) -> None:
+    """Forget an earlier Stop. This runs at the click, so that a Stop before the drawing has begun is not forgotten."""
+    stopped_sessions.discard(session.session_hash)
+
+
 def stop(session: gr.Request) -> None:
     stopped_sessions.add(session.session_hash)
 
@@ -92,7 +97,6 @@ def wire(row: list[Any], form: dict[str, Any], do: Callable[..., Iterator[list[A
     """Let the button of a row run `do`, which yields values for the outputs, with progress and Stop."""
     def run(values: dict[Any, Any], session: gr.Request, progress: Any = gr.Progress()) -> Iterator[list[Any]]:  # noqa: B008
         notes: list[str] = []
-        stopped_sessions.discard(session.session_hash)
 
         def watch(state: Any) -> None:
             if session.session_hash in stopped_sessions:
@@ -105,6 +109,7 @@ def wire(row: list[Any], form: dict[str, Any], do: Callable[..., Iterator[list[A
                     yield [*update, ""]
             yield [*[gr.skip()] * len(outputs), "  \n".join(notes)]
 
+    row[0].click(resume, queue=False, api_visibility="private")
     row[1].click(stop, queue=False, api_visibility="private")
     return row[0].click(run, {*form.values(), *more}, [*outputs, row[2]], concurrency_id="draw", api_visibility="private")
 
