@@ -97,7 +97,6 @@ def wire(row: list[Any], form: dict[str, Any], do: Callable[..., Iterator[list[A
     """Let the button of a row run `do`, which yields values for the outputs, with progress and Stop."""
     def run(values: dict[Any, Any], session: gr.Request, progress: Any = gr.Progress()) -> Iterator[list[Any]]:  # noqa: B008
         notes: list[str] = []
-
         def watch(state: Any) -> None:
             if session.session_hash in stopped_sessions:
                 raise ValueError("stopped; nothing more was drawn")
