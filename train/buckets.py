@@ -6,6 +6,7 @@ a batch have one shape.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from model.features import GLOBAL, Embedder
 from model.image_encoder import ImageEncoder
@@ -90,13 +92,18 @@ class BucketBatches:
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         counts = torch.tensor([max(1, len(pool) // self.size) for pool in self.pools])
-        epoch, within = divmod(step, int(counts.sum()))
-        order = torch.randperm(int(counts.sum()), generator=generator(self.seed + 3, epoch))
         last = counts.cumsum(0)
-        chosen = int(order[within])
+        epoch, within = divmod(step, int(last[-1]))
+        chosen = int(_order(int(last[-1]), self.seed, epoch)[within])
         bucket = int((last <= chosen).sum())
         index = epoch * int(counts[bucket]) + chosen - int(last[bucket] - counts[bucket])
         return CaptionBatches(self.pools[bucket], self.size, self.seed + 10 * bucket).batch(index, rank, world_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of the n batches of an epoch."""
+    return torch.randperm(n, generator=generator(seed + 3, epoch))
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class BucketPictures:
     def pairs(self, vae: VAE, text: Text, image: ImageEncoder | None, folder: Path, reads: Embedder = GLOBAL) -> BucketPairs:
         """Encode the pictures that are not in the cache, shape by shape."""
         choices = shapes(self.side, self.multiple)
-        bucket = torch.tensor([nearest(file.size, choices) for file in self.files])
+        bucket = torch.tensor([nearest(file.size, choices) for file in tqdm(self.files, desc="shapes of pictures")])
         parts = [(self.files.select((bucket == i).nonzero()[:, 0]), choices[i]) for i in bucket.unique().tolist()]
         return BucketPairs(self.files, tuple(FilePictures(files, *shape).pairs(vae, text, image, folder, reads) for files, shape in parts))
 
