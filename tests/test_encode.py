@@ -35,6 +35,8 @@ def test_captions_are_encoded_once_each_the_empty_one_first() -> None:
     assert texts.shape == (3, 77, 8) and rows.tolist() == [1, 0, 2, 1]
     with torch.no_grad():
         torch.testing.assert_close(texts[rows].float(), text(text.tokenize(captions)), atol=5e-3, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):  # a validation
+        assert torch.equal(encode_texts(text, captions).tokens, texts)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

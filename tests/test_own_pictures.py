@@ -255,6 +255,15 @@ def test_six_pictures_are_enough(
     assert isinstance(load_adapter(file, load(base, ()).unet).image_projection, kind)
 
 
+@pytest.mark.parametrize("stage", ["adapter", "plus"])
+def test_processors_with_bfloat16_train_and_measure(base: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "has_bfloat16", lambda _: True)
+    write_pictures(tmp_path / "data")
+    main(command(tmp_path, base, "--preview-every", 2, stage=stage))
+    (log,) = (tmp_path / "state").glob("*.jsonl")
+    assert {"held_out", "gain_zero", "gain_shuffled"} <= json.loads(log.read_text().splitlines()[-1]).keys()
+
+
 # cards
 
 

@@ -61,14 +61,15 @@ class Texts(NamedTuple):
 
 @torch.no_grad()
 def encode_texts(text: Text, captions: list[str]) -> Texts:
-    """Encode captions, each different one once, in half precision."""
+    """Encode captions, each different one once, without autocast. Store them in half precision."""
     different = ["", *sorted(set(captions) - {""})]
     row = {caption: i for i, caption in enumerate(different)}
     tokens = torch.cat(in_parts(lambda part: text.tokenize([different[i] for i in part]), len(different), 0, "captions"))
     device = next(text.parameters()).device
     parts = [part.to(device) for part in tokens.split(256)]
-    hidden = torch.cat([text(part).half().cpu() for part in parts])
-    pooled = torch.cat([text.pooled(part).half().cpu() for part in parts]) if isinstance(text, TextEncoderPair) else None
+    with torch.autocast(device.type, enabled=False):
+        hidden = torch.cat([text(part).half().cpu() for part in parts])
+        pooled = torch.cat([text.pooled(part).half().cpu() for part in parts]) if isinstance(text, TextEncoderPair) else None
     return Texts(hidden, pooled, torch.tensor([row[caption] for caption in captions]))
 
 
