@@ -36,7 +36,7 @@ from train.pairs import Pairs
 from train.processes import Team
 from train.randomness import Share, seeded, share_generator
 from train.setting import Setting
-from train.sharding import shard
+from train.sharding import shard, sharded_adamw
 from train.shared import tree_sum
 
 __all__ = ["base"]  # a fixture
@@ -66,9 +66,11 @@ def fitted(setting: Setting, folder: Path, until: int | None = None) -> None:
         adapter.fit(setting, setting.adapter(), PLAN, folder, until=until)
 
 
-def on(size: int, setting: Setting, folder: Path, until: int | None = None, parts: int = 0) -> dict[str, Any]:
+def on(
+    size: int, setting: Setting, folder: Path, until: int | None = None, parts: int = 0, shard_optimizer: bool = False
+) -> dict[str, Any]:
     """The state after training in `size` processes."""
-    together(size, lambda _: fitted(setting, folder, until), parts)
+    together(size, lambda _: fitted(setting, folder, until), parts, shard_optimizer)
     state = checkpoint.load(folder / "team.pt")
     assert state is not None and state["step"] == (until or PLAN.steps)
     return state
@@ -135,6 +137,39 @@ def test_a_sharded_base_trains_the_same(setting: Setting, tmp_path: Path) -> Non
 
     together(2, work)
     agree(on(1, setting, tmp_path / "2"), whole)
+
+
+def test_sharded_moments_train_the_same_bits(setting: Setting, tmp_path: Path) -> None:
+    """The saved state has all moments, so that a run goes on with other processes, and without --shard-optimizer."""
+    whole = on(1, setting, tmp_path / "1", parts=4)
+    on(2, setting, tmp_path, 2, parts=4, shard_optimizer=True)
+    on(4, setting, tmp_path, 4, parts=4, shard_optimizer=True)
+    state = on(1, setting, tmp_path, parts=4)
+    for part in ("module", "kept", "optimizer"):
+        assert all(torch.equal(a, b) for a, b in zip(tensors(state[part]), tensors(whole[part]), strict=True)), part
+    on(2, setting, tmp_path / "ddp", 3, shard_optimizer=True)
+    agree(on(2, setting, tmp_path / "ddp", shard_optimizer=True), whole)
+
+
+def test_a_process_keeps_a_part_of_the_moments() -> None:
+    """Half of them, within the largest tensor; its steps are those of torch's AdamW."""
+
+    def work(_: int) -> None:
+        weights = [torch.nn.Parameter(torch.randn(5, n, generator=torch.Generator().manual_seed(n))) for n in range(1, 20)]
+        copies = [torch.nn.Parameter(p.detach().clone()) for p in weights]
+        ours = sharded_adamw(weights, lr=0.1, weight_decay=0.01)
+        theirs = torch.optim.AdamW(copies, lr=0.1, weight_decay=0.01)
+        for step in range(3):
+            for p, copy in zip(weights, copies, strict=True):
+                p.grad = (p + step).detach()
+                copy.grad = p.grad.clone()
+            ours.step()
+            theirs.step()
+        assert all(torch.equal(p, copy) for p, copy in zip(weights, copies, strict=True))
+        own = sum(state["exp_avg"].numel() for state in ours.optim.state.values())  # type: ignore[attr-defined]
+        assert abs(own - sum(p.numel() for p in weights) / 2) <= 5 * 19
+
+    together(2, work)
 
 
 def test_random_numbers_of_a_picture_depend_on_its_position() -> None:
@@ -273,7 +308,7 @@ def test_numbers_that_do_not_fit_are_refused(team: Team, batch: int, sentence: s
 def test_sharding_from_the_command_line(base: Path, tmp_path: Path) -> None:
     """The first process writes the adapter, and says whether it learned. --checkpointing gathers the base again."""
     write_pictures(tmp_path / "data", 24)
-    line = command(tmp_path, base, "--shard", "--checkpointing")
+    line = command(tmp_path, base, "--shard", "--shard-optimizer", "--checkpointing")
     run = torchrun(2, line)
     said, errors = run.communicate(timeout=600)
     assert run.returncode == 0, errors[-3000:]
@@ -291,6 +326,14 @@ def test_sharding_that_cannot_be_is_refused(
     arguments = command_line.parser("").parse_args(command(tmp_path, base, "--shard", *options))
     with pytest.raises(ValueError, match=sentence):
         command_line.source_of(arguments, "adapter", tmp_path).pipeline("cpu")
+
+
+def test_sharding_the_moments_takes_several_processes(base: Path, tmp_path: Path) -> None:
+    from train import __main__ as command_line
+
+    arguments = command_line.parser("").parse_args(command(tmp_path, base, "--shard-optimizer"))
+    with pytest.raises(ValueError, match="--shard-optimizer shares the moments of several processes: start"):
+        command_line.train_stages(arguments, "", Team())
 
 
 def test_other_stages_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

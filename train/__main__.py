@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, command: str) -> None:
 
     check_device(args.device)
     allow_fast_kernels()
-    with join_team(args.device, args.deterministic) as team, contextlib.ExitStack() as stack:
+    with join_team(args.device, args.deterministic, args.shard_optimizer) as team, contextlib.ExitStack() as stack:
         if team.rank:  # the first process speaks for all
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         train_stages(args, command, team)
@@ -120,6 +120,8 @@ def train_stages(args: argparse.Namespace, command: str, team: Team) -> None:
 
     if team.size > 1 and args.stage not in (*ADAPTERS, "cache"):
         raise ValueError(f"several processes can train {' or '.join(ADAPTERS)}: start `python -m train {args.stage}` without torchrun")
+    if args.shard_optimizer and team.size == 1:
+        raise ValueError("--shard-optimizer shares the moments of several processes: start them with torchrun, or leave it out")
     if team.parts:
         make_deterministic()
     state, weights = folders(args)

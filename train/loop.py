@@ -78,8 +78,9 @@ class _Training(Generic[T]):
         return stream(shared, range(self.step * shared.each, end * shared.each), workers)
 
     def save(self) -> None:
-        """Write the state and the log, in the first process."""
+        """Write the state and the log, in the first process. All processes must call this together."""
         self.read()
+        self.run_step.gather()
         self.saved = time.monotonic()
         if self.team.rank:
             return
@@ -155,8 +156,8 @@ def run(
             training.display.step(training.result, step)
             progress.set_postfix(last_numbers(training.log), refresh=False)
             progress.update()
-            signal_number = processes.largest_of_all(interrupt.signal_number)
-            if last or signal_number or step % plan.save_every == 0 or time.monotonic() - training.saved > SAVE_SECONDS:
+            signal_number, late = processes.largest_of_all(interrupt.signal_number, time.monotonic() - training.saved > SAVE_SECONDS)
+            if last or signal_number or late or step % plan.save_every == 0:
                 training.save()
             if signal_number and not last:
                 raise Interrupted(f"{plan.name}: stopped after step {step}; the same command resumes the run", signal_number)

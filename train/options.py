@@ -143,6 +143,9 @@ def add_source(p: argparse.ArgumentParser) -> None:
         help="compute a batch in so many parts, a power of two (default: 8), and sum them in a binary tree: "
         "then 1, 2, 4, ... processes train the same weights to the last bit",
     )
+    many.add_argument(
+        "--shard-optimizer", action="store_true", help="keep only a part of the optimizer's moments in each process: saves memory"
+    )
     many.add_argument("--shard", action="store_true", help="keep only a part of the frozen base in each process: slower, but saves memory")
 
 
@@ -152,7 +155,7 @@ def add_cache(p: argparse.ArgumentParser) -> None:
     add_data(p, required=True)
     p.add_argument("--for", dest="reader", choices=ADAPTERS, default="adapter", help="stage that will read the pictures (default: adapter)")
     add_device(p)
-    p.set_defaults(**dict.fromkeys(("weights", "pictures", "start", "min_snr")), noise_offset=0.0, deterministic=0)
+    p.set_defaults(**dict.fromkeys(("weights", "pictures", "start", "min_snr")), noise_offset=0.0, deterministic=0, shard_optimizer=False)
     p.set_defaults(bf16=False, fp16=False, checkpointing=False, preview_every=0, tensorboard=False, shard=False)
 
 
@@ -168,7 +171,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         else:
             nothing = ("data", "side", "base", "image_encoder", "start", "min_snr")
             stage.set_defaults(**dict.fromkeys(nothing), checkpointing=False, skip_broken=False, noise_offset=0.0, deterministic=0)
-            stage.set_defaults(preview_every=0, tensorboard=False, shard=False, buckets=False)
+            stage.set_defaults(preview_every=0, tensorboard=False, shard=False, shard_optimizer=False, buckets=False)
     encodes = "encode your own pictures ahead of training, and store the result in the state folder"
     add_cache(stages.add_parser("cache", help=encodes, description=f"{encodes.capitalize()}."))
     return p

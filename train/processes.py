@@ -27,12 +27,14 @@ WAIT = timedelta(minutes=30)  # how long a process waits for the others, for exa
 class Team:
     """This process's `rank` among the `size` processes of a run.
 
-    With `parts`, a batch is always computed in so many parts, whatever the number of processes. `store` holds what they tell each other.
+    With `parts`, a batch is always computed in so many parts, whatever the number of processes. With `shard_optimizer`, each process keeps
+    some of the optimizer's moments. `store` holds what they tell each other.
     """
 
     rank: int = 0
     size: int = 1
     parts: int = 0
+    shard_optimizer: bool = False
     store: Any = None
 
     @property
@@ -54,10 +56,13 @@ def team() -> Team:
 
 
 @contextmanager
-def join_team(device: str = "cpu", parts: int = 0, init_method: str = "env://") -> Iterator[Team]:
+def join_team(
+    device: str = "cpu", parts: int = 0, shard_optimizer: bool = False, init_method: str = "env://"
+) -> Iterator[Team]:
     """Join the processes that torchrun started, if it did. Each takes the GPU of its local rank.
 
-    With `parts`, a power of two, sums do not depend on the number of processes: see `shared.TreeStep`.
+    With `parts`, a power of two, sums do not depend on the number of processes: see `shared.TreeStep`. For `shard_optimizer`, see
+    `sharding.sharded_adamw`.
     """
     global _team
     if init_method == "env://" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -70,7 +75,7 @@ def join_team(device: str = "cpu", parts: int = 0, init_method: str = "env://") 
         if device.startswith("cuda"):
             torch.cuda.set_device(own_gpu(device, int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT)
-        _team = Team(rank, size, parts, store)
+        _team = Team(rank, size, parts, shard_optimizer, store)
     if _team.size == 1:
         try:
             yield _team
@@ -120,13 +125,13 @@ def check_same(values: Mapping[str, Any]) -> None:
         )
 
 
-def largest_of_all(number: int) -> int:
-    """Return the largest `number` of all processes."""
+def largest_of_all(*numbers: int) -> list[int]:
+    """Return the largest value of each number in all processes."""
     if _team.size == 1:
-        return number
-    largest = torch.tensor(number)
+        return [*numbers]
+    largest = torch.tensor(numbers)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+    return largest.tolist()
 
 
 def wait() -> None:

@@ -1,9 +1,12 @@
-"""Share the frozen base among the processes, with PyTorch's fully_shard (arXiv 2304.11277)."""
+"""Share the frozen base among the processes, with PyTorch's fully_shard (arXiv 2304.11277), or the moments of AdamW (1910.02054)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from model.layers import ResBlock, TransformerBlock
 from model.unet import UNet
@@ -24,6 +27,17 @@ def shard(unet: UNet) -> None:
     for block in [module for module in unet.modules() if isinstance(module, ResBlock | TransformerBlock)]:
         fully_shard(block, mesh=mesh)
     fully_shard(unet, mesh=mesh)
+
+
+def sharded_adamw(parameters: list[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """Return an AdamW that keeps the moments of some of the parameters in each process: the first stage of ZeRO.
+
+    Each process steps its parameters, and sends them to the others. `state_dict` is that of a plain AdamW once the first process has
+    gathered the moments.
+    """
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # imported here, because it takes a second
+
+    return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **settings)
 
 
 def check_team(preview_every: int) -> None:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train.processes import Team
 from train.randomness import share_generator
+from train.sharding import sharded_adamw
 from train.step import Loss, Step, Values, step_for
 
 T = TypeVar("T")
@@ -32,8 +33,15 @@ class TeamStep(Step[T]):
     """A step of one process of a team. Its batches are the process's shares of the batches of the step."""
 
     def __init__(self, team: Team, module: nn.Module, loss: Loss[T], *settings: Any) -> None:
-        super().__init__(module, loss, *settings)
         self.team = team
+        super().__init__(module, loss, *settings)
+
+    def adamw(self, **settings: Any) -> torch.optim.Optimizer:
+        return sharded_adamw(self.parameters, **settings) if self.team.shard_optimizer else super().adamw(**settings)
+
+    def gather(self) -> None:
+        if self.team.shard_optimizer:
+            self.optimizer.consolidate_state_dict()  # type: ignore[attr-defined]
 
     def generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
         return [share_generator(seed, share, self.device) for share in self.team.shares for seed in seeds]

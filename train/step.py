@@ -44,7 +44,14 @@ class Step(Generic[T]):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.lr = torch.zeros((), device=self.device)
         lr = self.lr if self.capturable else 0.0
-        self.optimizer = torch.optim.AdamW(self.parameters, lr, betas, weight_decay=weight_decay, fused=True, capturable=self.capturable)
+        self.optimizer = self.adamw(lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=self.capturable)
+
+    def adamw(self, **settings: Any) -> torch.optim.Optimizer:
+        """Return the optimizer of the parameters."""
+        return torch.optim.AdamW(self.parameters, **settings)
+
+    def gather(self) -> None:
+        """Make `optimizer.state_dict()` complete in the first process."""
 
     def restore(self, optimizer: dict[str, Any], scaler: dict[str, Any]) -> None:
         """Load the states of an optimizer and of a scaler of the loss."""
