@@ -17,7 +17,7 @@ from train import structure
 from train.plan import Plan
 from train.structure import PICTURES
 
-PHASES = (Plan("t2i", 3_000, 32, 1e-3, 100, 0.5, ema=0.998, bf16=True, validate_every=500),)
+PHASES = (Plan("t2i", 2_000, 32, 1e-3, 100, 0.5, ema=0.998, bf16=True, validate_every=500),)
 
 
 def build(unet: UNet, factor: int) -> T2IAdapter:
