@@ -1,4 +1,4 @@
-"""`python -m eval parity --base sdxl`: its networks and its float64, at small size."""
+"""`python -m eval parity`: the networks of Stable Diffusion XL, its float64, and the controls of 1.5, at small size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ import torch
 from peers import SMALL_SDXL, max_error, randn, unet_pair
 
 from eval.__main__ import main
-from eval.peers import official_xl
+from eval.peers import official_controls, official_xl
+from eval.peers.parity import measure
+from eval.peers.parts import Suite
+from eval.peers.parts_sd15 import SD15
+from model.controlnet import ControlNetConfig
 from model.image_encoder import ImageConfig
+from model.t2i import T2IConfig
 from model.text_encoder import SDXL_TEXT_2, TextConfig
+from model.unet import UNetConfig
 
 PARTS = ["UNet + adapter", "first text encoder", "second text encoder", "second text encoder, pooled", "image encoder"]
 
@@ -46,4 +52,16 @@ def test_the_parts_of_sdxl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     results = json.loads((tmp_path / "p.json").read_text())
     assert list(results["parts"]) == PARTS and results["command"] == "python -m eval parity --base sdxl --side 9"
     for errors in results["parts"].values():
+        assert 0 < max(errors["float32"]) < 1e-4 < min(errors["bfloat16"]) < 0.3
+
+
+@pytest.mark.parity("diffusers ControlNetModel and T2IAdapter, float32 and bfloat16", "2 times the peer's own")
+def test_the_controls_of_sd15(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    unet = UNetConfig(channels=(32, 64, 64, 64), res_blocks=1)
+    monkeypatch.setattr(official_controls, "CONTROLNET_SD15", ControlNetConfig.of(unet, (4, 6, 8, 10)))
+    monkeypatch.setattr(official_controls, "T2I_SD15", T2IConfig(unet.channels))
+    suite = Suite(official_controls.write, {name: SD15.parts[name] for name in ("ControlNet", "T2I-Adapter")})
+    for errors in measure(suite, tmp_path, side=9).values():
+        for theirs, ours in errors.values():
+            assert ours <= 2 * theirs
         assert 0 < max(errors["float32"]) < 1e-4 < min(errors["bfloat16"]) < 0.3

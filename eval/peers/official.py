@@ -43,7 +43,7 @@ def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> T
     return noise * (2.0 if _PEAKY.search(name) else 1.0) / math.sqrt(noise[0].numel())
 
 
-def _tensors(module: nn.Module, names: Names, prefix: str, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+def random_tensors(module: nn.Module, names: Names, prefix: str, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     """Yield random tensors for a module, with the names and shapes of the official file."""
     for name, like in module.state_dict().items():
         value = random_tensor(name, like.shape, generator).half()
@@ -67,16 +67,16 @@ def write(folder: Path, seed: int = 0) -> None:
     )
     single: dict[str, Tensor] = {}
     for module, names, prefix in zip((unet, vae, text), tables, LDM.values(), strict=True):
-        single |= _tensors(module, names, prefix, g)
+        single |= random_tensors(module, names, prefix, g)
     write_tensors(folder / SINGLE, single, None)
-    write_tensors(folder / ADAPTER, dict(_tensors(adapter, adapter_names(adapter.state_dict(), unet), "", g)), None)
-    encoder = dict(_tensors(image, image_names(image.state_dict(), VIT_H), "", g))
+    write_tensors(folder / ADAPTER, dict(random_tensors(adapter, adapter_names(adapter.state_dict(), unet), "", g)), None)
+    encoder = dict(random_tensors(image, image_names(image.state_dict(), VIT_H), "", g))
     write_tensors(folder / ENCODER / "model.safetensors", encoder, None)
     kind = {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model"}
     write_json(folder / ENCODER / "config.json", kind | vision_settings(VIT_H))
 
 
-def _fill(module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+def fill(module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
     module.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -95,7 +95,7 @@ def peer_unet(folder: Path, dtype: torch.dtype, adapter: bool = True) -> Any:
     config = configs.diffusers_config(SD15)
     unet = UNet2DConditionModel.from_config(config)
     tensors = convert_ldm_unet_checkpoint(_part(folder, LDM["unet"]), dict(unet.config))
-    unet = _fill(unet, tensors, dtype)
+    unet = fill(unet, tensors, dtype)
     return attach_adapter(unet, folder / ADAPTER) if adapter else unet
 
 
@@ -121,7 +121,7 @@ def peer_vae(folder: Path, dtype: torch.dtype) -> Any:
 
     vae = peer_autoencoder(SD_VAE)
     tensors = convert_ldm_vae_checkpoint(_part(folder, LDM["vae"]), dict(vae.config))
-    return _fill(vae, tensors, dtype)
+    return fill(vae, tensors, dtype)
 
 
 def peer_text(folder: Path, dtype: torch.dtype) -> Any:
@@ -130,7 +130,7 @@ def peer_text(folder: Path, dtype: torch.dtype) -> Any:
     config = CLIPTextConfig(**text_settings(SD15_TEXT))
     prefix = f"{LDM['text']}text_model."
     tensors = {k.removeprefix(prefix): v for k, v in _part(folder, prefix).items()}
-    return _fill(CLIPTextModel(config), tensors, dtype)
+    return fill(CLIPTextModel(config), tensors, dtype)
 
 
 def peer_image(folder: Path, dtype: torch.dtype) -> Any:

@@ -19,9 +19,12 @@ from tqdm import tqdm
 
 from checkpoints.files import check_output, write_json
 from eval.peers import own_files
-from eval.peers.parts import SUITES, Part, Suite
+from eval.peers.parts import Part, Suite
+from eval.peers.parts_sd15 import SD15
+from eval.peers.parts_sdxl import SDXL
 from eval.tables import markdown
 
+SUITES = {"sd15": SD15, "sdxl": SDXL}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
