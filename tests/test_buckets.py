@@ -105,6 +105,14 @@ def test_an_epoch_shows_every_picture(pairs: BucketPairs) -> None:
     assert sorted(one) == sorted(two) == every and one != two and one == epoch(0)
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 50])
+def test_pictures_of_all_shapes_are_seen_equally_often(pairs: BucketPairs, size: int) -> None:
+    """In `size` epochs, a pool of n pictures gives n batches. They are numbered from 0, and none is left out."""
+    data = BucketBatches(pairs.pools, size, seed=5)
+    places = [data.place(step) for step in range(len(pairs))]
+    assert sorted(places) == [(i, number) for i, pool in enumerate(pairs.pools) for number in range(len(pool))]
+
+
 def test_processes_share_a_batch(pairs: BucketPairs) -> None:
     data = BucketBatches(pairs.pools, 4, seed=0)
     for step in range(12):

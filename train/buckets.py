@@ -82,7 +82,8 @@ class BucketPairs(EncodedPairs):
 class BucketBatches:
     """Endless batches, each from one pool. An epoch shuffles each pool, and then the batches of all pools.
 
-    A pool of n pictures gives n // size batches, or one that repeats its pictures if there are fewer than `size`.
+    A pool of n pictures gives n e // size batches in the first e epochs, so that pictures of rare shapes are not seen more often than
+    others. A batch of a pool with fewer pictures than `size` repeats them.
     """
 
     pools: tuple[FilePairs, ...]
@@ -91,13 +92,20 @@ class BucketBatches:
     one_shape: ClassVar[bool] = False
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        counts = torch.tensor([max(1, len(pool) // self.size) for pool in self.pools])
-        last = counts.cumsum(0)
-        epoch, within = divmod(step, int(last[-1]))
-        chosen = int(_order(int(last[-1]), self.seed, epoch)[within])
-        bucket = int((last <= chosen).sum())
-        index = epoch * int(counts[bucket]) + chosen - int(last[bucket] - counts[bucket])
+        bucket, index = self.place(step)
         return CaptionBatches(self.pools[bucket], self.size, self.seed + 10 * bucket).batch(index, rank, world_size)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Return the pool of a step's batch, and its number among the batches of that pool."""
+        sizes = torch.tensor([len(pool) for pool in self.pools])
+        epoch = step * self.size // int(sizes.sum())  # or a later one, since batches are whole
+        while int((after := sizes * (epoch + 1) // self.size).sum()) <= step:
+            epoch += 1
+        before = sizes * epoch // self.size
+        last = (after - before).cumsum(0)
+        chosen = int(_order(int(last[-1]), self.seed, epoch)[step - int(before.sum())])
+        bucket = int((last <= chosen).sum())
+        return bucket, chosen - int(last[bucket]) + int(after[bucket])
 
 
 @functools.lru_cache(maxsize=4)
