@@ -23,6 +23,7 @@ MODULES = {
     "attention": "eval.attention_sheet",
     "page": "eval.page.command",
     "ablation": "eval.ablation.command",
+    "cause": "eval.ablation.cause",
     "parity": "eval.peers.parity",
     "benchmark": "eval.peers.benchmark",
 }

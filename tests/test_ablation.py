@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from eval.ablation import report
 from eval.ablation.appendix import through_table
 from eval.ablation.command import TOLERANCE
 from eval.ablation.draws import Draw
-from eval.ablation.forms import BASELINE, FORMS, PRIMARY
+from eval.ablation.forms import BASELINE, FORMS, PRIMARY, TIER_A
 from eval.ablation.memo import Memo, Unit, pack, unpack
 from eval.ablation.rows import SCALES, Results
 from eval.ablation.study import RATE_SEED, SMOKE, SPLITS, Study, Workspace, source_hash
@@ -31,6 +32,7 @@ from eval.ablation.training import best_rate, train, untrained_adapter
 from eval.ablation.work import Job, jobs_of, missing, run
 from eval.prompts import TASKS, Prompts
 from eval.tables import markdown
+from model.attention import concatenated, decoupled
 from model.features import Features
 from sampling.loading import load
 from train import checkpoint
@@ -69,7 +71,9 @@ def test_forms_differ_in_what_is_trained(setting: Setting) -> None:
     own = sum(layer.to_k.weight.numel() + layer.to_v.weight.numel() for layer in layers)
     assert sizes["ip_adapter"] == sizes["concatenated"] == sizes["simple"] + own
     assert sizes["shared"] == sizes["simple"]
-    assert len({(form.own_projections, form.fuse) for form in FORMS.values()}) == 4
+    assert sizes["mixed"] == sizes["ip_adapter"] + sum(layer.heads for layer in layers)
+    assert len({(form.own_projections, form.fuse) for form in FORMS.values()}) == len(FORMS) and Study().forms == TIER_A
+    assert {(FORMS[form].own_projections, FORMS[form].fuse) for form in TIER_A} == set(product((True, False), (decoupled, concatenated)))
 
 
 def test_the_learning_rate_is_constant_after_the_warm_up() -> None:

@@ -19,7 +19,7 @@ from eval.ablation.against import against, parts
 from eval.ablation.appendix import through_table
 from eval.ablation.command import TOLERANCE, compare
 from eval.ablation.draws import Draw, quantise
-from eval.ablation.forms import BASELINE, FORMS, PRIMARY, fraction
+from eval.ablation.forms import BASELINE, PRIMARY, TIER_A, fraction
 from eval.ablation.memo import Unit
 from eval.ablation.plots import matched_lambda
 from eval.ablation.rows import Results, follows
@@ -204,7 +204,7 @@ def test_the_primary_difference_is_read_in_other_ways() -> None:
 
 
 def test_what_each_change_gives_alone_is_said() -> None:
-    results, four = made_up(), dict.fromkeys(FORMS, 0.0) | {BASELINE: 50.0, "shared": 40.0, "concatenated": 30.0}
+    results, four = made_up(), dict.fromkeys(TIER_A, 0.0) | {BASELINE: 50.0, "shared": 40.0, "concatenated": 30.0}
     d = {"mean": 1.0, "low": -1.0, "high": 3.0, "p": 0.5}
     ends = {form: {"information": [value, value]} for form, value in four.items()}
     results.data["summary"] = {"endpoint": ends, "difference": {PRIMARY: d | {"low": 0.5}, "shared": d | {"low": 0.1}, "concatenated": d}}

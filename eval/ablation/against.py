@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eval.ablation.forms import BASELINE, FORMS, PRIMARY, fraction
+from eval.ablation.forms import BASELINE, FORMS, PRIMARY, TIER_A, fraction
 from eval.ablation.rows import Results
 from eval.ablation.summary import trainings
 from eval.tables import with_interval
@@ -15,8 +15,8 @@ SETS = {"test": "test prompts", "confirm": "confirmation prompts"}
 def parts(results: Results) -> list[str]:
     """Say in sentences how much of the lead each change gives alone, and which forms IP-Adapter is not shown to beat."""
     summary, told = results.data["summary"], []
-    ends = {form: np.mean(found["information"]) for form, found in summary["endpoint"].items()}
-    if set(ends) == set(FORMS) and (lead := ends[BASELINE] - ends[PRIMARY]) > 0:
+    ends = {form: np.mean(end["information"]) for form, end in summary["endpoint"].items()}
+    if set(ends) == set(TIER_A) and (lead := ends[BASELINE] - ends[PRIMARY]) > 0:
         shares = {form: (ends[form] - ends[PRIMARY]) / lead for form in ("shared", "concatenated")}
         how = "gives most" if min(shares.values()) > 0.5 else "gives a part"
         each = f"an own softmax {shares['shared']:.0%}, own projections {shares['concatenated']:.0%}"

@@ -51,18 +51,29 @@ def execute(workspace: Workspace, study: Study, out: Path, jobs: int) -> None:
     check_output(path)
     check_output(out / "RESULTS.md")
     workspace = workspace.with_fingerprints(study)  # loads the scorer and the judge before hours of training
-    if path.exists():
-        before = Results.of(path)
-        if other := changed_names(before.data["made_from"], workspace.made_from):
-            raise FileExistsError(
-                f"{path} holds a study that was made from other {', '.join(other)}: continue it at a commit where they are the same, "
-                "or choose another folder with --out"
-            )
-        Memo(workspace.work).restore(before.units)
+    restore(path, workspace)
     if study.device == "cpu":
         torch.set_num_threads(1)
     data, units = evaluate(workspace, study, jobs)
     write(Results(data, units), workspace, study, out)
+
+
+def restore(path: Path, workspace: Workspace) -> None:
+    """Store the units of the results file `path`, if there is one. Raises FileExistsError if they are those of another study."""
+    if not path.exists():
+        return
+    before = Results.of(path)
+    if other := changed_names(before.data["made_from"], workspace.made_from):
+        raise FileExistsError(
+            f"{path} holds a study that was made from other {', '.join(other)}: continue it at a commit where they are the same, "
+            "or choose another folder with --out"
+        )
+    Memo(workspace.work).restore(before.units)
+
+
+def default_jobs(device: str) -> int:
+    """Return the number of processes: one for each core of the CPU, or those that share a GPU."""
+    return os.cpu_count() or 1 if device == "cpu" else GPU_JOBS
 
 
 def write(results: Results, workspace: Workspace, study: Study, out: Path) -> None:
@@ -171,7 +182,7 @@ def run(args: Namespace) -> None:
         return
     if args.cell is None:
         study = study_of(args)
-        execute(workspace, study, args.out, args.jobs or (os.cpu_count() or 1 if study.device == "cpu" else GPU_JOBS))
+        execute(workspace, study, args.out, args.jobs or default_jobs(study.device))
         return
     comparison = redraw(workspace, args.out, args.cell, args.device)
     print(comparison.to_string(index=False))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eval.ablation.forms import FORMS
+from eval.ablation.fuses import MixedAdapter
 from eval.ablation.grid import bisect_lambdas, spaced_lambdas
 from eval.ablation.memo import Arrays, Memo, Unit
 from eval.ablation.rows import SCALES, follows
@@ -16,7 +17,8 @@ from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
 from eval.ablation.training import plan_of, train, trained_adapter, try_rate
 from eval.bench import Bench, through_the_vae
 from model.adapter import IPAdapter
-from model.attention import decoupled
+from model.attention import Fuse, decoupled
+from sampling.embeddings import Strength
 from sampling.lambdas import Lambda
 
 
@@ -32,7 +34,10 @@ def concatenate(parts: Sequence[Arrays]) -> Arrays:
 
 @dataclass(frozen=True)
 class Draw:
-    """Drawings of a task by one adapter, at several lambdas. `rate`: that of a training that tests a learning rate."""
+    """Drawings of a task by one adapter, at several lambdas.
+
+    `rate`: that of a training that tests a learning rate. `sampled`: the form whose `fuse` draws, if not that of the training.
+    """
 
     form: str
     seed: int
@@ -41,6 +46,20 @@ class Draw:
     split: str = "test"
     layers: str = "all"
     rate: float | None = None
+    sampled: str = ""
+
+    @property
+    def fuse(self) -> Fuse:
+        return FORMS[self.sampled or self.form].fuse
+
+    @property
+    def grid(self) -> str:
+        """The unit of its lambdas."""
+        return f"grid-{self.form}{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        return f"-as-{self.sampled}" if self.sampled else ""
 
     @property
     def run(self) -> str:
@@ -50,14 +69,14 @@ class Draw:
     @property
     def name(self) -> str:
         run = self.run.removeprefix("train-")
-        return f"drawn-{run}-{self.step}-{self.task}-{self.split}-{self.layers}"
+        return f"drawn-{run}-{self.step}-{self.task}-{self.split}-{self.layers}{self.suffix}"
 
 
 def draw(workspace: Workspace, study: Study, what: Draw) -> Unit:
     """Draw with an adapter at each lambda of its form's grid, or at a few of them unless its training is complete."""
 
     def make() -> Unit:
-        grid = find_grid(workspace, study, what.form).value["lambdas"]
+        grid = find_grid(workspace, study, what.form, what.sampled).value["lambdas"]
         lambdas = [lam for lam in grid if lam] if what.step == study.steps and what.rate is None else spaced_lambdas(grid, study.few)
         return draw_unit(workspace, study, what, lambdas)
 
@@ -78,8 +97,9 @@ def draw_unit(workspace: Workspace, study: Study, what: Draw, lambdas: list[floa
 
 
 def _read(bench: Bench, adapter: IPAdapter, what: Draw, lam: float) -> Arrays:
-    strength = lam if what.layers == "all" else Lambda(lam, what.layers)
-    drawings = bench.draw(what.task, adapter, FORMS[what.form].fuse, bench.embedding(adapter), strength)
+    strength: Strength = lam if what.layers == "all" else Lambda(lam, what.layers)
+    strength = adapter.levels if isinstance(adapter, MixedAdapter) else strength
+    drawings = bench.draw(what.task, adapter, what.fuse, bench.embedding(adapter), strength)
     return quantise(bench.read(what.task, drawings))
 
 
@@ -106,13 +126,13 @@ def references(workspace: Workspace, study: Study) -> Unit:
     return Memo(workspace.work)("references", make)
 
 
-def find_grid(workspace: Workspace, study: Study, form: str) -> Unit:
-    """Find the lambdas of a form by bisection, with seed 0 on the validation prompts of the first task."""
+def find_grid(workspace: Workspace, study: Study, form: str, sampled: str = "") -> Unit:
+    """Find the lambdas of a form by bisection, with seed 0 on the validation prompts of the first task. `sampled`: as in `Draw`."""
 
     def make() -> Unit:
         bench = workspace.bench(study, "validation")
         adapter = trained_adapter(workspace, study, form, plan_of(workspace, study, form, 0), study.steps)
-        what = Draw(form, 0, study.steps, bench.prompts.tasks[0], "validation")
+        what = Draw(form, 0, study.steps, bench.prompts.tasks[0], "validation", sampled=sampled)
         truth, parts = bench.prompts.to_json().get("truth"), dict[float, Arrays]()
 
         def follow(lam: float) -> float:
@@ -120,11 +140,11 @@ def find_grid(workspace: Workspace, study: Study, form: str) -> Unit:
             parts[lam] = _read(bench, adapter, what, lam) if none is None else quantise(bench.read(what.task, none))
             return float(follows(what.task, parts[lam], truth, parts[0.0]).mean())
 
-        grid = bisect_lambdas(follow, FORMS[form].scale)
+        grid = bisect_lambdas(follow, FORMS[sampled or form].scale)
         value = {**asdict(what), "lambdas": list(grid), "following": list(grid.values())}
         return Unit(value, made_on(study.device), concatenate([parts[lam] for lam in grid]))
 
-    return Memo(workspace.work)(f"grid-{form}", make)
+    return Memo(workspace.work)(Draw(form, 0, study.steps, "", sampled=sampled).grid, make)
 
 
 def train_run(workspace: Workspace, study: Study, form: str, seed: int) -> Unit:

@@ -1,13 +1,15 @@
 """The forms of image attention that the ablation compares.
 
 The paper's simple adapter (section 4.4.1, Figure 10) differs from IP-Adapter in two ways: image tokens go through the text's projections,
-and text and image share one softmax. The ablation separates the two effects with all four combinations.
+and text and image share one softmax. Tier A separates the two effects with all four combinations. Tier B asks what a joint softmax does:
+does the text lose, or the image (eval/ablation/fuses.py)?
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from eval.ablation.fuses import image_yields, mixed, text_yields
 from eval.ablation.grid import Scale
 from model.attention import Fuse, concatenated, decoupled
 
@@ -32,7 +34,15 @@ FORMS = {
     "simple": Form("the simple adapter: the text's projections, joint softmax", "simple", False, concatenated, "odds"),
     "shared": Form("the text's projections, own softmax", "shared", False, decoupled, "sum"),
     "concatenated": Form("own projections, joint softmax", "joint", True, concatenated, "odds"),
+    "image_yields": Form("own projections, the text weakens the image", "image yields", True, image_yields, "sum"),
+    "text_yields": Form("own projections, the image weakens the text", "text yields", True, text_yields, "sum"),
+    "mixed": Form("own projections, a learned mixture", "mixed", True, mixed, "none"),
+    "shared_image_yields": Form("the text's projections, the text weakens the image", "image yields, shared", False, image_yields, "sum"),
+    "shared_text_yields": Form("the text's projections, the image weakens the text", "text yields, shared", False, text_yields, "sum"),
 }
+TIER_A = "ip_adapter", "simple", "shared", "concatenated"
+OWN = "ip_adapter", "concatenated", "image_yields", "text_yields", "mixed"
+SHARED = "shared", "simple", "shared_image_yields", "shared_text_yields"
 BASELINE, PRIMARY = "ip_adapter", "simple"  # the primary difference is BASELINE minus PRIMARY, the paper's comparison
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
-Scale = Literal["sum", "odds"]  # what lambda multiplies: the output of the image attention, or the odds of the image keys
-TOP: dict[Scale, float] = {"sum": 2.0, "odds": 64.0}  # the largest lambda
+# what lambda multiplies: the output of the image attention, the odds of the image keys, or nothing
+Scale = Literal["sum", "odds", "none"]
+TOP: dict[Scale, float] = {"sum": 2.0, "odds": 64.0, "none": 1.0}  # the largest lambda
 MOST, GAP = 10, 0.15
 
 
@@ -23,10 +24,11 @@ def bisect_lambdas(follow: Callable[[float], float], scale: Scale, most: int = M
     """Return {lambda: following} in ascending order, with lambda 0, 1 and the largest.
 
     `follow(lambda)` measures the share of drawings that follow the text. Add a lambda between the neighbours that differ most, until
-    no two differ by more than `gap` times the share at lambda 0, or there are `most` lambdas above 0.
+    no two differ by more than `gap` times the share at lambda 0, or there are `most` lambdas above 0. A form without lambda is drawn as it
+    was trained, at lambda 1.
     """
-    shares = {lam: follow(lam) for lam in (0.0, 1.0, TOP[scale])}
-    while len(shares) <= most:
+    shares = {lam: follow(lam) for lam in sorted({0.0, 1.0, TOP[scale]})}
+    while scale != "none" and len(shares) <= most:
         a, b = max(pairwise(sorted(shares)), key=lambda pair: abs(shares[pair[0]] - shares[pair[1]]))
         if abs(shares[a] - shares[b]) <= gap * shares[0.0]:
             break

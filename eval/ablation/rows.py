@@ -134,14 +134,17 @@ class Results:
         layers: str = "all",
         few: bool = False,
         following: str = "following",
+        sampled: str = "",
     ) -> Curve:
         """Return the curves of a form's seeds, from lambda 0. By default: the first task, after the whole training.
 
         `few`: keep only the lambdas that earlier checkpoints are drawn with. `following`: the measure that takes the place of following.
+        `sampled`: as in `Draw`.
         """
         task, step = task or self.primary, step or self.study["steps"]
         alone = self.measures(f"alone-{task}-{split}")
-        names = [f"drawn-{form}-{seed}-{step}-{task}-{split}-{layers}" for seed in range(self.study["seeds"])]
+        end = f"{split}-{layers}" + (f"-as-{sampled}" if sampled else "")
+        names = [f"drawn-{form}-{seed}-{step}-{task}-{end}" for seed in range(self.study["seeds"])]
         names = [name for name in names if name in self.units]
         lambdas = self.units[names[0]].value["lambdas"]
         few_lambdas = spaced_lambdas(lambdas, self.study["few"]) if few else lambdas

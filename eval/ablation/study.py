@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoints.files import read_json
 from eval import clip_score
-from eval.ablation.forms import BASELINE, FORMS, PRIMARY
+from eval.ablation.forms import BASELINE, PRIMARY, TIER_A
 from eval.bench import Bench
 from eval.device import processor
 from eval.prompts import Prompts
@@ -50,7 +50,7 @@ class Study:
     few: int = 4
     draw_steps: int = 12
     guidance: float = 4.0
-    forms: tuple[str, ...] = tuple(FORMS)
+    forms: tuple[str, ...] = TIER_A
     through: tuple[str, ...] = (BASELINE, PRIMARY)
     level: float = 0.8
     resamples: int = 20_000

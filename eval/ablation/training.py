@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoints.adapters import load_adapter, save_adapter
+from checkpoints.files import read_json
 from eval.ablation.forms import FORMS, Form
+from eval.ablation.fuses import MixedAdapter, mixed
 from eval.ablation.memo import Memo, Unit
 from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
 from model.adapter import IPAdapter
+from model.unet import UNet
 from train import adapter as training
 from train import checkpoint
 from train.plan import Plan
@@ -23,7 +29,29 @@ LOSSES = ("step", "held_out", "gain_zero", "gain_shuffled")
 def untrained_adapter(setting: Setting, form: Form, seed: int) -> IPAdapter:
     """Build the initial adapter of a form. With the same seed, all forms get the same projection."""
     with seeded(seed):
-        return setting.adapter(form.own_projections)
+        adapter = setting.adapter(form.own_projections)
+    unet = setting.pipeline.unet
+    return MixedAdapter(unet, adapter.image_projection).to(next(unet.parameters()).device) if form.fuse is mixed else adapter
+
+
+def save(adapter: IPAdapter, unet: UNet, path: Path, card: dict[str, Any]) -> None:
+    """Save an adapter in the official layout. The card of a `MixedAdapter` has its mixtures, for which this layout has no names."""
+    if isinstance(adapter, MixedAdapter):
+        card = {**card, "mix": [mix.tolist() for mix in adapter.mix]}
+        state = {name: tensor for name, tensor in adapter.state_dict().items() if not name.startswith("mix.")}
+        adapter = IPAdapter(unet, adapter.image_projection)
+        adapter.load_state_dict(state)
+    save_adapter(adapter, unet, path, card)
+
+
+def load(path: Path, unet: UNet) -> IPAdapter:
+    """Load an adapter that `save` wrote."""
+    adapter = load_adapter(path, unet)
+    if (mix := read_json(path.with_suffix(".json")).get("mix")) is None:
+        return adapter
+    with_mix = MixedAdapter(unet, adapter.image_projection)
+    with_mix.load_state_dict(adapter.state_dict() | {f"mix.{i}": torch.tensor(each) for i, each in enumerate(mix)})
+    return with_mix
 
 
 def train(workspace: Workspace, study: Study, form: str, plan: Plan, steps: Sequence[int]) -> None:
@@ -42,7 +70,7 @@ def train(workspace: Workspace, study: Study, form: str, plan: Plan, steps: Sequ
             losses = [{key: row[key] for key in LOSSES} for row in log if "held_out" in row]
             size = sum(p.numel() for p in adapter.parameters())
             card = {"command": "python -m eval ablation", "settings": settings, "parameters": size, "losses": losses}
-            save_adapter(adapter, setting.pipeline.unet, workspace.adapter(study, plan, step), card | made_on(study.device))
+            save(adapter, setting.pipeline.unet, workspace.adapter(study, plan, step), card | made_on(study.device))
 
 
 def settings_of(workspace: Workspace, plan: Plan) -> dict[str, Any]:
@@ -57,7 +85,7 @@ def trained_adapter(workspace: Workspace, study: Study, form: str, plan: Plan, s
     if workspace.card(study, plan, step).get("settings") != settings_of(workspace, plan):
         train(workspace, study, form, plan, checkpoints)
     unet = workspace.bench(study).pipeline.unet
-    return load_adapter(workspace.adapter(study, plan, step), unet).to(study.device)
+    return load(workspace.adapter(study, plan, step), unet).to(study.device)
 
 
 def try_rate(workspace: Workspace, study: Study, form: str, rate: float, through: bool = False) -> Unit:
@@ -84,7 +112,9 @@ def best_rate(losses: Mapping[float, float | None], form: str) -> float:
 
 
 def chosen_rate(workspace: Workspace, study: Study, form: str) -> float:
-    """Return the learning rate of a form."""
+    """Return the learning rate of a form. If there is no choice, nothing is trained for it."""
+    if len(study.rates) == 1:
+        return study.rates[0]
     return best_rate({rate: try_rate(workspace, study, form, rate).value for rate in study.rates}, form)
 
 

@@ -36,7 +36,7 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
     """List all jobs, the most valuable first. `tasks`: the first one is the primary one."""
 
     def drawing(what: Draw) -> Job:
-        return Job(what.name, partial(draw, workspace, study, what), (what.run, f"grid-{what.form}"))
+        return Job(what.name, partial(draw, workspace, study, what), (what.run, what.grid))
 
     def without_adapter(task: str, split: str) -> Job:
         return Job(f"alone-{task}-{split}", partial(alone, workspace, study, task, split))
@@ -101,10 +101,13 @@ def run(jobs: Sequence[Job], workers: int) -> None:
             raise
 
 
-def evaluate(workspace: Workspace, study: Study, jobs: int) -> tuple[dict[str, Any], dict[str, Unit]]:
+Jobs = Callable[[Workspace, Study, Sequence[str]], list[Job]]
+
+
+def evaluate(workspace: Workspace, study: Study, jobs: int, list_jobs: Jobs = jobs_of) -> tuple[dict[str, Any], dict[str, Unit]]:
     """Compute what is missing; return the content of the results file except the summary, and all units."""
     splits = {split: workspace.bench(study, split).prompts for split in ("validation", "test", "confirm")}
-    all_jobs = jobs_of(workspace, study, splits["test"].tasks)
+    all_jobs = list_jobs(workspace, study, splits["test"].tasks)
     if todo := missing(workspace, all_jobs):
         if workspace.source.data is None:
             print(f"{len(todo)} units of work are missing; all take about {study.hours():.1f} hours of one core of a CPU")

@@ -1,0 +1,236 @@
+"""Tier B of the ablation: why does a joint softmax cost what it costs?  `python -m eval cause`
+
+docs/ablation-protocol.md, "Tier B", says what is compared. Adapters of `OWN` and `SHARED` forms are trained alike and drawn at equal
+following, as in tier A. Trained adapters are also drawn with the other softmax. And the share of a joint softmax that the image would
+get, 1 - g, is measured for each layer and head, in drawings at lambda 1.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from checkpoints.files import check_output, write_json, write_tensors
+from eval.ablation.appendix import mark
+from eval.ablation.command import default_jobs, restore
+from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_run
+from eval.ablation.forms import FORMS, OWN, SHARED
+from eval.ablation.fuses import MixedAdapter, gate
+from eval.ablation.memo import Memo, Unit, pack
+from eval.ablation.report import p_value, spread
+from eval.ablation.rows import SCHEMA, Results
+from eval.ablation.statistics import Bootstrap, Curve, at_level, holm
+from eval.ablation.study import Study, Workspace, made_on
+from eval.ablation.summary import count_ends
+from eval.ablation.training import plan_of, trained_adapter
+from eval.ablation.work import Job, evaluate
+from eval.tables import markdown, with_interval
+from model.attention import CrossAttention
+from model.context import Context
+from model.source import Source
+from model.unet import UNet
+from sampling.device import check_device
+from train.setting import TrainingSource
+
+CROSSED = ("ip_adapter", "concatenated"), ("concatenated", "ip_adapter"), ("shared", "simple"), ("simple", "shared")  # trained as, drawn as
+CONTRASTS = [(forms[0], other) for forms in (OWN, SHARED) for other in forms[1:]]
+CONTRASTS += [("text_yields", "image_yields"), ("shared_text_yields", "shared_image_yields")]
+
+
+@dataclass(frozen=True)
+class CauseStudy(Study):
+    """The size of tier B; the defaults are those of the protocol. All forms have the same number of seeds and one learning rate."""
+
+    steps: int = 2000
+    rates: tuple[float, ...] = (1.5e-3,)
+    other_seeds: int = 5
+    forms: tuple[str, ...] = (*OWN, *SHARED)
+    through: tuple[str, ...] = ()
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        return (self.steps,)
+
+    def hours(self) -> float:
+        """Estimate the hours on one core of a CPU, as for tier A."""
+        runs = len(self.runs(*self.forms))
+        drawings = self.prompts * (11 * (runs + len(CROSSED) * (self.seeds + 1) + len(self.forms)) + runs)
+        return (0.049 * self.batch * self.steps * runs + 0.1 * drawings) / 3600
+
+
+SMOKE = CauseStudy(steps=16, batch=4, seeds=1, prompts=4, draw_steps=2, resamples=200)
+
+
+@contextmanager
+def image_shares(unet: UNet) -> Iterator[dict[int, list[Tensor]]]:
+    """Record 1 - g of each layer and head, `h`, in every call of the UNet: averaged over positions and over the conditional rows."""
+    shares: dict[int, list[Tensor]] = {}
+
+    def look(layer: CrossAttention, args: tuple[Tensor, Context], _: Tensor) -> None:
+        x, context = args
+        (image,) = context.at(layer.layer)
+        k = layer.split(layer.to_k(context.text))
+        share = 1 - gate(layer.split(layer.to_q(x)), Source(k, k), image)
+        shares.setdefault(layer.layer, []).append(share[len(share) // 2 :].mean(dim=(0, 2, 3)).cpu())
+
+    handles = [layer.register_forward_hook(look) for layer in unet.cross_attentions()]
+    try:
+        yield shares
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_shares(workspace: Workspace, study: Study, form: str, seed: int) -> Unit:
+    """Measure 1 - g of each layer and head, `layers heads`, in drawings at lambda 1 of the first task; and mu of a `MixedAdapter`."""
+
+    def make() -> Unit:
+        bench = workspace.bench(study)
+        adapter = trained_adapter(workspace, study, form, plan_of(workspace, study, form, seed), study.steps)
+        levels = adapter.levels if isinstance(adapter, MixedAdapter) else []
+        with image_shares(bench.pipeline.unet) as shares:
+            bench.draw(bench.prompts.tasks[0], adapter, FORMS[form].fuse, bench.embedding(adapter), levels or 1.0)
+        value: dict[str, Any] = {"form": form, "seed": seed, "mu": [level.flatten().tolist() for level in levels]}
+        value["shares"] = [torch.stack(each).mean(dim=0).tolist() for _, each in sorted(shares.items())]
+        return Unit(value, made_on(study.device))
+
+    return Memo(workspace.work)(f"shares-{form}-{seed}", make)
+
+
+def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
+    """List all jobs. Adapters draw only the first task."""
+    first = tasks[0]
+    jobs = [Job("references", partial(references, workspace, study))]
+    jobs += [Job(f"alone-{task}-test", partial(alone, workspace, study, task, "test")) for task in (first, "picture")]
+
+    def add(what: Draw) -> None:
+        training = (f"train-{what.form}-0",)
+        if what.seed == 0:
+            jobs.append(Job(what.grid, partial(find_grid, workspace, study, what.form, what.sampled), training))
+        jobs.append(Job(what.name, partial(draw, workspace, study, what), (what.run, what.grid)))
+
+    for form, seed in study.runs(*study.forms):
+        run = f"train-{form}-{seed}"
+        jobs.append(Job(run, partial(train_run, workspace, study, form, seed)))
+        add(Draw(form, seed, study.steps, first))
+        jobs.append(Job(f"shares-{form}-{seed}", partial(measure_shares, workspace, study, form, seed), (run,)))
+        for sampled in [b for a, b in CROSSED if a == form]:
+            add(Draw(form, seed, study.steps, first, sampled=sampled))
+    return jobs
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """Compute all numbers of the tables. Those of each form are lists over seeds."""
+    study, bootstrap = results.study, Bootstrap(results.study["resamples"])
+    read = at_level(study["level"])
+    curves = {form: results.curve(form) for form in study["forms"]}
+    crossed = {f"{a} as {b}": results.curve(a, sampled=b) for a, b in CROSSED}
+    intervals = {f"{a} minus {b}": bootstrap.difference(curves[a], curves[b], read) for a, b in CONTRASTS}
+    p = holm({name: each.p for name, each in intervals.items()})
+    return {
+        "endpoint": {name: endpoint(curve, study["level"]) for name, curve in (curves | crossed).items()},
+        "one": {form: at_one(results, form) for form in study["forms"]},
+        "difference": {name: asdict(each) | {"p": p[name]} for name, each in intervals.items()},
+        "shares": {form: mean_over_seeds(results, form, "shares") for form in study["forms"]},
+        "mu": mean_over_seeds(results, "mixed", "mu"),
+        "ceiling": float(results.measures("references")["information"][1].mean()),
+    }
+
+
+def endpoint(curve: Curve, level: float) -> dict[str, Any]:
+    """Return the information of each seed where it keeps the level, and where the seeds are read."""
+    return {"information": curve.seeds(at_level(level)).tolist()} | count_ends(curve, level)
+
+
+def at_one(results: Results, form: str) -> dict[str, float]:
+    """Return the means over seeds and prompts at lambda 1."""
+    index = results.grid(form).index(1.0)
+    values = {key: results.curve(form, key).value[:, index].mean() for key in ("following", "concept", "information")}
+    return {key: float(value) for key, value in values.items()}
+
+
+def mean_over_seeds(results: Results, form: str, key: str) -> list[list[float]]:
+    """Average a number of each layer and head over seeds."""
+    units = [unit.value for name, unit in results.units.items() if name.startswith("shares-") and unit.value["form"] == form]
+    return [[float(x) for x in layer] for layer in np.mean([value[key] for value in units], axis=0)]
+
+
+def endpoint_table(results: Results) -> pd.DataFrame:
+    """Tabulate each form: the endpoint, and what is drawn at lambda 1."""
+    summary, lines = results.data["summary"], []
+    for form in results.study["forms"]:
+        end, one = summary["endpoint"][form], summary["one"][form]
+        line = {"form": FORMS[form].name, "information at the level": mark(spread(end["information"]), end)}
+        at = {"follows": f"{one['following']:.0%}", "concept": f"{one['concept']:.0%}", "information": f"{one['information']:.1f}"}
+        lines.append(line | {f"λ = 1: {name}": value for name, value in at.items()})
+    return pd.DataFrame(lines)
+
+
+def difference_table(results: Results) -> pd.DataFrame:
+    """Tabulate the contrasts, with their adjusted p-values."""
+    lines = []
+    for name, each in results.data["summary"]["difference"].items():
+        a, b = (FORMS[form].name for form in name.split(" minus "))
+        lines.append({"": a, "minus": b, "difference [95 %]": with_interval(each), "p, adjusted": p_value(each["p"])})
+    return pd.DataFrame(lines)
+
+
+def crossed_table(results: Results) -> pd.DataFrame:
+    """Tabulate adapters that are drawn with their own softmax and with the other one."""
+    ends, lines = results.data["summary"]["endpoint"], []
+    for a, b in CROSSED:
+        own, other = (mark(spread(end["information"]), end) for end in (ends[a], ends[f"{a} as {b}"]))
+        softmax = "own" if FORMS[a].scale == "sum" else "joint"
+        projections = "own" if FORMS[a].own_projections else "the text's"
+        lines.append({"projections": projections, "trained with": f"{softmax} softmax", "drawn so": own, "drawn with the other": other})
+    return pd.DataFrame(lines)
+
+
+def share_table(results: Results) -> pd.DataFrame:
+    """Tabulate 1 - g, and mu of `mixed`, as the mean of each layer and its range over heads."""
+    summary = results.data["summary"]
+    rows = {FORMS[form].short: layers for form, layers in summary["shares"].items()} | {"mixed: μ": summary["mu"]}
+    lines = [
+        {"": name} | {f"layer {i}": f"{np.mean(each):.2f} ({min(each):.2f} to {max(each):.2f})" for i, each in enumerate(layers)}
+        for name, layers in rows.items()
+    ]
+    return pd.DataFrame(lines)
+
+
+def tables(results: Results) -> str:
+    """Return all tables in Markdown."""
+    return "\n\n".join(markdown(table(results)) for table in (endpoint_table, difference_table, crossed_table, share_table))
+
+
+def write(data: dict[str, Any], units: dict[str, Unit], path: Path) -> Results:
+    """Write the results and their summary to `path` (JSON), and the arrays beside it."""
+    rows, arrays = pack(units)
+    more = {"shares": "shares-FORM-SEED: 1 - g, and mu, of each layer and head", "summary": "eval/ablation/cause.py::summarise"}
+    write_tensors(path.with_suffix(".safetensors"), arrays, None)
+    write_json(path, {"schema": SCHEMA | more, **data, "summary": summarise(Results(data, units)), "units": rows})
+    return Results.of(path)
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval cause`"""
+    path = args.out / "results" / "cause.json"
+    check_device(args.device)
+    check_output(path)
+    study = replace(SMOKE if args.smoke else CauseStudy(), device=args.device)
+    state = args.state or args.out / "runs" / "cause"
+    source = TrainingSource(args.weights, pictures=4 * SMOKE.batch if args.smoke else TrainingSource.pictures)
+    workspace = Workspace(source, args.out / "results" / "cause", state, str(args.weights)).with_fingerprints(study)
+    restore(path, workspace)
+    if study.device == "cpu":
+        torch.set_num_threads(1)
+    print(tables(write(*evaluate(workspace, study, args.jobs or default_jobs(study.device), jobs_of), path)))

@@ -1,0 +1,105 @@
+"""Tier B of the ablation: what its forms compute, and a tiny study from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peers import SMALL_SD15, randn
+from tiny_world import write_world
+from torch import Tensor
+
+from eval import __main__ as commands
+from eval.ablation import cause
+from eval.ablation.forms import FORMS, OWN, SHARED
+from eval.ablation.fuses import MixedAdapter, gate, image_yields, mixed, text_yields
+from eval.ablation.grid import bisect_lambdas
+from eval.ablation.rows import Results
+from eval.ablation.training import load, save
+from model.attention import attention, concatenated, decoupled
+from model.context import Context
+from model.image_projection import ImageProjection
+from model.source import Source
+from model.unet import UNet
+
+ROOT = Path(__file__).parent.parent
+HEADS = [FORMS[form].name for form in (*OWN, *SHARED)]
+
+
+def sources(scale: float | Tensor = 1.0) -> tuple[Tensor, Source, Source]:
+    """Queries, a text of 7 tokens and an image prompt of 4, for 2 rows and 3 heads, in float64."""
+    q, text, image = (2 * randn(2, 3, n, 5, seed=n) for n in (11, 7, 4))
+    return q, Source(text, text.flip(-1)), Source(image, image.flip(-1), scale)
+
+
+def test_a_joint_softmax_is_taken_apart() -> None:
+    """g A_t + A_i and A_t + (1 - g) A_i are together the sum and the joint softmax."""
+    q, text, image = sources()
+    together = text_yields(q, text, [image]) + image_yields(q, text, [image])
+    torch.testing.assert_close(together, decoupled(q, text, [image]) + concatenated(q, text, [image]))
+    everything = torch.cat([q @ text.k.mT, q @ image.k.mT], dim=-1) / math.sqrt(5)
+    torch.testing.assert_close(gate(q, text, image), everything.softmax(-1)[..., :7].sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 2.0])
+def test_lambda_multiplies_the_image(lam: float) -> None:
+    q, text, image = sources(lam)
+    a, b, g = attention(q, text.k, text.v), attention(q, image.k, image.v), gate(q, text, image)
+    torch.testing.assert_close(text_yields(q, text, [image]), g * a + lam * b)
+    torch.testing.assert_close(image_yields(q, text, [image]), a + lam * (1 - g) * b)
+    mu = torch.tensor([0.2, 0.5, 0.9]).double().view(1, 3, 1, 1)
+    q, text, image = sources(mu)
+    torch.testing.assert_close(mixed(q, text, [image]), (1 - mu) * a + mu * b)
+
+
+def test_the_mixture_is_trained_and_saved(tmp_path: Path) -> None:
+    """Each layer and head has its own mu, from 1/2, with a gradient; the file and its card give the same adapter again."""
+    torch.manual_seed(0)
+    unet = UNet(SMALL_SD15).requires_grad_(False)
+    adapter = MixedAdapter(unet, ImageProjection(12, SMALL_SD15.context_dim))
+    x, text, features = (randn(*shape).float() for shape in ((2, 4, 8, 8), (2, 7, SMALL_SD15.context_dim), (2, 12)))
+    assert all(torch.equal(level, torch.full_like(level, 0.5)) for level in adapter.levels)
+    unet(x, 100, adapter(Context(text, fuse=mixed), features)).square().mean().backward()
+    assert all(mix.grad is not None and mix.grad.all() for mix in adapter.mix)
+    with torch.no_grad():
+        for mix in adapter.mix:
+            mix.normal_()
+        save(adapter, unet, tmp_path / "mixed.safetensors", {"a": "card"})
+        again = load(tmp_path / "mixed.safetensors", unet)
+        assert isinstance(again, MixedAdapter) and "mix" in json.loads((tmp_path / "mixed.json").read_text())
+        outputs = [unet(x, 100, each(Context(text, fuse=mixed), features)) for each in (adapter, again)]
+    torch.testing.assert_close(*outputs, atol=1e-3, rtol=1e-3)  # the file is in half precision
+
+
+def test_a_form_without_lambda_is_drawn_as_it_was_trained() -> None:
+    assert bisect_lambdas(lambda lam: 1 - lam, "none") == {0.0: 1.0, 1.0: 0.0}
+
+
+def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All tables are printed. With the finished file alone, nothing is computed again, and the digits are the same."""
+    weights, path = write_world(tmp_path / "weights"), tmp_path / "results" / "cause.json"
+    for name in ("score_image", "score_text"):
+        for end in (".safetensors", ".json"):
+            shutil.copy(ROOT / "weights" / f"{name}{end}", weights)
+
+    def call() -> str:
+        given = ["--weights", str(weights), "cause", "--out", str(tmp_path), "--smoke", "--jobs", "1"]
+        commands.run(commands.parser().parse_args(given))
+        return capsys.readouterr().out
+
+    said, written = call(), path.read_text()
+    results = Results.of(path)
+    assert [*results.data["summary"]["endpoint"]][:9] == [*OWN, *SHARED] and all(name in said for name in HEADS)
+    assert len(results.data["summary"]["difference"]) == len(cause.CONTRASTS) == 9
+    shares = results.data["summary"]["shares"]
+    assert {len(layer) for layers in shares.values() for layer in layers} == {len(results.data["summary"]["mu"][0])}
+    assert all(0 < share < 1 for layers in shares.values() for layer in layers for share in layer)
+    own, other = (results.units[f"drawn-simple-0-16-complementary-test-all{end}"] for end in ("", "-as-shared"))
+    assert own.value["sampled"] == "" and other.value["sampled"] == "shared" and max(other.value["lambdas"]) == 2
+    shutil.rmtree(tmp_path / "runs")
+    monkeypatch.setattr("train.adapter.fit", None)
+    assert call().endswith(said[said.index("|") :]) and path.read_text() == written
