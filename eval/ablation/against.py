@@ -1,4 +1,4 @@
-"""What the two changes do alone, and what speaks against the headline of RESULTS.md, found in the numbers."""
+"""What the two changes do alone, and what speaks against the headline of RESULTS.md, in sentences made from its numbers."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def against(results: Results) -> list[str]:
 
 def _reading(results: Results) -> list[str]:
     """Say how the primary difference depends on the level, and on the straight line from the text alone to the smallest lambda."""
-    summary, found = results.data["summary"], results.data["summary"]["robustness"]
-    if not found:
+    summary, robustness = results.data["summary"], results.data["summary"]["robustness"]
+    if not robustness:
         return []
-    levels = ", ".join(f"{with_interval(each)} at {level}" for level, each in found["levels"].items())
-    grounds = " and ".join(f"{with_interval(each)} ({SETS[name]})" for name, each in found["backgrounds"].items())
+    levels = ", ".join(f"{with_interval(each)} at {level}" for level, each in robustness["levels"].items())
+    grounds = " and ".join(f"{with_interval(each)} ({SETS[name]})" for name, each in robustness["backgrounds"].items())
     told = f"The size of the lead depends on the level: {levels}. If only the background counts as following, it is {grounds}."
-    end, smallest = summary["endpoint"][PRIMARY], found["smallest"]
+    end, smallest = summary["endpoint"][PRIMARY], robustness["smallest"]
     if not end["start"]:
         return [told]
     lead = np.mean(summary["endpoint"][BASELINE]["information"]) - smallest["information"]
@@ -55,16 +55,16 @@ def _reading(results: Results) -> list[str]:
 
 def _length(results: Results) -> list[str]:
     """Say where the primary difference is smallest, and whether the simple adapter gets worse with more training."""
-    found = results.data["summary"]["steps"]
-    if "difference" not in found:
+    by_step = results.data["summary"]["steps"]
+    if "difference" not in by_step:
         return []
-    steps, means = found["steps"], [each["mean"] for each in found["difference"]]
-    simple, least = np.mean(found["endpoint"][PRIMARY], axis=1), int(np.argmin(means))
+    steps, means = by_step["steps"], [each["mean"] for each in by_step["difference"]]
+    simple, least = np.mean(by_step["endpoint"][PRIMARY], axis=1), int(np.argmin(means))
     told = f"The lead depends on the length of training. It is smallest after {steps[least]:,} steps: {means[least]:+.1f}."
     if 0 < least < len(steps) - 1:
         told += " Before, it shrinks, and then it grows; the slope per doubling hides this."
-    if end := found["read"][PRIMARY][least]["end"]:
-        seeds = len(found["endpoint"][PRIMARY][least])
+    if end := by_step["read"][PRIMARY][least]["end"]:
+        seeds = len(by_step["endpoint"][PRIMARY][least])
         told += f" There, {end} of {seeds} seeds of the simple adapter are still above the level at their largest lambda; "
         told += "a larger one may be better."
     if simple[-1] < simple.max():
