@@ -27,6 +27,7 @@ from train.data import Data, stream
 from train.fingerprint import digest
 
 SIZE, SECONDS = 1 << 26, 30.0  # a pack is written when it has this many bytes, or is this old
+FEW = 32  # pictures for each worker that reads them
 Encode = Callable[[Tensor], dict[str, Tensor]]
 Pack = dict[str, Tensor]
 
@@ -133,14 +134,16 @@ def encode_rows(
     """Return the named rows of encode(data.batch(i)) for all i. Row j of batch i has the key `keys[i * each + j]`.
 
     Only batches with rows that are not in `folder` are encoded, each separately, so the result does not depend on what was there.
-    Processes share these batches, and the cores: `workers` of a process read ahead (default: its share of the cores, at most 16).
+    Processes share these batches, and the cores: `workers` of a process read ahead (default: its share of the cores, at most 16, and one
+    for every `FEW` pictures at most, since a worker takes as long to start as some pictures to read).
     """
     store, team = Store(folder), processes.team()
-    workers = min(16, max(2, (os.cpu_count() or 0) // team.size)) if workers is None else workers
     first = first_rows(keys)
     missing = (first[store.places(keys[first]) < 0] // each).unique().tolist()
     processes.wait()  # so that all processes find the same rows missing
     own = missing[team.rank :: team.size]
+    cores = max(2, (os.cpu_count() or 0) // team.size)
+    workers = min(16, cores, len(own) * each // FEW) if workers is None else workers
     batches = stream(data, own, workers)
     with store.writing() as add:
         for i in tqdm(own, desc=folder.name, disable=not own or team.rank > 0):
