@@ -56,6 +56,16 @@ def _write_errors(path: Path) -> Iterator[None]:
         raise NotWritten(f"{path} can't be written: {printable(reason)}") from error
 
 
+def _usual_mode() -> int:
+    """Return the permissions that this process gives new files."""
+    mask = os.umask(0o022)  # the only way to read it is to set it
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+MODE = _usual_mode()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to, then rename it to `path`.
@@ -68,6 +78,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with _write_errors(path):
             yield part
+            part.chmod(MODE)  # safetensors writes files that only their owner can read
             os.replace(part, path)
     finally:
         with suppress(OSError):

@@ -161,6 +161,19 @@ def test_a_missing_permission_is_one_sentence(tmp_path: Path, monkeypatch: pytes
     assert names(tmp_path) == []
 
 
+def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    """Those that a process with this umask gives new files. Safetensors alone would hide its files from everybody else."""
+    code = """
+from pathlib import Path
+from test_files import WRITERS
+for name, write in WRITERS.items():
+    write(Path(f"{name}.safetensors"))
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, umask=0o027, check=True)
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {0o100640} and len(names(tmp_path)) > len(WRITERS)
+
+
 def test_files_that_belong_together_are_replaced_together(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("stays")
     (tmp_path / "a.json").write_text("old")
