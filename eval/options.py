@@ -9,7 +9,7 @@ from typing import Any, get_args
 from eval.protocol import Protocol
 from model.words import Prediction
 from sampling.request import DtypeName, Model
-from train.options import SHIPPED
+from train.options import STAGES
 
 Commands = Any  # what ArgumentParser.add_subparsers returns
 DESCRIPTION = """Measure how good the networks are. Most commands write their results to a file and print a table.
@@ -63,6 +63,8 @@ def add_scores(commands: Commands) -> None:
         out = Path(f"results/{name}.json")
         parser.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
         parser.add_argument("--device", default="cpu", help="device to draw and score on, such as cuda (default: cpu)")
+    forms, about = ("none", "control", "t2i"), "measure only the missing rows of this form of control; can be given several times"
+    structure.add_argument("--form", action="append", default=[], choices=forms, help=about)
     samples = command(commands, "examples", "Write the image prompts of the demo, and their outlines")
     out = Path("sampling/examples")
     samples.add_argument("--out", type=Path, default=out, help=f"folder to write to (default: {out})")
@@ -174,7 +176,7 @@ def add_by_eye(commands: Commands) -> None:
 
 def add_replay(commands: Commands) -> None:
     p = command(commands, "replay", "Train the first steps of the mini world's stages again, and compare their losses with stored ones")
-    p.add_argument("stages", nargs="*", default=SHIPPED, metavar="STAGE", help=f"stages (default: {', '.join(SHIPPED)})")
+    p.add_argument("stages", nargs="*", default=[*STAGES], metavar="STAGE", help=f"stages (default: {', '.join(STAGES)})")
     p.add_argument("--steps", type=count, default=200, help="number of steps of each stage (default: 200)")
     p.add_argument("--write", action="store_true", help="store the losses instead of comparing them")
     out = Path("results/replay.json")

@@ -18,7 +18,7 @@ binary), of that picture through the VAE, and of another prompt's picture (chanc
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from checkpoints.files import check_output, sha256, write_json
+from checkpoints.controls import Control
+from checkpoints.files import check_output, read_json_if_there, sha256, write_json
 from eval.bench import draw_prompts, embed, through_the_vae
 from eval.device import dtype
 from eval.hinted import HintedPrompts
@@ -78,13 +79,14 @@ def structure_error(drawings: Tensor, hints: Tensor) -> list[float]:
 
 @dataclass(frozen=True)
 class Measure:
-    """Draws the tasks of `prompts` and scores the drawings."""
+    """Draws the tasks of `prompts` and scores the drawings. `controls`: by form."""
 
     pipeline: Pipeline
     judge: Judge
     prompts: HintedPrompts
     steps: int
     guidance: float
+    controls: Mapping[str, Control]
 
     def scores(self, task: str, drawings: Tensor) -> Scores:
         """Score the attributes that a task determines."""
@@ -94,7 +96,7 @@ class Measure:
 
     def draw(self, task: str, form: str, scale: float) -> dict[str, Any]:
         """Draw a task with a form of control and score it; return a row of the results."""
-        controls = () if form == "none" else (self.pipeline.controls[list(CONTROLS).index(form)],)
+        controls = () if form == "none" else (self.controls[form],)
         pipeline = replace(self.pipeline, controls=controls)
         embedding, hints = None, None
         if task.startswith("image"):
@@ -116,35 +118,53 @@ def anchors(measure: Measure) -> dict[str, list[float]]:
     return {name: structure_error(x, hints) for name, x in sets.items()}
 
 
-def cells() -> Sequence[tuple[str, str, float]]:
+def cells() -> list[tuple[str, str, float]]:
     """List (task, form, scale) of all rows."""
     full = [(task, form, 1.0) for task in SCORED for form in FORMS]
     return [*full, *[("image and text", form, scale) for form in CONTROLS for scale in SCALES]]
 
 
-def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, device: str) -> dict[str, Any]:
-    """Measure all rows with n prompts, and write `out` (JSON) after each.
+def cell(row: dict[str, Any]) -> tuple[str, str, float]:
+    """Return (task, form, scale) of a row."""
+    return row["task"], row["form"], row["scale"]
+
+
+def read_done(out: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Return the results in `out`, if they have the same `settings` and were measured with the same weights; otherwise `expected`."""
+    done = read_json_if_there(out)
+    same = all(expected["sha256"].get(name) == value for name, value in done.get("sha256", {}).items())
+    return done | {"sha256": expected["sha256"]} if done and same and done["settings"] == expected["settings"] else expected
+
+
+def evaluate(
+    weights: Path, out: Path, n: int, steps: int, guidance: float, device: str, forms: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measure the missing rows, or those of `forms`, with n prompts, and write `out` (JSON) after each.
 
     Raises FileNotFoundError if a control is missing; the message names the command that trains it.
     """
     check_output(out)
     check_device(device)
-    files = [weights / f"{name}.safetensors" for name in CONTROLS.values()]
-    for file, stage in zip(files, CONTROLS, strict=True):
+    files = {form: weights / f"{name}.safetensors" for form, name in CONTROLS.items() if form in (forms or FORMS)}
+    for stage, file in files.items():
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: run `python -m train {stage}` first")
-    pipeline = load(weights, device=device, controls=files)
+    pipeline = load(weights, device=device, controls=[*files.values()])
     judge = load_judge(weights / "judge.safetensors").to(device)
-    measure = Measure(pipeline, judge, HintedPrompts.of_the_world(n, seed=2), steps, guidance)
+    controls = dict(zip(files, pipeline.controls, strict=True))
+    measure = Measure(pipeline, judge, HintedPrompts.of_the_world(n, seed=2), steps, guidance, controls)
     results: dict[str, Any] = {
         "command": f"python -m eval structure --n {n} --steps {steps} --guidance {guidance:g} --device {device}",
         "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
         "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
-        "anchors": anchors(measure),
         "rows": [],
     }
-    for task, form, scale in cells():
-        results["rows"].append(measure.draw(task, form, scale))
+    results = read_done(out, results)
+    if "anchors" not in results:
+        results["anchors"] = anchors(measure)
+    order = cells()
+    for each in [each for each in order if each[1] in (forms or FORMS) and each not in map(cell, results["rows"])]:
+        results["rows"] = sorted([*results["rows"], measure.draw(*each)], key=lambda row: order.index(cell(row)))
         write_json(out, results)
     return results
 
@@ -184,4 +204,4 @@ def line(scores: Scores) -> dict[str, str]:
 
 def run(args: Namespace) -> None:
     """`python -m eval structure`"""
-    print(table(evaluate(args.weights, args.out, args.n, args.steps, args.guidance, args.device)))
+    print(table(evaluate(args.weights, args.out, args.n, args.steps, args.guidance, args.device, args.form)))

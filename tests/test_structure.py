@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import cards
+from checkpoints.files import write_json
 from eval import structure
 from eval.__main__ import main
 from eval.hinted import HintedPrompts
@@ -81,7 +82,7 @@ def test_the_structure_command(
 ) -> None:
     """An untrained ControlNet changes nothing, so its rows equal those without control, and the T2I-Adapter's do not."""
     weights, out, pipeline = tmp_path / "weights", tmp_path / "structure.json", load(ROOT / "weights")
-    shutil.copytree(ROOT / "weights", weights)
+    shutil.copytree(ROOT / "weights", weights, ignore=shutil.ignore_patterns("controlnet.*", "t2i.*"))
     command = ["eval", "--weights", str(weights), "structure", "--n", "2", "--steps", "2", "--out", str(out)]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit, match=r"controlnet\.safetensors is missing: run `python -m train control` first"):
@@ -98,5 +99,14 @@ def test_the_structure_command(
         assert rows[task, "control", 1.0] == rows[task, "none", 1.0]
     assert any(rows[task, "t2i", 1.0] != rows[task, "none", 1.0] for task in structure.SCORED)
     assert results["anchors"]["true"][0] < results["anchors"]["another"][0]
+    written = out.read_text()
+    with monkeypatch.context() as patch:  # finished rows are kept, and missing ones are made again
+        patch.setattr(structure.Measure, "draw", lambda *_: pytest.fail("a finished row is drawn again"))
+        main()
+    assert out.read_text() == written
+    write_json(out, results | {"rows": [row for row in results["rows"] if row["form"] != "none"]})
+    monkeypatch.setattr("sys.argv", [*command, "--form", "none"])
+    main()
+    assert json.loads(out.read_text())["rows"] == results["rows"]
     lines = structure.table(results).splitlines()
     assert len(lines) == 2 + 18 + 3 and "\n".join(lines) in capsys.readouterr().out
