@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from checkpoints.files import read_json, replacing
-from eval import by_eye, calibration, fine, frechet, world_table
+from eval import by_eye, calibration, fine, frechet, structure, style, world_table
 from eval.ablation import report
 from eval.ablation.rows import Results
 from eval.peers import benchmark, marks, parity
@@ -28,6 +28,8 @@ def inserts(root: Path) -> dict[str, str]:
         "calibration": calibration.table(results["calibration"]),
         "frechet": frechet.table(results["frechet"]),
         "fine": fine.table(results["fine"]),
+        "structure": structure.table(results["structure"]),
+        "style": style.table(results["style"]),
         "parity": parity.table(results["parity"]),
         "parity_sdxl": parity.table(results["parity_sdxl"]),
         "parity_tests": marks.table(root),

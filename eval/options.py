@@ -176,7 +176,8 @@ def add_by_eye(commands: Commands) -> None:
 
 def add_replay(commands: Commands) -> None:
     p = command(commands, "replay", "Train the first steps of the mini world's stages again, and compare their losses with stored ones")
-    p.add_argument("stages", nargs="*", default=[*STAGES], metavar="STAGE", help=f"stages (default: {', '.join(STAGES)})")
+    about = f"stages, of {', '.join(STAGES)} (default: those that are stored; with --write, all)"
+    p.add_argument("stages", nargs="*", metavar="STAGE", help=about)
     p.add_argument("--steps", type=count, default=200, help="number of steps of each stage (default: 200)")
     p.add_argument("--write", action="store_true", help="store the losses instead of comparing them")
     out = Path("results/replay.json")

@@ -90,11 +90,11 @@ def run(args: Namespace) -> None:
     old = read_json(args.out) if args.out.exists() or not args.write else {}
     if args.write:
         check_output(args.out)
-        for stage in tqdm(args.stages, desc="replay"):
+        for stage in tqdm(args.stages or STAGES, desc="replay"):
             old[stage] = record(stage, args.weights, args.steps)
             write_json(args.out, old)
         return
-    table = compare(args.stages, args.weights, args.steps, old)
+    table = compare(args.stages or [*old], args.weights, args.steps, old)
     print(markdown(table.assign(difference=[f"{100 * x:.2f} %" for x in table["difference"]])))
     if (table["difference"] > TOLERANCE).any():
         sys.exit(f"a loss differs from the stored one by more than {100 * TOLERANCE:g} %")

@@ -134,7 +134,7 @@ def test_a_style_is_trained_and_resumes(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_style_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Untrained differences change nothing, so both bases draw the same; only the true comic pictures are darker."""
     weights, out = tmp_path / "weights", tmp_path / "style.json"
-    shutil.copytree(ROOT / "weights", weights)
+    shutil.copytree(ROOT / "weights", weights, ignore=shutil.ignore_patterns("comic.*"))
     command = ["eval", "--weights", str(weights), "style", "--n", "2", "--steps", "1", "--out", str(out)]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit, match=r"comic\.safetensors is missing: run `python -m train style` first"):

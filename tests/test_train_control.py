@@ -23,7 +23,6 @@ from sampling.loading import load
 from train import control, loop, structure, t2i
 from train.drawings import drawing, recolour
 from train.errors import GateError
-from train.options import SHIPPED, STAGES
 from train.outlines import HintedPairs, outline, outlines_of
 from train.pairs import Pairs
 from train.randomness import generator
@@ -172,8 +171,3 @@ def test_what_is_written_loads_as_a_control_of_the_base(base: Path, tmp_path: Pa
     assert card["results"].keys() >= {"held_out", "gain_none", "gain_shuffled"} and "licence" in card
     actual = load_control(file, load_unet(base / "unet.safetensors").config, factor=4)
     assert isinstance(actual, T2IAdapter) and kind_of(file) == "t2i"
-
-
-def test_all_trains_what_ships() -> None:
-    assert [*STAGES][: len(SHIPPED)] == [*SHIPPED] and set(STAGES) - set(SHIPPED) == {"control", "t2i", "style"}
-    assert not any((ROOT / "weights" / kind.file).exists() for kind in KINDS.values())

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import Diverged, GateError, Interrupted
-from train.options import ADAPTERS, SETTINGS, SHIPPED, SOURCE, parser
+from train.options import ADAPTERS, SETTINGS, SOURCE, STAGES, parser
 
 if TYPE_CHECKING:
     from train.plan import Plan
@@ -101,7 +101,7 @@ def cost(plan: Plan) -> str:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Train the chosen stage, or all whose weights ship, and print the outcome."""
+    """Train the chosen stage, or all of them, and print the outcome."""
     from sampling.device import check_device
     from train.processes import join_team
 
@@ -131,7 +131,7 @@ def train_stages(args: argparse.Namespace, command: str, team: Team) -> None:
 
             print(fill(source_of(args, args.reader, weights), state, args.device))
             return
-        for name in SHIPPED if args.stage == "all" else (args.stage,):
+        for name in STAGES if args.stage == "all" else (args.stage,):
             stage = importlib.import_module(f"train.{name}")
             source = source_of(args, name, weights) if name in ADAPTERS else None
             plans = plans_of(args, stage.phases_for(source) if source else stage.PHASES)

@@ -19,7 +19,6 @@ STAGES = {
     "t2i": "a T2I-Adapter that reads outlines",
     "style": "low-rank differences that give the base model another style",
 }
-SHIPPED = tuple(name for name in STAGES if name not in ("control", "t2i", "style"))  # what `all` trains
 ADAPTERS = "adapter", "plus"
 # options that are fields of TrainingSource
 DATA = "data", "side", "buckets", "skip_broken"
@@ -163,7 +162,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="python -m train", description=description, formatter_class=form)
     stages = p.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, trains in {**STAGES, "all": "all stages whose weights ship, in this order"}.items():
+    for name, trains in {**STAGES, "all": "all stages, in this order"}.items():
         stage = stages.add_parser(name, help=trains, description=f"Train {trains}.")
         add_settings(stage)
         if name in ADAPTERS:

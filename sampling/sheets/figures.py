@@ -15,12 +15,12 @@ from tqdm import tqdm
 from sampling.images import check_png, open_image, save_image
 from sampling.loading import load
 from sampling.request import WEIGHTS, HintFile
-from sampling.sheets.demo import EXAMPLES
 from sampling.sheets.gallery import (
     Artist,
     Cells,
     example,
     fine_grained,
+    hint,
     image_to_image,
     inpainting,
     open_examples,
@@ -29,7 +29,6 @@ from sampling.sheets.gallery import (
 )
 from sampling.sheets.layout import sheet
 
-HINTS = EXAMPLES / "hints"  # outlines of test pictures, written by `python -m eval examples`
 CONTROLNET, T2I, COMIC = (WEIGHTS / f"{name}.safetensors" for name in ("controlnet", "t2i", "comic"))
 
 
@@ -51,14 +50,10 @@ class Studio:
         return cls(*(Artist(model, folder, seed) for model in models))
 
 
-def hint(name: str) -> Path:
-    return HINTS / f"{name}.png"
-
-
 def figure_1(studio: Studio) -> Cells:
     """Variations, a text, structure, inpainting, and another base."""
     text, rows = "on a pink background", []
-    for name, lines, start in (("owl", "rabbit", "alien"), ("mouse", "hat", "rabbit"), ("cake", "mushroom", "mouse")):
+    for name, lines, start in (("owl", "snail", "alien"), ("mouse", "hat", "rabbit"), ("cake", "mushroom", "mouse")):
         mask = studio.base.mask(0, 32, 64, 64)
         rows.append(
             [
@@ -90,9 +85,9 @@ def figure_5(studio: Studio) -> Cells:
     """Image prompt and structural condition; the last row has a T2I-Adapter. At the right, what the control draws alone."""
     rows, notes = [], []
     for artist, name, lines in (
-        (studio.controlnet, "owl", "rabbit"),
-        (studio.controlnet, "cake", "mushroom"),
-        (studio.t2i, "pig", "mouse"),
+        (studio.controlnet, "owl", "train"),
+        (studio.controlnet, "hat", "rabbit"),
+        (studio.t2i, "ball", "pig"),
     ):
         control = (HintFile(hint(lines)),)
         both = artist.draw(prompt(name), num=4, hints=control)
@@ -104,12 +99,17 @@ def figure_5(studio: Studio) -> Cells:
 
 def figure_8(studio: Studio) -> Cells:
     """Multimodal prompts: the image prompt is the subject, the text its scene."""
-    texts = ["on a pink background", "on a white background", "small, top left", "large on a blue background"]
+    texts = {
+        "on pink": "on a pink background",
+        "on white": "on a white background",
+        "small, top left": "small, top left",
+        "large, on blue": "large on a blue background",
+    }
     rows = [
-        [*open_examples(name), *(picture for text in texts for picture in studio.base.draw(prompt(name), text=text))]
+        [*open_examples(name), *(picture for text in texts.values() for picture in studio.base.draw(prompt(name), text=text))]
         for name in ("owl", "mouse", "snail", "hat")
     ]
-    return [["image prompt"], texts], rows, [""] * len(rows)
+    return [["image prompt"], [*texts]], rows, [""] * len(rows)
 
 
 FIGURES: dict[str, tuple[str, Callable[[Studio], Cells]]] = {  # file name -> (title, function that draws the cells)

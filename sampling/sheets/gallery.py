@@ -16,11 +16,12 @@ from sampling.images import check_png, open_image, save_image
 from sampling.inputs import read_inputs
 from sampling.loading import load
 from sampling.pipeline import Pipeline
-from sampling.request import WEIGHTS, ImagePrompt, Request, Rule
+from sampling.request import WEIGHTS, HintFile, ImagePrompt, Request, Rule
 from sampling.sheets.demo import EXAMPLES, GUIDANCE, STEPS
 from sampling.sheets.layout import sheet
 
 Cells = tuple[list[list[str]], list[list[Image.Image]], list[str]]  # column titles in groups, rows of pictures, one note per row
+HINTS = EXAMPLES / "hints"  # outlines of test pictures, written by `python -m eval examples`
 PROMPTS = {  # image prompts, and texts that name something else
     "mouse": "a cupcake on a white background",
     "pig": "a turtle on a blue background",
@@ -52,6 +53,10 @@ class Artist:
 
 def example(name: str) -> Path:
     return EXAMPLES / f"{name}.png"
+
+
+def hint(name: str) -> Path:
+    return HINTS / f"{name}.png"
 
 
 def prompt(*names: str, **options: Any) -> ImagePrompt:
@@ -142,6 +147,16 @@ def two_guidances(artist: Artist) -> Cells:
     return [["image prompt"], [f"picture {w_i:g}" for w_i in weights]], rows, notes
 
 
+def structure(artist: Artist) -> Cells:
+    controlled = replace(artist, pipeline=load(controls=[WEIGHTS / "controlnet.safetensors"]))
+    names = sorted(path.stem for path in HINTS.glob("*.png"))[:6]
+    rows = [[Image.new("RGB", (64, 64), "white"), *(open_image(hint(name)) for name in names)]]
+    for name in names:
+        drawings = [controlled.draw(prompt(name), hints=(HintFile(hint(lines)),))[0] for lines in names]
+        rows.append([*open_examples(name), *drawings])
+    return [["image prompt"], ["hint", *[""] * 5]], rows, [""] * 7
+
+
 def samplers(artist: Artist) -> Cells:
     counts, rows, notes = [max(1, artist.steps * n // STEPS) for n in (5, 10, 20, 50)], [], []
     for name in ("alien", "banana"):
@@ -174,6 +189,7 @@ SHEETS: dict[str, tuple[str, Callable[[Artist], Cells]]] = {  # file name -> (ti
     "regions": ("Two image prompts, each in its own half (--ip-adapter twice, --image-mask)", regions),
     "guidance": ("A weight for text (--guidance), one for the picture (--image-guidance)", two_guidances),
     "fine_grained": ("Plus reads the encoder's grid, not its one embedding (--ip-adapter)", fine_grained),
+    "structure": ("Each image prompt with the lines of each hint (--control, --hint)", structure),
     "samplers": ("DDIM and DPM-Solver++ (--sampler, --steps)", samplers),
 }
 
