@@ -261,12 +261,15 @@ def test_compile_freezes_the_unet(weights: Path, tmp_path: Path, monkeypatch: py
 def test_fast_changes_nothing_but_rounding(
     weights: Path, tmp_path: Path, image: Path, options: tuple[str, ...], more: tuple[str, ...]
 ) -> None:
-    """Neither the picture nor its record."""
+    """Neither the picture nor its record. In bfloat16, it is as far from the picture in float32 as without --fast."""
     given = [str(image) if option == "IMAGE" else option for option in options]
     draw(weights, tmp_path / "plain.png", *given)
     draw(weights, tmp_path / "fast.png", *given, "--fast", *more)
-    for a, b in zip(sorted(tmp_path.glob("plain*.png")), sorted(tmp_path.glob("fast*.png")), strict=True):
-        assert difference(pixels_of(a), pixels_of(b)) <= 1
+    draw(weights, tmp_path / "exact.png", *given, "--dtype", "float32")
+    for a, b, c in zip(*(sorted(tmp_path.glob(f"{name}*.png")) for name in ("plain", "fast", "exact")), strict=True):
+        plain, fast, exact = (pixels_of(path) for path in (a, b, c))
+        assert abs(fast - exact).mean() <= 2 * abs(plain - exact).mean() + 0.1
+        assert "bfloat16" in options or difference(plain, fast) <= 1
         assert read_settings(a) == read_settings(b)
         assert difference(again(a, tmp_path / "c.png"), pixels_of(a)) == 0
 
