@@ -134,8 +134,8 @@ def encode_rows(
     """Return the named rows of encode(data.batch(i)) for all i. Row j of batch i has the key `keys[i * each + j]`.
 
     Only batches with rows that are not in `folder` are encoded, each separately, so the result does not depend on what was there.
-    Processes share these batches, and the cores: `workers` of a process read ahead (default: its share of the cores, at most 16, and one
-    for every `FEW` pictures at most, since a worker takes as long to start as some pictures to read).
+    Processes share these batches, and the cores. `workers` of a process read ahead; by default as many as its share of the cores, but at
+    most 16, and at most one for every `FEW` pictures: for a few, starting a worker takes longer than reading them.
     """
     store, team = Store(folder), processes.team()
     first = first_rows(keys)

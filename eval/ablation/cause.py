@@ -29,9 +29,9 @@ from eval.ablation.fuses import MixedAdapter, gate
 from eval.ablation.memo import Memo, Unit, pack
 from eval.ablation.report import p_value, spread
 from eval.ablation.rows import SCHEMA, Results
-from eval.ablation.statistics import Bootstrap, Curve, at_level, holm
+from eval.ablation.statistics import Bootstrap, at_level, holm
 from eval.ablation.study import Study, Workspace, made_on
-from eval.ablation.summary import count_ends
+from eval.ablation.summary import endpoint
 from eval.ablation.training import plan_of, trained_adapter
 from eval.ablation.work import Job, evaluate
 from eval.tables import markdown, with_interval
@@ -145,11 +145,6 @@ def summarise(results: Results) -> dict[str, Any]:
         "mu": mean_over_seeds(results, "mixed", "mu"),
         "ceiling": float(results.measures("references")["information"][1].mean()),
     }
-
-
-def endpoint(curve: Curve, level: float) -> dict[str, Any]:
-    """Return the information of each seed where it keeps the level, and where the seeds are read."""
-    return {"information": curve.seeds(at_level(level)).tolist()} | count_ends(curve, level)
 
 
 def at_one(results: Results, form: str) -> dict[str, float]:

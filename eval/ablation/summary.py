@@ -58,10 +58,15 @@ def endpoints(results: Results, curves: dict[str, Curve]) -> dict[str, Any]:
     """Return for each form: the endpoint of each seed, where the seeds are read (`count_ends`), and the share of right concepts there."""
     level, ends = results.study["level"], dict[str, dict[str, Any]]()
     for form, curve in curves.items():
-        ends[form] = {"information": curve.seeds(at_level(level)).tolist()} | count_ends(curve, level)
+        ends[form] = endpoint(curve, level)
         if results.truth():
             ends[form]["concept"] = results.curve(form, "concept").seeds(at_level(level)).tolist()
     return ends
+
+
+def endpoint(curve: Curve, level: float) -> dict[str, Any]:
+    """Return the information of each seed where it keeps the level, and where the seeds are read."""
+    return {"information": curve.seeds(at_level(level)).tolist()} | count_ends(curve, level)
 
 
 def count_ends(curve: Curve, level: float) -> dict[str, int]:
