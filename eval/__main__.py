@@ -26,6 +26,7 @@ MODULES = {
     "cause": "eval.ablation.cause",
     "parity": "eval.peers.parity",
     "benchmark": "eval.peers.benchmark",
+    "scaling": "eval.peers.scaling",
 }
 
 

@@ -11,6 +11,9 @@ from torch import nn
 
 from train.plan import Plan, autocast
 
+# flags of /proc/cpuinfo, from the narrowest
+VECTORS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 with bfloat16", "amx_bf16": "AMX"}
+
 
 def device_of(module: nn.Module) -> str:
     """Return the device of a module's weights."""
@@ -41,3 +44,11 @@ def processor(device: str) -> str:
     info = Path("/proc/cpuinfo")
     match = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return match[1] if match else platform.machine()
+
+
+def machine() -> str:
+    """Describe the processor: its name, its widest vector instructions, and the number of threads that PyTorch uses."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    widest = [name for flag, name in VECTORS.items() if flag in flags][-1:]
+    return ", ".join([processor("cpu"), *widest, f"{torch.get_num_threads()} threads"])

@@ -153,7 +153,11 @@ def add_peers(commands: Commands) -> None:
     parity.add_argument("--out", type=Path, help="file of the results (default: results/parity.json, for sdxl results/parity_sdxl.json)")
     out, state = Path("results/benchmark.json"), Path("runs/official")
     benchmark.add_argument("--out", type=Path, default=out, help=f"file of the results (default: {out})")
-    for parser in (parity, benchmark):
+    scaling = command(commands, "scaling", "Measure how the time of a UNet step grows with the latents and the batch")
+    scaling.add_argument("--rounds", type=count, default=3, help="number of measurements of each point (default: 3)")
+    points = Path("results/scaling.json")
+    scaling.add_argument("--out", type=Path, default=points, help=f"file of the results, with the figure beside it (default: {points})")
+    for parser in (parity, benchmark, scaling):
         parser.add_argument("--state", type=Path, default=state, help=f"folder for the random weights (default: {state})")
 
 

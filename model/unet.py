@@ -7,7 +7,7 @@ The architecture follows LDM's `openaimodel.py`. tests/test_unet.py compares it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,16 +92,20 @@ def join(sides: Sequence[Residuals]) -> Residuals:
 
 
 class Stage(nn.Module):
-    """A residual block, a transformer and a change of size, in this order. Each of them is optional."""
+    """A residual block, a transformer and a change of size, in this order. Each of them is optional.
+
+    `level`: 0 at the full size of the latents, 1 at half of it, and so on.
+    """
 
     def __init__(
         self,
+        level: int,
         res: ResBlock | None = None,
         attn: SpatialTransformer | None = None,
         resample: Downsample | Upsample | None = None,
     ) -> None:
         super().__init__()
-        self.res, self.attn, self.resample = res, attn, resample
+        self.level, self.res, self.attn, self.resample = level, res, attn, resample
 
     def forward(self, x: Tensor, emb: Tensor, context: Context, size: torch.Size | None = None) -> Tensor:
         if self.res is not None:
@@ -120,7 +124,7 @@ def _stage(config: UNetConfig, in_channels: int, level: int, depth: int, layer: 
     width, groups = config.channels[level], config.groups
     res = ResBlock(in_channels, width, 4 * config.channels[0], groups, eps=1e-5)
     attn = SpatialTransformer(width, config.context_dim, config.heads[level], depth, groups, layer) if depth else None
-    return Stage(res, attn, resample)
+    return Stage(level, res, attn, resample)
 
 
 class TimeMLP(nn.Sequential):
@@ -154,11 +158,11 @@ class UNetEncoder(nn.Module):
                 layer, width = layer + depth, widths[level]
                 self.stage_channels.append(width)
             if level < levels - 1:
-                self.down.append(Stage(resample=Downsample(width)))
+                self.down.append(Stage(level, resample=Downsample(width)))
                 self.stage_channels.append(width)
         last = levels - 1
         self.mid = nn.ModuleList([_stage(config, width, last, config.mid_depth, layer), _stage(config, width, last, 0, layer)])
-        self.checkpointing = False  # recompute activations in the backward pass: slower, but with far less memory
+        self.checkpointing = 0  # levels, from the largest, that recompute activations in the backward pass: slower, with less memory
 
     def cross_attentions(self) -> list[CrossAttention]:
         """Return the cross-attention layers in execution order: down, mid, up."""
@@ -176,9 +180,12 @@ class UNetEncoder(nn.Module):
             raise ValueError(f"this UNet needs an added conditioning vector: set `added` in its Context, b x {self.config.added_dim}")
         return emb + self.added_embed(added)
 
-    def run(self, stage: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Run a stage. If `checkpointing` is on, its activations are recomputed in the backward pass."""
-        return checkpoint(stage, *args, use_reentrant=False, preserve_rng_state=False) if self.checkpointing else stage(*args)
+    def run(self, stage: nn.Module, *args: Any) -> Tensor:
+        """Run a stage. At the first `checkpointing` levels, its activations are recomputed in the backward pass."""
+        assert isinstance(stage, Stage)
+        again = stage.level < self.checkpointing
+        out: Tensor = checkpoint(stage, *args, use_reentrant=False, preserve_rng_state=False) if again else stage(*args)
+        return out
 
     def encode(self, x: Tensor, emb: Tensor, context: Context, hidden: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Run `conv_in`, the down stages and the middle on latents `b c h w`. Return the output of the middle, and the skips.

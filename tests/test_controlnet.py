@@ -21,6 +21,7 @@ from model.attention import SelfAttention
 from model.context import Context
 from model.controlnet import CONTROLNET_SD15, CONTROLNET_SD21, CONTROLNET_SDXL, ControlNet, ControlNetConfig
 from model.unet import EMPTY, Residuals, UNet
+from train.options import ALL_LEVELS
 
 SIZES = [(16, 16), (17, 13), (9, 5)]
 TOLERANCE = 1e-12  # measured: 2e-14 and less
@@ -121,15 +122,20 @@ def test_only_the_zero_convolutions_get_a_gradient_in_the_first_step() -> None:
     assert all(p.grad is not None and p.grad.any() for p in control.parameters())
 
 
-def test_checkpointing_changes_no_gradient() -> None:
-    unet = randomise(UNet(SMALL_ONE), 3)
-    runs = []
-    for checkpointing in (False, True):
+@pytest.mark.parametrize("levels", [1, 2, ALL_LEVELS])
+def test_checkpointing_changes_no_gradient(levels: int) -> None:
+    """The stages of the first `levels` levels run twice, and the others once."""
+    unet, runs, found = randomise(UNet(SMALL_ONE), 3), list[int](), []
+    for checkpointing in (0, levels):
         control = randomise(ControlNet.of(unet, (4, 6)), 1).requires_grad_(True)
+        for stage in (*control.down, *control.mid):
+            stage.register_forward_pre_hook(lambda stage, _: runs.append(stage.level))
         control.checkpointing = checkpointing
         gradients(control, unet)
-        runs.append([p.grad for p in control.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        found.append([p.grad for p in control.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    once = [stage.level for stage in (*control.down, *control.mid)]
+    assert sorted(runs) == sorted(2 * once + [level for level in once if level < levels])
 
 
 def test_a_hint_for_the_whole_batch() -> None:

@@ -20,6 +20,7 @@ STAGES = {
     "style": "low-rank differences that give the base model another style",
 }
 ADAPTERS = "adapter", "plus"
+ALL_LEVELS = 64  # more than any UNet has
 # options that are fields of TrainingSource
 DATA = "data", "side", "buckets", "skip_broken"
 SOURCE = *DATA, "image_encoder", "checkpointing", "shard", "start", "noise_offset", "preview_every", "tensorboard"
@@ -122,7 +123,16 @@ def add_data(p: argparse.ArgumentParser, required: bool = False) -> argparse._Ar
 def add_source(p: argparse.ArgumentParser) -> None:
     """Add the options of the stages adapter and plus."""
     base = add_data(p)
-    base.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: slower, but saves memory")
+    base.add_argument(
+        "--checkpointing",
+        type=at_least(1),
+        nargs="?",
+        const=ALL_LEVELS,
+        default=0,
+        metavar="LEVELS",
+        help="recompute activations in the backward pass: slower, but saves memory. LEVELS: only at so many levels of the UNet, from the "
+        "largest feature maps",
+    )
     show = p.add_argument_group("what is shown")
     sheets = "with --data: steps between two sheets of drawings (default: 0, none)"
     show.add_argument("--preview-every", type=at_least(1), default=0, help=sheets)
@@ -155,7 +165,7 @@ def add_cache(p: argparse.ArgumentParser) -> None:
     p.add_argument("--for", dest="reader", choices=ADAPTERS, default="adapter", help="stage that will read the pictures (default: adapter)")
     add_device(p)
     p.set_defaults(**dict.fromkeys(("weights", "pictures", "start", "min_snr")), noise_offset=0.0, deterministic=0, shard_optimizer=False)
-    p.set_defaults(bf16=False, fp16=False, checkpointing=False, preview_every=0, tensorboard=False, shard=False)
+    p.set_defaults(bf16=False, fp16=False, checkpointing=0, preview_every=0, tensorboard=False, shard=False)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -169,7 +179,7 @@ def parser(description: str) -> argparse.ArgumentParser:
             add_source(stage)
         else:
             nothing = ("data", "side", "base", "image_encoder", "start", "min_snr")
-            stage.set_defaults(**dict.fromkeys(nothing), checkpointing=False, skip_broken=False, noise_offset=0.0, deterministic=0)
+            stage.set_defaults(**dict.fromkeys(nothing), checkpointing=0, skip_broken=False, noise_offset=0.0, deterministic=0)
             stage.set_defaults(preview_every=0, tensorboard=False, shard=False, shard_optimizer=False, buckets=False)
     encodes = "encode your own pictures ahead of training, and store the result in the state folder"
     add_cache(stages.add_parser("cache", help=encodes, description=f"{encodes.capitalize()}."))

@@ -43,6 +43,7 @@ class TrainingSource:
     `data`: a user's pictures, or None for the mini world. `skip_broken`: leave out those that cannot be read. `reads`: how the adapter
     reads them; fine features are for Plus (Figure 11).
     `start`: a trained adapter to start from. `gamma`, `noise_offset`: see `Setting`. `preview_every`, `tensorboard`: see `Display`.
+    `checkpointing`: levels of the UNet, from the largest feature maps, whose activations are recomputed in the backward pass.
     `shard`: keep a part of the base in each process. `buckets`: train on pictures in several shapes (train/buckets.py).
     """
 
@@ -53,7 +54,7 @@ class TrainingSource:
     data: Path | None = None
     side: int | None = None
     base_dtype: torch.dtype = torch.float32
-    checkpointing: bool = False
+    checkpointing: int = 0
     start: Path | None = None
     skip_broken: bool = False
     gamma: float | None = None

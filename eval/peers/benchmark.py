@@ -1,15 +1,15 @@
 """Compare speed and memory with diffusers at full size.  `python -m eval benchmark`
 
-Both implementations use the same files, weights, threads and dtype, and are measured alternately, most of them in one process. The rows of
-the fast form, and loads, use separate processes (eval/peers/columns.py). The reported ratio is the median over rounds, since ratios vary
-less than times. Each step also has a lower bound, `limit`: the time its arithmetic would take
-at the speed of this machine's fastest matrix product.
+Both implementations use the same files, weights and threads. Steps and loads are measured in separate processes that take turns; the
+pipeline and the compiled step in one process, alternately. The reported ratio is the median over rounds, since ratios vary less than
+times. A step also has a lower bound, `limit`: the time its arithmetic would take at the speed of this machine's fastest matrix product.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -20,49 +20,37 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints.adapters import load_adapter
 from checkpoints.files import check_output, read_json, write_json
 from checkpoints.single_file import load_single
-from eval.device import processor
-from eval.peers import columns, official
-from eval.peers.columns import inputs
-from eval.peers.timing import Timing, beside, medians, peak, training_step
+from eval.device import machine
+from eval.peers import official, step, training
+from eval.peers.columns import lines, take_turns
+from eval.peers.timing import Timing, beside, medians, peak
 from eval.tables import markdown
-from model.adapter import IPAdapter
 from model.context import Context
 from model.image_encoder import VIT_H
-from model.unet import UNet
 from sampling.loading import compile_unet
 from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
-from train.loss import diffusion_loss
 
 
-def _ours(folder: Path, dtype: torch.dtype) -> tuple[UNet, IPAdapter]:
-    unet = load_single(folder / official.SINGLE, dtype).unet
-    return unet, load_adapter(folder / official.ADAPTER, unet, VIT_H, dtype)
+def columns(folder: Path, rounds: int, dtype: torch.dtype) -> Timing:
+    """Time a step of diffusers, of this project, and of its fast form (eval/peers/step.py)."""
+    values = take_turns("eval.peers.step", folder, [*step.COLUMNS], rounds, str(dtype).removeprefix("torch."))
+    return {"values": values, "limit": step.operations() / peak(dtype)}
 
 
-def steps(folder: Path, dtype: torch.dtype, rounds: int, compile_ours: bool = False) -> Timing:
-    """Time one UNet call with the adapter: a guidance batch of 2, 64 x 64 latents; diffusers runs with its defaults.
-
-    `limit`: the seconds that the matrix products and convolutions would take at the machine's peak.
-    """
-    peer = official.peer_unet(folder, dtype)
-    unet, adapter = _ours(folder, dtype)
-    if compile_ours:
-        unet = compile_unet(unet)
-    x, text, image = inputs(dtype)
-    context = adapter(Context(text), image)
-    conditions = {"image_embeds": [image[:, None]]}
+def compiled(folder: Path, rounds: int) -> Timing:
+    """Time a step with our UNet compiled, and diffusers with its defaults."""
+    peer, unet = official.peer_unet(folder, torch.float32), load_single(folder / official.SINGLE, torch.float32).unet
+    adapter = load_adapter(folder / official.ADAPTER, unet, VIT_H)
+    x, text, image = step.inputs(torch.float32)
+    context, conditions, fast = adapter(Context(text), image), {"image_embeds": [image[:, None]]}, compile_unet(unet)
     with torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            peer(x, 500, text, added_cond_kwargs=conditions)
-        times = beside(lambda: unet(x, 500, context), lambda: peer(x, 500, text, added_cond_kwargs=conditions), rounds)
-    return times | {"limit": counter.get_total_flops() / peak(dtype)}
+        times = beside(lambda: fast(x, 500, context), lambda: peer(x, 500, text, added_cond_kwargs=conditions), rounds)
+    return times | {"limit": step.operations() / peak(torch.float32)}
 
 
 def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Timing:
@@ -91,25 +79,9 @@ def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Timin
     return seconds | {"ratio": seconds["ours"] / seconds["theirs"], "extrapolated_from": few}
 
 
-def training(folder: Path, rounds: int) -> Timing:
-    """Time a training step of an adapter at batch 1. Ours keeps the frozen base in bfloat16 and the adapter in float32."""
-    unet, _ = _ours(folder, torch.bfloat16)
-    adapter = load_adapter(folder / official.ADAPTER, unet, VIT_H).requires_grad_(True)
-    peer = official.peer_unet(folder, torch.float32)
-    parameters = official.adapter_parameters(peer)
-    (x, text, image), t, schedule = inputs(torch.float32, batch=1), torch.tensor([500]), Schedule()
-    eps = torch.randn_like(x)
-
-    def our_loss() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return diffusion_loss(unet, schedule, x, adapter(Context(text), image), t, eps).mean()
-
-    def their_loss() -> torch.Tensor:
-        conditions = {"image_embeds": [image[:, None]]}
-        out = peer(schedule.add_noise(x, eps, t), t, text, added_cond_kwargs=conditions).sample
-        return F.mse_loss(out, eps)
-
-    return beside(training_step(our_loss, adapter.parameters()), training_step(their_loss, parameters), rounds)
+def training_steps(folder: Path, rounds: int) -> Timing:
+    """Time a training step of an adapter, and measure its memory (eval/peers/training.py)."""
+    return {"values": take_turns("eval.peers.training", folder, training.COLUMNS, rounds)}
 
 
 def loading(folder: Path, rounds: int, dtype: str) -> Timing:
@@ -137,56 +109,59 @@ def loading(folder: Path, rounds: int, dtype: str) -> Timing:
 ROWS: dict[str, Callable[[Path, int], Timing]] = {
     "load, float16": partial(loading, dtype="float16"),
     "load, float32": partial(loading, dtype="float32"),
-    "step, float32": lambda folder, rounds: steps(folder, torch.float32, rounds),
-    "step, bfloat16": lambda folder, rounds: steps(folder, torch.bfloat16, rounds),
-    "fast step, float32": partial(columns.columns, dtype="float32"),
-    "fast step, bfloat16": partial(columns.columns, dtype="bfloat16"),
-    "training step": training,
+    "step, float32": partial(columns, dtype=torch.float32),
+    "step, bfloat16": partial(columns, dtype=torch.bfloat16),
+    "training step": training_steps,
     "50-step pipeline": pipelines,
-    "step, float32, ours compiled": lambda folder, rounds: steps(folder, torch.float32, rounds, compile_ours=True),
+    "step, float32, ours compiled": compiled,
 }
 
 
 def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> dict[str, Any]:
     """Measure all rows, or those in `only` (other rows of `out` are kept). Write `out` (JSON) after each row.
 
-    Raises ValueError for an unknown row.
+    Raises ValueError for an unknown row, and if the other rows were measured on another machine.
     """
     if unknown := [name for name in only if name not in ROWS]:
         raise ValueError(f"the benchmark has no row {unknown[0]!r}: use one of {'; '.join(ROWS)}")
     check_output(out)
-    machine = f"{processor('cpu')}, {torch.get_num_threads()} threads"
-    results: dict[str, Any] = {"command": "python -m eval benchmark", "machine": machine, "torch": torch.__version__}
+    results: dict[str, Any] = {"command": "python -m eval benchmark", "machine": machine(), "torch": torch.__version__}
+    if only and out.exists():
+        results = kept(out, results) | results
     official.write(folder)
-    if only:
-        results = read_json(out) | results
     for name in only or ROWS:
-        results[name] = ROWS[name](folder, rounds) | {"rounds": rounds}
+        load = os.getloadavg()[0]
+        results[name] = ROWS[name](folder, rounds) | {"rounds": rounds, "load": load}
         print(name, json.dumps(results[name]), flush=True)
         write_json(out, results)
         gc.collect()
     return results
 
 
+def kept(out: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Read the results in `out`. Raises ValueError if they were measured on another machine, or with another PyTorch."""
+    old = read_json(out)
+    if (there := f"{old['machine']}, PyTorch {old['torch']}") != (here := f"{results['machine']}, PyTorch {results['torch']}"):
+        raise ValueError(f"{out} was measured on another machine ({there}) than this one ({here}): measure all rows, or name another --out")
+    return old
+
+
 def table(results: dict[str, Any]) -> str:
     """Make the table of docs/benchmark.md."""
-    rows = {name: row for name, row in results.items() if isinstance(row, dict)}
-    lines = []
-    for name, row in rows.items():
-        limit = f"{row['limit']:.1f} s" if "limit" in row else ""
-        lines.append([name, f"{row['ours']:.1f} s", f"{row['theirs']:.1f} s", f"{row['ratio']:.2f}", limit])
+    rows = []
+    for name, row in ((name, results[name]) for name in ROWS if name in results):
+        if "values" in row:
+            rows += lines(name, row["values"], training.RATIOS if name == "training step" else step.RATIOS)
+        else:
+            rows.append([name, f"{row['ours']:.1f} s", f"{row['theirs']:.1f} s", f"{row['ratio']:.2f}"])
         if "our_memory" in row:
-            lines.append([f"{name}, and read", f"{row['ours_read']:.1f} s", f"{row['theirs_read']:.1f} s", f"{row['ratio_read']:.2f}", ""])
-            memory = [f"{row['our_memory']:.2f}", f"{row['their_memory']:.2f}"]
-            lines.append([f"{name}: anonymous memory / weights", *memory, "", ""])
-    frame = pd.DataFrame(lines, columns=["", "ours", "diffusers", "ratio", "at the peak"])
-    return markdown(frame)
+            rows.append([f"{name}, and read", f"{row['ours_read']:.1f} s", f"{row['theirs_read']:.1f} s", f"{row['ratio_read']:.2f}"])
+            rows.append([f"{name}: anonymous memory / weights", f"{row['our_memory']:.2f}", f"{row['their_memory']:.2f}", ""])
+        if "limit" in row:
+            rows.append([f"{name}: at the peak of this machine", f"{row['limit']:.1f} s", "", ""])
+    return markdown(pd.DataFrame(rows, columns=["", "ours", "diffusers", "ratio"]))
 
 
 def run(args: Namespace) -> None:
     """`python -m eval benchmark`"""
-    results = evaluate(args.state, args.out, args.rounds, args.row)
-    print(table(results))
-    for name, row in results.items():
-        if isinstance(row, dict) and "ratios" in row:
-            print(f"\n{name}\n\n{columns.table(row)}")
+    print(table(evaluate(args.state, args.out, args.rounds, args.row)))

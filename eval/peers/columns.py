@@ -1,100 +1,50 @@
-"""Time a UNet step of diffusers, of this project, and of its fast form, in separate processes that take turns.
+"""Measure several programs in separate processes that take turns, and compare them in a table.
 
-`python -m eval.peers.columns FOLDER COLUMN DTYPE` measures one column in this process and prints the seconds.
-`python -m eval benchmark` runs it for all columns, round by round.
+Each module with columns (eval/peers/step.py, eval/peers/training.py) is a program: `python -m MODULE FOLDER COLUMN ...` measures one column
+and prints JSON, {quantity: number}.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import torch
 
-from checkpoints.adapters import load_adapter
-from checkpoints.single_file import load_single
-from eval.peers import official
-from eval.peers.timing import Run, seconds
-from eval.tables import markdown
-from model.context import Context
-from model.fast import fasten
-from model.image_encoder import VIT_H
-from sampling.machine import keep_memory
-
-# A name, and whether the process keeps freed memory (sampling/machine.py).
-COLUMNS = {
-    "diffusers": ("theirs", False),
-    "plain": ("plain", False),
-    "fast": ("fast", True),
-    "diffusers, memory kept": ("theirs", True),
-}
-RATIOS = {
-    "plain / diffusers": ("plain", "diffusers"),
-    "fast / diffusers": ("fast", "diffusers"),
-    "fast / diffusers, memory kept in both": ("fast", "diffusers, memory kept"),
-}
+Values = dict[str, dict[str, list[float]]]  # {quantity: {column: the values of all rounds}}
+Ratios = Mapping[str, tuple[str, str]]  # {name: (column, column to divide by)}
+UNITS = {"seconds": "s", "gigabytes": "GB"}
 
 
-def inputs(dtype: torch.dtype, batch: int = 2) -> tuple[torch.Tensor, ...]:
-    """Return latents `b 4 64 64`, text tokens `b 77 768` and image embeddings `b 1024`."""
-    g = torch.Generator().manual_seed(1)
-    shapes = (batch, 4, 64, 64), (batch, 77, 768), (batch, 1024)
-    return tuple(torch.randn(*shape, generator=g).to(dtype) for shape in shapes)
+def take_turns(module: str, folder: Path, names: Sequence[str], rounds: int, *options: str) -> Values:
+    """Measure all columns of a module `rounds` times, each time in a new process."""
+    values: Values = {}
+    for _ in range(rounds):
+        for name in names:
+            for quantity, value in measured(module, folder, name, *options).items():
+                values.setdefault(quantity, {}).setdefault(name, []).append(value)
+    return values
 
 
-def step_of(folder: Path, side: str, dtype: torch.dtype) -> Run:
-    """Return a step of one side: a guidance batch of 2 with the adapter. `side` is "theirs", "plain" or "fast"."""
-    x, text, image = inputs(dtype)
-    if side == "theirs":
-        peer, conditions = official.peer_unet(folder, dtype), {"image_embeds": [image[:, None]]}
-        return lambda: peer(x, 500, text, added_cond_kwargs=conditions)
-    unet = load_single(folder / official.SINGLE, dtype).unet
-    context = load_adapter(folder / official.ADAPTER, unet, VIT_H, dtype)(Context(text), image)
-    unet = fasten(unet) if side == "fast" else unet
-    return lambda: unet(x, 500, context)
+def measured(module: str, folder: Path, name: str, *options: str) -> dict[str, float]:
+    """Measure one column in a process of its own."""
+    command = [sys.executable, "-m", module, str(folder), name, *options]
+    return dict(json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
 
 
-def columns(folder: Path, rounds: int, dtype: str) -> dict[str, Any]:
-    """Measure all columns `rounds` times, each time in a new process. Return median and range of the seconds and of the ratios.
+def lines(name: str, values: Values, ratios: Ratios) -> list[list[str]]:
+    """Return a row for each quantity and ratio: name, both medians, and the median ratio with its range.
 
-    `ours` is the fast form, and `theirs` diffusers' default.
+    A ratio is taken in each round, since ratios vary less than times.
     """
-    times = pd.DataFrame([{name: measured_seconds(folder, name, dtype) for name in COLUMNS} for _ in range(rounds)])
-    ratios = pd.DataFrame({name: times[a] / times[b] for name, (a, b) in RATIOS.items()})
-    row = {"ours": times["fast"].median(), "theirs": times["diffusers"].median(), "ratio": ratios["fast / diffusers"].median()}
-    return row | {"seconds": _summary(times), "ratios": _summary(ratios)}
-
-
-def measured_seconds(folder: Path, column: str, dtype: str) -> float:
-    """Measure the seconds of a step of one column, in a process of its own."""
-    command = [sys.executable, "-m", "eval.peers.columns", str(folder), column, dtype]
-    return float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-
-
-def _summary(frame: pd.DataFrame) -> dict[str, list[float]]:
-    """Return [median, smallest, largest] of each column."""
-    return {str(name): [float(column.median()), float(column.min()), float(column.max())] for name, column in frame.items()}
-
-
-def table(row: dict[str, Any]) -> str:
-    """Make a table of the medians, with their ranges."""
-    lines = [[name, *(f"{value:.2f} s" for value in values)] for name, values in row["seconds"].items()]
-    lines += [[name, *(f"{value:.3f}" for value in values)] for name, values in row["ratios"].items()]
-    return markdown(pd.DataFrame(lines, columns=["", "median", "smallest", "largest"]))
-
-
-def main() -> None:
-    folder, column, dtype = Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
-    side, keeps = COLUMNS[column]
-    with torch.no_grad():
-        step = step_of(folder, side, dtype)
-        if keeps:
-            keep_memory()
-        print(seconds(step))
-
-
-if __name__ == "__main__":
-    main()
+    rows = []
+    for quantity, columns in values.items():
+        frame, unit = pd.DataFrame(columns), UNITS[quantity]
+        for what, (ours, theirs) in ratios.items():
+            ratio = frame[ours] / frame[theirs]
+            medians = [f"{frame[column].median():.1f} {unit}" for column in (ours, theirs)]
+            rows.append([f"{name}, {what}", *medians, f"{ratio.median():.2f} [{ratio.min():.2f}, {ratio.max():.2f}]"])
+    return rows
