@@ -198,7 +198,8 @@ def study_tab() -> None:
 
 def build(desk: Desk) -> gr.Blocks:
     """Lay out the page."""
-    with gr.Blocks(title="Image prompts", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    page = gr.Blocks(title="Image prompts", analytics_enabled=False, delete_cache=(600, 3600))
+    with page:
         gr.Markdown(TITLE)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
