@@ -103,5 +103,6 @@ def test_scaling_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pyte
     scaling.evaluate(tmp_path, out, 2)
     assert {(batch, side) for _, batch, side in calls} == {(1, 128)}
     results["points"] = {f"{side}, {batch}": {name: [1.0, 2.0] for name in scaling.NETWORKS} for side, batch in scaling.POINTS}
+    assert "| 32 x 32 | 16 | 1.50 s | 1.50 s | 1.50 s | 1.00 | 1.00 |" in scaling.table(results)
     scaling.plot(results, tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").width == 1200

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import matplotlib
+import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ from eval.peers import official
 from eval.peers.benchmark import kept
 from eval.peers.step import network_of
 from eval.peers.timing import seconds
+from eval.tables import markdown
 
 matplotlib.use("agg")
 
@@ -49,6 +51,19 @@ def evaluate(folder: Path, out: Path, rounds: int) -> dict[str, Any]:
             results["points"][f"{side}, {batch}"] = {name: [row[name] for row in times] for name in NETWORKS}
             write_json(out, results)
     return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Make the table of docs/benchmark.md: median seconds at each point, and the median ratios to diffusers."""
+    rows = []
+    for point in (f"{side}, {batch}" for side, batch in POINTS):
+        times = pd.DataFrame(results["points"][point])
+        ratios = times[["plain", "fast"]].div(times["theirs"], axis=0).median()
+        side, batch = point.split(", ")
+        medians = [f"{times[name].median():.2f} s" for name in NETWORKS]
+        rows.append([f"{side} x {side}", batch, *medians, *(f"{value:.2f}" for value in ratios)])
+    columns = ["latents", "batch", *NETWORKS.values(), "ours / diffusers", "--fast / diffusers"]
+    return f"Measured on {results['machine']}.\n\n{markdown(pd.DataFrame(rows, columns=columns))}"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -83,4 +98,4 @@ def run(args: Namespace) -> None:
     """`python -m eval scaling`"""
     results = evaluate(args.state, args.out, args.rounds)
     plot(results, args.out.with_suffix(".png"))
-    print(f"{args.out.with_suffix('.png')}")
+    print(table(results))
