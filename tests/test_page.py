@@ -203,6 +203,7 @@ def test_hostile_files_are_refused_in_a_sentence(page: Any, tmp_path: Path) -> N
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     press(page, "Keep it")
+    page.get_by_text("Drop a picture that was drawn here").wait_for()
     upload(page, -1, bad)
     page.get_by_text("bad.png: not a picture that this program drew").wait_for()
     upload(page, 0, bad)
