@@ -64,7 +64,7 @@ def test_the_table_shows_time_memory_and_the_limit() -> None:
     values = {"seconds": {name: [2.0, 4.0] for name in training.COLUMNS}, "gigabytes": {name: [3.0, 3.0] for name in training.COLUMNS}}
     values["gigabytes"]["diffusers"] = [6.0, 6.0]
     page = benchmark.table({"training step": {"values": values}, "step, float32": {"values": {"seconds": TIMES}, "limit": 5.0}})
-    assert "| training step, --checkpointing 1 | 3.0 GB | 6.0 GB | 0.50 [0.50, 0.50] |" in page
+    assert "| training step, bfloat16, --checkpointing 1 | 3.0 GB | 6.0 GB | 0.50 [0.50, 0.50] |" in page
     assert "| step, float32: at the peak of this machine | 5.0 s |  |  |" in page
     assert page.index("step, float32, fast") < page.index("training step")
 

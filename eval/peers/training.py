@@ -1,6 +1,7 @@
 """Time a training step of an adapter at batch 1, and measure its peak memory.  `python -m eval.peers.training FOLDER COLUMN`
 
-diffusers' column follows the official recipe, which is float32 on a CPU. Ours keep the frozen base in bfloat16 and the adapter in float32.
+diffusers' column follows the official recipe, which is float32 on a CPU. Ours keep the adapter in float32, and the frozen base in float32 or
+bfloat16.
 """
 
 from __future__ import annotations
@@ -24,25 +25,31 @@ from model.context import Context
 from model.image_encoder import VIT_H
 from sampling.schedule import Schedule
 from train.loss import diffusion_loss
+from train.options import ALL_LEVELS
 
-# Our columns, and how many levels of the UNet recompute their activations.
-LEVELS = {"ours": 0, "--checkpointing 1": 1, "--checkpointing": 4}
-COLUMNS = "diffusers", *LEVELS
-RATIOS = {name: (name, "diffusers") for name in LEVELS}
+# Our columns: the dtype of the frozen base, and how many levels of the UNet recompute their activations.
+OURS = {
+    "float32": (torch.float32, 0),
+    "bfloat16": (torch.bfloat16, 0),
+    "bfloat16, --checkpointing 1": (torch.bfloat16, 1),
+    "bfloat16, --checkpointing": (torch.bfloat16, ALL_LEVELS),
+}
+COLUMNS = "diffusers", *OURS
+RATIOS = {name: (name, "diffusers") for name in OURS}
 
 Loss = Callable[[], Tensor]
 
 
-def our_loss(folder: Path, levels: int) -> tuple[Loss, Iterable[Tensor]]:
+def our_loss(folder: Path, dtype: torch.dtype, levels: int) -> tuple[Loss, Iterable[Tensor]]:
     """Return our loss, and the tensors to train."""
-    unet = load_single(folder / official.SINGLE, torch.bfloat16).unet
+    unet = load_single(folder / official.SINGLE, dtype).unet
     unet.checkpointing = levels
     adapter = load_adapter(folder / official.ADAPTER, unet, VIT_H).requires_grad_(True)
     (x, text, image), t, schedule = inputs(torch.float32, batch=1), torch.tensor([500]), Schedule()
     eps = torch.randn_like(x)
 
     def loss() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             return diffusion_loss(unet, schedule, x, adapter(Context(text), image), t, eps).mean()
 
     return loss, adapter.parameters()
@@ -70,7 +77,7 @@ def forget_peak() -> None:
 
 def main() -> None:
     folder, column = Path(sys.argv[1]), sys.argv[2]
-    loss, weights = our_loss(folder, LEVELS[column]) if column in LEVELS else their_loss(folder)
+    loss, weights = our_loss(folder, *OURS[column]) if column in OURS else their_loss(folder)
     forget_peak()
     taken = seconds(training_step(loss, weights))
     print(json.dumps({"seconds": taken, "gigabytes": peak_bytes() / 1e9}))
