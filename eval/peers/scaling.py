@@ -89,6 +89,7 @@ def _panel(axes: Axes, results: dict[str, Any], points: dict[int, str], label: s
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks([*points], [str(x) for x in points])
+    axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axes.minorticks_off()
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)

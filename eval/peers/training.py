@@ -1,7 +1,7 @@
 """Time a training step of an adapter at batch 1, and measure its peak memory.  `python -m eval.peers.training FOLDER COLUMN`
 
-diffusers' column follows the official recipe, which is float32 on a CPU. Ours keep the adapter in float32, and the frozen base in float32 or
-bfloat16.
+diffusers' column follows the official recipe, which is float32 on a CPU. Ours keep the adapter in float32, and the frozen base in float32
+or bfloat16.
 """
 
 from __future__ import annotations
