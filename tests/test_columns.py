@@ -40,7 +40,8 @@ def test_ratios_are_taken_by_round() -> None:
 
 def test_every_ratio_has_its_columns() -> None:
     assert {name for pair in step.RATIOS.values() for name in pair} == set(step.COLUMNS)
-    assert {network for network, _ in step.COLUMNS.values()} == {"theirs", "plain", "fast"}
+    assert {network for network, _ in step.COLUMNS.values()} <= {"theirs", *step.FORMS}
+    assert {*scaling.NETWORKS} <= {"theirs", *step.FORMS}
     assert {name for pair in training.RATIOS.values() for name in pair} == set(training.COLUMNS)
 
 
@@ -102,6 +103,8 @@ def test_scaling_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pyte
     calls.clear()
     scaling.evaluate(tmp_path, out, 2)
     assert {(batch, side) for _, batch, side in calls} == {(1, 128)}
+    monkeypatch.setattr(scaling, "network_of", None)  # no network is loaded if nothing is missing
+    assert scaling.evaluate(tmp_path, out, 2).keys() == results.keys()
     results["points"] = {f"{side}, {batch}": {name: [1.0, 2.0] for name in scaling.NETWORKS} for side, batch in scaling.POINTS}
     assert "| 32 x 32 | 16 | 1.50 s | 1.50 s | 1.50 s | 1.00 | 1.00 |" in scaling.table(results)
     scaling.plot(results, tmp_path / "a.png")

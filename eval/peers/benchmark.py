@@ -10,8 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,12 +24,10 @@ from checkpoints.files import check_output, read_json, write_json
 from checkpoints.single_file import load_single
 from eval.device import machine
 from eval.peers import official, step, training
-from eval.peers.columns import lines, take_turns
+from eval.peers.columns import lines, measured, take_turns
 from eval.peers.timing import Timing, beside, medians, peak
 from eval.tables import markdown
-from model.context import Context
 from model.image_encoder import VIT_H
-from sampling.loading import compile_unet
 from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
 
@@ -44,13 +40,9 @@ def columns(folder: Path, rounds: int, dtype: torch.dtype) -> Timing:
 
 def compiled(folder: Path, rounds: int) -> Timing:
     """Time a step with our UNet compiled, and diffusers with its defaults."""
-    peer, unet = official.peer_unet(folder, torch.float32), load_single(folder / official.SINGLE, torch.float32).unet
-    adapter = load_adapter(folder / official.ADAPTER, unet, VIT_H)
-    x, text, image = step.inputs(torch.float32)
-    context, conditions, fast = adapter(Context(text), image), {"image_embeds": [image[:, None]]}, compile_unet(unet)
     with torch.no_grad():
-        times = beside(lambda: fast(x, 500, context), lambda: peer(x, 500, text, added_cond_kwargs=conditions), rounds)
-    return times | {"limit": step.operations() / peak(torch.float32)}
+        ours, theirs = (step.network_of(folder, name, torch.float32)(2, 64) for name in ("compiled", "theirs"))
+        return beside(ours, theirs, rounds) | {"limit": step.operations() / peak(torch.float32)}
 
 
 def pipelines(folder: Path, rounds: int, few: tuple[int, int] = (1, 3)) -> Timing:
@@ -97,8 +89,7 @@ def loading(folder: Path, rounds: int, dtype: str) -> Timing:
             gc.collect()
 
     def measure(side: str) -> dict[str, float]:
-        command = [sys.executable, "-m", "eval.peers.loading", str(folder), side, dtype]
-        return dict(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
+        return measured("eval.peers.loading", folder, side, dtype)
 
     rows = [(measure("ours"), measure("theirs")) for _ in range(rounds + 1)][1:]  # drop the first round, which reads from the disk
     memory = {f"{side}_memory": max(row[i]["memory_read"] for row in rows) for i, side in enumerate(("our", "their"))}
@@ -141,7 +132,7 @@ def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> 
 def kept(out: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Read the results in `out`. Raises ValueError if they were measured on another machine, or with another PyTorch."""
     old = read_json(out)
-    if (there := f"{old['machine']}, PyTorch {old['torch']}") != (here := f"{results['machine']}, PyTorch {results['torch']}"):
+    if (there := f"{old.get('machine')}, PyTorch {old.get('torch')}") != (here := f"{results['machine']}, PyTorch {results['torch']}"):
         raise ValueError(f"{out} was measured on another machine ({there}) than this one ({here}): measure all rows, or name another --out")
     return old
 

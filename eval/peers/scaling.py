@@ -40,12 +40,13 @@ def evaluate(folder: Path, out: Path, rounds: int) -> dict[str, Any]:
     results: dict[str, Any] = {"command": "python -m eval scaling", "machine": machine(), "torch": torch.__version__, "points": {}}
     if out.exists():
         results = kept(out, results)
+    missing = [point for point in POINTS if f"{point[0]}, {point[1]}" not in results["points"]]
+    if not missing:
+        return results
     official.write(folder)
     with torch.no_grad():
         networks = {name: network_of(folder, name, torch.float32) for name in NETWORKS}
-        for side, batch in tqdm(POINTS, desc="scaling", unit="point"):
-            if f"{side}, {batch}" in results["points"]:
-                continue
+        for side, batch in tqdm(missing, desc="scaling", unit="point"):
             steps = {name: network(batch, side) for name, network in networks.items()}
             times = [{name: seconds(step) for name, step in steps.items()} for _ in range(rounds)]
             results["points"][f"{side}, {batch}"] = {name: [row[name] for row in times] for name in NETWORKS}

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +24,7 @@ from model.fast import fasten
 from model.image_encoder import VIT_H
 from model.image_projection import ImageProjection
 from model.unet import SD15, UNet
+from sampling.loading import compile_unet
 from sampling.machine import keep_memory
 
 # A name, the network, and whether the process keeps freed memory (sampling/machine.py).
@@ -32,6 +34,7 @@ COLUMNS = {
     "fast": ("fast", True),
     "diffusers, memory kept": ("theirs", True),
 }
+FORMS: dict[str, Callable[[UNet], Callable[..., Any]]] = {"plain": lambda unet: unet, "fast": fasten, "compiled": compile_unet}
 RATIOS = {
     "plain": ("plain", "diffusers"),
     "fast": ("fast", "diffusers"),
@@ -47,7 +50,7 @@ def inputs(dtype: torch.dtype, batch: int = 2, side: int = 64) -> tuple[torch.Te
 
 
 def network_of(folder: Path, name: str, dtype: torch.dtype) -> Callable[[int, int], Run]:
-    """Load a network, "theirs", "plain" or "fast". Return a function of batch and side of the latents that returns a step."""
+    """Load a network, "theirs" or one of `FORMS`. Return a function of batch and side of the latents that returns a step."""
     if name == "theirs":
         peer = official.peer_unet(folder, dtype)
 
@@ -59,12 +62,12 @@ def network_of(folder: Path, name: str, dtype: torch.dtype) -> Callable[[int, in
         return their_step
     unet = load_single(folder / official.SINGLE, dtype).unet
     adapter = load_adapter(folder / official.ADAPTER, unet, VIT_H, dtype)
-    unet = fasten(unet) if name == "fast" else unet
+    form = FORMS[name](unet)
 
     def our_step(batch: int, side: int) -> Run:
         x, text, image = inputs(dtype, batch, side)
         context = adapter(Context(text), image)
-        return lambda: unet(x, 500, context)
+        return lambda: form(x, 500, context)
 
     return our_step
 
