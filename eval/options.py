@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     add_scores(commands)
     add_clip(commands)
     add_ablation(commands)
-    add_cause(commands)
+    add_tiers(commands)
     add_peers(commands)
     add_calibration(commands)
     add_by_eye(commands)
@@ -120,13 +120,17 @@ def add_ablation(commands: Commands) -> None:
     size.add_argument("--prompts", type=int, help="number of test prompts (default: 128)")
 
 
-def add_cause(commands: Commands) -> None:
-    p = command(commands, "cause", "Find out why a joint softmax costs what it costs: tier B of the ablation")
-    p.add_argument("--out", type=Path, default=Path("."), help="folder for results/ (default: the current one)")
-    p.add_argument("--state", type=Path, help="folder for checkpoints and caches (default: runs/cause in --out)")
-    p.add_argument("--jobs", type=count, help="number of processes, each with one thread (default: one per core; on a GPU, 6 share it)")
-    p.add_argument("--device", default="cpu", help="device to train and draw on, such as cuda (default: cpu)")
-    p.add_argument("--smoke", action="store_true", help="run everything at a tiny size; the numbers mean nothing")
+def add_tiers(commands: Commands) -> None:
+    cause = command(commands, "cause", "Find out why a joint softmax costs what it costs: tier B of the ablation")
+    description = "Compare IP-Adapter and the simple adapter on a base and a CLIP from another seed: tier E of the ablation"
+    second = command(commands, "second-base", description)
+    second.add_argument("--base", type=Path, help="folder of the second base (default: runs/second_base/weights in --out; trained first)")
+    for p, name in ((cause, "cause"), (second, "second_base")):
+        p.add_argument("--out", type=Path, default=Path("."), help="folder for results/ (default: the current one)")
+        p.add_argument("--state", type=Path, help=f"folder for checkpoints and caches (default: runs/{name} in --out)")
+        p.add_argument("--jobs", type=count, help="number of processes, each with one thread (default: one per core; on a GPU, 6 share it)")
+        p.add_argument("--device", default="cpu", help="device to train and draw on, such as cuda (default: cpu)")
+        p.add_argument("--smoke", action="store_true", help="run everything at a tiny size; the numbers mean nothing")
 
 
 def add_peers(commands: Commands) -> None:

@@ -1,10 +1,11 @@
-"""Tier B of the ablation: what its forms compute, and a tiny study from end to end."""
+"""Tiers B and E of the ablation: what the forms compute, and tiny studies from end to end."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_world import write_world
 from torch import Tensor
 
 from eval import __main__ as commands
-from eval.ablation import cause
+from eval.ablation import cause, second_base
 from eval.ablation.forms import FORMS, OWN, SHARED
 from eval.ablation.fuses import MixedAdapter, gate, image_yields, mixed, text_yields
 from eval.ablation.grid import bisect_lambdas
@@ -25,6 +26,7 @@ from model.context import Context
 from model.image_projection import ImageProjection
 from model.source import Source
 from model.unet import UNet
+from train import options as training_options
 
 ROOT = Path(__file__).parent.parent
 HEADS = [FORMS[form].name for form in (*OWN, *SHARED)]
@@ -103,3 +105,41 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     shutil.rmtree(tmp_path / "runs")
     monkeypatch.setattr("train.adapter.fit", None)
     assert call().endswith(said[said.index("|") :]) and path.read_text() == written
+
+
+def test_another_base_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table has both forms, beside those of tier B if its results are there."""
+    weights = write_world(tmp_path / "weights")
+    for name in ("score_image", "score_text"):
+        for end in (".safetensors", ".json"):
+            shutil.copy(ROOT / "weights" / f"{name}{end}", weights)
+    size = ["--out", str(tmp_path), "--smoke", "--jobs", "1"]
+    commands.run(commands.parser().parse_args(["--weights", str(weights), "second-base", "--base", str(weights), *size]))
+    lines = capsys.readouterr().out.splitlines()
+    rows = lines[lines.index(next(line for line in lines if line.startswith("| base"))) :]
+    assert [row.split(" | ")[1] for row in rows[2:]] == ["IP-Adapter", "simple", "difference [95 %]"]
+    results = Results.of(tmp_path / "results" / "second_base.json")
+    assert set(results.data["summary"]) == {"alone", "ceiling", "endpoint", "one", "difference"}
+    assert len(second_base.table(second_base.both_bases(results, tmp_path / "results" / "second_base.json"))) == 6
+
+
+def test_the_second_base_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command lines are those of `python -m train`; what is there is not trained again; a failure is said."""
+    base, said = tmp_path / "base", list[list[str]]()
+
+    def train(command: list[str]) -> subprocess.CompletedProcess[str]:
+        options = training_options.parser("").parse_args(command[3:])
+        assert command[1:3] == ["-m", "train"] and (options.seed, options.weights, options.device) == (2, base, "cuda")
+        said.append(command)
+        (base / f"{second_base.STAGES[options.stage]}.safetensors").write_bytes(b"")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("subprocess.run", train)
+    for _ in range(2):
+        second_base.train_base(base, ROOT / "weights", tmp_path / "state", "cuda")
+    assert [command[3] for command in said] == ["clip", "unet"]
+    assert (base / "vae.safetensors").read_bytes() == (ROOT / "weights" / "vae.safetensors").read_bytes()
+    (base / "unet.safetensors").unlink()
+    monkeypatch.setattr("subprocess.run", lambda command: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(ValueError, match="was not trained"):
+        second_base.train_base(base, ROOT / "weights", tmp_path / "state", "cuda")

@@ -10,9 +10,8 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,27 +19,25 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from checkpoints.files import check_output, write_json, write_tensors
 from eval.ablation.appendix import mark
-from eval.ablation.command import default_jobs, restore
 from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_run
 from eval.ablation.forms import FORMS, OWN, SHARED
 from eval.ablation.fuses import MixedAdapter, gate
-from eval.ablation.memo import Memo, Unit, pack
+from eval.ablation.memo import Memo, Unit
 from eval.ablation.report import p_value, spread
-from eval.ablation.rows import SCHEMA, Results
+from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level, holm
 from eval.ablation.study import Study, Workspace, made_on
 from eval.ablation.summary import endpoint
+from eval.ablation.tier import ShortStudy, Tier, at_one
 from eval.ablation.training import plan_of, trained_adapter
-from eval.ablation.work import Job, evaluate
+from eval.ablation.work import Job
 from eval.tables import markdown, with_interval
 from model.attention import CrossAttention
 from model.context import Context
 from model.source import Source
 from model.unet import UNet
 from sampling.device import check_device
-from train.setting import TrainingSource
 
 CROSSED = ("ip_adapter", "concatenated"), ("concatenated", "ip_adapter"), ("shared", "simple"), ("simple", "shared")  # trained as, drawn as
 CONTRASTS = [(forms[0], other) for forms in (OWN, SHARED) for other in forms[1:]]
@@ -48,27 +45,14 @@ CONTRASTS += [("text_yields", "image_yields"), ("shared_text_yields", "shared_im
 
 
 @dataclass(frozen=True)
-class CauseStudy(Study):
-    """The size of tier B; the defaults are those of the protocol. All forms have the same number of seeds and one learning rate."""
+class CauseStudy(ShortStudy):
+    """The size of tier B. All forms have the same number of seeds."""
 
-    steps: int = 2000
-    rates: tuple[float, ...] = (1.5e-3,)
     other_seeds: int = 5
     forms: tuple[str, ...] = (*OWN, *SHARED)
-    through: tuple[str, ...] = ()
-
-    @property
-    def checkpoints(self) -> tuple[int, ...]:
-        return (self.steps,)
 
     def hours(self) -> float:
-        """Estimate the hours on one core of a CPU, as for tier A."""
-        runs = len(self.runs(*self.forms))
-        drawings = self.prompts * (11 * (runs + len(CROSSED) * (self.seeds + 1) + len(self.forms)) + runs)
-        return (0.049 * self.batch * self.steps * runs + 0.1 * drawings) / 3600
-
-
-SMOKE = CauseStudy(steps=16, batch=4, seeds=1, prompts=4, draw_steps=2, resamples=200)
+        return self.estimate(grids=len(self.runs(*self.forms)) + len(CROSSED) * (self.seeds + 1) + len(self.forms))
 
 
 @contextmanager
@@ -147,13 +131,6 @@ def summarise(results: Results) -> dict[str, Any]:
     }
 
 
-def at_one(results: Results, form: str) -> dict[str, float]:
-    """Return the means over seeds and prompts at lambda 1."""
-    index = results.grid(form).index(1.0)
-    values = {key: results.curve(form, key).value[:, index].mean() for key in ("following", "concept", "information")}
-    return {key: float(value) for key, value in values.items()}
-
-
 def mean_over_seeds(results: Results, form: str, key: str) -> list[list[float]]:
     """Average a number of each layer and head over seeds."""
     units = [unit.value for name, unit in results.units.items() if name.startswith("shares-") and unit.value["form"] == form]
@@ -207,25 +184,8 @@ def tables(results: Results) -> str:
     return "\n\n".join(markdown(table(results)) for table in (endpoint_table, difference_table, crossed_table, share_table))
 
 
-def write(data: dict[str, Any], units: dict[str, Unit], path: Path) -> Results:
-    """Write the results and their summary to `path` (JSON), and the arrays beside it."""
-    rows, arrays = pack(units)
-    more = {"shares": "shares-FORM-SEED: 1 - g, and mu, of each layer and head", "summary": "eval/ablation/cause.py::summarise"}
-    write_tensors(path.with_suffix(".safetensors"), arrays, None)
-    write_json(path, {"schema": SCHEMA | more, **data, "summary": summarise(Results(data, units)), "units": rows})
-    return Results.of(path)
-
-
 def run(args: Namespace) -> None:
     """`python -m eval cause`"""
-    path = args.out / "results" / "cause.json"
     check_device(args.device)
-    check_output(path)
-    study = replace(SMOKE if args.smoke else CauseStudy(), device=args.device)
-    state = args.state or args.out / "runs" / "cause"
-    source = TrainingSource(args.weights, pictures=4 * SMOKE.batch if args.smoke else TrainingSource.pictures)
-    workspace = Workspace(source, args.out / "results" / "cause", state, str(args.weights)).with_fingerprints(study)
-    restore(path, workspace)
-    if study.device == "cpu":
-        torch.set_num_threads(1)
-    print(tables(write(*evaluate(workspace, study, args.jobs or default_jobs(study.device), jobs_of), path)))
+    more = {"shares": "shares-FORM-SEED: 1 - g, and mu, of each layer and head"}
+    print(tables(Tier("cause", CauseStudy(), jobs_of, summarise, more).run(args, args.weights)))

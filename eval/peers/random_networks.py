@@ -67,7 +67,8 @@ def their_unet(setting: Setting, dtype: torch.dtype) -> Any:
     for name, tensor in adapter.state_dict().items():
         group, _, rest = names[name][0].partition(".")
         state[group][rest] = tensor.cpu()
-    peer: Any = UNet2DConditionModel.from_config(diffusers_config(setting.unet))
+    with torch.device(setting.device):
+        peer: Any = UNet2DConditionModel.from_config(diffusers_config(setting.unet))
     peer._load_ip_adapter_weights([state])
     return peer.to(setting.device, dtype).eval().requires_grad_(False)
 

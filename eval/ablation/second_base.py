@@ -1,0 +1,121 @@
+"""Tier E of the ablation: does its result hold on a base and a CLIP that were trained from another seed?  `python -m eval second-base`
+
+docs/ablation-protocol.md, "Tier E", says what is compared. The first base's numbers are those of the same forms in tier B.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from checkpoints.files import replacing
+from eval.ablation.appendix import mark
+from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_run
+from eval.ablation.forms import BASELINE, FORMS, PRIMARY
+from eval.ablation.report import spread
+from eval.ablation.rows import Results
+from eval.ablation.statistics import Bootstrap, at_level
+from eval.ablation.study import Study, Workspace
+from eval.ablation.summary import endpoint
+from eval.ablation.tier import ShortStudy, Tier, at_one
+from eval.ablation.work import Job
+from eval.tables import markdown, with_interval
+from sampling.device import check_device
+
+SEED = 2  # the CLIP and the base of the mini world are trained with seeds 0 and 1
+STAGES = {"clip": "image_encoder", "unet": "unet"}  # stage -> the file that it writes last
+
+
+@dataclass(frozen=True)
+class SecondStudy(ShortStudy):
+    """The size of tier E."""
+
+    seeds: int = 3
+    forms: tuple[str, ...] = (BASELINE, PRIMARY)
+
+
+def commands(base: Path, state: Path, device: str) -> dict[Path, list[str]]:
+    """Return the command lines that train the CLIP and the base in the folder `base`, by the file that each writes last."""
+    on = [] if device == "cpu" else ["--device", device, "--scale", "4"]
+    given = ["--seed", str(SEED), "--weights", str(base), "--state", str(state), *on]
+    return {base / f"{name}.safetensors": ["train", stage, *given] for stage, name in STAGES.items()}
+
+
+def train_base(base: Path, weights: Path, state: Path, device: str) -> None:
+    """Train what is missing of the CLIP and the base in the folder `base`. The VAE and the judge are those in the folder `weights`.
+
+    Raises ValueError if a training fails.
+    """
+    for file in (weights / f"{name}.{end}" for name in ("vae", "judge") for end in ("safetensors", "json")):
+        if not (base / file.name).exists():
+            with replacing(base / file.name) as part:
+                shutil.copyfile(file, part)
+    for file, command in commands(base, state, device).items():
+        if not file.exists() and subprocess.run([sys.executable, "-m", *command]).returncode:
+            raise ValueError(f"{file} was not trained; its training says why, above. The same command continues")
+
+
+def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
+    """List all jobs. Adapters draw only the first task."""
+    first = tasks[0]
+    jobs = [Job("references", partial(references, workspace, study))]
+    jobs += [Job(f"alone-{task}-test", partial(alone, workspace, study, task, "test")) for task in (first, "picture")]
+    for form, seed in study.runs(*study.forms):
+        jobs.append(Job(f"train-{form}-{seed}", partial(train_run, workspace, study, form, seed)))
+        what = Draw(form, seed, study.steps, first)
+        if seed == 0:
+            jobs.append(Job(what.grid, partial(find_grid, workspace, study, form), (what.run,)))
+        jobs.append(Job(what.name, partial(draw, workspace, study, what), (what.run, what.grid)))
+    return jobs
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """Compute all numbers of the table, from a study that has both forms: this tier, or tier B."""
+    level, forms = results.study["level"], (BASELINE, PRIMARY)
+    curves = {form: results.curve(form) for form in forms}
+    difference = Bootstrap(results.study["resamples"]).difference(curves[BASELINE], curves[PRIMARY], at_level(level))
+    return {
+        "alone": float(results.measures(f"alone-{results.primary}-test")["following"].mean()),
+        "ceiling": float(results.measures("references")["information"][1].mean()),
+        "endpoint": {form: endpoint(curve, level) for form, curve in curves.items()},
+        "one": {form: at_one(results, form) for form in forms},
+        "difference": asdict(difference),
+    }
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Tabulate both forms on each base. `summaries`: by the name of the base."""
+    lines = []
+    for base, summary in summaries.items():
+        for form, end in summary["endpoint"].items():
+            one, line = summary["one"][form], {"base": base, "form": FORMS[form].short}
+            line |= {"information at the level": mark(spread(end["information"]), end), "λ = 1: follows": f"{one['following']:.0%}"}
+            lines.append(line | {"λ = 1: concept": f"{one['concept']:.0%}", "λ = 1: information": f"{one['information']:.1f}"})
+        difference = with_interval(summary["difference"])
+        lines.append({"base": base, "form": "difference [95 %]", "information at the level": difference})
+    return pd.DataFrame(lines)
+
+
+def both_bases(results: Results, cause: Path) -> dict[str, dict[str, Any]]:
+    """Return the summaries of both bases, of the second alone if the results file `cause` of tier B is not there."""
+    first = {"the first": summarise(Results.of(cause))} if cause.exists() else {}
+    return first | {"the second": results.data["summary"]}
+
+
+def run(args: Namespace) -> None:
+    """`python -m eval second-base`"""
+    check_device(args.device)
+    base = args.base or args.out / "runs" / "second_base" / "weights"
+    if args.base is None:
+        train_base(base, args.weights, base.parent, args.device)
+    results = Tier("second_base", SecondStudy(), jobs_of, summarise, {}).run(args, base)
+    print(markdown(table(both_bases(results, args.out / "results" / "cause.json"))))

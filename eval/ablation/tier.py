@@ -1,0 +1,80 @@
+"""What the tiers after the first one share: their trainings, and how a tier is run and its results are written."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.files import check_output, write_json, write_tensors
+from eval.ablation.command import default_jobs, restore
+from eval.ablation.memo import pack
+from eval.ablation.rows import SCHEMA, Results
+from eval.ablation.study import Study, Workspace
+from eval.ablation.work import Jobs, evaluate
+from train.setting import TrainingSource
+
+
+@dataclass(frozen=True)
+class ShortStudy(Study):
+    """Trainings of a quarter of the steps of tier A, at one learning rate. The defaults are those of the protocol."""
+
+    steps: int = 2000
+    rates: tuple[float, ...] = (1.5e-3,)
+    through: tuple[str, ...] = ()
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        return (self.steps,)
+
+    def hours(self) -> float:
+        return self.estimate(grids=len(self.runs(*self.forms)) + len(self.forms))
+
+    def estimate(self, grids: int) -> float:
+        """Estimate the hours on one core of a CPU, as for tier A. `grids`: how many times a whole grid of lambdas is drawn."""
+        steps = self.steps * len(self.runs(*self.forms))
+        return (0.049 * self.batch * steps + 0.1 * 11 * self.prompts * grids) / 3600
+
+    def smoke(self) -> ShortStudy:
+        """Return the same study at a tiny size; its numbers are meaningless."""
+        return replace(self, steps=16, batch=4, seeds=1, other_seeds=1, prompts=4, draw_steps=2, resamples=200)
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A later tier. `name`: of its files. `units`: what the units of work are that tier A does not have."""
+
+    name: str
+    study: ShortStudy
+    jobs: Jobs
+    summarise: Callable[[Results], dict[str, Any]]
+    units: dict[str, str]
+
+    def run(self, args: Namespace, base: Path) -> Results:
+        """Train and draw what is missing on the base model in the folder `base`, and write results/NAME.json and .safetensors."""
+        path = args.out / "results" / f"{self.name}.json"
+        check_output(path)
+        study = replace(self.study.smoke() if args.smoke else self.study, device=args.device)
+        source = TrainingSource(base, pictures=4 * study.batch if args.smoke else TrainingSource.pictures)
+        state = args.state or args.out / "runs" / self.name
+        workspace = Workspace(source, args.out / "results" / self.name, state, str(args.weights)).with_fingerprints(study)
+        restore(path, workspace)
+        if study.device == "cpu":
+            torch.set_num_threads(1)
+        data, units = evaluate(workspace, study, args.jobs or default_jobs(study.device), self.jobs)
+        rows, arrays = pack(units)
+        write_tensors(path.with_suffix(".safetensors"), arrays, None)
+        schema = SCHEMA | self.units | {"summary": f"eval/ablation/{self.name}.py::summarise"}
+        write_json(path, {"schema": schema, **data, "summary": self.summarise(Results(data, units)), "units": rows})
+        return Results.of(path)
+
+
+def at_one(results: Results, form: str) -> dict[str, float]:
+    """Return the means over seeds and prompts at lambda 1."""
+    index = results.grid(form).index(1.0)
+    values = {key: results.curve(form, key).value[:, index].mean() for key in ("following", "concept", "information")}
+    return {key: float(value) for key, value in values.items()}
