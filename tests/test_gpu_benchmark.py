@@ -33,6 +33,7 @@ def test_what_is_measured_first() -> None:
         "50-step picture, bf16",
         "compiled bf16, batch 2, reduce-overhead",
     ]
+    assert names[5:7] == ["eager bf16, batch 16", "eager fp16, batch 16"] and len(names) == 14
     assert all("max-autotune" in name for name in names[-4:])
 
 
