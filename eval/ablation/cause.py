@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eval.ablation.appendix import mark
-from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_run
+from eval.ablation.draws import Draw, alone, draw, draw_unit, find_grid, references, train_run
 from eval.ablation.forms import FORMS, OWN, SHARED
 from eval.ablation.fuses import MixedAdapter, gate
 from eval.ablation.memo import Memo, Unit
@@ -40,6 +40,7 @@ from model.unet import UNet
 from sampling.device import check_device
 
 CROSSED = ("ip_adapter", "concatenated"), ("concatenated", "ip_adapter"), ("shared", "simple"), ("simple", "shared")  # trained as, drawn as
+WIDE_FORMS, WIDE_SEEDS, WIDE = ("image_yields", "shared_image_yields"), 3, (4.0, 8.0, 16.0)  # lambdas above those of the grid
 CONTRASTS = [(forms[0], other) for forms in (OWN, SHARED) for other in forms[1:]]
 CONTRASTS += [("text_yields", "image_yields"), ("shared_text_yields", "shared_image_yields")]
 
@@ -91,6 +92,12 @@ def measure_shares(workspace: Workspace, study: Study, form: str, seed: int) -> 
     return Memo(workspace.work)(f"shares-{form}-{seed}", make)
 
 
+def draw_wide(workspace: Workspace, study: Study, form: str, seed: int) -> Unit:
+    """Draw the first task at the lambdas of `WIDE`."""
+    what = Draw(form, seed, study.steps, workspace.bench(study).prompts.tasks[0])
+    return Memo(workspace.work)(f"wide-{form}-{seed}", lambda: draw_unit(workspace, study, what, [*WIDE]))
+
+
 def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
     """List all jobs. Adapters draw only the first task."""
     first = tasks[0]
@@ -108,6 +115,8 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
         jobs.append(Job(run, partial(train_run, workspace, study, form, seed)))
         add(Draw(form, seed, study.steps, first))
         jobs.append(Job(f"shares-{form}-{seed}", partial(measure_shares, workspace, study, form, seed), (run,)))
+        if form in WIDE_FORMS and seed < WIDE_SEEDS:
+            jobs.append(Job(f"wide-{form}-{seed}", partial(draw_wide, workspace, study, form, seed), (run,)))
         for sampled in [b for a, b in CROSSED if a == form]:
             add(Draw(form, seed, study.steps, first, sampled=sampled))
     return jobs
@@ -125,10 +134,18 @@ def summarise(results: Results) -> dict[str, Any]:
         "endpoint": {name: endpoint(curve, study["level"]) for name, curve in (curves | crossed).items()},
         "one": {form: at_one(results, form) for form in study["forms"]},
         "difference": {name: asdict(each) | {"p": p[name]} for name, each in intervals.items()},
+        "wide": {form: at_wide(results, form) for form in WIDE_FORMS},
         "shares": {form: mean_over_seeds(results, form, "shares") for form in study["forms"]},
         "mu": mean_over_seeds(results, "mixed", "mu"),
         "ceiling": float(results.measures("references")["information"][1].mean()),
     }
+
+
+def at_wide(results: Results, form: str) -> dict[str, dict[str, float]]:
+    """Return the means over seeds and prompts at each lambda of `WIDE`."""
+    units = [results.measures(name) for name in results.units if name.startswith(f"wide-{form}-")]
+    means = {key: np.mean([unit[key] for unit in units], axis=(0, 2)) for key in ("following", "concept", "information")}
+    return {f"{lam:g}": {key: float(mean[i]) for key, mean in means.items()} for i, lam in enumerate(WIDE)}
 
 
 def mean_over_seeds(results: Results, form: str, key: str) -> list[list[float]]:
@@ -168,6 +185,16 @@ def crossed_table(results: Results) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def wide_table(results: Results) -> pd.DataFrame:
+    """Tabulate drawings at the lambdas of `WIDE`, below those at lambda 1."""
+    summary, lines = results.data["summary"], []
+    for form, wide in summary["wide"].items():
+        for lam, row in {"1": summary["one"][form], **wide}.items():
+            line = {"form": FORMS[form].name, "λ": lam, "follows": f"{row['following']:.0%}", "concept": f"{row['concept']:.0%}"}
+            lines.append(line | {"information": f"{row['information']:.1f}"})
+    return pd.DataFrame(lines)
+
+
 def share_table(results: Results) -> pd.DataFrame:
     """Tabulate 1 - g, and mu of `mixed`, as the mean of each layer and its range over heads."""
     summary = results.data["summary"]
@@ -181,11 +208,11 @@ def share_table(results: Results) -> pd.DataFrame:
 
 def tables(results: Results) -> str:
     """Return all tables in Markdown."""
-    return "\n\n".join(markdown(table(results)) for table in (endpoint_table, difference_table, crossed_table, share_table))
+    return "\n\n".join(markdown(table(results)) for table in (endpoint_table, difference_table, wide_table, crossed_table, share_table))
 
 
 def run(args: Namespace) -> None:
     """`python -m eval cause`"""
     check_device(args.device)
-    more = {"shares": "shares-FORM-SEED: 1 - g, and mu, of each layer and head"}
-    print(tables(Tier("cause", CauseStudy(), jobs_of, summarise, more).run(args, args.weights)))
+    more = {"shares": "shares-FORM-SEED: 1 - g, and mu, of each layer and head", "wide": "wide-FORM-SEED: drawn at larger lambdas"}
+    print(tables(Tier("cause", "cause", CauseStudy(), jobs_of, summarise, more).run(args, args.weights)))

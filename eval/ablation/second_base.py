@@ -117,5 +117,5 @@ def run(args: Namespace) -> None:
     base = args.base or args.out / "runs" / "second_base" / "weights"
     if args.base is None:
         train_base(base, args.weights, base.parent, args.device)
-    results = Tier("second_base", SecondStudy(), jobs_of, summarise, {}).run(args, base)
+    results = Tier("second_base", "second-base", SecondStudy(), jobs_of, summarise, {}).run(args, base)
     print(markdown(table(both_bases(results, args.out / "results" / "cause.json"))))

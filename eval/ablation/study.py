@@ -119,7 +119,8 @@ class Workspace:
     """The inputs of a study and the locations of its files.
 
     `source`: base model and pictures. `shipped`: folder of the finished adapters. `state`: folder of all other files, with one
-    subfolder per value of `made_from`. `scorer`: the name of a CLIP (`clip_score.find`). `made_from`: see `with_fingerprints`.
+    subfolder per value of `made_from`. `scorer`: the name of a CLIP (`clip_score.find`). `made_from`: see `with_fingerprints`. `command`:
+    the command that the cards of the adapters name.
     """
 
     source: TrainingSource
@@ -127,6 +128,7 @@ class Workspace:
     state: Path
     scorer: str
     made_from: dict[str, Any] = field(default_factory=dict)
+    command: str = "python -m eval ablation"
 
     @property
     def work(self) -> Path:

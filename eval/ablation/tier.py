@@ -46,9 +46,10 @@ class ShortStudy(Study):
 
 @dataclass(frozen=True)
 class Tier:
-    """A later tier. `name`: of its files. `units`: what the units of work are that tier A does not have."""
+    """A later tier. `name`: of its files. `command`: of `python -m eval`. `units`: the units of work that tier A does not have."""
 
     name: str
+    command: str
     study: ShortStudy
     jobs: Jobs
     summarise: Callable[[Results], dict[str, Any]]
@@ -61,7 +62,8 @@ class Tier:
         study = replace(self.study.smoke() if args.smoke else self.study, device=args.device)
         source = TrainingSource(base, pictures=4 * study.batch if args.smoke else TrainingSource.pictures)
         state = args.state or args.out / "runs" / self.name
-        workspace = Workspace(source, args.out / "results" / self.name, state, str(args.weights)).with_fingerprints(study)
+        adapters, command = args.out / "results" / self.name, f"python -m eval {self.command}"
+        workspace = Workspace(source, adapters, state, str(args.weights), command=command).with_fingerprints(study)
         restore(path, workspace)
         if study.device == "cpu":
             torch.set_num_threads(1)

@@ -69,7 +69,7 @@ def train(workspace: Workspace, study: Study, form: str, plan: Plan, steps: Sequ
         if step in missing:
             losses = [{key: row[key] for key in LOSSES} for row in log if "held_out" in row]
             size = sum(p.numel() for p in adapter.parameters())
-            card = {"command": "python -m eval ablation", "settings": settings, "parameters": size, "losses": losses}
+            card = {"command": workspace.command, "settings": settings, "parameters": size, "losses": losses}
             save(adapter, setting.pipeline.unet, workspace.adapter(study, plan, step), card | made_on(study.device))
 
 
