@@ -23,6 +23,9 @@ from eval.ablation.study import RATE_SEED, Study, Workspace
 from eval.ablation.training import try_rate
 
 
+TRAININGS = "train-", "rate-", "through-"  # how the names of jobs that train begin
+
+
 @dataclass(frozen=True)
 class Job:
     """A picklable call that stores a unit of this name, and the names of the jobs that it needs."""
@@ -73,7 +76,7 @@ def missing(workspace: Workspace, jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs whose units are not stored, and the trainings of adapters that those draw with."""
     memo = Memo(workspace.work)
     undone = {job.name for job in jobs if not memo.path(job.name).exists()}
-    trainings = {name for job in jobs if job.name in undone for name in job.after if name.startswith("train-")}
+    trainings = {name for job in jobs if job.name in undone for name in job.after if name.startswith(TRAININGS[0])}
     return [job for job in jobs if job.name in undone | trainings]
 
 
@@ -107,13 +110,13 @@ Jobs = Callable[[Workspace, Study, Sequence[str]], list[Job]]
 def evaluate(workspace: Workspace, study: Study, jobs: int, list_jobs: Jobs = jobs_of) -> tuple[dict[str, Any], dict[str, Unit]]:
     """Compute what is missing; return the content of the results file except the summary, and all units."""
     splits = {split: workspace.bench(study, split).prompts for split in ("validation", "test", "confirm")}
-    all_jobs = list_jobs(workspace, study, splits["test"].tasks)
+    all_jobs, memo = list_jobs(workspace, study, splits["test"].tasks), Memo(workspace.work)
     if todo := missing(workspace, all_jobs):
         if workspace.source.data is None:
             print(f"{len(todo)} units of work are missing; all take about {study.hours():.1f} hours of one core of a CPU")
-        workspace.setting(study)  # encode the pictures once, before parallel processes need them
+        if any(job.name.startswith(TRAININGS) and not memo.path(job.name).exists() for job in todo):
+            workspace.setting(study)  # encode the pictures once, before parallel processes need them
         run(todo, jobs)
-    memo = Memo(workspace.work)
     units = {job.name: memo.read(job.name) for job in all_jobs}
     if workspace.source.data is not None:
         splits = {"test": splits["test"]}
