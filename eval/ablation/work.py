@@ -22,7 +22,6 @@ from eval.ablation.memo import Memo, Unit
 from eval.ablation.study import RATE_SEED, Study, Workspace
 from eval.ablation.training import try_rate
 
-
 TRAININGS = "train-", "rate-", "through-"  # how the names of jobs that train begin
 
 
