@@ -13,7 +13,7 @@ from checkpoints.files import read_json, replacing
 from eval import by_eye, calibration, fine, frechet, structure, style, world_table
 from eval.ablation import report
 from eval.ablation.rows import Results
-from eval.peers import benchmark, marks, parity, scaling
+from eval.peers import benchmark, gpu, marks, parity, scaling
 
 PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -34,6 +34,7 @@ def inserts(root: Path) -> dict[str, str]:
         "parity_sdxl": parity.table(results["parity_sdxl"]),
         "parity_tests": marks.table(root),
         "scaling": scaling.table(results["scaling"]),
+        "gpu": gpu.table(results["gpu"]),
         "benchmark": benchmark.table(results["benchmark"]),
         "machine": f"Measured on {results['benchmark']['machine']}.",
     }

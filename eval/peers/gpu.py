@@ -16,12 +16,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from checkpoints.files import check_output, write_json
 from eval.peers.gpu_rows import picture, step, training
 from eval.peers.random_networks import Setting, tiny
 from eval.peers.timing import Timing
+from eval.tables import markdown
 from sampling.device import check_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,6 +77,20 @@ def evaluate(setting: Setting, out: Path, only: list[str]) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.empty_cache()
     return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Make the table of docs/benchmark.md: milliseconds and GB of each line, the ratio to diffusers, and the limit."""
+    rows = []
+    for name, row in results.items():
+        if isinstance(row, dict) and "theirs" in row:
+            sides = row["ours"], row["theirs"]
+            times = [f"{1000 * side['seconds']:,.1f} ms" for side in sides]
+            limit = f"{1000 * row['limit']:.1f} ms" if "limit" in row else ""
+            memory = [f"{side['memory']:.1f} GB" for side in sides if "memory" in side]
+            rows.append([name, *times, f"{sides[0]['seconds'] / sides[1]['seconds']:.2f}", limit, " / ".join(memory)])
+    columns = ["", "ours", "diffusers", "ratio", "limit", "memory, ours / diffusers"]
+    return f"Measured on one {results['device']} with torch {results['torch']}.\n\n{markdown(pd.DataFrame(rows, columns=columns))}"
 
 
 def main() -> None:
