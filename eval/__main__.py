@@ -24,6 +24,7 @@ MODULES = {
     "page": "eval.page.command",
     "ablation": "eval.ablation.command",
     "cause": "eval.ablation.cause",
+    "rivals": "eval.ablation.rivals_table",
     "second-base": "eval.ablation.second_base",
     "parity": "eval.peers.parity",
     "benchmark": "eval.peers.benchmark",

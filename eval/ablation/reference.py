@@ -1,0 +1,98 @@
+"""Reference-only attention, the rival that trains nothing: self-attention also reads the feature maps of the image prompt.
+
+Source: "reference" of sd-webui-controlnet. In each step the image prompt is noised to the same timestep and runs through the same
+UNet, and the inputs of all self-attentions are kept. Then the drawing runs, and its self-attentions read keys and values of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from eval.ablation.rivals import Rival
+from eval.device import batch_size, device_of
+from model.attention import SelfAttention, attention
+from model.context import Context
+from model.unet import Residuals, UNet
+from sampling.pipeline import Pipeline
+from sampling.schedule import Schedule
+from train.vae import bytes_to_tensor
+
+REFERENCE, FIDELITY = "reference", 0.5  # the default of sd-webui-controlnet
+
+
+def read_both(layer: SelfAttention, x: Tensor, bank: Tensor) -> Tensor:
+    """Attention from the tokens `x`, `b n c`, to themselves and to those of `bank`, `b m c`."""
+    both = torch.cat([x, bank], dim=1)
+    return layer.merge(attention(layer.split(layer.to_q(x)), layer.split(layer.to_k(both)), layer.split(layer.to_v(both))))
+
+
+@contextmanager
+def hooked(unet: UNet, hook: Any) -> Iterator[None]:
+    """Call `hook(layer, (x,), output)` after every self-attention of a UNet; what it returns replaces the output, unless it is None."""
+    handles = [module.register_forward_hook(hook) for module in unet.modules() if isinstance(module, SelfAttention)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class ReferenceUNet(UNet):
+    """A UNet whose self-attentions also read an image prompt, in guidance batches [uncond, cond].
+
+    `added` of its Context holds the latents of the image prompts, `b c h w`. `fidelity` f: the unconditional rows get
+    f y_c + (1 - f) y_uc, where y_uc reads the image prompt and y_c does not; the conditional rows get y_uc.
+    """
+
+    def __init__(self, unet: UNet, schedule: Schedule, fidelity: float = FIDELITY) -> None:
+        super().__init__(unet.config)
+        self.load_state_dict(unet.state_dict())
+        self.to(next(unet.parameters())).requires_grad_(False)
+        self.schedule, self.fidelity = schedule, fidelity
+
+    def forward(self, x: Tensor, t: Tensor | int, context: Context, residuals: Residuals | None = None) -> Tensor:
+        """Predict the noise, as the UNet does. The noise of the image prompts is the same in all steps."""
+        assert context.added is not None
+        bank: dict[nn.Module, Tensor] = {}
+
+        def keep(layer: SelfAttention, args: tuple[Tensor], _: Tensor) -> None:
+            bank[layer] = args[0]
+
+        def read(layer: SelfAttention, args: tuple[Tensor], alone: Tensor) -> Tensor:
+            uncond, cond = read_both(layer, args[0], bank[layer]).chunk(2)
+            return torch.cat([uncond.lerp(alone[: len(uncond)].to(uncond), self.fidelity), cond])
+
+        latents, times = context.added, torch.as_tensor(t, device=x.device).expand(len(x))
+        noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents).expand_as(latents)
+        with hooked(self, keep):
+            super().forward(self.schedule.add_noise(latents, noise, times).to(x), t, context)
+        with hooked(self, read):
+            return super().forward(x, t, context, residuals)
+
+
+class ReferenceOnly(Rival):
+    """The rival that reads latents, and trains nothing."""
+
+    def __init__(self, unet: UNet, schedule: Schedule, fidelity: float = FIDELITY) -> None:
+        super().__init__(ReferenceUNet(unet, schedule, fidelity))
+
+    def look(self, pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
+        """Return the latents of pictures, `n c h w`."""
+        pixels = bytes_to_tensor(np.stack([np.array(image) for image in images]))
+        device = device_of(pipeline.vae)
+        with torch.no_grad():
+            return torch.cat([pipeline.vae.encode(part.to(device)) for part in pixels.split(batch_size(device))])
+
+    def drop_picture(self, image: Tensor) -> Tensor:
+        """Return the picture itself: on the unconditional side, too, self-attention reads it, by 1 - f."""
+        return image
+
+    def forward(self, text: Tensor, image: Tensor, g: torch.Generator | None = None) -> Context:
+        return Context(text, added=image)

@@ -1,0 +1,154 @@
+"""Train and draw the rivals of IP-Adapter: each function makes one unit of work of tier C, or returns the stored one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from checkpoints.files import write_json, write_tensors
+from eval.ablation.draws import alone, concatenate, quantise, references
+from eval.ablation.memo import Memo, Unit
+from eval.ablation.reference import REFERENCE, ReferenceOnly
+from eval.ablation.rivals import TRAINED, WHOLE, Rival, RivalPipeline, parameters_of, width
+from eval.ablation.study import Study, Workspace, made_on
+from eval.ablation.tier import ShortStudy
+from eval.ablation.training import settings_of
+from eval.ablation.work import Job
+from eval.bench import draw_prompts
+from train.loop import run
+from train.loss import diffusion_loss, sample_inputs
+from train.pairs import Batch, Pairs
+from train.plan import Plan, autocast
+from train.randomness import draw as draw_random
+from train.randomness import generator, seeded
+from train.setting import Setting
+
+NOISES = 4  # drawings of each image prompt alone
+TOKENS_RATE, WHOLE_RATE = 1.5e-3, 3e-4  # learning rates: of what is added to the frozen base, and of a whole UNet
+DRAWN = "picture", "complementary"  # the tasks
+
+
+@dataclass(frozen=True)
+class RivalStudy(ShortStudy):
+    """The size of tier C: one seed of each rival."""
+
+    seeds: int = 1
+    prompts: int = 512
+    forms: tuple[str, ...] = (*TRAINED, REFERENCE)
+
+    def hours(self) -> float:
+        whole = 2  # rivals that train the whole UNet, which takes twice as long
+        steps, drawings = self.steps * (len(TRAINED) + whole), self.prompts * (NOISES + 1) * (len(self.forms) + 1)
+        return (0.049 * self.batch * steps + 0.1 * drawings) / 3600
+
+
+def plan_of(study: Study, name: str) -> Plan:
+    """Return the plan of a rival. A whole UNet learns at `WHOLE_RATE`."""
+    return study.plan(name, 0, WHOLE_RATE if name in WHOLE else TOKENS_RATE)
+
+
+def file_of(workspace: Workspace, name: str) -> Path:
+    """Return the file of a trained rival. Whole UNets are not shipped."""
+    return (workspace.work if name in WHOLE else workspace.adapters) / f"{name}.safetensors"
+
+
+def untrained(workspace: Workspace, study: Study, name: str) -> Rival:
+    """Build a rival. The weights depend only on its name."""
+    pipeline = workspace.bench(study).pipeline
+    if name == REFERENCE:
+        return ReferenceOnly(pipeline.unet, pipeline.schedule)
+    with seeded(0):
+        return TRAINED[name](pipeline.unet, width(pipeline)).to(study.device)
+
+
+def loss_of(rival: Rival, setting: Setting, batch: Batch, g: torch.Generator, training: bool = True) -> Tensor:
+    """Compute the loss of Eq. 6 for each picture, `b`. In training, texts and pictures are dropped, and `rival` may add noise."""
+    x = sample_inputs(batch, g)
+    text, image = x.text, x.image[:, 0, 0]
+    if training:
+        r = draw_random(lambda n: torch.rand(n, generator=g, device=g.device), len(batch), g)
+        text_alone, picture_alone, both = rival.drop
+        drop_text = r < both + text_alone
+        drop_picture = (r < both) | ((r >= both + text_alone) & (r < both + text_alone + picture_alone))
+        text = torch.where(drop_text[:, None, None], batch.empty, text)
+        image = torch.where(drop_picture[:, None], rival.drop_picture(image), image)
+    context = rival(text, image, g if training else None)
+    return diffusion_loss(rival.unet, setting.pipeline.schedule, x.x0, context, x.t, x.eps, setting.gamma if training else None)
+
+
+def train_rival(workspace: Workspace, study: Study, name: str) -> Unit:
+    """Train a rival and write it; return its size and its held-out loss."""
+
+    def make() -> Unit:
+        setting, plan, file = workspace.setting(study), plan_of(study, name), file_of(workspace, name)
+        assert isinstance(setting.pairs, Pairs) and setting.pairs.features is not None and setting.held_out is not None
+        rival, held_out = untrained(workspace, study, name), setting.held_out
+        rival.learn_scale(setting.pairs.features.pictures[:, 0, 0])
+
+        def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
+            return {"loss": loss_of(rival, setting, batch, g).mean()}
+
+        @torch.no_grad()
+        def validate(module: nn.Module) -> dict[str, float]:
+            assert isinstance(module, Rival)
+            with autocast(plan):
+                parts = [
+                    loss_of(module, setting, batch, generator(1, i, plan.device), training=False)
+                    for i, batch in enumerate(held_out.parts(plan.device))
+                ]
+            return {"held_out": float(torch.cat(parts).mean())}
+
+        data, made_from = setting.pairs.batches(plan.batch, plan.seed), {**setting.made_from, "rival": name}
+        kept, log = run(plan, rival, data, loss, validate, workspace.work, 0, made_from=made_from)
+        value = {"parameters": parameters_of(rival), "rate": plan.lr, "held_out": log[-1]["held_out"]}
+        write_tensors(file, kept.state_dict(), None)
+        about = {"command": workspace.command, "settings": settings_of(workspace, plan)}
+        write_json(file.with_suffix(".json"), about | value | made_on(study.device))
+        return Unit({"rival": name} | value, made_on(study.device))
+
+    return Memo(workspace.work)(f"train-{name}", make)
+
+
+def trained(workspace: Workspace, study: Study, name: str) -> Rival:
+    """Load a rival. Raises FileNotFoundError if it is not there: a whole UNet that was trained elsewhere."""
+    rival = untrained(workspace, study, name)
+    if name in TRAINED:
+        file = file_of(workspace, name)
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is not there: remove the unit train-{name} in {workspace.work}, so that it is trained again")
+        rival.load_state_dict(load_file(file))
+    return rival.to(study.device).requires_grad_(False)
+
+
+def draw_rival(workspace: Workspace, study: Study, name: str, task: str) -> Unit:
+    """Draw a task with a rival: the picture alone with `NOISES` noises, other tasks with one."""
+
+    def make() -> Unit:
+        bench, rival = workspace.bench(study), trained(workspace, study, name)
+        base = vars(replace(bench.pipeline, unet=rival.unet, adapters=()))
+        noises = NOISES if task == "picture" else 1
+        image, texts = rival.look(bench.pipeline, bench.prompts.images), bench.prompts.texts(task)
+        pipeline = RivalPipeline(**base, rival=rival)
+        drawings = draw_prompts(pipeline, texts * noises, torch.cat([image] * noises), 1.0, bench.guidance, bench.steps, f"{name}, {task}")
+        parts = [quantise(bench.read(task, part)) for part in drawings.chunk(noises)]
+        value = {"rival": name, "task": task, "split": "test", "references": [f"noise {i}" for i in range(noises)]}
+        return Unit(value, made_on(study.device), concatenate(parts))
+
+    return Memo(workspace.work)(f"drawn-{name}-{task}", make)
+
+
+def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
+    """List all jobs. Each rival draws the picture alone and the complementary prompts."""
+    jobs = [Job("references", partial(references, workspace, study))]
+    jobs += [Job(f"alone-{task}-test", partial(alone, workspace, study, task, "test")) for task in DRAWN]
+    for name in study.forms:
+        after = (f"train-{name}",) if name in TRAINED else ()
+        jobs += [Job(job, partial(train_rival, workspace, study, name)) for job in after]
+        jobs += [Job(f"drawn-{name}-{task}", partial(draw_rival, workspace, study, name, task), after) for task in DRAWN]
+    return jobs

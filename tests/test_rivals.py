@@ -1,0 +1,148 @@
+"""Tier C of the ablation: what the rivals compute, and a tiny study from end to end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peers import SMALL_SD15, randn
+from tiny_world import write_world
+from torch import Tensor
+
+from eval import __main__ as commands
+from eval.ablation.reference import ReferenceOnly, ReferenceUNet
+from eval.ablation.rival_draws import REFERENCE
+from eval.ablation.rivals import MLP, TRAINED, GlobalAdapter, ImageVariations, Rival, UnCLIP, parameters_of
+from eval.ablation.rivals_table import NAMES, PAPER
+from eval.ablation.rows import Results
+from model.context import Context, stack
+from model.unet import UNet
+from sampling.schedule import Schedule
+
+ROOT = Path(__file__).parent.parent
+WIDTH = 24  # of the image embeddings; the text is SMALL_SD15.context_dim wide
+DIM = SMALL_SD15.context_dim
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(SMALL_SD15).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, text tokens and image embeddings for 3 rows."""
+    x, text, image = (randn(3, *shape, seed=n).float() for n, shape in enumerate(((4, 6, 8), (7, DIM), (2 * DIM,))))
+    return x, text, image
+
+
+def rivals(unet: UNet, image_dim: int) -> Iterator[tuple[str, Rival]]:
+    for name, build in TRAINED.items():
+        yield name, build(unet, image_dim)
+
+
+def test_what_is_trained(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """The loss of each rival reaches all of its parameters and none of the base's; reference-only trains nothing."""
+    x, text, image = inputs
+    sizes, base = {}, sum(p.numel() for p in unet.parameters())
+    for name, rival in rivals(unet, image.shape[1]):
+        rival.unet(x, 500, rival(text, image, torch.Generator().manual_seed(0))).square().mean().backward()
+        trained = [p for p in rival.parameters() if p.requires_grad]
+        unread = {id(p) for layer in rival.unet.cross_attentions() for p in layer.parameters()} if name == "variations" else set()
+        assert all(p.grad is not None for p in trained if id(p) not in unread), name
+        sizes[name] = parameters_of(rival)
+    assert all(p.grad is None for p in unet.parameters())
+    assert sizes["variations"] == base < sizes["unclip"]
+    assert 0.98 < sizes["simple_mlp"] / sizes["ip_adapter"] <= 1
+    assert parameters_of(ReferenceOnly(unet, Schedule())) == 0
+
+
+def test_the_global_adapter_is_as_large_as_the_official_one() -> None:
+    """47,213,568 parameters at Stable Diffusion's widths, as the official code has, and four tokens."""
+    with torch.device("meta"):
+        official = GlobalAdapter(768, 768)
+    assert parameters_of(official) == 47_213_568
+    assert GlobalAdapter(24, 8)(randn(2, 1, 24).float()).shape == (2, 4, 8)
+    assert MLP(24, 8, 5_000)(randn(2, 1, 24).float()).shape == (2, 4, 8)
+
+
+def test_variations_read_no_text(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, text, image = inputs
+    rival = ImageVariations(unet)
+    assert rival(text, image).text.shape == (3, 2, DIM)
+    a, b, other = (rival.unet(x, 500, rival(words, picture)) for words, picture in ((text, image), (-text, image), (text, -image)))
+    torch.testing.assert_close(a, b)
+    assert not torch.allclose(a, other)
+
+
+def test_unclip_starts_as_the_base(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Its last layer is zero. A dropped picture is a zero vector, whatever the noise; the level decides how much of the picture is left."""
+    x, text, image = inputs
+    rival = UnCLIP(unet, image.shape[1])
+    torch.testing.assert_close(rival.unet(x, 500, rival(text, image)), unet(x, 500, Context(text)))
+    dropped = rival(text, torch.zeros_like(image), torch.Generator().manual_seed(1)).added
+    assert dropped is not None and not dropped.any()
+    rival.learn_scale(randn(50, image.shape[1]).float() * 3 + 2)
+    noise = torch.randn(3, image.shape[1])
+    first, last = (rival.noised(image, torch.full((3,), level), noise) for level in (0.0, 999.0))
+    torch.testing.assert_close(first, image, atol=0.3, rtol=0)
+    torch.testing.assert_close(last, rival.mean + rival.std * noise, atol=1e-3, rtol=1e-3)
+
+
+def test_the_noise_of_unclip_is_diffusers_cosine_schedule() -> None:
+    """The levels of `squaredcos_cap_v2`, whose betas diffusers cuts off at 0.999."""
+    from diffusers import DDPMScheduler
+
+    official = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    unet = UNet(SMALL_SD15)
+    rival = UnCLIP(unet, 4)
+    ours = rival.noised(torch.zeros(1000, 4), torch.arange(1000.0), torch.ones(1000, 4))[:, 0] ** 2  # 1 - a_l
+    torch.testing.assert_close(1 - ours, official, atol=1e-4, rtol=0)
+
+
+def test_reference_only(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """At fidelity 1 the unconditional half is the base's; the conditional half reads the picture. A picture equal to what is drawn
+    doubles every key, which changes nothing."""
+    x, text, _ = inputs
+    latents, both = randn(3, 4, 6, 8, seed=9).float(), torch.cat([x, x])
+    context = stack(Context(text, added=latents), Context(-text, added=latents))
+    plain = unet(both, 500, Context(torch.cat([text, -text])))
+    out = ReferenceUNet(unet, Schedule(), fidelity=1.0)(both, torch.tensor(500), context)
+    torch.testing.assert_close(out[:3], plain[:3])
+    assert not torch.allclose(out[3:], plain[3:], atol=1e-3)
+    half = ReferenceUNet(unet, Schedule(), fidelity=0.5)(both, torch.tensor(500), context)
+    assert not torch.allclose(half[:3], plain[:3], atol=1e-3)
+    torch.testing.assert_close(half[3:], out[3:])
+    schedule, times = Schedule(), torch.full((6,), 500)
+    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).expand(6, -1, -1, -1)
+    same = schedule.add_noise(torch.cat([latents, latents]), noise, times)
+    again = ReferenceUNet(unet, schedule, fidelity=0.0)(same, torch.tensor(500), context)
+    torch.testing.assert_close(again, unet(same, 500, Context(torch.cat([text, -text]))), atol=1e-4, rtol=1e-4)
+
+
+def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table has every rival, and the paper's numbers beside those that the paper has. The finished file alone gives it again."""
+    weights, path = write_world(tmp_path / "weights"), tmp_path / "results" / "rivals.json"
+    for name in ("score_image", "score_text"):
+        for end in (".safetensors", ".json"):
+            shutil.copy(ROOT / "weights" / f"{name}{end}", weights)
+
+    def call() -> list[str]:
+        given = ["--weights", str(weights), "rivals", "--out", str(tmp_path), "--smoke", "--jobs", "1"]
+        commands.run(commands.parser().parse_args(given))
+        lines = capsys.readouterr().out.splitlines()
+        return lines[next(i for i, line in enumerate(lines) if line.startswith("|  | trained")) :]
+
+    rows, results = call(), Results.of(path)
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows[2:]] == [*NAMES.values()]
+    assert all(f"{a:.3f}, {b:.3f}" in "\n".join(rows) for a, b in PAPER.values())
+    assert set(results.data["summary"]) == {*TRAINED, REFERENCE, "truth"}
+    assert results.units["drawn-unclip-picture"].rows == 16 and results.units["drawn-unclip-complementary"].rows == 4
+    assert {file.stem for file in (tmp_path / "results" / "rivals").glob("*.safetensors")} == {"ip_adapter", "simple_mlp", "uni_controlnet"}
+    shutil.rmtree(tmp_path / "runs")
+    monkeypatch.setattr("eval.ablation.rival_draws.run", None)
+    assert call() == rows
