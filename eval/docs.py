@@ -11,9 +11,10 @@ from pathlib import Path
 
 from checkpoints.files import read_json, replacing
 from eval import by_eye, calibration, fine, frechet, structure, style, world_table
-from eval.ablation import report
+from eval.ablation import cause, report
 from eval.ablation.rows import Results
 from eval.peers import benchmark, gpu, marks, parity, scaling
+from eval.tables import markdown
 
 PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -21,7 +22,9 @@ PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def inserts(root: Path) -> dict[str, str]:
     """Return the generated texts by name, computed from the files in `root`/results and the marks in `root`/tests."""
     results = {path.stem: read_json(path) for path in sorted((root / "results").glob("*.json"))}
+    tier_b = Results.of(root / "results" / "cause.json")
     return {
+        **{name: markdown(table(tier_b)) for name, table in cause.TABLES.items()},
         "ablation": report.lead(Results.of(root / "results" / "ablation.json")),
         "world": world_table.table(results["world"]),
         "by_eye": by_eye.table(results["by_eye"]),

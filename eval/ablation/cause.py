@@ -142,10 +142,12 @@ def summarise(results: Results) -> dict[str, Any]:
 
 
 def at_wide(results: Results, form: str) -> dict[str, dict[str, float]]:
-    """Return the means over seeds and prompts at each lambda of `WIDE`."""
+    """Return the means over seeds and prompts at each lambda of the grid from 1 on, and of `WIDE`."""
+    keys = "following", "concept", "information"
     units = [results.measures(name) for name in results.units if name.startswith(f"wide-{form}-")]
-    means = {key: np.mean([unit[key] for unit in units], axis=(0, 2)) for key in ("following", "concept", "information")}
-    return {f"{lam:g}": {key: float(mean[i]) for key, mean in means.items()} for i, lam in enumerate(WIDE)}
+    rows = {lam: {key: results.curve(form, key).value[:, i] for key in keys} for i, lam in enumerate(results.grid(form)) if lam >= 1}
+    rows |= {lam: {key: np.stack([unit[key][i] for unit in units]) for key in keys} for i, lam in enumerate(WIDE)}
+    return {f"{lam:g}": {key: float(values.mean()) for key, values in row.items()} for lam, row in rows.items()}
 
 
 def mean_over_seeds(results: Results, form: str, key: str) -> list[list[float]]:
@@ -186,10 +188,10 @@ def crossed_table(results: Results) -> pd.DataFrame:
 
 
 def wide_table(results: Results) -> pd.DataFrame:
-    """Tabulate drawings at the lambdas of `WIDE`, below those at lambda 1."""
-    summary, lines = results.data["summary"], []
-    for form, wide in summary["wide"].items():
-        for lam, row in {"1": summary["one"][form], **wide}.items():
+    """Tabulate drawings at lambdas from 1 on, those of the grid and those of `WIDE`."""
+    lines = []
+    for form, wide in results.data["summary"]["wide"].items():
+        for lam, row in wide.items():
             line = {"form": FORMS[form].name, "λ": lam, "follows": f"{row['following']:.0%}", "concept": f"{row['concept']:.0%}"}
             lines.append(line | {"information": f"{row['information']:.1f}"})
     return pd.DataFrame(lines)
@@ -206,13 +208,18 @@ def share_table(results: Results) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def tables(results: Results) -> str:
-    """Return all tables in Markdown."""
-    return "\n\n".join(markdown(table(results)) for table in (endpoint_table, difference_table, wide_table, crossed_table, share_table))
+TABLES = {
+    "cause_forms": endpoint_table,
+    "cause_differences": difference_table,
+    "cause_wide": wide_table,
+    "cause_crossed": crossed_table,
+    "cause_shares": share_table,
+}
 
 
 def run(args: Namespace) -> None:
     """`python -m eval cause`"""
     check_device(args.device)
     more = {"shares": "shares-FORM-SEED: 1 - g, and mu, of each layer and head", "wide": "wide-FORM-SEED: drawn at larger lambdas"}
-    print(tables(Tier("cause", "cause", CauseStudy(), jobs_of, summarise, more).run(args, args.weights)))
+    results = Tier("cause", "cause", CauseStudy(), jobs_of, summarise, more).run(args, args.weights)
+    print("\n\n".join(markdown(table(results)) for table in TABLES.values()))
