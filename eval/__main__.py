@@ -25,6 +25,7 @@ MODULES = {
     "ablation": "eval.ablation.command",
     "cause": "eval.ablation.cause",
     "rivals": "eval.ablation.rivals_table",
+    "variants": "eval.ablation.variants",
     "second-base": "eval.ablation.second_base",
     "parity": "eval.peers.parity",
     "benchmark": "eval.peers.benchmark",

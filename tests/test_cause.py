@@ -1,4 +1,4 @@
-"""Tiers B and E of the ablation: what the forms compute, and tiny studies from end to end."""
+"""Tiers B, D and E of the ablation: what the forms compute, and tiny studies from end to end."""
 
 from __future__ import annotations
 
@@ -14,10 +14,21 @@ from peers import SMALL_SD15, randn
 from tiny_world import write_world
 from torch import Tensor
 
+from checkpoints.clip import load_text_encoder
+from checkpoints.stable_diffusion import load_unet
 from eval import __main__ as commands
-from eval.ablation import cause, second_base
-from eval.ablation.forms import FORMS, OWN, SHARED
-from eval.ablation.fuses import MixedAdapter, gate, image_yields, mixed, text_yields
+from eval.ablation import cause, second_base, variants
+from eval.ablation.forms import FORMS, OWN, SHARED, VARIANTS
+from eval.ablation.fuses import (
+    MixedAdapter,
+    WithoutPadding,
+    even_odds,
+    gate,
+    image_yields,
+    mixed,
+    text_yields,
+    unpadded,
+)
 from eval.ablation.grid import bisect_lambdas
 from eval.ablation.rows import Results
 from eval.ablation.training import load, save
@@ -143,3 +154,58 @@ def test_the_second_base_is_trained_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("subprocess.run", lambda command: subprocess.CompletedProcess(command, 1))
     with pytest.raises(ValueError, match="was not trained"):
         second_base.train_base(base, ROOT / "weights", tmp_path / "state", "cuda")
+
+
+def test_even_odds_count_tokens() -> None:
+    """7 text tokens and 4 image tokens: as the joint softmax at lambda 7/4 times as large."""
+    q, text, image = sources(0.3)
+    _, _, larger = sources(0.3 * 7 / 4)
+    torch.testing.assert_close(even_odds(q, text, [image]), concatenated(q, text, [larger]))
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.3, torch.tensor([0.2, 3.0]).double().view(2, 1, 1, 1)])
+def test_padding_is_left_out(lam: float | Tensor) -> None:
+    """With the last tokens of each row set to zero, a row is what the joint softmax gives for the other tokens alone."""
+    q, text, image = sources(lam)
+    keep = torch.arange(7) < torch.tensor([3, 5])[:, None]
+    zeroed = Source(*(x * keep[:, None, :, None] for x in (text.k, text.v)))
+    out = unpadded(q, zeroed, [image])
+    for row, length in enumerate((3, 5)):
+        short = Source(*(x[row : row + 1, :, :length] for x in (text.k, text.v)))
+        scale = lam[row : row + 1] if isinstance(lam, Tensor) else lam
+        picture = Source(image.k[row : row + 1], image.v[row : row + 1], scale)
+        torch.testing.assert_close(out[row : row + 1], concatenated(q[row : row + 1], short, [picture]))
+
+
+def test_a_text_encoder_without_padding() -> None:
+    """The tokens up to the first end token are those of the text encoder; the others are zero."""
+    text = load_text_encoder(ROOT / "weights" / "text_encoder.safetensors")
+    without, prompts = WithoutPadding.of(text), ["", "a fox", "a fox on a pink background, top left"]
+    full, cut = (each(text.tokenize(prompts)) for each in (text, without))
+    for row, length in enumerate(len(tokens) for tokens in text.split(prompts)):
+        torch.testing.assert_close(cut[row, :length], full[row, :length])
+        assert not cut[row, length:].any() and full[row, length:].any()
+
+
+def test_the_variants_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every form is trained as it says, and has a line; the forms without padding are drawn without it."""
+    weights = write_world(tmp_path / "weights")
+    for name in ("score_image", "score_text"):
+        for end in (".safetensors", ".json"):
+            shutil.copy(ROOT / "weights" / f"{name}{end}", weights)
+    size = ["--out", str(tmp_path), "--smoke", "--jobs", "1"]
+    commands.run(commands.parser().parse_args(["--weights", str(weights), "variants", *size]))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines[next(i for i, line in enumerate(lines) if line.startswith("| form")) + 2 :]]
+    assert [row[0].removeprefix("| ") for row in rows] == [FORMS[form].name for form in VARIANTS]
+    sizes = {form: int(row[1].replace(",", "")) for form, row in zip(VARIANTS, rows, strict=True)}
+    assert sizes["tokens_1"] < sizes["zero_values"] < sizes["tokens_16"] < sizes["tokens_64"]
+    assert sizes["joint_even"] == sizes["joint_unpadded"] == sizes["zero_values"] and sizes["simple_even"] < sizes["tokens_1"]
+    adapter = load(tmp_path / "results" / "variants" / "tokens_16-0.safetensors", load_unet(weights / "unet.safetensors"))
+    assert adapter.image_projection.tokens == 16
+    path = tmp_path / "results" / "variants.json"
+    monkeypatch.setattr(variants, "VARIANTS", {"tokens_16": "tokens_1"})
+    table = variants.compare(Results.of(path), path)  # as if tier B had the first of two forms
+    assert [*table["form"]] == ["IP-Adapter, 1 token", "IP-Adapter, 16 tokens"]
+    empty, difference = table["minus the form it varies [95 %]"]
+    assert empty == "" and "[" in difference

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from eval.ablation.forms import FORMS
-from eval.ablation.fuses import MixedAdapter
+from eval.ablation.fuses import MixedAdapter, WithoutPadding
 from eval.ablation.grid import bisect_lambdas, spaced_lambdas
 from eval.ablation.memo import Arrays, Memo, Unit
 from eval.ablation.rows import SCALES, follows
@@ -18,6 +18,7 @@ from eval.ablation.training import plan_of, train, trained_adapter, try_rate
 from eval.bench import Bench, through_the_vae
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
+from model.text_encoder import TextEncoder
 from sampling.embeddings import Strength
 from sampling.lambdas import Lambda
 
@@ -83,6 +84,15 @@ def draw(workspace: Workspace, study: Study, what: Draw) -> Unit:
     return Memo(workspace.work)(what.name, make)
 
 
+def bench_of(workspace: Workspace, study: Study, what: Draw) -> Bench:
+    """Return the bench that draws with a form; its texts have no padding if the form reads none."""
+    bench = workspace.bench(study, what.split)
+    if FORMS[what.form].padding:
+        return bench
+    assert isinstance(bench.pipeline.text, TextEncoder)
+    return replace(bench, pipeline=replace(bench.pipeline, text=WithoutPadding.of(bench.pipeline.text)))
+
+
 def draw_unit(workspace: Workspace, study: Study, what: Draw, lambdas: list[float]) -> Unit:
     """Draw at these lambdas. Nothing is drawn by an adapter whose training diverged."""
     value = {**asdict(what), "lambdas": lambdas}
@@ -92,7 +102,7 @@ def draw_unit(workspace: Workspace, study: Study, what: Draw, lambdas: list[floa
         return Unit(value, made_on(study.device))
     else:
         plan = study.plan(what.form, RATE_SEED, what.rate)
-    adapter, bench = trained_adapter(workspace, study, what.form, plan, what.step), workspace.bench(study, what.split)
+    adapter, bench = trained_adapter(workspace, study, what.form, plan, what.step), bench_of(workspace, study, what)
     return Unit(value, made_on(study.device), concatenate([_read(bench, adapter, what, lam) for lam in lambdas]))
 
 
@@ -136,8 +146,10 @@ def find_grid(workspace: Workspace, study: Study, form: str, sampled: str = "") 
         truth, parts = bench.prompts.to_json().get("truth"), dict[float, Arrays]()
 
         def follow(lam: float) -> float:
-            none = bench.draw(what.task, None, decoupled, None, 0.0) if lam == 0 else None
-            parts[lam] = _read(bench, adapter, what, lam) if none is None else quantise(bench.read(what.task, none))
+            if lam == 0:
+                parts[lam] = quantise(bench.read(what.task, bench.draw(what.task, None, decoupled, None, 0.0)))
+            else:
+                parts[lam] = _read(bench_of(workspace, study, what), adapter, what, lam)
             return float(follows(what.task, parts[lam], truth, parts[0.0]).mean())
 
         grid = bisect_lambdas(follow, FORMS[sampled or form].scale)

@@ -5,22 +5,25 @@ A_t and A_i are what attention reads from the text and from the image prompt. In
 Z = g A_t + (1 - g) A_i,   g = sigmoid(logsumexp(Q K^T / sqrt d) - logsumexp(Q K'^T / sqrt d))
 
 so the image weakens the text, and the text weakens the image. Here, only one of the two happens, or both are weakened by a learned number.
-Each function has the signature of `model.attention.decoupled`, and reads one image prompt.
+Each function has the signature of `model.attention.decoupled`, and reads one image prompt. Tier D varies the joint softmax: `even_odds`
+and `unpadded`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from model.adapter import IPAdapter
-from model.attention import attention
+from model.attention import attention, concatenated
 from model.context import Context
 from model.image_projection import Projection
 from model.source import Source
+from model.text_encoder import TextEncoder
 from model.unet import UNet
 from sampling.lambdas import set_lambda
 
@@ -51,6 +54,38 @@ def mixed(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     (source,) = image
     mu = source.weight(q)
     return (1 - mu) * attention(q, text.k, text.v) + mu * attention(q, source.k, source.v)
+
+
+def even_odds(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
+    """`concatenated`, with lambda times m / n for m text tokens and n image tokens, as if there were as many of both."""
+    (source,) = image
+    odds = text.k.shape[-2] / source.k.shape[-2]
+    return concatenated(q, text, [replace(source, scale=source.weight(q) * odds)])
+
+
+def unpadded(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
+    """`concatenated` without the padding of the text: the tokens that `WithoutPadding` sets to zero, and so their keys."""
+    (source,) = image
+    padding = (text.k == 0).all(dim=-1)[:, :, None]
+    weight = source.weight(q)
+    log_odds = (weight if isinstance(weight, Tensor) else q.new_full((), weight)).log()
+    columns = q.new_zeros(padding.shape).masked_fill(padding, float("-inf")), log_odds.expand(*padding.shape[:3], source.k.shape[-2])
+    return attention(q, torch.cat([text.k, source.k], dim=-2), torch.cat([text.v, source.v], dim=-2), torch.cat(columns, dim=-1))
+
+
+class WithoutPadding(TextEncoder):
+    """A text encoder that sets the tokens after the first end token to zero."""
+
+    @classmethod
+    def of(cls, text: TextEncoder) -> WithoutPadding:
+        """Copy a text encoder."""
+        copy = cls(text.config)
+        copy.load_state_dict(text.state_dict())
+        return copy.to(next(text.parameters())).requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        is_end = tokens == self.tokenize("")[0, 1].to(tokens)
+        return super().forward(tokens) * (is_end.cumsum(dim=1) - is_end.long() == 0)[..., None]
 
 
 class MixedAdapter(IPAdapter):

@@ -9,9 +9,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,12 @@ import pandas as pd
 
 from checkpoints.files import replacing
 from eval.ablation.appendix import mark
-from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_run
 from eval.ablation.forms import BASELINE, FORMS, PRIMARY
 from eval.ablation.report import spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level
-from eval.ablation.study import Study, Workspace
 from eval.ablation.summary import endpoint
-from eval.ablation.tier import ShortStudy, Tier, at_one
-from eval.ablation.work import Job
+from eval.ablation.tier import ShortStudy, Tier, at_one, jobs_of
 from eval.tables import markdown, with_interval
 from sampling.device import check_device
 
@@ -62,20 +57,6 @@ def train_base(base: Path, weights: Path, state: Path, device: str) -> None:
     for file, command in commands(base, state, device).items():
         if not file.exists() and subprocess.run([sys.executable, "-m", *command]).returncode:
             raise ValueError(f"{file} was not trained; its training says why, above. The same command continues")
-
-
-def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
-    """List all jobs. Adapters draw only the first task."""
-    first = tasks[0]
-    jobs = [Job("references", partial(references, workspace, study))]
-    jobs += [Job(f"alone-{task}-test", partial(alone, workspace, study, task, "test")) for task in (first, "picture")]
-    for form, seed in study.runs(*study.forms):
-        jobs.append(Job(f"train-{form}-{seed}", partial(train_run, workspace, study, form, seed)))
-        what = Draw(form, seed, study.steps, first)
-        if seed == 0:
-            jobs.append(Job(what.grid, partial(find_grid, workspace, study, form), (what.run,)))
-        jobs.append(Job(what.name, partial(draw, workspace, study, what), (what.run, what.grid)))
-    return jobs
 
 
 def summarise(results: Results) -> dict[str, Any]:

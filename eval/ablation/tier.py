@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 
 from checkpoints.files import check_output, write_json, write_tensors
 from eval.ablation.command import default_jobs, restore
+from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_run
 from eval.ablation.memo import pack
 from eval.ablation.rows import SCHEMA, Results
 from eval.ablation.study import Study, Workspace
-from eval.ablation.work import Jobs, evaluate
+from eval.ablation.work import Job, Jobs, evaluate
 from train.setting import TrainingSource
 
 
@@ -73,6 +75,20 @@ class Tier:
         schema = SCHEMA | self.units | {"summary": f"eval/ablation/{self.name}.py::summarise"}
         write_json(path, {"schema": schema, **data, "summary": self.summarise(Results(data, units)), "units": rows})
         return Results.of(path)
+
+
+def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
+    """List the jobs of a tier that compares forms: all adapters, and their drawings of the first task."""
+    first = tasks[0]
+    jobs = [Job("references", partial(references, workspace, study))]
+    jobs += [Job(f"alone-{task}-test", partial(alone, workspace, study, task, "test")) for task in (first, "picture")]
+    for form, seed in study.runs(*study.forms):
+        jobs.append(Job(f"train-{form}-{seed}", partial(train_run, workspace, study, form, seed)))
+        what = Draw(form, seed, study.steps, first)
+        if seed == 0:
+            jobs.append(Job(what.grid, partial(find_grid, workspace, study, form), (what.run,)))
+        jobs.append(Job(what.name, partial(draw, workspace, study, what), (what.run, what.grid)))
+    return jobs
 
 
 def at_one(results: Results, form: str) -> dict[str, float]:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.files import read_json
 from eval.ablation.forms import FORMS, Form
-from eval.ablation.fuses import MixedAdapter, mixed
+from eval.ablation.fuses import MixedAdapter, WithoutPadding, mixed
 from eval.ablation.memo import Memo, Unit
 from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
 from model.adapter import IPAdapter
+from model.text_encoder import TextEncoder
 from model.unet import UNet
 from train import adapter as training
 from train import checkpoint
+from train.encode import encode_texts
+from train.pairs import EncodedPairs, Pairs
 from train.plan import Plan
 from train.randomness import seeded
-from train.setting import Setting
+from train.setting import SAYS, Setting
 
 LOSSES = ("step", "held_out", "gain_zero", "gain_shuffled")
 
@@ -29,9 +33,29 @@ LOSSES = ("step", "held_out", "gain_zero", "gain_shuffled")
 def untrained_adapter(setting: Setting, form: Form, seed: int) -> IPAdapter:
     """Build the initial adapter of a form. With the same seed, all forms get the same projection."""
     with seeded(seed):
-        adapter = setting.adapter(form.own_projections)
+        adapter = setting.adapter(form.own_projections, form.tokens)
     unet = setting.pipeline.unet
+    if form.zero_values:
+        for _, to_v in adapter.projections():
+            nn.init.zeros_(to_v.get_parameter("weight"))
     return MixedAdapter(unet, adapter.image_projection).to(next(unet.parameters()).device) if form.fuse is mixed else adapter
+
+
+def setting_of(workspace: Workspace, study: Study, form: Form) -> Setting:
+    """Return what a form is trained on; its texts have no padding if the form reads none."""
+    setting = workspace.setting(study)
+    if form.padding:
+        return setting
+    assert isinstance(setting.pipeline.text, TextEncoder)
+    text, sets = WithoutPadding.of(setting.pipeline.text), workspace.source.picture_sets(None, 0, SAYS)
+    return replace(setting, pairs=_encode_again(setting.pairs, sets[0], text), held_out=_encode_again(setting.held_out, sets[1], text))
+
+
+def _encode_again(pairs: EncodedPairs | None, pictures: Any, text: WithoutPadding) -> EncodedPairs:
+    """Return the pairs with other text tokens."""
+    assert isinstance(pairs, Pairs)
+    texts = encode_texts(text, [scene.caption for scene in pictures.scenes])
+    return replace(pairs, texts=texts.tokens.to(pairs.texts.device))
 
 
 def save(adapter: IPAdapter, unet: UNet, path: Path, card: dict[str, Any]) -> None:
@@ -62,7 +86,7 @@ def train(workspace: Workspace, study: Study, form: str, plan: Plan, steps: Sequ
         return
     if (content := checkpoint.load(state)) and content["step"] > missing[0]:
         state.unlink()  # the state is past the missing step, so train from the start
-    setting, fuse = workspace.setting(study), FORMS[form].fuse
+    setting, fuse = setting_of(workspace, study, FORMS[form]), FORMS[form].fuse
     for step in steps:
         start = untrained_adapter(setting, FORMS[form], plan.seed)
         adapter, log = training.fit(setting, start, plan, workspace.work, fuse, until=step)
