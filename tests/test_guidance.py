@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eval.ablation.forms import FORMS
 from model.adapter import IPAdapter
-from model.attention import Fuse, concatenated, decoupled
+from model.attention import Fuse
 from model.context import Context, pyramid
 from model.image_projection import ImageProjection
 from model.source import Source
@@ -129,6 +130,9 @@ LAMBDAS: dict[str, float | Tensor] = {
 }
 
 
+FUSES = sorted({form.fuse for form in FORMS.values()}, key=lambda fuse: fuse.__name__)
+
+
 def forms(unet: UNet, fuse: Fuse, lam: str) -> tuple[Context, Context]:
     """(uncond, cond) for latents of 8 x 8, batch 2, of one form of attention to a picture."""
     torch.manual_seed(1)
@@ -144,7 +148,7 @@ def forms(unet: UNet, fuse: Fuse, lam: str) -> tuple[Context, Context]:
 
 
 @pytest.mark.parametrize("lam", ["number", "mask"])
-@pytest.mark.parametrize("fuse", [decoupled, concatenated])
+@pytest.mark.parametrize("fuse", FUSES)
 def test_every_form_is_one_graph_without_breaks(fuse: Fuse, lam: str) -> None:
     """Only the cross-attention depends on the form, so one layer of each level is compiled. K' and V' are computed outside of it."""
     unet = UNet(CONFIG).double().requires_grad_(False)
@@ -168,7 +172,7 @@ class OnOneDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("lam", LAMBDAS)
-@pytest.mark.parametrize("fuse", [decoupled, concatenated])
+@pytest.mark.parametrize("fuse", FUSES)
 @pytest.mark.parametrize("moves", [True, False])
 def test_a_step_waits_for_nothing(fuse: Fuse, lam: str, moves: bool) -> None:
     """The meta device has no values, so a step that reads one fails there."""

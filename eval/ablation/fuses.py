@@ -68,9 +68,12 @@ def unpadded(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     (source,) = image
     padding = (text.k == 0).all(dim=-1)[:, :, None]
     weight = source.weight(q)
-    log_odds = (weight if isinstance(weight, Tensor) else q.new_full((), weight)).log()
-    columns = q.new_zeros(padding.shape).masked_fill(padding, float("-inf")), log_odds.expand(*padding.shape[:3], source.k.shape[-2])
-    return attention(q, torch.cat([text.k, source.k], dim=-2), torch.cat([text.v, source.v], dim=-2), torch.cat(columns, dim=-1))
+    column = (weight if isinstance(weight, Tensor) else q.new_full((1, 1, 1, 1), weight)).log()
+    column = column if column.ndim else column.reshape(1, 1, 1, 1)
+    parts = [q.new_zeros(padding.shape).masked_fill(padding, -math.inf), column.expand(*column.shape[:3], source.k.shape[-2])]
+    shape = torch.broadcast_shapes(*(part.shape[:3] for part in parts))
+    log_odds = torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], dim=-1)
+    return attention(q, torch.cat([text.k, source.k], dim=-2), torch.cat([text.v, source.v], dim=-2), log_odds)
 
 
 class WithoutPadding(TextEncoder):
