@@ -26,7 +26,7 @@ from eval.ablation.fuses import MixedAdapter, gate
 from eval.ablation.memo import Memo, Unit
 from eval.ablation.report import p_value, spread
 from eval.ablation.rows import Results
-from eval.ablation.statistics import Bootstrap, at_level, holm
+from eval.ablation.statistics import Bootstrap, Curve, at_level, holm
 from eval.ablation.study import Study, Workspace, made_on
 from eval.ablation.summary import endpoint
 from eval.ablation.tier import ShortStudy, Tier, at_one
@@ -40,7 +40,8 @@ from model.unet import UNet
 from sampling.device import check_device
 
 CROSSED = ("ip_adapter", "concatenated"), ("concatenated", "ip_adapter"), ("shared", "simple"), ("simple", "shared")  # trained as, drawn as
-WIDE_FORMS, WIDE_SEEDS, WIDE = ("image_yields", "shared_image_yields"), 3, (4.0, 8.0, 16.0)  # lambdas above those of the grid
+WIDE_FORMS = {"image_yields": "ip_adapter", "shared_image_yields": "shared"}  # drawn with lambdas above their grid -> their sum
+WIDE_SEEDS, WIDE = 3, (4.0, 8.0, 16.0)
 CONTRASTS = [(forms[0], other) for forms in (OWN, SHARED) for other in forms[1:]]
 CONTRASTS += [("text_yields", "image_yields"), ("shared_text_yields", "shared_image_yields")]
 
@@ -129,25 +130,33 @@ def summarise(results: Results) -> dict[str, Any]:
     curves = {form: results.curve(form) for form in study["forms"]}
     crossed = {f"{a} as {b}": results.curve(a, sampled=b) for a, b in CROSSED}
     intervals = {f"{a} minus {b}": bootstrap.difference(curves[a], curves[b], read) for a, b in CONTRASTS}
+    wider = {form: bootstrap.difference(curves[total], wide_curve(results, form), read) for form, total in WIDE_FORMS.items()}
     p = holm({name: each.p for name, each in intervals.items()})
     return {
         "endpoint": {name: endpoint(curve, study["level"]) for name, curve in (curves | crossed).items()},
         "one": {form: at_one(results, form) for form in study["forms"]},
         "difference": {name: asdict(each) | {"p": p[name]} for name, each in intervals.items()},
         "wide": {form: at_wide(results, form) for form in WIDE_FORMS},
+        "wide_difference": {form: asdict(each) for form, each in wider.items()},
         "shares": {form: mean_over_seeds(results, form, "shares") for form in study["forms"]},
         "mu": mean_over_seeds(results, "mixed", "mu"),
         "ceiling": float(results.measures("references")["information"][1].mean()),
     }
 
 
+def wide_curve(results: Results, form: str, key: str = "information") -> Curve:
+    """Return the curves of the first seeds of a form, from lambda 0 to the largest of `WIDE`."""
+    curve, names = results.curve(form, key), [name for name in results.units if name.startswith(f"wide-{form}-")]
+    wide = {part: np.stack([results.measures(name)[part] for name in names]) for part in ("following", key)}
+    first = curve.first(len(names))
+    return Curve(np.concatenate([first.following, wide["following"]], axis=1), np.concatenate([first.value, wide[key]], axis=1))
+
+
 def at_wide(results: Results, form: str) -> dict[str, dict[str, float]]:
-    """Return the means over seeds and prompts at each lambda of the grid from 1 on, and of `WIDE`."""
-    keys = "following", "concept", "information"
-    units = [results.measures(name) for name in results.units if name.startswith(f"wide-{form}-")]
-    rows = {lam: {key: results.curve(form, key).value[:, i] for key in keys} for i, lam in enumerate(results.grid(form)) if lam >= 1}
-    rows |= {lam: {key: np.stack([unit[key][i] for unit in units]) for key in keys} for i, lam in enumerate(WIDE)}
-    return {f"{lam:g}": {key: float(values.mean()) for key, values in row.items()} for lam, row in rows.items()}
+    """Return the means over the first seeds and over prompts, at each lambda of the grid from 1 on and of `WIDE`."""
+    curves = {key: wide_curve(results, form, key).value.mean(axis=(0, 2)) for key in ("following", "concept", "information")}
+    lambdas = [*results.grid(form), *WIDE]
+    return {f"{lam:g}": {key: float(each[i]) for key, each in curves.items()} for i, lam in enumerate(lambdas) if lam >= 1}
 
 
 def mean_over_seeds(results: Results, form: str, key: str) -> list[list[float]]:
@@ -188,12 +197,13 @@ def crossed_table(results: Results) -> pd.DataFrame:
 
 
 def wide_table(results: Results) -> pd.DataFrame:
-    """Tabulate drawings at lambdas from 1 on, those of the grid and those of `WIDE`."""
-    lines = []
-    for form, wide in results.data["summary"]["wide"].items():
+    """Tabulate drawings at lambdas from 1 on, those of the grid and those of `WIDE`, and the loss where the level is reached."""
+    lines, summary = [], results.data["summary"]
+    for form, wide in summary["wide"].items():
         for lam, row in wide.items():
             line = {"form": FORMS[form].name, "λ": lam, "follows": f"{row['following']:.0%}", "concept": f"{row['concept']:.0%}"}
             lines.append(line | {"information": f"{row['information']:.1f}"})
+        lines.append({"form": "the sum minus this form, at the level", "information": with_interval(summary["wide_difference"][form])})
     return pd.DataFrame(lines)
 
 
