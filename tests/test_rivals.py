@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,16 +16,29 @@ from torch import Tensor
 
 from eval import __main__ as commands
 from eval.ablation.reference import ReferenceOnly, ReferenceUNet
-from eval.ablation.rival_draws import REFERENCE
-from eval.ablation.rivals import MLP, TRAINED, GlobalAdapter, ImageVariations, Rival, UnCLIP, parameters_of
+from eval.ablation.rival_draws import REFERENCE, loss_of
+from eval.ablation.rivals import (
+    MLP,
+    TRAINED,
+    GlobalAdapter,
+    ImageVariations,
+    Rival,
+    RivalPipeline,
+    UnCLIP,
+    parameters_of,
+    width,
+)
 from eval.ablation.rivals_table import NAMES, PAPER
 from eval.ablation.rows import Results
 from model.context import Context, stack
+from model.features import Features
 from model.unet import UNet
+from sampling.loading import load
+from sampling.micro import DRAWING
 from sampling.schedule import Schedule
+from train.pairs import Batch
 
 ROOT = Path(__file__).parent.parent
-WIDTH = 24  # of the image embeddings; the text is SMALL_SD15.context_dim wide
 DIM = SMALL_SD15.context_dim
 
 
@@ -52,8 +67,7 @@ def test_what_is_trained(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> N
     for name, rival in rivals(unet, image.shape[1]):
         rival.unet(x, 500, rival(text, image, torch.Generator().manual_seed(0))).square().mean().backward()
         trained = [p for p in rival.parameters() if p.requires_grad]
-        unread = {id(p) for layer in rival.unet.cross_attentions() for p in layer.parameters()} if name == "variations" else set()
-        assert all(p.grad is not None for p in trained if id(p) not in unread), name
+        assert all(p.grad is not None for p in trained), name
         sizes[name] = parameters_of(rival)
     assert all(p.grad is None for p in unet.parameters())
     assert sizes["variations"] == base < sizes["unclip"]
@@ -77,6 +91,44 @@ def test_variations_read_no_text(unet: UNet, inputs: tuple[Tensor, Tensor, Tenso
     a, b, other = (rival.unet(x, 500, rival(words, picture)) for words, picture in ((text, image), (-text, image), (text, -image)))
     torch.testing.assert_close(a, b)
     assert not torch.allclose(a, other)
+    halves = torch.cat([image[:, DIM:], image[:, :DIM]], dim=1)
+    assert not torch.allclose(a, rival.unet(x, 500, rival(text, halves)), atol=1e-4)
+    assert not rival(text, torch.zeros_like(image)).text.any()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_is_dropped_in_training(unet: UNet, name: str) -> None:
+    """Texts and pictures are dropped as often as `drop` says, in which order it says it, and at times together if a text is read."""
+    rival, n = TRAINED[name](unet, 2 * DIM), 4000
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watched(Rival):
+        drop = rival.drop
+
+        def forward(self, text: Tensor, image: Tensor, g: torch.Generator | None = None) -> Context:
+            seen.append((text[:, 0, 0] == 0, (image == 0).all(dim=1)))
+            return Context(text)
+
+    features = Features(torch.ones(n, 1, 1, 2 * DIM), torch.zeros(1, 1, 1, 2 * DIM))
+    batch = Batch(torch.zeros(n, 4, 1, 1), torch.ones(n, 4, 1, 1), torch.ones(n, 1, DIM), torch.zeros(1, DIM), features)
+    base = Namespace(pipeline=Namespace(schedule=Schedule()), gamma=None)
+    watched = Watched(unet)
+    watched._base = (lambda x, *_: x,)  # type: ignore[assignment]
+    loss_of(watched, base, batch, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    ((text, picture),) = seen
+    shares = [float(each.float().mean()) for each in (text & ~picture, picture & ~text, text & picture)]
+    assert shares == pytest.approx(rival.drop, abs=0.025)
+    assert rival.drop[2] > 0 or name == "variations"
+
+
+def test_both_sides_of_guidance(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """The unconditional side has the empty text and no picture."""
+    pipeline = load(ROOT / "weights", ())
+    rival = UnCLIP(pipeline.unet, width(pipeline))
+    sides = RivalPipeline(**vars(replace(pipeline, unet=rival.unet)), rival=rival).contexts(["a fox"], [""], torch.ones(1, width(pipeline)))
+    texts = pipeline.texts(["a fox"], [""], (16, 16), DRAWING)
+    assert all(torch.equal(side.text, text.text) for side, text in zip(sides, texts, strict=True))
+    assert [bool(side.added.any()) for side in sides if side.added is not None] == [False, True]
 
 
 def test_unclip_starts_as_the_base(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -117,6 +169,8 @@ def test_reference_only(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> No
     half = ReferenceUNet(unet, Schedule(), fidelity=0.5)(both, torch.tensor(500), context)
     assert not torch.allclose(half[:3], plain[:3], atol=1e-3)
     torch.testing.assert_close(half[3:], out[3:])
+    with pytest.raises(ValueError, match="guidance other than 1"):
+        ReferenceUNet(unet, Schedule())(both, torch.tensor(500), Context(context.text, added=randn(6, 4, 6, 8, seed=3).float()))
     schedule, times = Schedule(), torch.full((6,), 500)
     noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).expand(6, -1, -1, -1)
     same = schedule.add_noise(torch.cat([latents, latents]), noise, times)
@@ -140,7 +194,7 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rows, results = call(), Results.of(path)
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows[2:]] == [*NAMES.values()]
     assert all(f"{a:.3f}, {b:.3f}" in "\n".join(rows) for a, b in PAPER.values())
-    assert set(results.data["summary"]) == {*TRAINED, REFERENCE, "truth"}
+    assert set(results.data["summary"]) == {"none", *TRAINED, REFERENCE, "truth"}
     assert results.units["drawn-unclip-picture"].rows == 16 and results.units["drawn-unclip-complementary"].rows == 4
     assert {file.stem for file in (tmp_path / "results" / "rivals").glob("*.safetensors")} == {"ip_adapter", "simple_mlp", "uni_controlnet"}
     shutil.rmtree(tmp_path / "runs")

@@ -58,8 +58,13 @@ class ReferenceUNet(UNet):
         self.schedule, self.fidelity = schedule, fidelity
 
     def forward(self, x: Tensor, t: Tensor | int, context: Context, residuals: Residuals | None = None) -> Tensor:
-        """Predict the noise, as the UNet does. The noise of the image prompts is the same in all steps."""
+        """Predict the noise, as the UNet does. The noise of the image prompts is the same in all steps.
+
+        Raises ValueError if the batch does not have both sides: at guidance 1.
+        """
         assert context.added is not None
+        if len(x) % 2 or not torch.equal(*context.added.chunk(2)):
+            raise ValueError("reference-only attention needs a guidance other than 1: its batch has an unconditional side")
         bank: dict[nn.Module, Tensor] = {}
 
         def keep(layer: SelfAttention, args: tuple[Tensor], _: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from checkpoints.files import write_json, write_tensors
+from checkpoints.files import replacing, write_json, write_tensors
 from eval.ablation.draws import alone, concatenate, quantise, references
 from eval.ablation.memo import Memo, Unit
 from eval.ablation.reference import REFERENCE, ReferenceOnly
 from eval.ablation.rivals import TRAINED, WHOLE, Rival, RivalPipeline, parameters_of, width
-from eval.ablation.study import Study, Workspace, made_on
+from eval.ablation.study import Study, Workspace, made_on, source_hash
 from eval.ablation.tier import ShortStudy
-from eval.ablation.training import settings_of
+from eval.ablation.training import best_rate
 from eval.ablation.work import Job
 from eval.bench import draw_prompts
 from train.loop import run
@@ -30,32 +31,45 @@ from train.randomness import generator, seeded
 from train.setting import Setting
 
 NOISES = 4  # drawings of each image prompt alone
-TOKENS_RATE, WHOLE_RATE = 1.5e-3, 3e-4  # learning rates: of what is added to the frozen base, and of a whole UNet
+CODE = [Path(__file__).parent / f"{name}.py" for name in ("rivals", "reference", "rival_draws")]
 DRAWN = "picture", "complementary"  # the tasks
 
 
 @dataclass(frozen=True)
 class RivalStudy(ShortStudy):
-    """The size of tier C: one seed of each rival."""
+    """The size of tier C: one seed of each rival. `rates`, `whole_rates`: the learning rates to choose from, of what is added to the
+    frozen base and of a whole UNet. `code`: a hash of the source files of the rivals."""
 
+    rates: tuple[float, ...] = (5e-4, 1.5e-3, 4.5e-3)
+    whole_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     seeds: int = 1
     prompts: int = 512
     forms: tuple[str, ...] = (*TRAINED, REFERENCE)
+    code: str = source_hash(CODE)
+
+    def rates_of(self, name: str) -> tuple[float, ...]:
+        return () if name not in TRAINED else self.whole_rates if name in WHOLE else self.rates
 
     def hours(self) -> float:
-        whole = 2  # rivals that train the whole UNet, which takes twice as long
-        steps, drawings = self.steps * (len(TRAINED) + whole), self.prompts * (NOISES + 1) * (len(self.forms) + 1)
-        return (0.049 * self.batch * steps + 0.1 * drawings) / 3600
+        slow = 2  # a step of a whole UNet takes twice as long
+        trainings = sum(len(self.rates_of(name)) * (slow if name in WHOLE else 1) for name in TRAINED)
+        drawings = self.prompts * (NOISES + 1) * (len(self.forms) + 1)
+        return (0.049 * self.batch * self.steps * trainings + 0.1 * drawings) / 3600
+
+    def smoke(self) -> RivalStudy:
+        small = super().smoke()
+        assert isinstance(small, RivalStudy)
+        return replace(small, rates=(1e-3, 3e-3), whole_rates=(1e-3,))
 
 
-def plan_of(study: Study, name: str) -> Plan:
-    """Return the plan of a rival. A whole UNet learns at `WHOLE_RATE`."""
-    return study.plan(name, 0, WHOLE_RATE if name in WHOLE else TOKENS_RATE)
+def plan_of(study: Study, name: str, rate: float) -> Plan:
+    """Return the plan of a rival at a learning rate."""
+    return replace(study.plan(name, 0, rate), name=f"{name}-{rate:g}")
 
 
-def file_of(workspace: Workspace, name: str) -> Path:
-    """Return the file of a trained rival. Whole UNets are not shipped."""
-    return (workspace.work if name in WHOLE else workspace.adapters) / f"{name}.safetensors"
+def file_of(workspace: Workspace, name: str, rate: float) -> Path:
+    """Return the file of a trained rival."""
+    return workspace.work / f"{name}-{rate:g}.safetensors"
 
 
 def untrained(workspace: Workspace, study: Study, name: str) -> Rival:
@@ -82,14 +96,15 @@ def loss_of(rival: Rival, setting: Setting, batch: Batch, g: torch.Generator, tr
     return diffusion_loss(rival.unet, setting.pipeline.schedule, x.x0, context, x.t, x.eps, setting.gamma if training else None)
 
 
-def train_rival(workspace: Workspace, study: Study, name: str) -> Unit:
-    """Train a rival and write it; return its size and its held-out loss."""
+def train_rival(workspace: Workspace, study: Study, name: str, rate: float) -> Unit:
+    """Train a rival at a learning rate and write it; return its size and its held-out loss, None if the training diverged."""
 
     def make() -> Unit:
-        setting, plan, file = workspace.setting(study), plan_of(study, name), file_of(workspace, name)
+        setting, plan = workspace.setting(study), plan_of(study, name, rate)
         assert isinstance(setting.pairs, Pairs) and setting.pairs.features is not None and setting.held_out is not None
         rival, held_out = untrained(workspace, study, name), setting.held_out
         rival.learn_scale(setting.pairs.features.pictures[:, 0, 0])
+        value = {"rival": name, "parameters": parameters_of(rival), "rate": rate}
 
         def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
             return {"loss": loss_of(rival, setting, batch, g).mean()}
@@ -104,29 +119,44 @@ def train_rival(workspace: Workspace, study: Study, name: str) -> Unit:
                 ]
             return {"held_out": float(torch.cat(parts).mean())}
 
-        data, made_from = setting.pairs.batches(plan.batch, plan.seed), {**setting.made_from, "rival": name}
-        kept, log = run(plan, rival, data, loss, validate, workspace.work, 0, made_from=made_from)
-        value = {"parameters": parameters_of(rival), "rate": plan.lr, "held_out": log[-1]["held_out"]}
-        write_tensors(file, kept.state_dict(), None)
-        about = {"command": workspace.command, "settings": settings_of(workspace, plan)}
-        write_json(file.with_suffix(".json"), about | value | made_on(study.device))
-        return Unit({"rival": name} | value, made_on(study.device))
+        assert isinstance(study, RivalStudy)
+        data, made_from = setting.pairs.batches(plan.batch, plan.seed), {**setting.made_from, "rival": name, "code": study.code}
+        try:
+            kept, log = run(plan, rival, data, loss, validate, workspace.work, 0, made_from=made_from)
+        except FloatingPointError:
+            return Unit(value | {"held_out": None}, made_on(study.device))
+        write_tensors(file_of(workspace, name, rate), kept.state_dict(), None)
+        return Unit(value | {"held_out": log[-1]["held_out"]}, made_on(study.device))
 
-    return Memo(workspace.work)(f"train-{name}", make)
+    return Memo(workspace.work)(training(name, rate), make)
 
 
-def trained(workspace: Workspace, study: Study, name: str) -> Rival:
-    """Load a rival. Raises FileNotFoundError if it is not there: a whole UNet that was trained elsewhere."""
+def training(name: str, rate: float) -> str:
+    """Name the unit of a training."""
+    return f"train-{name}-{rate:g}"
+
+
+def trained(workspace: Workspace, study: RivalStudy, name: str) -> Rival:
+    """Load a rival at its best learning rate. What is added to the frozen base is copied to the shipped files.
+
+    Raises FileNotFoundError for a whole UNet that was trained elsewhere, because those are not shipped.
+    """
     rival = untrained(workspace, study, name)
     if name in TRAINED:
-        file = file_of(workspace, name)
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is not there: remove the unit train-{name} in {workspace.work}, so that it is trained again")
+        units = {rate: train_rival(workspace, study, name, rate) for rate in study.rates_of(name)}
+        rate = best_rate({rate: unit.value["held_out"] for rate, unit in units.items()}, name)
+        file, shipped = file_of(workspace, name, rate), workspace.adapters / f"{name}.safetensors"
+        if name not in WHOLE and file.exists():
+            with replacing(shipped) as part:
+                shutil.copyfile(file, part)
+            write_json(shipped.with_suffix(".json"), {"command": workspace.command, **units[rate].value, **units[rate].made})
+        if not (file := file if name in WHOLE else shipped).exists():
+            raise FileNotFoundError(f"{file} is not there: train and draw the rivals anew, with another folder for --out")
         rival.load_state_dict(load_file(file))
     return rival.to(study.device).requires_grad_(False)
 
 
-def draw_rival(workspace: Workspace, study: Study, name: str, task: str) -> Unit:
+def draw_rival(workspace: Workspace, study: RivalStudy, name: str, task: str) -> Unit:
     """Draw a task with a rival: the picture alone with `NOISES` noises, other tasks with one."""
 
     def make() -> Unit:
@@ -147,8 +177,9 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
     """List all jobs. Each rival draws the picture alone and the complementary prompts."""
     jobs = [Job("references", partial(references, workspace, study))]
     jobs += [Job(f"alone-{task}-test", partial(alone, workspace, study, task, "test")) for task in DRAWN]
+    assert isinstance(study, RivalStudy)
     for name in study.forms:
-        after = (f"train-{name}",) if name in TRAINED else ()
-        jobs += [Job(job, partial(train_rival, workspace, study, name)) for job in after]
-        jobs += [Job(f"drawn-{name}-{task}", partial(draw_rival, workspace, study, name, task), after) for task in DRAWN]
+        trainings = {training(name, rate): partial(train_rival, workspace, study, name, rate) for rate in study.rates_of(name)}
+        jobs += [Job(job, call) for job, call in trainings.items()]
+        jobs += [Job(f"drawn-{name}-{task}", partial(draw_rival, workspace, study, name, task), tuple(trainings)) for task in DRAWN]
     return jobs

@@ -13,6 +13,7 @@ import torch
 
 from eval.ablation.reference import REFERENCE
 from eval.ablation.rival_draws import DRAWN, RivalStudy, jobs_of
+from eval.ablation.rivals import TRAINED
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Array
 from eval.ablation.tier import Tier
@@ -29,6 +30,7 @@ PAPER = {  # Table 1 of the paper: CLIP-I, CLIP-T
     "variations": (0.760, 0.548),
 }
 NAMES = {
+    "none": "the base alone, without a picture",
     "ip_adapter": "IP-Adapter",
     "simple_mlp": "the simple adapter, with an MLP of as many parameters",
     "uni_controlnet": "Uni-ControlNet's global adapter: tokens appended to the text",
@@ -40,14 +42,15 @@ NAMES = {
 
 
 def summarise(results: Results) -> dict[str, Any]:
-    """Compute the numbers of the tables, with 95 % intervals over prompts, for each rival and each of `MEASURES`."""
+    """Compute the numbers of the table, with 95 % intervals over prompts, for the rows of `NAMES`, each task and each of `MEASURES`."""
     rows: dict[str, Any] = {}
-    for name in [*results.study["forms"], "truth"]:
-        unit = results.units.get(f"train-{name}")
-        rows[name] = {"parameters": unit.value["parameters"] if unit else 0}
-        for task in DRAWN:
-            values = _values(results, "references" if name == "truth" else f"drawn-{name}-{task}")
-            rows[name][task] = {key: bootstrap(torch.from_numpy(values[key])) for key in MEASURES if name != "truth" or task == "picture"}
+    for name in ["none", *results.study["forms"], "truth"]:
+        sizes = [unit.value["parameters"] for unit in results.units.values() if unit.value.get("rival") == name and "rate" in unit.value]
+        units = {"none": {task: f"alone-{task}-test" for task in DRAWN}, "truth": {"picture": "references"}}
+        rows[name] = {"parameters": sizes[0] if sizes else 0}
+        for task, unit in units.get(name, {task: f"drawn-{name}-{task}" for task in DRAWN}).items():
+            values = _values(results, unit)
+            rows[name][task] = {key: bootstrap(torch.from_numpy(values[key])) for key in MEASURES}
     return rows
 
 
@@ -62,23 +65,18 @@ def table(results: Results) -> pd.DataFrame:
     """Tabulate the picture alone as in Table 1, with the paper's own numbers, and the complementary prompts beside it."""
     lines = []
     for name, row in results.data["summary"].items():
-        picture, scene = row["picture"], row["complementary"]
-
-        def cell(values: dict[str, list[float]], key: str, digits: int) -> str:
-            return f"{values[key][0]:.{digits}f}" if key in values else ""
-
-        paper = PAPER.get(name)
-        line = {"": NAMES[name], "trained parameters": f"{row['parameters']:,}" if name != "truth" else ""}
-        line |= {"CLIP-I": cell(picture, "clip_i", 3), "CLIP-T": cell(picture, "clip_t", 3)}
-        line |= {"the paper's CLIP-I, CLIP-T": "{:.3f}, {:.3f}".format(*paper) if paper else ""}
-        line |= {"concept": cell(picture, "concept", 2), "information": cell(picture, "information", 1)}
-        line |= {"scene: follows": cell(scene, "following", 2), "scene: information": cell(scene, "information", 1)}
-        lines.append(line)
+        picture, scene = ({key: each[0] for key, each in row.get(task, {}).items()} for task in DRAWN)
+        line = {"": NAMES[name], "trained parameters": f"{row['parameters']:,}" if name in TRAINED else ""}
+        line |= {"CLIP-I (mini CLIP)": f"{picture['clip_i']:.3f}", "CLIP-T (mini CLIP)": f"{picture['clip_t']:.3f}"}
+        line["the paper's, on COCO"] = "{:.3f}, {:.3f}".format(*PAPER[name]) if name in PAPER else ""
+        line |= {"concept": f"{picture['concept']:.0%}", "information": f"{picture['information']:.1f}"}
+        follows = "reads no text" if name == "variations" else f"{scene['following']:.0%}" if scene else ""
+        lines.append(line | {"scene: follows": follows, "scene: information": f"{scene['information']:.1f}" if scene else ""})
     return pd.DataFrame(lines)
 
 
 def run(args: Namespace) -> None:
     """`python -m eval rivals`"""
     check_device(args.device)
-    more = {"train-RIVAL": "parameters, learning rate, held-out loss", "drawn-RIVAL-TASK": "4 noises of the picture alone, else one"}
+    more = {"train-RIVAL-RATE": "parameters, learning rate, held-out loss", "drawn-RIVAL-TASK": "4 noises of the picture alone, else one"}
     print(markdown(table(Tier("rivals", "rivals", RivalStudy(), jobs_of, summarise, more).run(args, args.weights))))

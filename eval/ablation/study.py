@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -166,10 +167,10 @@ class Workspace:
         return _prepare_once(self.source, self.state, study.device)
 
 
-def source_hash() -> str:
-    """Hash the source files of `SOURCES` to eight hex digits."""
+def source_hash(paths: Iterable[Path] | None = None) -> str:
+    """Hash source files, by default those of `SOURCES`, to eight hex digits."""
     digest = hashlib.sha256()
-    for path in sorted(path for package in SOURCES for path in (ROOT / package).rglob("*.py")):
+    for path in sorted(paths or (path for package in SOURCES for path in (ROOT / package).rglob("*.py"))):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:8]
 
