@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peers import SMALL_SD15, randn
+from PIL import Image
 from tiny_world import write_world
 from torch import Tensor
 
@@ -108,6 +109,7 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     results = Results.of(path)
     assert [*results.data["summary"]["endpoint"]][:9] == [*OWN, *SHARED] and all(name in said for name in HEADS)
     assert len(results.data["summary"]["difference"]) == len(cause.CONTRASTS) == 9
+    assert Image.open(path.with_suffix(".png")).size == (1200, 480)
     shares = results.data["summary"]["shares"]
     assert {len(layer) for layers in shares.values() for layer in layers} == {len(results.data["summary"]["mu"][0])}
     assert all(0 < share < 1 for layers in shares.values() for layer in layers for share in layer)

@@ -24,6 +24,7 @@ from eval.ablation.draws import Draw, alone, draw, draw_unit, find_grid, referen
 from eval.ablation.forms import FORMS, OWN, SHARED
 from eval.ablation.fuses import MixedAdapter, gate
 from eval.ablation.memo import Memo, Unit
+from eval.ablation.plots import plot_cause
 from eval.ablation.report import p_value, spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, Curve, at_level, holm
@@ -232,4 +233,5 @@ def run(args: Namespace) -> None:
     check_device(args.device)
     more = {"shares": "shares-FORM-SEED: 1 - g, and mu, of each layer and head", "wide": "wide-FORM-SEED: drawn at larger lambdas"}
     results = Tier("cause", "cause", CauseStudy(), jobs_of, summarise, more).run(args, args.weights)
+    plot_cause(results, args.out / "results" / "cause.png")
     print("\n\n".join(markdown(table(results)) for table in TABLES.values()))

@@ -1,4 +1,4 @@
-"""The figures of RESULTS.md: the trade-off, the endpoint against steps, the image alone, and two contact sheets."""
+"""The figures of RESULTS.md: the trade-off, the endpoint against steps, the image alone, and two contact sheets; and that of tier B."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from checkpoints.files import replacing
-from eval.ablation.forms import FORMS, fraction
+from eval.ablation.forms import FORMS, OWN, SHARED, fraction
 from eval.ablation.points import SHOWN, drawn_at
 from eval.ablation.rows import Results
 from eval.ablation.statistics import at_level
@@ -100,6 +100,26 @@ def plot_alone(results: Results, axes: Axes) -> None:
     axes.set_ylabel(unit(results) if results.truth() else "CLIP-T with the caption")
     if results.truth():
         lines(results, axes, floor=False)
+
+
+def plot_cause(results: Results, path: Path) -> None:
+    """Plot the forms between a sum and a joint softmax, for tier B: a dot for each seed at the level, and a ring for lambda 1."""
+    sides = {"the text's projections": SHARED, "own projections": OWN}
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axes, (title, (total, joint, image_yields, text_yields, *_)) in zip(panels, sides.items(), strict=True):
+        for i, form in enumerate((total, text_yields, image_yields, joint)):
+            ends, one = results.data["summary"]["endpoint"][form]["information"], results.data["summary"]["one"][form]["information"]
+            axes.plot(i + 0.08 * (np.arange(len(ends)) - len(ends) / 2 + 0.5), ends, "o", color=f"C{i}", markersize=5)
+            axes.plot(i, one, "o", color="black", markersize=11, markerfacecolor="none")
+        axes.set_xticks(range(4), ["$A_t + λ A_i$", "$g A_t + λ A_i$", "$A_t + λ (1-g) A_i$", "joint softmax"])
+        axes.axhline(results.data["summary"]["ceiling"], color="grey", linewidth=0.8, linestyle="--")
+        axes.set_title(title)
+    panels[0].set_ylabel("palette information")
+    panels[0].set_ylim(bottom=0)
+    figure.tight_layout()
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120, format="png")
+    plt.close(figure)
 
 
 def lines(results: Results, axes: Axes, floor: bool = True) -> None:
