@@ -133,7 +133,7 @@ def test_another_base_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [row.split(" | ")[1] for row in rows[2:]] == ["IP-Adapter", "simple", "difference [95 %]"]
     results = Results.of(tmp_path / "results" / "second_base.json")
     assert set(results.data["summary"]) == {"alone", "ceiling", "endpoint", "one", "difference"}
-    assert len(second_base.table(second_base.both_bases(results, tmp_path / "results" / "second_base.json"))) == 6
+    assert len(second_base.table(second_base.both_bases(results, results))) == 6
 
 
 def test_the_second_base_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +179,15 @@ def test_padding_is_left_out(lam: float | Tensor) -> None:
         torch.testing.assert_close(out[row : row + 1], concatenated(q[row : row + 1], short, [picture]))
 
 
+@pytest.mark.parametrize("tier", ["cause", "rivals", "variants", "second-base"])
+def test_a_tiny_run_does_not_replace_the_results(tier: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="another folder with --out"):
+        commands.run(commands.parser().parse_args([tier, "--smoke"]))
+    if tier == "second-base":
+        with pytest.raises(ValueError, match="--smoke does not train a second base"):
+            commands.run(commands.parser().parse_args([tier, "--smoke", "--out", str(tmp_path)]))
+
+
 def test_a_text_encoder_without_padding() -> None:
     """The tokens up to the first end token are those of the text encoder; the others are zero."""
     text = load_text_encoder(ROOT / "weights" / "text_encoder.safetensors")
@@ -207,7 +216,7 @@ def test_the_variants_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert adapter.image_projection.tokens == 16
     path = tmp_path / "results" / "variants.json"
     monkeypatch.setattr(variants, "VARIANTS", {"tokens_16": "tokens_1"})
-    table = variants.compare(Results.of(path), path)  # as if tier B had the first of two forms
+    table = variants.compare(Results.of(path), Results.of(path))  # as if tier B had the first of two forms
     assert [*table["form"]] == ["IP-Adapter, 1 token", "IP-Adapter, 16 tokens"]
     empty, difference = table["minus the form it varies [95 %]"]
     assert empty == "" and "[" in difference

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 
-from checkpoints.files import read_json
-from eval.peers import gpu, random_networks
+from checkpoints.files import read_json, write_json
+from eval.peers import gpu, gpu_rows, random_networks
+from model.unet import UNet
 
 
 def test_it_measures_both_sides_line_by_line(
@@ -53,3 +55,31 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="--device cuda:99"):
         gpu.evaluate(gpu.tiny("cuda:99"), tmp_path / "a.json", [])
+
+
+def test_other_lines_are_kept_on_the_same_device(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    gpu.evaluate(gpu.tiny("cpu"), out, ["eager bf16, batch 2"])
+    assert {"eager bf16, batch 2", "eager fp16, batch 2"} <= set(gpu.evaluate(gpu.tiny("cpu"), out, ["eager fp16, batch 2"]))
+    write_json(out, read_json(out) | {"device": "an abacus"})
+    with pytest.raises(ValueError, match="measured on an abacus"):
+        gpu.evaluate(gpu.tiny("cpu"), out, ["eager"])
+
+
+def test_only_one_side_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When diffusers is measured, our networks are gone, so their memory is not counted as diffusers'."""
+    alive: list[int] = []
+
+    def measure(*_: object) -> dict[str, float]:
+        gc.collect()
+        alive.append(sum(isinstance(each, UNet) for each in gc.get_objects()))
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(gpu_rows, "measure", measure)
+    gc.collect()
+    before = sum(isinstance(each, UNet) for each in gc.get_objects())
+    for name, run in gpu.rows(gpu.tiny("cpu")).items():
+        if name.startswith(("eager bf16, batch 2", "training", "3-step")):
+            alive.clear()
+            run()
+            assert [count - before for count in alive[:2]] == [1, 0], name

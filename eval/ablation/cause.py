@@ -19,8 +19,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from eval.ablation import tier
 from eval.ablation.appendix import mark
-from eval.ablation.draws import Draw, alone, draw, draw_unit, find_grid, references, train_run
+from eval.ablation.draws import Draw, draw, draw_unit, find_grid
 from eval.ablation.forms import FORMS, OWN, SHARED
 from eval.ablation.fuses import MixedAdapter, gate
 from eval.ablation.memo import Memo, Unit
@@ -30,7 +31,7 @@ from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, Curve, at_level, holm
 from eval.ablation.study import Study, Workspace, made_on
 from eval.ablation.summary import endpoint
-from eval.ablation.tier import ShortStudy, Tier, at_one
+from eval.ablation.tier import ShortStudy, Tier, at_one, check_options
 from eval.ablation.training import plan_of, trained_adapter
 from eval.ablation.work import Job
 from eval.tables import markdown, with_interval
@@ -38,7 +39,6 @@ from model.attention import CrossAttention
 from model.context import Context
 from model.source import Source
 from model.unet import UNet
-from sampling.device import check_device
 
 CROSSED = ("ip_adapter", "concatenated"), ("concatenated", "ip_adapter"), ("shared", "simple"), ("simple", "shared")  # trained as, drawn as
 WIDE_FORMS = {"image_yields": "ip_adapter", "shared_image_yields": "shared"}  # drawn with lambdas above their grid -> their sum
@@ -101,26 +101,17 @@ def draw_wide(workspace: Workspace, study: Study, form: str, seed: int) -> Unit:
 
 
 def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
-    """List all jobs. Adapters draw only the first task."""
-    first = tasks[0]
-    jobs = [Job("references", partial(references, workspace, study))]
-    jobs += [Job(f"alone-{task}-test", partial(alone, workspace, study, task, "test")) for task in (first, "picture")]
-
-    def add(what: Draw) -> None:
-        training = (f"train-{what.form}-0",)
-        if what.seed == 0:
-            jobs.append(Job(what.grid, partial(find_grid, workspace, study, what.form, what.sampled), training))
-        jobs.append(Job(what.name, partial(draw, workspace, study, what), (what.run, what.grid)))
-
+    """List all jobs: those of every tier, the shares, larger lambdas, and drawings with the other softmax."""
+    jobs = tier.jobs_of(workspace, study, tasks)
     for form, seed in study.runs(*study.forms):
         run = f"train-{form}-{seed}"
-        jobs.append(Job(run, partial(train_run, workspace, study, form, seed)))
-        add(Draw(form, seed, study.steps, first))
         jobs.append(Job(f"shares-{form}-{seed}", partial(measure_shares, workspace, study, form, seed), (run,)))
         if form in WIDE_FORMS and seed < WIDE_SEEDS:
             jobs.append(Job(f"wide-{form}-{seed}", partial(draw_wide, workspace, study, form, seed), (run,)))
-        for sampled in [b for a, b in CROSSED if a == form]:
-            add(Draw(form, seed, study.steps, first, sampled=sampled))
+        for what in [Draw(form, seed, study.steps, tasks[0], sampled=b) for a, b in CROSSED if a == form]:
+            if seed == 0:
+                jobs.append(Job(what.grid, partial(find_grid, workspace, study, form, what.sampled), (run,)))
+            jobs.append(Job(what.name, partial(draw, workspace, study, what), (run, what.grid)))
     return jobs
 
 
@@ -211,7 +202,7 @@ def wide_table(results: Results) -> pd.DataFrame:
 def share_table(results: Results) -> pd.DataFrame:
     """Tabulate 1 - g, and mu of `mixed`, as the mean of each layer and its range over heads."""
     summary = results.data["summary"]
-    rows = {FORMS[form].short: layers for form, layers in summary["shares"].items()} | {"mixed: μ": summary["mu"]}
+    rows = {FORMS[form].name: layers for form, layers in summary["shares"].items()} | {f"{FORMS['mixed'].name}: μ": summary["mu"]}
     lines = [
         {"": name} | {f"layer {i}": f"{np.mean(each):.2f} ({min(each):.2f} to {max(each):.2f})" for i, each in enumerate(layers)}
         for name, layers in rows.items()
@@ -230,7 +221,7 @@ TABLES = {
 
 def run(args: Namespace) -> None:
     """`python -m eval cause`"""
-    check_device(args.device)
+    check_options(args)
     more = {"shares": "shares-FORM-SEED: 1 - g, and mu, of each layer and head", "wide": "wide-FORM-SEED: drawn at larger lambdas"}
     results = Tier("cause", "cause", CauseStudy(), jobs_of, summarise, more).run(args, args.weights)
     plot_cause(results, args.out / "results" / "cause.png")

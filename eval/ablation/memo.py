@@ -81,7 +81,7 @@ def unpack(data: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> dict[str, U
     """Undo `pack`. Raises ValueError if the number of rows is not that of the units."""
     rows = [unit["rows"] for unit in data.values()]
     if any(len(array) != sum(rows) for array in arrays.values()):
-        raise ValueError("ablation.json and ablation.safetensors do not belong together: restore both from the same commit")
+        raise ValueError("the results file and the safetensors file beside it do not belong together: restore both from the same commit")
     parts = {key: array.split(rows) for key, array in arrays.items()}
     return {
         name: Unit(unit["value"], unit["made"], {key: part[i].clone() for key, part in parts.items()} if unit["rows"] else {})

@@ -136,21 +136,32 @@ def training(name: str, rate: float) -> str:
     return f"train-{name}-{rate:g}"
 
 
-def trained(workspace: Workspace, study: RivalStudy, name: str) -> Rival:
-    """Load a rival at its best learning rate. What is added to the frozen base is copied to the shipped files.
+def choose(workspace: Workspace, study: RivalStudy, name: str) -> Unit:
+    """Choose the learning rate of a rival by its held-out loss; ship what is added to the frozen base."""
 
-    Raises FileNotFoundError for a whole UNet that was trained elsewhere, because those are not shipped.
+    def make() -> Unit:
+        units = {rate: train_rival(workspace, study, name, rate) for rate in study.rates_of(name)}
+        rate = best_rate({rate: unit.value["held_out"] for rate, unit in units.items()}, name)
+        if name not in WHOLE:
+            shipped = workspace.adapters / f"{name}.safetensors"
+            with replacing(shipped) as part:
+                shutil.copyfile(file_of(workspace, name, rate), part)
+            write_json(shipped.with_suffix(".json"), {"command": workspace.command, **units[rate].value, **units[rate].made})
+        return Unit({"rival": name, "chosen": rate}, units[rate].made)
+
+    return Memo(workspace.work)(f"chosen-{name}", make)
+
+
+def trained(workspace: Workspace, study: RivalStudy, name: str) -> Rival:
+    """Load a rival at its chosen learning rate.
+
+    Raises FileNotFoundError if its file is not there: a whole UNet that was trained elsewhere, because those are not shipped.
     """
     rival = untrained(workspace, study, name)
     if name in TRAINED:
-        units = {rate: train_rival(workspace, study, name, rate) for rate in study.rates_of(name)}
-        rate = best_rate({rate: unit.value["held_out"] for rate, unit in units.items()}, name)
-        file, shipped = file_of(workspace, name, rate), workspace.adapters / f"{name}.safetensors"
-        if name not in WHOLE and file.exists():
-            with replacing(shipped) as part:
-                shutil.copyfile(file, part)
-            write_json(shipped.with_suffix(".json"), {"command": workspace.command, **units[rate].value, **units[rate].made})
-        if not (file := file if name in WHOLE else shipped).exists():
+        rate = choose(workspace, study, name).value["chosen"]
+        file = file_of(workspace, name, rate) if name in WHOLE else workspace.adapters / f"{name}.safetensors"
+        if not file.exists():
             raise FileNotFoundError(f"{file} is not there: train and draw the rivals anew, with another folder for --out")
         rival.load_state_dict(load_file(file))
     return rival.to(study.device).requires_grad_(False)
@@ -181,5 +192,7 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
     for name in study.forms:
         trainings = {training(name, rate): partial(train_rival, workspace, study, name, rate) for rate in study.rates_of(name)}
         jobs += [Job(job, call) for job, call in trainings.items()]
-        jobs += [Job(f"drawn-{name}-{task}", partial(draw_rival, workspace, study, name, task), tuple(trainings)) for task in DRAWN]
+        after = (f"chosen-{name}",) if trainings else ()
+        jobs += [Job(job, partial(choose, workspace, study, name), tuple(trainings)) for job in after]
+        jobs += [Job(f"drawn-{name}-{task}", partial(draw_rival, workspace, study, name, task), after) for task in DRAWN]
     return jobs

@@ -16,11 +16,10 @@ from eval.ablation.rival_draws import DRAWN, RivalStudy, jobs_of
 from eval.ablation.rivals import TRAINED
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Array
-from eval.ablation.tier import Tier
+from eval.ablation.tier import Tier, check_options
 from eval.clip_score import clip_score
 from eval.scores import bootstrap
 from eval.tables import markdown
-from sampling.device import check_device
 
 MEASURES = "clip_i", "clip_t", "concept", "information", "following"
 PAPER = {  # Table 1 of the paper: CLIP-I, CLIP-T
@@ -77,6 +76,6 @@ def table(results: Results) -> pd.DataFrame:
 
 def run(args: Namespace) -> None:
     """`python -m eval rivals`"""
-    check_device(args.device)
+    check_options(args)
     more = {"train-RIVAL-RATE": "parameters, learning rate, held-out loss", "drawn-RIVAL-TASK": "4 noises of the picture alone, else one"}
     print(markdown(table(Tier("rivals", "rivals", RivalStudy(), jobs_of, summarise, more).run(args, args.weights))))

@@ -25,12 +25,12 @@ SCHEMA = {
     "tasks": "the tasks; the endpoint is read on the first one",
     "prompts": "for each set of prompts, the texts of each task, and in the mini world the ground truth: indices of concept, background, "
     "size and place (own: of the image prompt; otherwise of the text), and the image prompts' palettes (two CIELAB colours)",
-    "units": "name -> value, made (commit and processor), and the number of rows of ablation.safetensors. rate-FORM-RATE: the held-out "
+    "units": "name -> value, made (commit and processor), and the number of rows of the arrays. rate-FORM-RATE: the held-out "
     "loss; train-FORM-SEED: parameters, learning rate and losses; grid-FORM: lambdas and following on validation prompts; alone-TASK-SET: "
     "lambda 0; references: the image prompts, and the same through the VAE; drawn-...: form, seed, step, task, prompts, layers, lambdas",
-    "rows": "ablation.safetensors holds int16 arrays with one row per drawing, unit after unit, lambda after lambda, prompt after prompt; "
-    f"the numbers are multiplied by {SCALES}. concept, background: indices; palette: two CIELAB colours; placement: centre and side in "
-    "pixels; clip_i: cosine with the image prompt; clip_t: cosine with the text, or with the caption if there is no text",
+    "rows": "the safetensors file beside this one holds int16 arrays with one row per drawing, unit after unit, lambda after lambda, "
+    f"prompt after prompt; the numbers are multiplied by {SCALES}. concept, background: indices; palette: two CIELAB colours; placement: "
+    "centre and side in pixels; clip_i: cosine with the image prompt; clip_t: cosine with the text, or with the caption if there is no text",
     "summary": "eval/ablation/summary.py::summarise",
 }
 

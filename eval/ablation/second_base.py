@@ -22,9 +22,8 @@ from eval.ablation.report import spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level
 from eval.ablation.summary import endpoint
-from eval.ablation.tier import ShortStudy, Tier, at_one, jobs_of
+from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, jobs_of, tier_b
 from eval.tables import markdown, with_interval
-from sampling.device import check_device
 
 SEED = 2  # the CLIP and the base of the mini world are trained with seeds 0 and 1
 STAGES = {"clip": "image_encoder", "unet": "unet"}  # stage -> the file that it writes last
@@ -86,17 +85,18 @@ def table(summaries: dict[str, dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def both_bases(results: Results, cause: Path) -> dict[str, dict[str, Any]]:
-    """Return the summaries of both bases, of the second alone if the results file `cause` of tier B is not there."""
-    first = {"the first": summarise(Results.of(cause))} if cause.exists() else {}
-    return first | {"the second": results.data["summary"]}
+def both_bases(results: Results, first: Results | None) -> dict[str, dict[str, Any]]:
+    """Return the summaries of both bases; `first`: the results of tier B, if they are there."""
+    return ({"the first": summarise(first)} if first else {}) | {"the second": results.data["summary"]}
 
 
 def run(args: Namespace) -> None:
     """`python -m eval second-base`"""
-    check_device(args.device)
+    check_options(args)
     base = args.base or args.out / "runs" / "second_base" / "weights"
+    if args.smoke and args.base is None:
+        raise ValueError("--smoke does not train a second base: name a folder of weights with --base, such as weights")
     if args.base is None:
         train_base(base, args.weights, base.parent, args.device)
     results = Tier("second_base", "second-base", SecondStudy(), jobs_of, summarise, {}).run(args, base)
-    print(markdown(table(both_bases(results, args.out / "results" / "cause.json"))))
+    print(markdown(table(both_bases(results, tier_b(results, args.out)))))

@@ -1,7 +1,7 @@
 """The settings of an ablation and the locations of its files (docs/ablation-protocol.md).
 
 All forms are trained with the recipe of train/adapter.py at a constant learning rate, from the same initial projection, on the same
-pictures in the same order with the same noise. They differ only in `fuse` and `own_projections`.
+pictures in the same order with the same noise. They differ only in what `forms.Form` says.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ SIZES = ("seeds", "other_seeds", "forms", "through", "device", "level", "resampl
 class Workspace:
     """The inputs of a study and the locations of its files.
 
-    `source`: base model and pictures. `shipped`: folder of the finished adapters. `state`: folder of all other files, with one
+    `source`: base model and pictures. `adapters`: folder of the finished adapters. `state`: folder of all other files, with one
     subfolder per value of `made_from`. `scorer`: the name of a CLIP (`clip_score.find`). `made_from`: see `with_fingerprints`. `command`:
     the command that the cards of the adapters name.
     """

@@ -18,6 +18,8 @@ from eval.ablation.memo import pack
 from eval.ablation.rows import SCHEMA, Results
 from eval.ablation.study import Study, Workspace
 from eval.ablation.work import Job, Jobs, evaluate
+from sampling.device import check_device
+from train.card import ROOT
 from train.setting import TrainingSource
 
 
@@ -46,6 +48,22 @@ class ShortStudy(Study):
         return replace(self, steps=16, batch=4, seeds=1, other_seeds=1, prompts=4, draw_steps=2, resamples=200)
 
 
+def check_options(args: Namespace) -> None:
+    """Raise ValueError if the device is not there, or a tiny run would take the place of the default results."""
+    check_device(args.device)
+    if args.smoke and args.out == Path("."):
+        raise ValueError("--smoke changes the study: choose another folder with --out, to keep the default results")
+
+
+def tier_b(results: Results, out: Path) -> Results | None:
+    """Read the results of tier B in the folder `out`, or the shipped ones. If none are on the same prompts, say so and return None."""
+    for path in (out / "results" / "cause.json", ROOT / "results" / "cause.json"):
+        if path.exists() and (first := Results.of(path)).data["prompts"] == results.data["prompts"]:
+            return first
+    print("There are no results of tier B on the same prompts, so its forms are not shown: run `python -m eval cause`")
+    return None
+
+
 @dataclass(frozen=True)
 class Tier:
     """A later tier. `name`: of its files. `command`: of `python -m eval`. `units`: the units of work that tier A does not have."""
@@ -72,7 +90,8 @@ class Tier:
         data, units = evaluate(workspace, study, args.jobs or default_jobs(study.device), self.jobs)
         rows, arrays = pack(units)
         write_tensors(path.with_suffix(".safetensors"), arrays, None)
-        schema = SCHEMA | self.units | {"summary": f"eval/ablation/{self.name}.py::summarise"}
+        summary = f"{self.summarise.__module__.replace('.', '/')}.py::{self.summarise.__name__}"
+        schema = SCHEMA | self.units | {"summary": summary}
         write_json(path, {"schema": schema, **data, "summary": self.summarise(Results(data, units)), "units": rows})
         return Results.of(path)
 

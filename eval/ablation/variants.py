@@ -17,18 +17,19 @@ from eval.ablation.forms import FORMS, VARIANTS
 from eval.ablation.report import spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level
+from eval.ablation.study import source_hash
 from eval.ablation.summary import endpoint, trainings
-from eval.ablation.tier import ShortStudy, Tier, at_one, jobs_of
+from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, jobs_of, tier_b
 from eval.tables import markdown, with_interval
-from sampling.device import check_device
 
 
 @dataclass(frozen=True)
 class VariantStudy(ShortStudy):
-    """The size of tier D."""
+    """The size of tier D. `code`: a hash of the source files of the forms."""
 
     seeds: int = 3
     forms: tuple[str, ...] = tuple(VARIANTS)
+    code: str = source_hash([Path(__file__).parent / f"{name}.py" for name in ("forms", "fuses", "training", "draws")])
 
 
 def summarise(results: Results) -> dict[str, Any]:
@@ -42,9 +43,9 @@ def of_form(results: Results, form: str) -> dict[str, Any]:
     return {"endpoint": endpoint(results.curve(form), results.study["level"]), "one": at_one(results, form), "parameters": parameters}
 
 
-def compare(results: Results, cause: Path) -> pd.DataFrame:
-    """Tabulate each form, below the form of tier B that it varies, with the difference; without it if the file `cause` is not there."""
-    lines, first = [], Results.of(cause) if cause.exists() else None
+def compare(results: Results, first: Results | None) -> pd.DataFrame:
+    """Tabulate each form, below the form of tier B that it varies, with the difference. `first`: the results of tier B."""
+    lines = []
     bootstrap, read = Bootstrap(results.study["resamples"]), at_level(results.study["level"])
     for origin in dict.fromkeys(VARIANTS.values()):
         if first is not None:
@@ -69,6 +70,6 @@ def _line(form: str, numbers: dict[str, Any]) -> dict[str, str]:
 
 def run(args: Namespace) -> None:
     """`python -m eval variants`"""
-    check_device(args.device)
+    check_options(args)
     results = Tier("variants", "variants", VariantStudy(), jobs_of, summarise, {}).run(args, args.weights)
-    print(markdown(compare(results, args.out / "results" / "cause.json")))
+    print(markdown(compare(results, tier_b(results, args.out))))

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from checkpoints.files import check_output, write_json
+from checkpoints.files import check_output, read_json, write_json
 from eval.peers.gpu_rows import picture, step, training
 from eval.peers.random_networks import Setting, tiny
 from eval.peers.timing import Timing
@@ -32,7 +32,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def rows(s: Setting) -> dict[str, Callable[[], Timing]]:
     """Return the functions that measure each line, by name, in the order in which they run."""
     few, many = s.batches
-    functions = {f"eager {name}, batch {few}": partial(step, s, dtype, few) for name, dtype in DTYPES.items()}
+    functions: dict[str, Callable[[], Timing]] = {}
+    functions |= {f"eager {name}, batch {few}": partial(step, s, dtype, few) for name, dtype in DTYPES.items()}
     functions |= {
         f"training step, batch {s.training}": partial(training, s),
         f"{s.steps}-step picture, bf16": partial(picture, s, DTYPES["bf16"]),
@@ -46,22 +47,23 @@ def rows(s: Setting) -> dict[str, Callable[[], Timing]]:
     functions |= {first: compiled[first]}
     functions |= {f"eager {name}, batch {many}": partial(step, s, dtype, many) for name, dtype in DTYPES.items()}
     functions |= compiled
-    return dict(functions)
+    return functions
 
 
 def evaluate(setting: Setting, out: Path, only: list[str]) -> dict[str, Any]:
-    """Measure all lines, or those whose names start with one of `only`. After each line, print it and write `out` (JSON).
+    """Measure all lines, or those whose names start with one of `only`, and keep the others of `out`. After each line, print it and
+    write `out` (JSON).
 
-    If a line fails, its error is saved and the others still run.
+    If a line fails, its error is saved and the others still run. Raises ValueError if `out` is from another device.
     """
     check_device(setting.device)
     check_output(out)
     on_gpu = setting.device.startswith("cuda")
-    results: dict[str, Any] = {
-        "command": "python -m eval.peers.gpu",
-        "device": torch.cuda.get_device_name() if on_gpu else setting.device,
-        "torch": torch.__version__,
-    }
+    device = torch.cuda.get_device_name() if on_gpu else setting.device
+    before = read_json(out) if only and out.exists() else {}
+    if before.get("device", device) != device:
+        raise ValueError(f"{out} was measured on {before['device']}, and this is {device}: choose another file with --out")
+    results: dict[str, Any] = before | {"command": "python -m eval.peers.gpu", "device": device, "torch": torch.__version__}
     for name, run in rows(setting).items():
         if only and not name.startswith(tuple(only)):
             continue
@@ -98,7 +100,8 @@ def main() -> None:
     p.add_argument("--device", default="cuda", help="device to measure (default: cuda)")
     p.add_argument("--out", type=Path, default=Path("results/gpu.json"), help="file of the results (default: results/gpu.json)")
     p.add_argument("--tiny", action="store_true", help="try the script at a tiny size; the numbers mean nothing")
-    p.add_argument("--row", action="append", default=[], help="measure only lines whose names begin with this; may be given again")
+    description = "measure only lines whose names begin with this, and keep the others of --out; may be given again"
+    p.add_argument("--row", action="append", default=[], help=description)
     args = p.parse_args()
     try:
         evaluate(tiny(args.device) if args.tiny else Setting(args.device), args.out, args.row)
