@@ -60,7 +60,7 @@ def test_forms_of_one_seed_start_from_the_same_projection(setting: Setting) -> N
     def first(form: str, seed: int) -> Tensor:
         return untrained_adapter(setting, FORMS[form], seed).image_projection.proj.weight
 
-    alike = [first(form, 1) for form in FORMS]
+    alike = [first(name, 1) for name, form in FORMS.items() if form.tokens == 4]
     assert all(torch.equal(alike[0], other) for other in alike[1:])
     assert not torch.equal(alike[0], first("ip_adapter", 2))
 
@@ -72,7 +72,7 @@ def test_forms_differ_in_what_is_trained(setting: Setting) -> None:
     assert sizes["ip_adapter"] == sizes["concatenated"] == sizes["simple"] + own
     assert sizes["shared"] == sizes["simple"]
     assert sizes["mixed"] == sizes["ip_adapter"] + sum(layer.heads for layer in layers)
-    assert len({(form.own_projections, form.fuse) for form in FORMS.values()}) == len(FORMS) and Study().forms == TIER_A
+    assert len({replace(form, name="", short="") for form in FORMS.values()}) == len(FORMS) and Study().forms == TIER_A
     assert {(FORMS[form].own_projections, FORMS[form].fuse) for form in TIER_A} == set(product((True, False), (decoupled, concatenated)))
 
 
