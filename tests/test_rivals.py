@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
@@ -16,23 +17,16 @@ from torch import Tensor
 
 from eval import __main__ as commands
 from eval.ablation.reference import ReferenceOnly, ReferenceUNet
+from eval.ablation.rival import Rival, RivalPipeline, parameters_of, width
 from eval.ablation.rival_draws import REFERENCE, loss_of
-from eval.ablation.rivals import (
-    MLP,
-    TRAINED,
-    GlobalAdapter,
-    ImageVariations,
-    Rival,
-    RivalPipeline,
-    UnCLIP,
-    parameters_of,
-    width,
-)
+from eval.ablation.rivals import LARGE, MLP, TRAINED, GlobalAdapter, ImageVariations, UnCLIP
 from eval.ablation.rivals_table import NAMES, PAPER
 from eval.ablation.rows import Results
+from eval.ablation.shuffle import ControlNetShuffle, ShuffleUNet, flow, shuffled
 from model.context import Context, stack
 from model.features import Features
 from model.unet import UNet
+from sampling.control import total
 from sampling.loading import load
 from sampling.micro import DRAWING
 from sampling.schedule import Schedule
@@ -65,12 +59,13 @@ def test_what_is_trained(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> N
     x, text, image = inputs
     sizes, base = {}, sum(p.numel() for p in unet.parameters())
     for name, rival in rivals(unet, image.shape[1]):
-        rival.unet(x, 500, rival(text, image, torch.Generator().manual_seed(0))).square().mean().backward()
+        rival.unet(x, 500, rival(text, x if name == "shuffle" else image, torch.Generator().manual_seed(0))).square().mean().backward()
         trained = [p for p in rival.parameters() if p.requires_grad]
         assert all(p.grad is not None for p in trained), name
         sizes[name] = parameters_of(rival)
     assert all(p.grad is None for p in unet.parameters())
     assert sizes["variations"] == base < sizes["unclip"]
+    assert base / 4 < sizes["shuffle"] < base
     assert 0.98 < sizes["simple_mlp"] / sizes["ip_adapter"] <= 1
     assert parameters_of(ReferenceOnly(unet, Schedule())) == 0
 
@@ -96,6 +91,52 @@ def test_variations_read_no_text(unet: UNet, inputs: tuple[Tensor, Tensor, Tenso
     assert not rival(text, torch.zeros_like(image)).text.any()
 
 
+def test_shuffle(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """It starts as the base. Its residuals have no places; a dropped picture leaves the base as it was; text is read."""
+    x, text, _ = inputs
+    rival, plain = ControlNetShuffle(unet), unet(x, 500, Context(text))
+    torch.testing.assert_close(rival.unet(x, 500, rival(text, x)), plain)
+    with torch.no_grad():
+        for number, parameter in enumerate(rival.control.parameters()):
+            parameter.add_(0.1 * randn(*parameter.shape, seed=number).float())
+    residuals = rival.control(x, 500, Context(text), x)
+    assert all(each.shape[2:] == (1, 1) for each in [*residuals.skips, residuals.mid])
+    context = rival(text, torch.cat([x[:2], torch.zeros_like(x[:1])]))
+    out = rival.unet(x, 500, context)
+    assert not torch.allclose(out[:2], plain[:2], atol=1e-3)
+    torch.testing.assert_close(out[2], plain[2])
+    again = rival.unet(x, 500, Context(text, added=context.added), residuals)
+    both = unet(x, 500, Context(text), total([rival.control(x, 500, Context(text), context.added), residuals]))
+    torch.testing.assert_close(again[:2], both[:2])
+
+
+def test_content_is_moved_along_a_smooth_flow() -> None:
+    """By definition, position (i, j) gets the bilinear mean of the four pixels around (y, x), the flow in pixels."""
+    g = torch.Generator().manual_seed(0)
+    where, x = flow(2, 12, 16, g).double(), randn(2, 3, 12, 16)
+    assert where.amin(dim=(2, 3)).eq(0).all() and where.amax(dim=(2, 3)).eq(1).all()
+    steps = torch.cat([where.diff(dim=2).abs().flatten(), where.diff(dim=3).abs().flatten()])
+    assert steps.max() < 0.35 and not torch.equal(where[0], where[1])
+    expected = torch.empty_like(x)
+    for n, i, j in itertools.product(range(2), range(12), range(16)):
+        column, row = float(where[n, 0, i, j]) * 15, float(where[n, 1, i, j]) * 11
+        left, top = min(int(column), 14), min(int(row), 10)
+        a, b = column - left, row - top
+        (p, q), (r, s) = x[n, :, top : top + 2, left : left + 2].unbind(1)[0].unbind(1), x[n, :, top + 1, left : left + 2].unbind(1)
+        expected[n, :, i, j] = (1 - b) * ((1 - a) * p + a * q) + b * ((1 - a) * r + a * s)
+    torch.testing.assert_close(shuffled(x, where), expected, atol=1e-6, rtol=0)
+
+
+def test_what_shuffle_reads() -> None:
+    """In training, each row has its own flow; in drawing, all have the same, whatever the batch."""
+    rival, x = ControlNetShuffle(UNet(SMALL_SD15)), randn(1, 4, 8, 8, seed=1).float().expand(2, -1, -1, -1)
+    trained, drawn = (rival(torch.zeros(2, 7, DIM), x, g).added for g in (torch.Generator().manual_seed(1), None))
+    assert trained is not None and drawn is not None
+    assert not torch.equal(*trained) and torch.equal(*drawn)
+    assert isinstance(rival.unet, ShuffleUNet)
+    assert {name.partition(".")[0] for name, p in rival.unet.named_parameters() if p.requires_grad} == {"control"}
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_what_is_dropped_in_training(unet: UNet, name: str) -> None:
     """Texts and pictures are dropped as often as `drop` says, in which order it says it, and at times together if a text is read."""
@@ -118,7 +159,7 @@ def test_what_is_dropped_in_training(unet: UNet, name: str) -> None:
     ((text, picture),) = seen
     shares = [float(each.float().mean()) for each in (text & ~picture, picture & ~text, text & picture)]
     assert shares == pytest.approx(rival.drop, abs=0.025)
-    assert rival.drop[2] > 0 or name == "variations"
+    assert rival.drop[2] > 0 or name in ("variations", "shuffle")
 
 
 def test_both_sides_of_guidance(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -197,7 +238,7 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(f"{a:.3f}, {b:.3f}" in "\n".join(rows) for a, b in PAPER.values())
     assert set(results.data["summary"]) == {"none", *TRAINED, REFERENCE, "truth"}
     assert results.units["drawn-unclip-picture"].rows == 16 and results.units["drawn-unclip-complementary"].rows == 4
-    assert {file.stem for file in (tmp_path / "results" / "rivals").glob("*.safetensors")} == {"ip_adapter", "simple_mlp", "uni_controlnet"}
+    assert {file.stem for file in (tmp_path / "results" / "rivals").glob("*.safetensors")} == TRAINED.keys() - set(LARGE)
     shutil.rmtree(tmp_path / "runs")
     monkeypatch.setattr("eval.ablation.rival_draws.run", None)
     assert call() == rows

@@ -10,19 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eval.ablation.rivals import Rival
-from eval.device import batch_size, device_of
+from eval.ablation.rival import Rival, latents_of
 from model.attention import SelfAttention, attention
 from model.context import Context
 from model.unet import Residuals, UNet
 from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
-from train.vae import bytes_to_tensor
 
 REFERENCE, FIDELITY = "reference", 0.5  # the default of sd-webui-controlnet
 
@@ -89,11 +86,7 @@ class ReferenceOnly(Rival):
         super().__init__(ReferenceUNet(unet, schedule, fidelity))
 
     def look(self, pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
-        """Return the latents of pictures, `n c h w`."""
-        pixels = bytes_to_tensor(np.stack([np.array(image) for image in images]))
-        device = device_of(pipeline.vae)
-        with torch.no_grad():
-            return torch.cat([pipeline.vae.encode(part.to(device)) for part in pixels.split(batch_size(device))])
+        return latents_of(pipeline, images)
 
     def drop_picture(self, image: Tensor) -> Tensor:
         """Return the picture itself: on the unconditional side, too, self-attention reads it, by 1 - f."""

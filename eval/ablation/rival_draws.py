@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from checkpoints.files import replacing, write_json, write_tensors
 from eval.ablation.draws import alone, concatenate, quantise, references
 from eval.ablation.memo import Memo, Unit
 from eval.ablation.reference import REFERENCE, ReferenceOnly
-from eval.ablation.rivals import TRAINED, WHOLE, Rival, RivalPipeline, parameters_of, width
+from eval.ablation.rival import Rival, RivalPipeline, parameters_of, width
+from eval.ablation.rivals import LARGE, TRAINED, WHOLE
 from eval.ablation.study import Study, Workspace, made_on, source_hash
 from eval.ablation.tier import ShortStudy
 from eval.ablation.training import best_rate
@@ -31,7 +32,7 @@ from train.randomness import generator, seeded
 from train.setting import Setting
 
 NOISES = 4  # drawings of each image prompt alone
-CODE = [Path(__file__).parent / f"{name}.py" for name in ("rivals", "reference", "rival_draws")]
+CODE = [Path(__file__).parent / f"{name}.py" for name in ("rival", "rivals", "reference", "shuffle", "rival_draws")]
 DRAWN = "picture", "complementary"  # the tasks
 
 
@@ -45,14 +46,14 @@ class RivalStudy(ShortStudy):
     seeds: int = 1
     prompts: int = 512
     forms: tuple[str, ...] = (*TRAINED, REFERENCE)
-    code: str = source_hash(CODE)
+    code: str = field(default_factory=lambda: source_hash(CODE))
 
     def rates_of(self, name: str) -> tuple[float, ...]:
         return () if name not in TRAINED else self.whole_rates if name in WHOLE else self.rates
 
     def hours(self) -> float:
-        slow = 2  # a step of a whole UNet takes twice as long
-        trainings = sum(len(self.rates_of(name)) * (slow if name in WHOLE else 1) for name in TRAINED)
+        slow = 2  # a step of a large rival takes twice as long
+        trainings = sum(len(self.rates_of(name)) * (slow if name in LARGE else 1) for name in TRAINED)
         drawings = self.prompts * (NOISES + 1) * (len(self.forms) + 1)
         return (0.049 * self.batch * self.steps * trainings + 0.1 * drawings) / 3600
 
@@ -84,14 +85,14 @@ def untrained(workspace: Workspace, study: Study, name: str) -> Rival:
 def loss_of(rival: Rival, setting: Setting, batch: Batch, g: torch.Generator, training: bool = True) -> Tensor:
     """Compute the loss of Eq. 6 for each picture, `b`. In training, texts and pictures are dropped, and `rival` may add noise."""
     x = sample_inputs(batch, g)
-    text, image = x.text, x.image[:, 0, 0]
+    text, image = x.text, rival.reads(x)
     if training:
         r = draw_random(lambda n: torch.rand(n, generator=g, device=g.device), len(batch), g)
         text_alone, picture_alone, both = rival.drop
         drop_text = r < both + text_alone
         drop_picture = (r < both) | ((r >= both + text_alone) & (r < both + text_alone + picture_alone))
         text = torch.where(drop_text[:, None, None], batch.empty, text)
-        image = torch.where(drop_picture[:, None], rival.drop_picture(image), image)
+        image = torch.where(drop_picture.view(-1, *[1] * (image.ndim - 1)), rival.drop_picture(image), image)
     context = rival(text, image, g if training else None)
     return diffusion_loss(rival.unet, setting.pipeline.schedule, x.x0, context, x.t, x.eps, setting.gamma if training else None)
 
@@ -137,12 +138,12 @@ def training(name: str, rate: float) -> str:
 
 
 def choose(workspace: Workspace, study: RivalStudy, name: str) -> Unit:
-    """Choose the learning rate of a rival by its held-out loss; ship what is added to the frozen base."""
+    """Choose the learning rate of a rival by its held-out loss; ship the weights unless they are large."""
 
     def make() -> Unit:
         units = {rate: train_rival(workspace, study, name, rate) for rate in study.rates_of(name)}
         rate = best_rate({rate: unit.value["held_out"] for rate, unit in units.items()}, name)
-        if name not in WHOLE:
+        if name not in LARGE:
             shipped = workspace.adapters / f"{name}.safetensors"
             with replacing(shipped) as part:
                 shutil.copyfile(file_of(workspace, name, rate), part)
@@ -155,12 +156,12 @@ def choose(workspace: Workspace, study: RivalStudy, name: str) -> Unit:
 def trained(workspace: Workspace, study: RivalStudy, name: str) -> Rival:
     """Load a rival at its chosen learning rate.
 
-    Raises FileNotFoundError if its file is not there: a whole UNet that was trained elsewhere, because those are not shipped.
+    Raises FileNotFoundError if its file is not there: a large rival that was trained elsewhere, because those are not shipped.
     """
     rival = untrained(workspace, study, name)
     if name in TRAINED:
         rate = choose(workspace, study, name).value["chosen"]
-        file = file_of(workspace, name, rate) if name in WHOLE else workspace.adapters / f"{name}.safetensors"
+        file = file_of(workspace, name, rate) if name in LARGE else workspace.adapters / f"{name}.safetensors"
         if not file.exists():
             raise FileNotFoundError(f"{file} is not there: train and draw the rivals anew, with another folder for --out")
         rival.load_state_dict(load_file(file))

@@ -1,24 +1,22 @@
 """Other ways to show a picture to the same base model, small copies of the paper's rivals (Table 1). Tier C of the ablation.
 
-A rival turns text tokens and image embeddings into the Context of a UNet. Some train only what they add to the frozen base, and
-some train the whole UNet. `reference.py` has the one that trains nothing.
+Those here read the global image embedding. `shuffle.py` and `reference.py` have those that read the latents of the picture.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import Tensor, nn
 
-from eval.bench import embed
+from eval.ablation.rival import Rival, parameters_of
+from eval.ablation.shuffle import ControlNetShuffle
 from model.adapter import IPAdapter
 from model.attention import concatenated
 from model.context import Context
@@ -26,44 +24,9 @@ from model.features import GLOBAL
 from model.image_projection import ImageProjection, Projection
 from model.layers import FeedForward, timestep_embedding
 from model.unet import UNet
-from sampling.micro import DRAWING
-from sampling.pipeline import Pipeline
 from train.randomness import draw, draw_normal
 
 TOKENS = 4
-
-
-class Rival(nn.Module):
-    """A way to condition a UNet on a picture. `drop`: the probabilities, in training, that (only the text, only the picture, both) are
-    dropped; by default, those of IP-Adapter."""
-
-    drop = 0.05, 0.05, 0.05
-
-    def __init__(self, unet: UNet) -> None:
-        super().__init__()
-        self._base = (unet,)  # in a tuple, because it is frozen and not a part of the rival
-
-    @property
-    def unet(self) -> UNet:
-        return self._base[0]
-
-    def learn_scale(self, embeddings: Tensor) -> None:
-        """Look at the image embeddings of all training pictures, `n e`, before the training."""
-
-    def look(self, pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
-        """Return what `forward` reads of pictures: their embeddings, `n e`."""
-        return embed(replace(pipeline, adapters=(ip_adapter(pipeline.unet, width(pipeline)).adapter,)), images)[:, 0, 0]
-
-    def drop_picture(self, image: Tensor) -> Tensor:
-        """Return what `forward` reads in place of pictures on the unconditional side."""
-        return torch.zeros_like(image)
-
-    def forward(self, text: Tensor, image: Tensor, g: torch.Generator | None = None) -> Context:
-        """Return the Context for text tokens `b m c` and image embeddings `b e`; a zero embedding is a dropped picture.
-
-        `g`: the noise of training, for rivals that add noise to the embedding.
-        """
-        raise NotImplementedError
 
 
 class Adapter(Rival):
@@ -187,17 +150,6 @@ class UnCLIP(WholeUNet):
         return Context(text, added=vector * image.any(dim=1, keepdim=True))  # a dropped picture is a zero vector
 
 
-def parameters_of(rival: nn.Module) -> int:
-    """Count the parameters that are trained."""
-    return sum(p.numel() for p in rival.parameters() if p.requires_grad)
-
-
-def width(pipeline: Pipeline) -> int:
-    """Return the width of the image embeddings."""
-    assert pipeline.image is not None
-    return GLOBAL.width(pipeline.image.config)
-
-
 def ip_adapter(unet: UNet, image_dim: int) -> Adapter:
     return Adapter(unet, ImageProjection(image_dim, unet.config.context_dim, TOKENS), decoupled=True)
 
@@ -218,25 +170,9 @@ TRAINED: dict[str, Callable[[UNet, int], Rival]] = {
     "ip_adapter": ip_adapter,
     "simple_mlp": simple_mlp,
     "uni_controlnet": uni_controlnet,
+    "shuffle": lambda unet, _: ControlNetShuffle(unet),
     "unclip": UnCLIP,
     "variations": lambda unet, _: ImageVariations(unet),
 }
-
-
 WHOLE = "unclip", "variations"  # those that train the whole UNet
-
-
-@dataclass(frozen=True)
-class RivalPipeline(Pipeline):
-    """A pipeline whose Contexts come from a rival. An `embedding` is what the rival reads."""
-
-    rival: Rival | None = None
-
-    @torch.no_grad()
-    def contexts(
-        self, prompts: Sequence[str], negatives: Sequence[str], embedding: Any = None, *_: Any, **more: Any
-    ) -> tuple[Context, Context]:
-        assert self.rival is not None
-        size = self.unet.config.sample_size
-        uncond, cond = self.texts(prompts, negatives, (size, size), DRAWING)
-        return self.rival(uncond.text, self.rival.drop_picture(embedding)), self.rival(cond.text, embedding)
+LARGE = "shuffle", *WHOLE  # those whose weights are not shipped

@@ -25,6 +25,7 @@ MEASURES = "clip_i", "clip_t", "concept", "information", "following"
 PAPER = {  # Table 1 of the paper: CLIP-I, CLIP-T
     "ip_adapter": (0.828, 0.588),
     "uni_controlnet": (0.736, 0.506),
+    "shuffle": (0.616, 0.421),
     "unclip": (0.810, 0.584),
     "variations": (0.760, 0.548),
 }
@@ -33,6 +34,7 @@ NAMES = {
     "ip_adapter": "IP-Adapter",
     "simple_mlp": "the simple adapter, with an MLP of as many parameters",
     "uni_controlnet": "Uni-ControlNet's global adapter: tokens appended to the text",
+    "shuffle": "ControlNet Shuffle: residuals of shuffled latents, averaged over positions",
     "unclip": "SD unCLIP: added to the timestep embedding, whole UNet trained",
     "variations": "SD Image Variations: in place of the text, whole UNet trained",
     REFERENCE: "reference-only: self-attention reads the picture, nothing trained",

@@ -6,7 +6,7 @@ docs/ablation-protocol.md, "Tier D", says what is compared. The forms that are v
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from eval.ablation.summary import endpoint, trainings
 from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, jobs_of, tier_b
 from eval.tables import markdown, with_interval
 
+CODE = [Path(__file__).parent / f"{name}.py" for name in ("forms", "fuses", "training", "draws")]
+
 
 @dataclass(frozen=True)
 class VariantStudy(ShortStudy):
@@ -29,7 +31,7 @@ class VariantStudy(ShortStudy):
 
     seeds: int = 3
     forms: tuple[str, ...] = tuple(VARIANTS)
-    code: str = source_hash([Path(__file__).parent / f"{name}.py" for name in ("forms", "fuses", "training", "draws")])
+    code: str = field(default_factory=lambda: source_hash(CODE))
 
 
 def summarise(results: Results) -> dict[str, Any]:
