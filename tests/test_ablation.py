@@ -24,7 +24,7 @@ from eval.ablation import report
 from eval.ablation.appendix import through_table
 from eval.ablation.command import TOLERANCE
 from eval.ablation.draws import Draw
-from eval.ablation.forms import BASELINE, FORMS, PRIMARY, TIER_A
+from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE, TIER_A
 from eval.ablation.memo import Memo, Unit, pack, unpack
 from eval.ablation.rows import SCALES, Results
 from eval.ablation.study import RATE_SEED, SMOKE, SPLITS, Study, Workspace, source_hash
@@ -142,10 +142,10 @@ def test_the_primary_comparison_is_made_first() -> None:
     for job in jobs_of(workspace, Study(), TASKS):
         assert all(jobs.index(name) < jobs.index(job.name) for name in job.after)
     primary = [job for job in jobs if re.fullmatch(r"drawn-\w+-\d-8000-complementary-test-all", job)]
-    pair = [(form, seed) for seed in range(5) for form in (BASELINE, PRIMARY)]
+    pair = [(form, seed) for seed in range(5) for form in (IP_ADAPTER, SIMPLE)]
     assert [tuple(job.split("-")[1:3]) for job in primary[:10]] == [(form, str(seed)) for form, seed in pair] and len(primary) == 16
     before = [job for job in jobs[: jobs.index(primary[9])] if not job.startswith(("alone-", "references"))]
-    assert all(job.split("-")[1] in (BASELINE, PRIMARY) and not job.startswith("drawn-rate") for job in before)
+    assert all(job.split("-")[1] in (IP_ADAPTER, SIMPLE) and not job.startswith("drawn-rate") for job in before)
     assert all(job in primary for job in before if job.startswith("drawn-"))
     assert sum(job.startswith("drawn-rate") for job in jobs) == 12 + 12 and sum(job.startswith("through-") for job in jobs) == 6
     assert sum("-confirm-" in job for job in jobs) == 10

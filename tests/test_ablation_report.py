@@ -19,7 +19,7 @@ from eval.ablation.against import against, parts
 from eval.ablation.appendix import through_table
 from eval.ablation.command import TOLERANCE, compare
 from eval.ablation.draws import Draw, quantise
-from eval.ablation.forms import BASELINE, PRIMARY, TIER_A, fraction
+from eval.ablation.forms import IP_ADAPTER, SIMPLE, TIER_A, fraction
 from eval.ablation.memo import Unit
 from eval.ablation.plots import matched_lambda
 from eval.ablation.rows import Results, follows
@@ -173,21 +173,21 @@ def test_the_page_states_the_result() -> None:
     results = made_up()
     results.data["summary"] = summary = summarise(results)
     page = report.render(results)
-    d = summary["difference"][PRIMARY]
+    d = summary["difference"][SIMPLE]
     told = "Decoupled attention beats the simple adapter here: where both follow the text equally often"
     assert f"{told}, IP-Adapter minus the simple adapter is {with_interval(d)} in palette information" in page
     assert f"the ceiling is {summary['ceilings']['vae']:.1f}" in page and "commit abc, and were computed on x." in page
     assert "2 of IP-Adapter and simple" in page and all(f"- {each}" in page for each in against(results))
     assert markdown(report.square(results)) in page and "(concept 40%)" in page and "| simple |" in page
-    swapped = made_up({BASELINE: KNOWN[PRIMARY], PRIMARY: KNOWN[BASELINE]})
+    swapped = made_up({IP_ADAPTER: KNOWN[SIMPLE], SIMPLE: KNOWN[IP_ADAPTER]})
     swapped.data["summary"] = summarise(swapped)
     assert report.headline(swapped).startswith("The simple adapter beats decoupled attention")
-    even = made_up(dict.fromkeys(KNOWN, KNOWN[BASELINE]))
+    even = made_up(dict.fromkeys(KNOWN, KNOWN[IP_ADAPTER]))
     even.data["summary"] = summarise(even)
     assert report.headline(even).startswith("The study does not decide")
     even.data["summary"]["steps"]["difference"][1] = d
     assert report.headline(even).startswith("The simple adapter catches up")
-    results.data["summary"]["confirmed"] = {PRIMARY: d | {"low": -1.0}}
+    results.data["summary"]["confirmed"] = {SIMPLE: d | {"low": -1.0}}
     assert report.headline(results).startswith("The study does not decide"), "the confirmation prompts must agree"
 
 
@@ -195,19 +195,19 @@ def test_the_primary_difference_is_read_in_other_ways() -> None:
     """At 70 %, each form is read at its second lambda. As only backgrounds are wrong, counting them alone changes nothing."""
     results = made_up()
     summary = summarise(results)
-    other, ours, simple = summary["robustness"], *(results.curve(form).value.mean(axis=(0, 2)) for form in (BASELINE, PRIMARY))
+    other, ours, simple = summary["robustness"], *(results.curve(form).value.mean(axis=(0, 2)) for form in (IP_ADAPTER, SIMPLE))
     assert other["levels"]["70%"]["mean"] == pytest.approx(ours[2] - simple[2])
-    assert other["backgrounds"]["test"] == summary["difference"][PRIMARY] and set(other["backgrounds"]) == {"test"}
+    assert other["backgrounds"]["test"] == summary["difference"][SIMPLE] and set(other["backgrounds"]) == {"test"}
     assert other["smallest"] == pytest.approx({"share": 0.9, "information": simple[1]})
     assert other["extremes"] == pytest.approx([simple.max(), ours[2:].min()])
-    assert summary["secondary"]["finest layers"]["read"] == {form: {"end": 0, "start": 0} for form in (BASELINE, PRIMARY)}
+    assert summary["secondary"]["finest layers"]["read"] == {form: {"end": 0, "start": 0} for form in (IP_ADAPTER, SIMPLE)}
 
 
 def test_what_each_change_gives_alone_is_said() -> None:
-    results, four = made_up(), dict.fromkeys(TIER_A, 0.0) | {BASELINE: 50.0, "shared": 40.0, "concatenated": 30.0}
+    results, four = made_up(), dict.fromkeys(TIER_A, 0.0) | {IP_ADAPTER: 50.0, "shared": 40.0, "concatenated": 30.0}
     d = {"mean": 1.0, "low": -1.0, "high": 3.0, "p": 0.5}
     ends = {form: {"information": [value, value]} for form, value in four.items()}
-    results.data["summary"] = {"endpoint": ends, "difference": {PRIMARY: d | {"low": 0.5}, "shared": d | {"low": 0.1}, "concatenated": d}}
+    results.data["summary"] = {"endpoint": ends, "difference": {SIMPLE: d | {"low": 0.5}, "shared": d | {"low": 0.1}, "concatenated": d}}
     said = "Each change alone gives most of this lead: an own softmax 80%, own projections 60%. No difference is shown between"
     assert parts(results) == [f"{said} IP-Adapter and `joint` (own projections, joint softmax): +1.0 [-1.0, +3.0]."]
 
@@ -217,7 +217,7 @@ def test_the_page_says_how_rates_and_lengths_of_training_matter() -> None:
     results = made_up()
     results.data["summary"] = summary = summarise(results)
     assert "No form was trained longer at other rates" in report.render(results) and through_table(results).empty
-    for form, more in ((BASELINE, 10.0), (PRIMARY, 0.0)):
+    for form, more in ((IP_ADAPTER, 10.0), (SIMPLE, 0.0)):
         rates = {rate: {"4": more + 1.0, "8": more + i, "16": None} for i, rate in enumerate(("0.1", "0.2", "0.3"))}
         summary["rates"][form] = {rate: {"held_out": 1.0, "endpoint": e, "read": {step: {} for step in e}} for rate, e in rates.items()}
     page = report.render(results)

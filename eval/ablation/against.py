@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eval.ablation.forms import BASELINE, FORMS, PRIMARY, TIER_A, fraction
+from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE, TIER_A, fraction
 from eval.ablation.rows import Results
 from eval.ablation.summary import trainings
 from eval.tables import with_interval
@@ -16,13 +16,13 @@ def parts(results: Results) -> list[str]:
     """Say in sentences how much of the lead each change gives alone, and which forms IP-Adapter is not shown to beat."""
     summary, told = results.data["summary"], []
     ends = {form: np.mean(end["information"]) for form, end in summary["endpoint"].items()}
-    if set(ends) == set(TIER_A) and (lead := ends[BASELINE] - ends[PRIMARY]) > 0:
-        shares = {form: (ends[form] - ends[PRIMARY]) / lead for form in ("shared", "concatenated")}
+    if set(ends) == set(TIER_A) and (lead := ends[IP_ADAPTER] - ends[SIMPLE]) > 0:
+        shares = {form: (ends[form] - ends[SIMPLE]) / lead for form in ("shared", "concatenated")}
         how = "gives most" if min(shares.values()) > 0.5 else "gives a part"
         each = f"an own softmax {shares['shared']:.0%}, own projections {shares['concatenated']:.0%}"
         told.append(f"Each change alone {how} of this lead: {each}.")
     for form, difference in summary["difference"].items():
-        if form != PRIMARY and difference["low"] <= 0 <= difference["high"]:
+        if form != SIMPLE and difference["low"] <= 0 <= difference["high"]:
             name = f"`{FORMS[form].short}` ({FORMS[form].name})"
             told.append(f"No difference is shown between IP-Adapter and {name}: {with_interval(difference)}.")
     return [" ".join(told)] if told else []
@@ -41,13 +41,13 @@ def _reading(results: Results) -> list[str]:
     levels = ", ".join(f"{with_interval(each)} at {level}" for level, each in robustness["levels"].items())
     grounds = " and ".join(f"{with_interval(each)} ({SETS[name]})" for name, each in robustness["backgrounds"].items())
     told = f"The size of the lead depends on the level: {levels}. If only the background counts as following, it is {grounds}."
-    end, smallest = summary["endpoint"][PRIMARY], robustness["smallest"]
+    end, smallest = summary["endpoint"][SIMPLE], robustness["smallest"]
     if not end["start"]:
         return [told]
-    lead = np.mean(summary["endpoint"][BASELINE]["information"]) - smallest["information"]
+    lead = np.mean(summary["endpoint"][IP_ADAPTER]["information"]) - smallest["information"]
     line = (
         f"{end['start']} of {len(end['information'])} seeds of the simple adapter are read on the straight line from the text alone to "
-        f"their smallest lambda, {fraction(results.grid(PRIMARY)[1])}. At that lambda it follows {smallest['share']:.0%} as often as "
+        f"their smallest lambda, {fraction(results.grid(SIMPLE)[1])}. At that lambda it follows {smallest['share']:.0%} as often as "
         f"the text alone, and has {smallest['information']:.1f}; with this number, the lead would be {lead:+.1f}."
     )
     return [told, line]
@@ -59,12 +59,12 @@ def _length(results: Results) -> list[str]:
     if "difference" not in by_step:
         return []
     steps, means = by_step["steps"], [each["mean"] for each in by_step["difference"]]
-    simple, least = np.mean(by_step["endpoint"][PRIMARY], axis=1), int(np.argmin(means))
+    simple, least = np.mean(by_step["endpoint"][SIMPLE], axis=1), int(np.argmin(means))
     told = f"The lead depends on the length of training. It is smallest after {steps[least]:,} steps: {means[least]:+.1f}."
     if 0 < least < len(steps) - 1:
         told += " Before, it shrinks, and then it grows; the slope per doubling hides this."
-    if end := by_step["read"][PRIMARY][least]["end"]:
-        seeds = len(by_step["endpoint"][PRIMARY][least])
+    if end := by_step["read"][SIMPLE][least]["end"]:
+        seeds = len(by_step["endpoint"][SIMPLE][least])
         told += f" There, {end} of {seeds} seeds of the simple adapter are still above the level at their largest lambda; "
         told += "a larger one may be better."
     if simple[-1] < simple.max():
@@ -81,10 +81,10 @@ def _edges(results: Results) -> list[str]:
     if at_edge:
         told = f"The learning rate of {', '.join(f'`{name}`' for name in at_edge)} is at the edge of the range. {told}"
     best = _best(results)
-    if not {BASELINE, PRIMARY} <= set(best):
+    if not {IP_ADAPTER, SIMPLE} <= set(best):
         return [f"{told} No form was trained longer at other rates."]
-    told += f" Over all rates and lengths, the best endpoint of the simple adapter is {best[PRIMARY]}"
-    return [f"{told}; that of IP-Adapter is {best[BASELINE]}."]
+    told += f" Over all rates and lengths, the best endpoint of the simple adapter is {best[SIMPLE]}"
+    return [f"{told}; that of IP-Adapter is {best[IP_ADAPTER]}."]
 
 
 def _best(results: Results) -> dict[str, str]:
@@ -101,21 +101,21 @@ def _best(results: Results) -> dict[str, str]:
 def _sizes(results: Results) -> list[str]:
     """Compare the numbers of trained parameters."""
     sizes = {form: runs[0]["parameters"] for form, runs in trainings(results).items() if runs}
-    if sizes.get(BASELINE, 0) <= sizes.get(PRIMARY, 0) or PRIMARY not in sizes:
+    if sizes.get(IP_ADAPTER, 0) <= sizes.get(SIMPLE, 0) or SIMPLE not in sizes:
         return []
     ends = {form: np.mean(found["information"]) for form, found in results.data["summary"]["endpoint"].items()}
-    same = [form for form in sizes if form != PRIMARY and sizes[form] == sizes[PRIMARY]]
-    alike = [f"`{FORMS[form].short}`, as small, leads it by {ends[form] - ends[PRIMARY]:+.1f}" for form in same]
-    told = f"IP-Adapter has {sizes[BASELINE] / sizes[PRIMARY]:.1f} times as many trained parameters as the simple adapter."
+    same = [form for form in sizes if form != SIMPLE and sizes[form] == sizes[SIMPLE]]
+    alike = [f"`{FORMS[form].short}`, as small, leads it by {ends[form] - ends[SIMPLE]:+.1f}" for form in same]
+    told = f"IP-Adapter has {sizes[IP_ADAPTER] / sizes[SIMPLE]:.1f} times as many trained parameters as the simple adapter."
     return [f"{told} But {'; '.join(alike)}." if alike else told]
 
 
 def _other_measures(results: Results) -> list[str]:
     """Name measures that do not favour IP-Adapter: CLIP-I of the image prompt alone, and the held-out loss."""
     summary, told = results.data["summary"], []
-    if (clip := summary["paper"]["difference"]["clip_i"].get(PRIMARY)) and clip["low"] <= 0:
+    if (clip := summary["paper"]["difference"]["clip_i"].get(SIMPLE)) and clip["low"] <= 0:
         told.append(f"With the image prompt alone at lambda 1, CLIP-I does not separate the two forms: {with_interval(clip, 3)}.")
     means = {form: np.mean(losses) for form, losses in summary["losses"].items()}
-    if lower := [f"`{FORMS[form].short}`" for form in means if means[form] < means[BASELINE]]:
+    if lower := [f"`{FORMS[form].short}`" for form in means if means[form] < means[IP_ADAPTER]]:
         told.append(f"The held-out loss of {' and '.join(lower)} is lower than that of IP-Adapter.")
     return told

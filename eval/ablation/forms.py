@@ -61,7 +61,7 @@ VARIANTS = {
     **dict.fromkeys(("joint_unpadded", "joint_even"), "concatenated"),
     **dict.fromkeys(("simple_unpadded", "simple_even"), "simple"),
 }
-BASELINE, PRIMARY = "ip_adapter", "simple"  # the primary difference is BASELINE minus PRIMARY, the paper's comparison
+IP_ADAPTER, SIMPLE = "ip_adapter", "simple"  # the primary difference is IP_ADAPTER minus SIMPLE, the paper's comparison
 
 
 def fraction(lam: float) -> str:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.ablation.against import SETS, against, parts
 from eval.ablation.appendix import ceiling_table, grid_table, mark, rate_table, through_table
-from eval.ablation.forms import BASELINE, FORMS, PRIMARY
+from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE
 from eval.ablation.rows import Results
 from eval.tables import markdown, with_interval
 
@@ -39,10 +39,10 @@ def p_value(p: float) -> str:
 def headline(results: Results) -> str:
     """State the result of the primary comparison in one sentence (docs/ablation-protocol.md, "What counts")."""
     summary = results.data["summary"]
-    if PRIMARY not in summary["difference"]:
+    if SIMPLE not in summary["difference"]:
         return "The study does not hold both forms of the primary comparison."
-    first, name = summary["difference"][PRIMARY], "palette information" if results.truth() else "similarity to the image prompt"
-    both = [first, summary.get("confirmed", {}).get(PRIMARY, first)]
+    first, name = summary["difference"][SIMPLE], "palette information" if results.truth() else "similarity to the image prompt"
+    both = [first, summary.get("confirmed", {}).get(SIMPLE, first)]
     again = f" (on the confirmation prompts {with_interval(both[1])})" if "confirmed" in summary else ""
     of = f"; the ceiling is {summary['ceilings']['vae']:.1f}" if results.truth() else ""
     text = f"where both follow the text equally often, IP-Adapter minus the simple adapter is {with_interval(first)} in {name}{again}{of}"
@@ -80,7 +80,7 @@ def difference_table(results: Results) -> pd.DataFrame:
     for key, prompts in (("difference", "test"), ("confirmed", "confirmation")):
         for form, d in summary.get(key, {}).items():
             line = {"IP-Adapter minus": FORMS[form].name, "prompts": prompts, "difference [95 %]": with_interval(d), "p": p_value(d["p"])}
-            lines.append(line | {"test": "primary" if form == PRIMARY else "adjusted"})
+            lines.append(line | {"test": "primary" if form == SIMPLE else "adjusted"})
     return pd.DataFrame(lines)
 
 
@@ -167,9 +167,9 @@ def render(results: Results) -> str:
         against=against(results),
         trend=with_interval(summary["steps"]["trend"]) if "trend" in summary["steps"] else "",
         p_trend=p_value(summary["steps"]["trend"]["p"]) if "trend" in summary["steps"] else "",
-        alone={key: with_interval(each[PRIMARY], 3 if key == "clip_i" else 1) for key, each in summary["paper"]["difference"].items()},
+        alone={key: with_interval(each[SIMPLE], 3 if key == "clip_i" else 1) for key, each in summary["paper"]["difference"].items()},
         ceilings=summary["ceilings"],
-        first=FORMS[BASELINE].name,
+        first=FORMS[IP_ADAPTER].name,
         task=results.primary,
         truth=results.truth() is not None,
         prompts=len(results.data["prompts"]["test"]["texts"]["conflict"]),

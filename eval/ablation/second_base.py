@@ -17,7 +17,7 @@ import pandas as pd
 
 from checkpoints.files import replacing
 from eval.ablation.appendix import mark
-from eval.ablation.forms import BASELINE, FORMS, PRIMARY
+from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE
 from eval.ablation.report import spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level
@@ -34,7 +34,7 @@ class SecondStudy(ShortStudy):
     """The size of tier E."""
 
     seeds: int = 3
-    forms: tuple[str, ...] = (BASELINE, PRIMARY)
+    forms: tuple[str, ...] = (IP_ADAPTER, SIMPLE)
 
 
 def commands(base: Path, state: Path, device: str) -> dict[Path, list[str]]:
@@ -60,9 +60,9 @@ def train_base(base: Path, weights: Path, state: Path, device: str) -> None:
 
 def summarise(results: Results) -> dict[str, Any]:
     """Compute all numbers of the table, from a study that has both forms: this tier, or tier B."""
-    level, forms = results.study["level"], (BASELINE, PRIMARY)
+    level, forms = results.study["level"], (IP_ADAPTER, SIMPLE)
     curves = {form: results.curve(form) for form in forms}
-    difference = Bootstrap(results.study["resamples"]).difference(curves[BASELINE], curves[PRIMARY], at_level(level))
+    difference = Bootstrap(results.study["resamples"]).difference(curves[IP_ADAPTER], curves[SIMPLE], at_level(level))
     return {
         "alone": float(results.measures(f"alone-{results.primary}-test")["following"].mean()),
         "ceiling": float(results.measures("references")["information"][1].mean()),

@@ -16,7 +16,7 @@ from typing import Any
 
 from checkpoints.files import read_json
 from eval import clip_score
-from eval.ablation.forms import BASELINE, PRIMARY, TIER_A
+from eval.ablation.forms import IP_ADAPTER, SIMPLE, TIER_A
 from eval.bench import Bench
 from eval.device import processor
 from eval.prompts import Prompts
@@ -37,7 +37,7 @@ SOURCES = ("model", "sampling", "train")  # packages whose source files affect t
 class Study:
     """The size of a study; the defaults are those of the protocol.
 
-    `seeds`: number of adapters of `BASELINE` and `PRIMARY`; `other_seeds`: of the other forms. `prompts`: number of test prompts, and of
+    `seeds`: number of adapters of `IP_ADAPTER` and `SIMPLE`; `other_seeds`: of the other forms. `prompts`: number of test prompts, and of
     validation prompts; there are twice as many to confirm. `few`: number of lambdas at earlier checkpoints. `through`: forms that are
     trained to the end at every learning rate.
     """
@@ -52,7 +52,7 @@ class Study:
     draw_steps: int = 12
     guidance: float = 4.0
     forms: tuple[str, ...] = TIER_A
-    through: tuple[str, ...] = (BASELINE, PRIMARY)
+    through: tuple[str, ...] = (IP_ADAPTER, SIMPLE)
     level: float = 0.8
     resamples: int = 20_000
     device: str = "cpu"
@@ -87,7 +87,7 @@ class Study:
         return [(form, rate) for form in self.through if form in self.forms for rate in self.rates if len(self.rates) > 1]
 
     def seeds_of(self, form: str) -> range:
-        return range(self.seeds if form in (BASELINE, PRIMARY) else min(self.seeds, self.other_seeds))
+        return range(self.seeds if form in (IP_ADAPTER, SIMPLE) else min(self.seeds, self.other_seeds))
 
     def runs(self, *forms: str) -> list[tuple[str, int]]:
         """List (form, seed) of the adapters of these forms, all forms of a seed before the next seed."""

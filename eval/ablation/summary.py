@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from eval.ablation.forms import BASELINE, PRIMARY
+from eval.ablation.forms import IP_ADAPTER, SIMPLE
 from eval.ablation.rows import Results
 from eval.ablation.statistics import (
     Bootstrap,
@@ -28,7 +28,7 @@ LEVELS = 0.6, 0.7, 0.95  # other levels at which the primary difference is read
 
 
 def summarise(results: Results) -> dict[str, Any]:
-    """Compute all numbers. Those of each form are lists over seeds; differences are `BASELINE` minus another form."""
+    """Compute all numbers. Those of each form are lists over seeds; differences are `IP_ADAPTER` minus another form."""
     study, forms = results.study, list(results.study["forms"])
     full = {form: results.curve(form) for form in forms}
     summary: dict[str, Any] = {
@@ -43,7 +43,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "losses": {form: [run["losses"][-1]["held_out"] for run in runs] for form, runs in trainings(results).items()},
     }
     if "confirm" in results.data["prompts"]:
-        curves = {form: results.curve(form, split="confirm") for form in forms if form in (BASELINE, PRIMARY)}
+        curves = {form: results.curve(form, split="confirm") for form in forms if form in (IP_ADAPTER, SIMPLE)}
         summary["confirmed"] = differences(curves, at_level(study["level"]), Bootstrap(study["resamples"]))
     return summary
 
@@ -76,10 +76,10 @@ def count_ends(curve: Curve, level: float) -> dict[str, int]:
 
 
 def differences(curves: dict[str, Curve], read: Read, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Return `BASELINE` minus each other form. The primary p-value is not adjusted; the others are adjusted by Holm's method."""
-    intervals = {form: bootstrap.difference(curves[BASELINE], curve, read) for form, curve in curves.items() if form != BASELINE}
+    """Return `IP_ADAPTER` minus each other form. The primary p-value is not adjusted; the others are adjusted by Holm's method."""
+    intervals = {form: bootstrap.difference(curves[IP_ADAPTER], curve, read) for form, curve in curves.items() if form != IP_ADAPTER}
     p = {form: each.p for form, each in intervals.items()}
-    p |= holm({form: p[form] for form in intervals if form != PRIMARY})
+    p |= holm({form: p[form] for form in intervals if form != SIMPLE})
     return {form: asdict(each) | {"p": p[form]} for form, each in intervals.items()}
 
 
@@ -102,8 +102,8 @@ def by_step(results: Results) -> dict[str, Any]:
     curves = {form: [results.curve(form, step=step, few=True) for step in steps] for form in study["forms"]}
     summary: dict[str, Any] = {"steps": steps, "endpoint": {form: [c.seeds(read).tolist() for c in each] for form, each in curves.items()}}
     summary["read"] = {form: [count_ends(c, study["level"]) for c in each] for form, each in curves.items()}
-    if {BASELINE, PRIMARY} <= set(curves):
-        bootstrap, pairs = Bootstrap(study["resamples"]), list(zip(curves[BASELINE], curves[PRIMARY], strict=True))
+    if {IP_ADAPTER, SIMPLE} <= set(curves):
+        bootstrap, pairs = Bootstrap(study["resamples"]), list(zip(curves[IP_ADAPTER], curves[SIMPLE], strict=True))
         summary["difference"] = [asdict(bootstrap.difference(a, b, read)) for a, b in pairs]
         summary["trend"] = asdict(bootstrap.trend(steps, pairs, read))
     return summary
@@ -167,11 +167,11 @@ def secondary(results: Results) -> dict[str, Any]:
     bootstrap, summary = Bootstrap(results.study["resamples"]), {}
     for name, (curve, at) in measures.items():
         curves, read = {form: curve(form) for form in forms}, between(*BAND) if at is None else at_level(at)
-        pair = {BASELINE, PRIMARY} <= set(forms)
+        pair = {IP_ADAPTER, SIMPLE} <= set(forms)
         summary[name] = {
             "forms": {form: each.seeds(read).tolist() for form, each in curves.items()},
             "read": {form: count_ends(each, at) for form, each in curves.items()} if at else {},
-            "difference": asdict(bootstrap.difference(curves[BASELINE], curves[PRIMARY], read)) if pair else None,
+            "difference": asdict(bootstrap.difference(curves[IP_ADAPTER], curves[SIMPLE], read)) if pair else None,
         }
     return summary
 
@@ -182,17 +182,17 @@ def robustness(results: Results) -> dict[str, Any]:
     `smallest`: the share of following and the information of the simple adapter at its smallest lambda. `extremes`: the largest
     information of the simple adapter, with any seed at any lambda, and the smallest of IP-Adapter from lambda 1 on.
     """
-    if not {BASELINE, PRIMARY} <= set(results.study["forms"]) or results.truth() is None:
+    if not {IP_ADAPTER, SIMPLE} <= set(results.study["forms"]) or results.truth() is None:
         return {}
     bootstrap, level = Bootstrap(results.study["resamples"]), results.study["level"]
-    ours, simple = (results.curve(form) for form in (BASELINE, PRIMARY))
+    ours, simple = (results.curve(form) for form in (IP_ADAPTER, SIMPLE))
     levels = {f"{at:.0%}": asdict(bootstrap.difference(ours, simple, at_level(at))) for at in LEVELS}
     summary: dict[str, Any] = {"levels": levels, "backgrounds": {}}
     for split in [split for split in ("test", "confirm") if split in results.data["prompts"]]:
-        a, b = (results.curve(form, split=split, following="right background") for form in (BASELINE, PRIMARY))
+        a, b = (results.curve(form, split=split, following="right background") for form in (IP_ADAPTER, SIMPLE))
         summary["backgrounds"][split] = asdict(bootstrap.difference(a, b, at_level(level)))
     share = simple.following.mean(axis=(0, 2))
     summary["smallest"] = {"share": float(share[1] / max(share[0], 1e-9)), "information": float(simple.value[:, 1].mean())}
-    from_one = ours.value[:, results.grid(BASELINE).index(1.0) :]
+    from_one = ours.value[:, results.grid(IP_ADAPTER).index(1.0) :]
     summary["extremes"] = [float(simple.value.mean(axis=-1).max()), float(from_one.mean(axis=-1).min())]
     return summary

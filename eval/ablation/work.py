@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_run
-from eval.ablation.forms import BASELINE, PRIMARY
+from eval.ablation.forms import IP_ADAPTER, SIMPLE
 from eval.ablation.memo import Memo, Unit
 from eval.ablation.study import RATE_SEED, Study, Workspace
 from eval.ablation.training import try_rate
@@ -43,7 +43,7 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
     def without_adapter(task: str, split: str) -> Job:
         return Job(f"alone-{task}-{split}", partial(alone, workspace, study, task, split))
 
-    pair = [form for form in (BASELINE, PRIMARY) if form in study.forms]
+    pair = [form for form in (IP_ADAPTER, SIMPLE) if form in study.forms]
     others, first, last = [form for form in study.forms if form not in pair], tasks[0], study.steps
     jobs = [Job("references", partial(references, workspace, study)), *(without_adapter(task, "test") for task in tasks)]
     for forms in (pair, others):
