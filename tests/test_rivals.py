@@ -15,6 +15,7 @@ from peers import SMALL_SD15, randn
 from tiny_world import write_world
 from torch import Tensor
 
+from checkpoints import cards
 from eval import __main__ as commands
 from eval.ablation.reference import ReferenceOnly, ReferenceUNet
 from eval.ablation.rival import Rival, RivalPipeline, parameters_of, width
@@ -24,6 +25,7 @@ from eval.ablation.rivals_table import NAMES, PAPER
 from eval.ablation.rows import Results
 from eval.ablation.shuffle import ControlNetShuffle, ShuffleUNet, flow, shuffled
 from model.context import Context, stack
+from model.controlnet import ControlNet
 from model.features import Features
 from model.unet import UNet
 from sampling.control import total
@@ -226,6 +228,7 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("score_image", "score_text"):
         for end in (".safetensors", ".json"):
             shutil.copy(ROOT / "weights" / f"{name}{end}", weights)
+    cards.save(ControlNet.of(load(weights, ()).unet, (16, 32, 96)), weights / "controlnet.safetensors", {})
 
     def call() -> list[str]:
         given = ["--weights", str(weights), "rivals", "--out", str(tmp_path), "--smoke", "--jobs", "1"]
@@ -238,6 +241,7 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(f"{a:.3f}, {b:.3f}" in "\n".join(rows) for a, b in PAPER.values())
     assert set(results.data["summary"]) == {"none", *TRAINED, REFERENCE, "truth"}
     assert results.units["drawn-unclip-picture"].rows == 16 and results.units["drawn-unclip-complementary"].rows == 4
+    assert {file.name for file in (tmp_path / "results" / "figures").iterdir()} == {f"figure_{number}.png" for number in (3, 6, 9)}
     assert {file.stem for file in (tmp_path / "results" / "rivals").glob("*.safetensors")} == TRAINED.keys() - set(LARGE)
     shutil.rmtree(tmp_path / "runs")
     monkeypatch.setattr("eval.ablation.rival_draws.run", None)

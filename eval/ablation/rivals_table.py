@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from eval.ablation import rival_sheets
 from eval.ablation.reference import REFERENCE
 from eval.ablation.rival_draws import DRAWN, RivalStudy, jobs_of
 from eval.ablation.rivals import TRAINED
@@ -80,4 +81,12 @@ def run(args: Namespace) -> None:
     """`python -m eval rivals`"""
     check_options(args)
     more = {"train-RIVAL-RATE": "parameters, learning rate, held-out loss", "drawn-RIVAL-TASK": "4 noises of the picture alone, else one"}
-    print(markdown(table(Tier("rivals", "rivals", RivalStudy(), jobs_of, summarise, more).run(args, args.weights))))
+    tier = Tier("rivals", "rivals", RivalStudy(), jobs_of, summarise, more)
+    results = tier.run(args, args.weights)
+    workspace, study = tier.place(args, args.weights)
+    assert isinstance(study, RivalStudy)
+    try:
+        rival_sheets.write(workspace, study, args.out / "results" / "figures")
+    except FileNotFoundError as error:
+        print(f"The sheets are not drawn: {error}")
+    print(markdown(table(results)))

@@ -75,15 +75,19 @@ class Tier:
     summarise: Callable[[Results], dict[str, Any]]
     units: dict[str, str]
 
-    def run(self, args: Namespace, base: Path) -> Results:
-        """Train and draw what is missing on the base model in the folder `base`, and write results/NAME.json and .safetensors."""
-        path = args.out / "results" / f"{self.name}.json"
-        check_output(path)
+    def place(self, args: Namespace, base: Path) -> tuple[Workspace, ShortStudy]:
+        """Return the study, and the locations of its files, on the base model in the folder `base`."""
         study = replace(self.study.smoke() if args.smoke else self.study, device=args.device)
         source = TrainingSource(base, pictures=4 * study.batch if args.smoke else TrainingSource.pictures)
         state = args.state or args.out / "runs" / self.name
         adapters, command = args.out / "results" / self.name, f"python -m eval {self.command}"
-        workspace = Workspace(source, adapters, state, str(args.weights), command=command).with_fingerprints(study)
+        return Workspace(source, adapters, state, str(args.weights), command=command).with_fingerprints(study), study
+
+    def run(self, args: Namespace, base: Path) -> Results:
+        """Train and draw what is missing, and write results/NAME.json and .safetensors."""
+        path = args.out / "results" / f"{self.name}.json"
+        check_output(path)
+        workspace, study = self.place(args, base)
         restore(path, workspace)
         if study.device == "cpu":
             torch.set_num_threads(1)

@@ -1,0 +1,84 @@
+"""Draw IP-Adapter beside its rivals, as in Figures 3, 6 and 9 of the paper: the first test prompts, one drawing each, at lambda 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from eval.ablation.reference import REFERENCE
+from eval.ablation.rival import Rival, RivalPipeline
+from eval.ablation.rival_draws import RivalStudy, trained
+from eval.ablation.rivals import WHOLE
+from eval.ablation.study import SPLITS, Workspace
+from eval.bench import Bench, draw_prompts
+from eval.hinted import HintedPrompts
+from sampling.images import save_image, to_images
+from sampling.loading import load
+from sampling.sheets.layout import sheet
+
+SHOWN = 6  # prompts on a sheet
+SHORT = {
+    "ip_adapter": "IP-Adapter",
+    "simple_mlp": "simple, MLP",
+    "uni_controlnet": "Uni-ControlNet",
+    "shuffle": "Shuffle",
+    "unclip": "unCLIP",
+    "variations": "Variations",
+    REFERENCE: "reference-only",
+}
+
+
+Columns = dict[str, list[Image.Image]]
+
+
+@dataclass(frozen=True)
+class Painter:
+    """Draws with all rivals: one drawing of each prompt, at lambda 1."""
+
+    bench: Bench
+    rivals: dict[str, Rival]
+
+    def columns(self, task: str, images: list[Image.Image], texts: list[str], hints: Tensor | None = None) -> Columns:
+        """Draw image prompts with texts and, with `hints`, the controls of the bench's pipeline. `task` names the progress bar."""
+        return {SHORT[name]: self.draw(name, task, images, texts, hints) for name in self.rivals}
+
+    def draw(self, name: str, task: str, images: list[Image.Image], texts: list[str], hints: Tensor | None) -> list[Image.Image]:
+        rival, bench = self.rivals[name], self.bench
+        pipeline = RivalPipeline(**vars(replace(bench.pipeline, unet=rival.unet, adapters=())), rival=rival)
+        look = rival.look(bench.pipeline, images)
+        return to_images(draw_prompts(pipeline, texts, look, 1.0, bench.guidance, bench.steps, f"{name}, {task}", hints=hints))
+
+    def steered(self, control: Path) -> Painter:
+        """Return a painter with a ControlNet, without the rivals that have another UNet."""
+        device = str(self.bench.pipeline.device)
+        controls = load(control.parent, (), controls=[control], device=device).controls
+        rivals = {name: rival for name, rival in self.rivals.items() if name not in WHOLE}
+        return Painter(replace(self.bench, pipeline=replace(self.bench.pipeline, controls=controls)), rivals)
+
+
+def write(workspace: Workspace, study: RivalStudy, folder: Path) -> None:
+    """Write figure_3.png (the image alone), figure_9.png (with a text) and, if the base has a ControlNet, figure_6.png (with outlines).
+
+    Raises FileNotFoundError if a rival was trained elsewhere.
+    """
+    bench = workspace.bench(study).first(SHOWN)
+    painter = Painter(bench, {name: trained(workspace, study, name) for name in study.forms})
+    images, texts = bench.prompts.images, bench.prompts.texts("complementary")
+
+    def save(number: int, title: str, left: Columns, right: Columns, notes: list[str]) -> None:
+        rows = list(zip(*left.values(), *right.values(), strict=True))
+        page = sheet([[*left], [*right]], rows, notes, note_at=len(left), title=f"Figure {number}: {title}")
+        save_image(page, folder / f"figure_{number}.png", {"command": workspace.command})
+
+    none = [""] * len(images)
+    save(3, "the image prompt alone", {"image prompt": images}, painter.columns("picture", images, none), none)
+    save(9, "image prompt and text", {"image prompt": images}, painter.columns("complementary", images, texts), texts)
+    control = workspace.source.base / "controlnet.safetensors"
+    if control.exists():
+        prompts = HintedPrompts.of_the_world(len(images), SPLITS["test"])
+        hints, images = prompts.hints.expand(-1, 3, -1, -1), prompts.images
+        left = {"image prompt": images, "outlines": to_images(hints * 2 - 1)}
+        save(6, "image prompt and outlines", left, painter.steered(control).columns("outlines", images, none, hints), none)
