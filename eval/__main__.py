@@ -26,6 +26,7 @@ MODULES = {
     "cause": "eval.ablation.cause",
     "rivals": "eval.ablation.rivals_table",
     "variants": "eval.ablation.variants",
+    "rates": "eval.ablation.rates",
     "second-base": "eval.ablation.second_base",
     "parity": "eval.peers.parity",
     "benchmark": "eval.peers.benchmark",

@@ -179,7 +179,7 @@ def test_padding_is_left_out(lam: float | Tensor) -> None:
         torch.testing.assert_close(out[row : row + 1], concatenated(q[row : row + 1], short, [picture]))
 
 
-@pytest.mark.parametrize("tier", ["cause", "rivals", "variants", "second-base"])
+@pytest.mark.parametrize("tier", ["cause", "rivals", "variants", "second-base", "rates"])
 def test_a_tiny_run_does_not_replace_the_results(tier: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another folder with --out"):
         commands.run(commands.parser().parse_args([tier, "--smoke"]))

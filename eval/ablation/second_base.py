@@ -22,7 +22,7 @@ from eval.ablation.report import spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level
 from eval.ablation.summary import endpoint
-from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, jobs_of, tier_b
+from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, earlier, jobs_of
 from eval.tables import markdown, with_interval
 
 SEED = 2  # the CLIP and the base of the mini world are trained with seeds 0 and 1
@@ -99,4 +99,4 @@ def run(args: Namespace) -> None:
     if args.base is None:
         train_base(base, args.weights, base.parent, args.device)
     results = Tier("second_base", "second-base", SecondStudy(), jobs_of, summarise, {}).run(args, base)
-    print(markdown(table(both_bases(results, tier_b(results, args.out)))))
+    print(markdown(table(both_bases(results, earlier(results, args.out, "cause")))))

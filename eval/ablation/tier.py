@@ -22,6 +22,8 @@ from sampling.device import check_device
 from train.card import ROOT
 from train.setting import TrainingSource
 
+CODE = [Path(__file__).parent / f"{name}.py" for name in ("forms", "fuses", "training", "draws")]  # the source files of the forms
+
 
 @dataclass(frozen=True)
 class ShortStudy(Study):
@@ -55,12 +57,13 @@ def check_options(args: Namespace) -> None:
         raise ValueError("--smoke changes the study: choose another folder with --out, to keep the default results")
 
 
-def tier_b(results: Results, out: Path) -> Results | None:
-    """Read the results of tier B in the folder `out`, or the shipped ones. If none are on the same prompts, say so and return None."""
-    for path in (out / "results" / "cause.json", ROOT / "results" / "cause.json"):
+def earlier(results: Results, out: Path, command: str) -> Results | None:
+    """Read the results of `python -m eval COMMAND` in the folder `out`, or the shipped ones. If none are on the same prompts, say so and
+    return None."""
+    for path in (out / "results" / f"{command}.json", ROOT / "results" / f"{command}.json"):
         if path.exists() and (first := Results.of(path)).data["prompts"] == results.data["prompts"]:
             return first
-    print("There are no results of tier B on the same prompts, so its forms are not shown: run `python -m eval cause`")
+    print(f"There are no results of `python -m eval {command}` on the same prompts, so its forms are not shown: run it first")
     return None
 
 

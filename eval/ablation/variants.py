@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,10 +18,8 @@ from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level
 from eval.ablation.study import source_hash
 from eval.ablation.summary import endpoint, trainings
-from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, jobs_of, tier_b
+from eval.ablation.tier import CODE, ShortStudy, Tier, at_one, check_options, earlier, jobs_of
 from eval.tables import markdown, with_interval
-
-CODE = [Path(__file__).parent / f"{name}.py" for name in ("forms", "fuses", "training", "draws")]
 
 
 @dataclass(frozen=True)
@@ -74,4 +71,4 @@ def run(args: Namespace) -> None:
     """`python -m eval variants`"""
     check_options(args)
     results = Tier("variants", "variants", VariantStudy(), jobs_of, summarise, {}).run(args, args.weights)
-    print(markdown(compare(results, tier_b(results, args.out))))
+    print(markdown(compare(results, earlier(results, args.out, "cause"))))
