@@ -127,7 +127,7 @@ def add_tiers(commands: Commands) -> None:
     second.add_argument("--base", type=Path, help="folder of the second base (default: runs/second_base/weights in --out; trained first)")
     rivals = command(commands, "rivals", "Compare IP-Adapter with other ways to show a picture to the base: tier C of the ablation")
     variants = command(commands, "variants", "Vary the number of tokens, initial values, padding and odds: tier D of the ablation")
-    rates = command(commands, "rates", "Train the simple adapter to the end at lower learning rates: tier F of the ablation")
+    rates = command(commands, "rates", "Train the simple adapter to the end at IP-Adapter's learning rate: tier F of the ablation")
     for p, name in ((cause, "cause"), (rivals, "rivals"), (variants, "variants"), (second, "second_base"), (rates, "rates")):
         p.add_argument("--out", type=Path, default=Path("."), help="folder for results/ (default: the current one)")
         p.add_argument("--state", type=Path, help=f"folder for checkpoints and caches (default: runs/{name} in --out)")

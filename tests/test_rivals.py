@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from peers import SMALL_SD15, randn
+from PIL import Image
 from tiny_world import write_world
 from torch import Tensor
 
@@ -23,7 +28,7 @@ from eval.ablation.rival_draws import REFERENCE, loss_of
 from eval.ablation.rivals import LARGE, MLP, TRAINED, GlobalAdapter, ImageVariations, UnCLIP
 from eval.ablation.rivals_table import NAMES, PAPER
 from eval.ablation.rows import Results
-from eval.ablation.shuffle import ControlNetShuffle, ShuffleUNet, flow, shuffled
+from eval.ablation.shuffle import ControlNetShuffle, ShuffleUNet, flow, moved, shuffled
 from model.context import Context, stack
 from model.controlnet import ControlNet
 from model.features import Features
@@ -32,7 +37,10 @@ from sampling.control import total
 from sampling.loading import load
 from sampling.micro import DRAWING
 from sampling.schedule import Schedule
-from train.pairs import Batch
+from train.encode import scenes_of
+from train.pairs import Batch, Pairs
+from train.setting import SAYS
+from train.world import elsewhere, pictures
 
 ROOT = Path(__file__).parent.parent
 DIM = SMALL_SD15.context_dim
@@ -47,7 +55,7 @@ def unet() -> UNet:
 @pytest.fixture(scope="module")
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
     """Latents, text tokens and image embeddings for 3 rows."""
-    x, text, image = (randn(3, *shape, seed=n).float() for n, shape in enumerate(((4, 6, 8), (7, DIM), (2 * DIM,))))
+    x, text, image = (randn(3, *shape, seed=n).float() for n, shape in enumerate(((4, 8, 8), (7, DIM), (2 * DIM,))))
     return x, text, image
 
 
@@ -61,7 +69,8 @@ def test_what_is_trained(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> N
     x, text, image = inputs
     sizes, base = {}, sum(p.numel() for p in unet.parameters())
     for name, rival in rivals(unet, image.shape[1]):
-        rival.unet(x, 500, rival(text, x if name == "shuffle" else image, torch.Generator().manual_seed(0))).square().mean().backward()
+        read = picture_bytes(3, 32).float() if name == "shuffle" else image
+        rival.unet(x, 500, rival(text, read, torch.Generator().manual_seed(0))).square().mean().backward()
         trained = [p for p in rival.parameters() if p.requires_grad]
         assert all(p.grad is not None for p in trained), name
         sizes[name] = parameters_of(rival)
@@ -94,49 +103,85 @@ def test_variations_read_no_text(unet: UNet, inputs: tuple[Tensor, Tensor, Tenso
 
 
 def test_shuffle(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    """It starts as the base. Its residuals have no places; a dropped picture leaves the base as it was; text is read."""
+    """It starts as the base. Its residuals have no places; a dropped picture leaves the base as it was; other residuals are added."""
     x, text, _ = inputs
-    rival, plain = ControlNetShuffle(unet), unet(x, 500, Context(text))
-    torch.testing.assert_close(rival.unet(x, 500, rival(text, x)), plain)
+    rival, plain, seen = ControlNetShuffle(unet), unet(x, 500, Context(text)), picture_bytes(3, 32).float()
+    hint = rearrange(seen / 255, "b (c h w) -> b c h w", c=3, h=32)
+    torch.testing.assert_close(rival.unet(x, 500, Context(text, added=hint)), plain)
     with torch.no_grad():
         for number, parameter in enumerate(rival.control.parameters()):
             parameter.add_(0.1 * randn(*parameter.shape, seed=number).float())
-    residuals = rival.control(x, 500, Context(text), x)
+    residuals = rival.control(x, 500, Context(text), hint)
     assert all(each.shape[2:] == (1, 1) for each in [*residuals.skips, residuals.mid])
-    context = rival(text, torch.cat([x[:2], torch.zeros_like(x[:1])]))
+    context = Context(text, added=hint * torch.tensor([1, 1, 0])[:, None, None, None])
     out = rival.unet(x, 500, context)
     assert not torch.allclose(out[:2], plain[:2], atol=1e-3)
     torch.testing.assert_close(out[2], plain[2])
-    again = rival.unet(x, 500, Context(text, added=context.added), residuals)
-    both = unet(x, 500, Context(text), total([rival.control(x, 500, Context(text), context.added), residuals]))
-    torch.testing.assert_close(again[:2], both[:2])
+    both = unet(x, 500, Context(text), total([residuals, residuals]))
+    torch.testing.assert_close(rival.unet(x, 500, context, residuals)[:2], both[:2])
+    copied = copy.deepcopy(rival)  # as for the moving average of the weights
+    assert isinstance(copied.unet, ShuffleUNet) and copied.unet.control is copied.control and copied.control is not rival.control
+    assert {name.partition(".")[0] for name, p in rival.unet.named_parameters() if p.requires_grad} == {"control"}
 
 
-def test_content_is_moved_along_a_smooth_flow() -> None:
+def picture_bytes(n: int, side: int) -> Tensor:
+    """Random pictures in the shape that ControlNetShuffle reads, `n e`."""
+    return torch.randint(256, (n, 3 * side * side), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+
+
+def cubic(size: int, out: int) -> Tensor:
+    """OpenCV's cubic interpolation (Keys, a = -0.75, borders repeated) from `size` to `out` samples, as a matrix."""
+    weights = torch.zeros(out, size, dtype=torch.float64)
+    for i in range(out):
+        centre = (i + 0.5) * size / out - 0.5
+        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            d, a = abs(centre - j), -0.75
+            w = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            weights[i, min(max(j, 0), size - 1)] += w
+    return weights
+
+
+def test_the_flow_is_the_official_one() -> None:
+    """`make_noise_disk` of ControlNet 1.1 with its cell of half the side: noise on a grid of side / cell + 2, resized by cubic
+    interpolation to side + 2 cells, cut to the middle, and stretched to [0, 1]."""
+    height, width = 12, 16
+    noise = torch.rand(2, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    disk = (cubic(4, 2 * height) @ noise.double() @ cubic(4, 2 * width).T)[..., 6:18, 8:24]
+    low, high = disk.amin(dim=(2, 3), keepdim=True), disk.amax(dim=(2, 3), keepdim=True)
+    where = flow(2, height, width, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(where.double(), (disk - low) / (high - low), atol=1e-5, rtol=0)
+
+
+def test_content_is_moved_along_a_flow() -> None:
     """By definition, position (i, j) gets the bilinear mean of the four pixels around (y, x), the flow in pixels."""
-    g = torch.Generator().manual_seed(0)
-    where, x = flow(2, 12, 16, g).double(), randn(2, 3, 12, 16)
-    assert where.amin(dim=(2, 3)).eq(0).all() and where.amax(dim=(2, 3)).eq(1).all()
-    steps = torch.cat([where.diff(dim=2).abs().flatten(), where.diff(dim=3).abs().flatten()])
-    assert steps.max() < 0.35 and not torch.equal(where[0], where[1])
+    where, x = flow(2, 12, 16, torch.Generator().manual_seed(0)).double(), randn(2, 3, 12, 16)
     expected = torch.empty_like(x)
     for n, i, j in itertools.product(range(2), range(12), range(16)):
         column, row = float(where[n, 0, i, j]) * 15, float(where[n, 1, i, j]) * 11
         left, top = min(int(column), 14), min(int(row), 10)
         a, b = column - left, row - top
-        (p, q), (r, s) = x[n, :, top : top + 2, left : left + 2].unbind(1)[0].unbind(1), x[n, :, top + 1, left : left + 2].unbind(1)
+        (p, q), (r, s) = (x[n, :, y, left : left + 2].unbind(1) for y in (top, top + 1))
         expected[n, :, i, j] = (1 - b) * ((1 - a) * p + a * q) + b * ((1 - a) * r + a * s)
-    torch.testing.assert_close(shuffled(x, where), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(moved(x, where), expected, atol=1e-6, rtol=0)
 
 
-def test_what_shuffle_reads() -> None:
-    """In training, each row has its own flow; in drawing, all have the same, whatever the batch."""
-    rival, x = ControlNetShuffle(UNet(SMALL_SD15)), randn(1, 4, 8, 8, seed=1).float().expand(2, -1, -1, -1)
-    trained, drawn = (rival(torch.zeros(2, 7, DIM), x, g).added for g in (torch.Generator().manual_seed(1), None))
-    assert trained is not None and drawn is not None
-    assert not torch.equal(*trained) and torch.equal(*drawn)
-    assert isinstance(rival.unet, ShuffleUNet)
-    assert {name.partition(".")[0] for name, p in rival.unet.named_parameters() if p.requires_grad} == {"control"}
+def test_what_shuffle_reads(unet: UNet) -> None:
+    """The image prompts of the pairs: the drawings elsewhere. Each has a flow of its own. Held-out ones are shuffled once, those to train
+    on in each step, and those to draw with by `look`."""
+    rival, scenes = ControlNetShuffle(unet), scenes_of("train", 3, 0, SAYS)
+    base = Pairs(torch.zeros(3, 4, 1, 1), torch.ones(3, 4, 1, 1), torch.arange(3), torch.zeros(3, 1, DIM), None)
+    prompts = [Image.fromarray(picture) for picture in pictures(scenes, elsewhere)]
+    rows, none = torch.arange(3), torch.zeros(3, dtype=torch.bool)
+    seen, held_out = (rival.see(base, scenes, held_out=after).at(rows).images(none) for after in (False, True))
+    whole = torch.from_numpy(np.stack([np.array(prompt) for prompt in prompts])).permute(0, 3, 1, 2)
+    assert torch.equal(seen[:, 0, 0], whole.flatten(1).float())
+    assert torch.equal(held_out[:, 0, 0], shuffled(whole, seed=1).flatten(1).float()) and not torch.equal(held_out, seen)
+    trained, drawn = (rival(torch.zeros(3, 7, DIM), seen[:, 0, 0], g).added for g in (torch.Generator().manual_seed(1), None))
+    assert trained is not None and drawn is not None and torch.equal(drawn, whole / 255) and not torch.allclose(trained, drawn)
+    looked = rival.look(load(ROOT / "weights", ()), prompts)
+    assert torch.equal(looked, shuffled(whole, seed=0).flatten(1).float())
+    where = flow(3, 64, 64, torch.Generator().manual_seed(0))
+    assert not torch.equal(where[0], where[1]) and torch.equal(looked[:2], rival.look(load(ROOT / "weights", ()), prompts[:2]))
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -204,7 +249,7 @@ def test_reference_only(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> No
     """At fidelity 1 the unconditional half is the base's; the conditional half reads the picture. A picture equal to what is drawn
     doubles every key, which changes nothing."""
     x, text, _ = inputs
-    latents, both = randn(3, 4, 6, 8, seed=9).float(), torch.cat([x, x])
+    latents, both = randn(3, 4, 8, 8, seed=9).float(), torch.cat([x, x])
     context = stack(Context(text, added=latents), Context(-text, added=latents))
     plain = unet(both, 500, Context(torch.cat([text, -text])))
     out = ReferenceUNet(unet, Schedule(), fidelity=1.0)(both, torch.tensor(500), context)
@@ -214,7 +259,7 @@ def test_reference_only(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> No
     assert not torch.allclose(half[:3], plain[:3], atol=1e-3)
     torch.testing.assert_close(half[3:], out[3:])
     with pytest.raises(ValueError, match="guidance other than 1"):
-        ReferenceUNet(unet, Schedule())(both, torch.tensor(500), Context(context.text, added=randn(6, 4, 6, 8, seed=3).float()))
+        ReferenceUNet(unet, Schedule())(both, torch.tensor(500), Context(context.text, added=randn(6, 4, 8, 8, seed=3).float()))
     schedule, times = Schedule(), torch.full((6,), 500)
     noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).expand(6, -1, -1, -1)
     same = schedule.add_noise(torch.cat([latents, latents]), noise, times)

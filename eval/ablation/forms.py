@@ -20,7 +20,7 @@ class Form:
 
     `short`: a name for narrow columns. `own_projections`: train W'_k and W'_v, instead of using the text's W_k and W_v. `fuse`: separate
     softmaxes or a joint one. `scale`: what lambda multiplies. `tokens`: image tokens. `zero_values`: W'_v starts at zero instead of W_v.
-    `padding`: whether attention reads the padding of the text. `rate`: the learning rate, if it is not that of the study.
+    `padding`: whether attention reads the padding of the text.
     """
 
     name: str
@@ -31,7 +31,6 @@ class Form:
     tokens: int = 4
     zero_values: bool = False
     padding: bool = True
-    rate: float | None = None
 
 
 FORMS = {
@@ -52,8 +51,6 @@ FORMS = {
     "simple_unpadded": Form("the simple adapter, no padding", "simple, no padding", False, unpadded, "odds", padding=False),
     "joint_even": Form("own projections, joint softmax, even odds", "joint, even", True, even_odds, "odds"),
     "simple_even": Form("the simple adapter, even odds", "simple, even", False, even_odds, "odds"),
-    "simple_low": Form("the simple adapter, rate 5e-4", "simple, 5e-4", False, concatenated, "odds", rate=5e-4),
-    "simple_middle": Form("the simple adapter, rate 1.5e-3", "simple, 1.5e-3", False, concatenated, "odds", rate=1.5e-3),
 }
 TIER_A = "ip_adapter", "simple", "shared", "concatenated"
 OWN = "ip_adapter", "concatenated", "image_yields", "text_yields", "mixed"
@@ -64,7 +61,6 @@ VARIANTS = {
     **dict.fromkeys(("joint_unpadded", "joint_even"), "concatenated"),
     **dict.fromkeys(("simple_unpadded", "simple_even"), "simple"),
 }
-RATES = "simple_middle", "simple_low"
 IP_ADAPTER, SIMPLE = "ip_adapter", "simple"  # the primary difference is IP_ADAPTER minus SIMPLE, the paper's comparison
 
 

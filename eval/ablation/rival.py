@@ -24,8 +24,9 @@ from model.image_projection import ImageProjection
 from model.unet import UNet
 from sampling.micro import DRAWING
 from sampling.pipeline import Pipeline
-from train.loss import LossInputs
+from train.pairs import Pairs
 from train.vae import bytes_to_tensor
+from train.world import Scene
 
 
 class Rival(nn.Module):
@@ -50,9 +51,9 @@ class Rival(nn.Module):
         adapter = IPAdapter(pipeline.unet, ImageProjection(width(pipeline), pipeline.unet.config.context_dim))
         return embed(replace(pipeline, adapters=(adapter,)), images)[:, 0, 0]
 
-    def reads(self, x: LossInputs) -> Tensor:
-        """Return what `forward` reads of the pictures of a training batch."""
-        return x.image[:, 0, 0]
+    def see(self, pairs: Pairs, scenes: list[Scene], held_out: bool) -> Pairs:
+        """Return the pairs with what `forward` reads of the image prompts of these scenes as their features."""
+        return pairs
 
     def drop_picture(self, image: Tensor) -> Tensor:
         """Return what `forward` reads in place of pictures on the unconditional side."""
@@ -71,6 +72,11 @@ class RivalPipeline(Pipeline):
     """A pipeline whose Contexts come from a rival. An `embedding` is what the rival reads."""
 
     rival: Rival | None = None
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, rival: Rival) -> RivalPipeline:
+        """Return a pipeline that draws with a rival in place of adapters."""
+        return cls(**vars(replace(pipeline, unet=rival.unet, adapters=())), rival=rival)
 
     @torch.no_grad()
     def contexts(

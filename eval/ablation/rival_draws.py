@@ -17,19 +17,20 @@ from eval.ablation.draws import alone, concatenate, quantise, references
 from eval.ablation.memo import Memo, Unit
 from eval.ablation.reference import REFERENCE, ReferenceOnly
 from eval.ablation.rival import Rival, RivalPipeline, parameters_of, width
-from eval.ablation.rivals import LARGE, TRAINED, WHOLE
+from eval.ablation.rivals import LARGE, TRAINED
 from eval.ablation.study import Study, Workspace, made_on, source_hash
 from eval.ablation.tier import ShortStudy
 from eval.ablation.training import best_rate
 from eval.ablation.work import Job
 from eval.bench import draw_prompts
+from train.encode import WorldPictures
 from train.loop import run
 from train.loss import diffusion_loss, sample_inputs
 from train.pairs import Batch, Pairs
 from train.plan import Plan, autocast
 from train.randomness import draw as draw_random
 from train.randomness import generator, seeded
-from train.setting import Setting
+from train.setting import SAYS, Setting
 
 NOISES = 4  # drawings of each image prompt alone
 CODE = [Path(__file__).parent / f"{name}.py" for name in ("rival", "rivals", "reference", "shuffle", "rival_draws")]
@@ -38,18 +39,18 @@ DRAWN = "picture", "complementary"  # the tasks
 
 @dataclass(frozen=True)
 class RivalStudy(ShortStudy):
-    """The size of tier C: one seed of each rival. `rates`, `whole_rates`: the learning rates to choose from, of what is added to the
-    frozen base and of a whole UNet. `code`: a hash of the source files of the rivals."""
+    """The size of tier C: one seed of each rival. `rates`, `copy_rates`: the learning rates to choose from, of small adapters and of
+    what starts as a copy of the base. `code`: a hash of the source files of the rivals."""
 
     rates: tuple[float, ...] = (5e-4, 1.5e-3, 4.5e-3)
-    whole_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    copy_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     seeds: int = 1
     prompts: int = 512
     forms: tuple[str, ...] = (*TRAINED, REFERENCE)
     code: str = field(default_factory=lambda: source_hash(CODE))
 
     def rates_of(self, name: str) -> tuple[float, ...]:
-        return () if name not in TRAINED else self.whole_rates if name in WHOLE else self.rates
+        return () if name not in TRAINED else self.copy_rates if name in LARGE else self.rates
 
     def hours(self) -> float:
         slow = 2  # a step of a large rival takes twice as long
@@ -60,7 +61,7 @@ class RivalStudy(ShortStudy):
     def smoke(self) -> RivalStudy:
         small = super().smoke()
         assert isinstance(small, RivalStudy)
-        return replace(small, rates=(1e-3, 3e-3), whole_rates=(1e-3,))
+        return replace(small, rates=(1e-3, 3e-3), copy_rates=(1e-3,))
 
 
 def plan_of(study: Study, name: str, rate: float) -> Plan:
@@ -85,16 +86,25 @@ def untrained(workspace: Workspace, study: Study, name: str) -> Rival:
 def loss_of(rival: Rival, setting: Setting, batch: Batch, g: torch.Generator, training: bool = True) -> Tensor:
     """Compute the loss of Eq. 6 for each picture, `b`. In training, texts and pictures are dropped, and `rival` may add noise."""
     x = sample_inputs(batch, g)
-    text, image = x.text, rival.reads(x)
+    text, image = x.text, x.image[:, 0, 0]
     if training:
         r = draw_random(lambda n: torch.rand(n, generator=g, device=g.device), len(batch), g)
         text_alone, picture_alone, both = rival.drop
         drop_text = r < both + text_alone
         drop_picture = (r < both) | ((r >= both + text_alone) & (r < both + text_alone + picture_alone))
         text = torch.where(drop_text[:, None, None], batch.empty, text)
-        image = torch.where(drop_picture.view(-1, *[1] * (image.ndim - 1)), rival.drop_picture(image), image)
+        image = torch.where(drop_picture[:, None], rival.drop_picture(image), image)
     context = rival(text, image, g if training else None)
     return diffusion_loss(rival.unet, setting.pipeline.schedule, x.x0, context, x.t, x.eps, setting.gamma if training else None)
+
+
+def pairs_of(workspace: Workspace, setting: Setting, rival: Rival) -> tuple[Pairs, Pairs]:
+    """Return what a rival is trained on: (training, held-out) pairs, with what it reads of the image prompts."""
+    sets, both = workspace.source.picture_sets(None, 0, SAYS), (setting.pairs, setting.held_out)
+    assert isinstance(both[0], Pairs) and isinstance(both[1], Pairs) and both[0].features is not None
+    rival.learn_scale(both[0].features.pictures[:, 0, 0])
+    assert isinstance(sets[0], WorldPictures) and isinstance(sets[1], WorldPictures)
+    return rival.see(both[0], sets[0].scenes, held_out=False), rival.see(both[1], sets[1].scenes, held_out=True)
 
 
 def train_rival(workspace: Workspace, study: Study, name: str, rate: float) -> Unit:
@@ -102,9 +112,8 @@ def train_rival(workspace: Workspace, study: Study, name: str, rate: float) -> U
 
     def make() -> Unit:
         setting, plan = workspace.setting(study), plan_of(study, name, rate)
-        assert isinstance(setting.pairs, Pairs) and setting.pairs.features is not None and setting.held_out is not None
-        rival, held_out = untrained(workspace, study, name), setting.held_out
-        rival.learn_scale(setting.pairs.features.pictures[:, 0, 0])
+        rival = untrained(workspace, study, name)
+        pairs, held_out = pairs_of(workspace, setting, rival)
         value = {"rival": name, "parameters": parameters_of(rival), "rate": rate}
 
         def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
@@ -121,7 +130,7 @@ def train_rival(workspace: Workspace, study: Study, name: str, rate: float) -> U
             return {"held_out": float(torch.cat(parts).mean())}
 
         assert isinstance(study, RivalStudy)
-        data, made_from = setting.pairs.batches(plan.batch, plan.seed), {**setting.made_from, "rival": name, "code": study.code}
+        data, made_from = pairs.batches(plan.batch, plan.seed), {**setting.made_from, "rival": name, "code": study.code}
         try:
             kept, log = run(plan, rival, data, loss, validate, workspace.work, 0, made_from=made_from)
         except FloatingPointError:
@@ -173,10 +182,9 @@ def draw_rival(workspace: Workspace, study: RivalStudy, name: str, task: str) ->
 
     def make() -> Unit:
         bench, rival = workspace.bench(study), trained(workspace, study, name)
-        base = vars(replace(bench.pipeline, unet=rival.unet, adapters=()))
         noises = NOISES if task == "picture" else 1
         image, texts = rival.look(bench.pipeline, bench.prompts.images), bench.prompts.texts(task)
-        pipeline = RivalPipeline(**base, rival=rival)
+        pipeline = RivalPipeline.of(bench.pipeline, rival)
         drawings = draw_prompts(pipeline, texts * noises, torch.cat([image] * noises), 1.0, bench.guidance, bench.steps, f"{name}, {task}")
         parts = [quantise(bench.read(task, part)) for part in drawings.chunk(noises)]
         value = {"rival": name, "task": task, "split": "test", "references": [f"noise {i}" for i in range(noises)]}

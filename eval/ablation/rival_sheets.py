@@ -1,4 +1,7 @@
-"""Draw IP-Adapter beside its rivals, as in Figures 3, 6 and 9 of the paper: the first test prompts, one drawing each, at lambda 1."""
+"""Draw IP-Adapter beside its rivals, as in Figures 3, 6 and 9 of the paper: one drawing of each prompt, at lambda 1.
+
+Figures 3 and 9 have the first test prompts, and Figure 6 image prompts with outlines of other pictures. Nothing is selected.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +50,11 @@ class Painter:
 
     def draw(self, name: str, task: str, images: list[Image.Image], texts: list[str], hints: Tensor | None) -> list[Image.Image]:
         rival, bench = self.rivals[name], self.bench
-        pipeline = RivalPipeline(**vars(replace(bench.pipeline, unet=rival.unet, adapters=())), rival=rival)
-        look = rival.look(bench.pipeline, images)
+        pipeline, look = RivalPipeline.of(bench.pipeline, rival), rival.look(bench.pipeline, images)
         return to_images(draw_prompts(pipeline, texts, look, 1.0, bench.guidance, bench.steps, f"{name}, {task}", hints=hints))
 
     def steered(self, control: Path) -> Painter:
-        """Return a painter with a ControlNet, without the rivals that have another UNet."""
+        """Return a painter with a ControlNet, without the rivals that trained the UNet."""
         device = str(self.bench.pipeline.device)
         controls = load(control.parent, (), controls=[control], device=device).controls
         rivals = {name: rival for name, rival in self.rivals.items() if name not in WHOLE}
@@ -62,10 +64,14 @@ class Painter:
 def write(workspace: Workspace, study: RivalStudy, folder: Path) -> None:
     """Write figure_3.png (the image alone), figure_9.png (with a text) and, if the base has a ControlNet, figure_6.png (with outlines).
 
-    Raises FileNotFoundError if a rival was trained elsewhere.
+    If a rival was trained elsewhere, say so and write none.
     """
     bench = workspace.bench(study).first(SHOWN)
-    painter = Painter(bench, {name: trained(workspace, study, name) for name in study.forms})
+    try:
+        painter = Painter(bench, {name: trained(workspace, study, name) for name in study.forms})
+    except FileNotFoundError as error:
+        print(f"The sheets are not drawn: {error}")
+        return
     images, texts = bench.prompts.images, bench.prompts.texts("complementary")
 
     def save(number: int, title: str, left: Columns, right: Columns, notes: list[str]) -> None:
@@ -75,7 +81,8 @@ def write(workspace: Workspace, study: RivalStudy, folder: Path) -> None:
 
     none = [""] * len(images)
     save(3, "the image prompt alone", {"image prompt": images}, painter.columns("picture", images, none), none)
-    save(9, "image prompt and text", {"image prompt": images}, painter.columns("complementary", images, texts), texts)
+    scenes = painter.columns("complementary", images, texts)
+    save(9, "image prompt and text, which Variations does not read", {"image prompt": images}, scenes, texts)
     control = workspace.source.base / "controlnet.safetensors"
     if control.exists():
         prompts = HintedPrompts.of_the_world(len(images), SPLITS["test"])

@@ -1,6 +1,6 @@
 """Other ways to show a picture to the same base model, small copies of the paper's rivals (Table 1). Tier C of the ablation.
 
-Those here read the global image embedding. `shuffle.py` and `reference.py` have those that read the latents of the picture.
+Those here read the global image embedding. `shuffle.py` and `reference.py` have those that read the picture itself.
 """
 
 from __future__ import annotations
@@ -175,4 +175,4 @@ TRAINED: dict[str, Callable[[UNet, int], Rival]] = {
     "variations": lambda unet, _: ImageVariations(unet),
 }
 WHOLE = "unclip", "variations"  # those that train the whole UNet
-LARGE = "shuffle", *WHOLE  # those whose weights are not shipped
+LARGE = "shuffle", *WHOLE  # those that start as copies of the base, and are not shipped

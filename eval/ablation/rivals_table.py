@@ -35,7 +35,7 @@ NAMES = {
     "ip_adapter": "IP-Adapter",
     "simple_mlp": "the simple adapter, with an MLP of as many parameters",
     "uni_controlnet": "Uni-ControlNet's global adapter: tokens appended to the text",
-    "shuffle": "ControlNet Shuffle: residuals of shuffled latents, averaged over positions",
+    "shuffle": "ControlNet Shuffle: residuals of a shuffled picture, averaged over positions",
     "unclip": "SD unCLIP: added to the timestep embedding, whole UNet trained",
     "variations": "SD Image Variations: in place of the text, whole UNet trained",
     REFERENCE: "reference-only: self-attention reads the picture, nothing trained",
@@ -85,8 +85,5 @@ def run(args: Namespace) -> None:
     results = tier.run(args, args.weights)
     workspace, study = tier.place(args, args.weights)
     assert isinstance(study, RivalStudy)
-    try:
-        rival_sheets.write(workspace, study, args.out / "results" / "figures")
-    except FileNotFoundError as error:
-        print(f"The sheets are not drawn: {error}")
+    rival_sheets.write(workspace, study, args.out / "results" / "figures")
     print(markdown(table(results)))

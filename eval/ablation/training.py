@@ -144,4 +144,4 @@ def chosen_rate(workspace: Workspace, study: Study, form: str) -> float:
 
 def plan_of(workspace: Workspace, study: Study, form: str, seed: int) -> Plan:
     """Return the plan of a counted adapter, at the learning rate of its form."""
-    return study.plan(form, seed, FORMS[form].rate or chosen_rate(workspace, study, form))
+    return study.plan(form, seed, chosen_rate(workspace, study, form))
