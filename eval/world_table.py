@@ -49,14 +49,13 @@ def table(results: dict[str, Any]) -> str:
 
 def two_judges(results: dict[str, Any], other: dict[str, Any]) -> str:
     """Tabulate what two judges read, one after the other in each cell, and the lambdas that they choose."""
-    lines = []
-    for key in NAMES:
-        pairs = {measure: [each["scores"][key].get(measure) for each in (results, other)] for measure in COMPARED}
-        cells = {"": NAMES[key], "λ": ", ".join(f"{lambdas(each)[key]:g}" for each in (results, other) if key in lambdas(each))}
-        for measure, (a, b) in pairs.items():
-            title = (SHARES | ERRORS)[measure]
+    lines, both = [], (results, other)
+    for key in [key for key in NAMES if "concept" in results["scores"][key]]:
+        cells = {"": NAMES[key], "λ": ", ".join(f"{lambdas(each)[key]:g}" for each in both if key in lambdas(each))}
+        for measure in COMPARED:
             scale, unit = (100, " %") if measure in SHARES else (1, "")
-            cells[title] = f"{scale * a[0]:.1f}, {scale * b[0]:.1f}{unit}" if a and b else ""
+            values = [f"{scale * each['scores'][key][measure][0]:.1f}" for each in both if measure in each["scores"][key]]
+            cells[(SHARES | ERRORS)[measure]] = ", ".join(values) + unit if values else ""
         lines.append(cells)
     return markdown(pd.DataFrame(lines))
 

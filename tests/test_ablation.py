@@ -21,7 +21,6 @@ from checkpoints.files import write_json
 from eval import __main__ as commands
 from eval import clip_score
 from eval.ablation import report
-from eval.ablation.appendix import through_table
 from eval.ablation.command import TOLERANCE
 from eval.ablation.draws import Draw
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE, TIER_A
@@ -87,8 +86,8 @@ def test_the_learning_rate_is_constant_after_the_warm_up() -> None:
 
 
 def test_the_estimate_is_that_of_the_default_study() -> None:
-    """16 long and 12 short trainings, 6 of them continued, of 32 pictures at 49 ms each are 82 hours; 178,000 drawings at 0.1 s are 5."""
-    assert Study().hours() == pytest.approx((16 * 8000 + 12 * 2000 + 6 * 6000) * 32 * 0.049 / 3600 + 5.0, abs=0.1)
+    """16 long and 12 short trainings of 32 pictures at 49 ms each are 66 hours; 172,000 drawings at 0.1 s are 5."""
+    assert Study().hours() == pytest.approx((16 * 8000 + 12 * 2000) * 32 * 0.049 / 3600 + 4.8, abs=0.1)
 
 
 def test_all_tasks_have_the_same_image_prompts() -> None:
@@ -147,7 +146,7 @@ def test_the_primary_comparison_is_made_first() -> None:
     before = [job for job in jobs[: jobs.index(primary[9])] if not job.startswith(("alone-", "references"))]
     assert all(job.split("-")[1] in (IP_ADAPTER, SIMPLE) and not job.startswith("drawn-rate") for job in before)
     assert all(job in primary for job in before if job.startswith("drawn-"))
-    assert sum(job.startswith("drawn-rate") for job in jobs) == 12 + 12 and sum(job.startswith("through-") for job in jobs) == 6
+    assert sum(job.startswith("drawn-rate") for job in jobs) == 12
     assert sum("-confirm-" in job for job in jobs) == 10
 
 
@@ -221,7 +220,6 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not torch.equal(every.arrays["palette"], fine.arrays["palette"]) and every.rows == 4 * len(every.value["lambdas"])
     text = (tmp_path / "RESULTS.md").read_text()
     assert markdown(report.square(results)) in text and report.headline(results) in text
-    assert [*through_table(results)] == ["form", "steps", "0.001", "0.003"] and markdown(through_table(results)) in text
     links = [link for link in re.findall(r"\]\((.*?)\)", text) if not link.startswith("docs/")]
     assert len(links) >= 4 and all((tmp_path / link).exists() for link in links)
     (tmp_path / "RESULTS.md").unlink()

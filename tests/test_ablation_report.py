@@ -16,7 +16,6 @@ from torch import Tensor
 from eval import clip_score
 from eval.ablation import report
 from eval.ablation.against import against, parts
-from eval.ablation.appendix import through_table
 from eval.ablation.command import TOLERANCE, compare
 from eval.ablation.draws import Draw, quantise
 from eval.ablation.forms import IP_ADAPTER, SIMPLE, TIER_A, fraction
@@ -210,19 +209,6 @@ def test_what_each_change_gives_alone_is_said() -> None:
     results.data["summary"] = {"endpoint": ends, "difference": {SIMPLE: d | {"low": 0.5}, "shared": d | {"low": 0.1}, "concatenated": d}}
     said = "Each change alone gives most of this lead: an own softmax 80%, own projections 60%. No difference is shown between"
     assert parts(results) == [f"{said} IP-Adapter and `joint` (own projections, joint softmax): +1.0 [-1.0, +3.0]."]
-
-
-def test_the_page_says_how_rates_and_lengths_of_training_matter() -> None:
-    """Until both forms are trained to the end at every rate, the page says that they are not; then it compares their best endpoints."""
-    results = made_up()
-    results.data["summary"] = summary = summarise(results)
-    assert "No form was trained longer at other rates" in report.render(results) and through_table(results).empty
-    for form, more in ((IP_ADAPTER, 10.0), (SIMPLE, 0.0)):
-        rates = {rate: {"4": more + 1.0, "8": more + i, "16": None} for i, rate in enumerate(("0.1", "0.2", "0.3"))}
-        summary["rates"][form] = {rate: {"held_out": 1.0, "endpoint": e, "read": {step: {} for step in e}} for rate, e in rates.items()}
-    page = report.render(results)
-    assert "of the simple adapter is 2.0 (rate 0.3, 8 steps); that of IP-Adapter is 12.0 (rate 0.3, 8 steps)" in page
-    assert "| simple | 16 | diverged | diverged | diverged |" in page and "| IP-Adapter | 8 | 10.0 | 11.0 | 12.0 |" in page
 
 
 def test_mixed_records_are_reported() -> None:

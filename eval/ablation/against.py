@@ -73,29 +73,14 @@ def _length(results: Results) -> list[str]:
 
 
 def _edges(results: Results) -> list[str]:
-    """Name the forms whose learning rate is at the edge of the range, and compare the best endpoints over all rates."""
+    """Name the forms whose learning rate is at the edge of the range."""
     rates, runs = results.study["rates"], trainings(results)
     edges = (min(rates), max(rates)) if len(rates) > 1 else ()
     at_edge = [FORMS[form].short for form, each in runs.items() if each and each[0]["rate"] in edges]
     told = f"Rates were chosen by the held-out loss after {results.study['steps'] // 4:,} steps, with one seed; some losses hardly differ."
     if at_edge:
         told = f"The learning rate of {', '.join(f'`{name}`' for name in at_edge)} is at the edge of the range. {told}"
-    best = _best(results)
-    if not {IP_ADAPTER, SIMPLE} <= set(best):
-        return [f"{told} No form was trained longer at other rates."]
-    told += f" Over all rates and lengths, the best endpoint of the simple adapter is {best[SIMPLE]}"
-    return [f"{told}; that of IP-Adapter is {best[IP_ADAPTER]}."]
-
-
-def _best(results: Results) -> dict[str, str]:
-    """Return the best endpoint of each form that was trained to the end at every rate, and where it is reached."""
-    found = {}
-    for form, rates in results.data["summary"]["rates"].items():
-        ends = [(end, step, rate) for rate, each in rates.items() for step, end in each["endpoint"].items() if end is not None]
-        if ends and len({step for _, step, _ in ends}) > 1:
-            end, step, rate = max(ends)
-            found[form] = f"{end:.1f} (rate {rate}, {int(step):,} steps)"
-    return found
+    return [f"{told} No form was trained longer at other rates."]
 
 
 def _sizes(results: Results) -> list[str]:

@@ -30,19 +30,6 @@ def rate_table(results: Results) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def through_table(results: Results) -> pd.DataFrame:
-    """Tabulate the endpoint of the trainings that went on to the end at every rate; empty if there are none."""
-    lines = []
-    for form, rates in results.data["summary"]["rates"].items():
-        if any(len(row["endpoint"]) == 1 for row in rates.values()):
-            continue
-        for step in next(iter(rates.values()), {"endpoint": {}})["endpoint"]:
-            ends = {rate: (row["endpoint"][step], row["read"][step]) for rate, row in rates.items()}
-            cells = {rate: "diverged" if end is None else mark(f"{end:.1f}", places) for rate, (end, places) in ends.items()}
-            lines.append({"form": FORMS[form].short, "steps": f"{int(step):,}", **cells})
-    return pd.DataFrame(lines)
-
-
 def grid_table(results: Results) -> pd.DataFrame:
     """Tabulate the lambdas of each form."""
     return pd.DataFrame(

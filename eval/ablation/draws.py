@@ -98,7 +98,7 @@ def draw_unit(workspace: Workspace, study: Study, what: Draw, lambdas: list[floa
     value = {**asdict(what), "lambdas": lambdas}
     if what.rate is None:
         plan = plan_of(workspace, study, what.form, what.seed)
-    elif try_rate(workspace, study, what.form, what.rate, what.step > study.rate_steps).value is None:
+    elif try_rate(workspace, study, what.form, what.rate).value is None:
         return Unit(value, made_on(study.device))
     else:
         plan = study.plan(what.form, RATE_SEED, what.rate)

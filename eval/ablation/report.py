@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.ablation.against import SETS, against, parts
-from eval.ablation.appendix import ceiling_table, grid_table, mark, rate_table, through_table
+from eval.ablation.appendix import ceiling_table, grid_table, mark, rate_table
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE
 from eval.ablation.rows import Results
 from eval.tables import markdown, with_interval
@@ -156,7 +156,6 @@ def render(results: Results) -> str:
         "one": one_table(results),
         "secondary": secondary_table(results),
         "rates": rate_table(results),
-        "through": through_table(results),
         "grids": grid_table(results),
         "ceilings": ceiling_table(results),
     }

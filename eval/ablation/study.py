@@ -38,8 +38,7 @@ class Study:
     """The size of a study; the defaults are those of the protocol.
 
     `seeds`: number of adapters of `IP_ADAPTER` and `SIMPLE`; `other_seeds`: of the other forms. `prompts`: number of test prompts, and of
-    validation prompts; there are twice as many to confirm. `few`: number of lambdas at earlier checkpoints. `through`: forms that are
-    trained to the end at every learning rate.
+    validation prompts; there are twice as many to confirm. `few`: number of lambdas at earlier checkpoints.
     """
 
     steps: int = 8000
@@ -52,7 +51,6 @@ class Study:
     draw_steps: int = 12
     guidance: float = 4.0
     forms: tuple[str, ...] = TIER_A
-    through: tuple[str, ...] = (IP_ADAPTER, SIMPLE)
     level: float = 0.8
     resamples: int = 20_000
     device: str = "cpu"
@@ -77,15 +75,6 @@ class Study:
         """The number of steps after which learning rates are compared."""
         return self.steps // 4
 
-    @property
-    def rate_checkpoints(self) -> tuple[int, ...]:
-        """The numbers of steps after which adapters of trainings at every learning rate are kept."""
-        return self.checkpoints[2:]
-
-    def through_runs(self) -> list[tuple[str, float]]:
-        """List (form, learning rate) of the trainings that go on to the end. There are none if there is no choice of rates."""
-        return [(form, rate) for form in self.through if form in self.forms for rate in self.rates if len(self.rates) > 1]
-
     def seeds_of(self, form: str) -> range:
         return range(self.seeds if form in (IP_ADAPTER, SIMPLE) else min(self.seeds, self.other_seeds))
 
@@ -104,15 +93,14 @@ class Study:
         """Estimate the hours on one core of a CPU, at 49 ms per training picture and 0.1 s per drawing of the mini world."""
         runs = len(self.runs(*self.forms))
         steps = runs * self.steps + len(self.forms) * len(self.rates) * self.rate_steps
-        steps += len(self.through_runs()) * (self.steps - self.rate_steps)
         grids = 10 * (5 * runs + 2 * 2 * self.seeds + len(self.forms))  # four tasks, finest layers; confirmation; validation
-        few = self.few * (4 * runs + len(self.forms) * len(self.rates) + 2 * len(self.through_runs()))
+        few = self.few * (4 * runs + len(self.forms) * len(self.rates))
         return (0.049 * self.batch * steps + 0.1 * self.prompts * (grids + few)) / 3600
 
 
 # A tiny study that runs everything in minutes; its numbers are meaningless.
 SMOKE = Study(steps=16, batch=4, rates=(1e-3, 3e-3), seeds=2, other_seeds=1, prompts=4, few=2, draw_steps=2, resamples=200)
-SIZES = ("seeds", "other_seeds", "forms", "through", "device", "level", "resamples")  # settings that change no unit of work
+SIZES = ("seeds", "other_seeds", "forms", "device", "level", "resamples")  # settings that change no unit of work
 
 
 @dataclass(frozen=True)

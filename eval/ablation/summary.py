@@ -110,19 +110,17 @@ def by_step(results: Results) -> dict[str, Any]:
 
 
 def by_rate(results: Results) -> dict[str, Any]:
-    """Return for each form and rate the held-out loss, and the endpoint after some steps: None if it diverged. `read`: where it is
-    read (`count_ends`). Only forms that were trained to the end at every rate have more than one number of steps."""
+    """Return for each form and rate the held-out loss and, by steps, the endpoint after the short training: None if it diverged. `read`:
+    where it is read (`count_ends`)."""
     study, summary = results.study, dict[str, dict[str, Any]]()
-    read, steps = at_level(study["level"]), [study["steps"] // 4, study["steps"] // 2, study["steps"]]
+    step = study["steps"] // 4
     for form in study["forms"]:
         summary[form] = {}
         for rate in study["rates"]:
-            lengths = steps if f"through-{form}-{rate:g}" in results.units else steps[:1]
-            curves = {str(step): results.rate_curve(form, rate, step) for step in lengths}
-            ends = {step: None if curve is None else float(curve.seeds(read)[0]) for step, curve in curves.items()}
-            places = {step: {} if curve is None else count_ends(curve, study["level"]) for step, curve in curves.items()}
-            held_out = results.units[f"rate-{form}-{rate:g}"].value
-            summary[form][f"{rate:g}"] = {"held_out": held_out, "endpoint": ends, "read": places}
+            curve, held_out = results.rate_curve(form, rate, step), results.units[f"rate-{form}-{rate:g}"].value
+            end = None if curve is None else float(curve.seeds(at_level(study["level"]))[0])
+            place = {} if curve is None else count_ends(curve, study["level"])
+            summary[form][f"{rate:g}"] = {"held_out": held_out, "endpoint": {str(step): end}, "read": {str(step): place}}
     return summary
 
 

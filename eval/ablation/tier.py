@@ -31,7 +31,6 @@ class ShortStudy(Study):
 
     steps: int = 2000
     rates: tuple[float, ...] = (1.5e-3,)
-    through: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> tuple[int, ...]:

@@ -105,26 +105,25 @@ def settings_of(workspace: Workspace, plan: Plan) -> dict[str, Any]:
 
 def trained_adapter(workspace: Workspace, study: Study, form: str, plan: Plan, step: int) -> IPAdapter:
     """Load an adapter as it was after some steps of its training; train it first if it is not there."""
-    checkpoints = study.checkpoints if plan.seed != RATE_SEED else [each for each in study.rate_checkpoints if each <= step]
+    checkpoints = study.checkpoints if plan.seed != RATE_SEED else (study.rate_steps,)
     if workspace.card(study, plan, step).get("settings") != settings_of(workspace, plan):
         train(workspace, study, form, plan, checkpoints)
     unet = workspace.bench(study).pipeline.unet
     return load(workspace.adapter(study, plan, step), unet).to(study.device)
 
 
-def try_rate(workspace: Workspace, study: Study, form: str, rate: float, through: bool = False) -> Unit:
-    """Return the held-out loss after a short training at this rate, or a whole one (`through`); None if the loss was not finite."""
-    steps = study.rate_checkpoints if through else (study.rate_steps,)
+def try_rate(workspace: Workspace, study: Study, form: str, rate: float) -> Unit:
+    """Return the held-out loss after a short training at this rate; None if the loss was not finite."""
 
     def make() -> Unit:
         plan = study.plan(form, RATE_SEED, rate)
         try:
-            train(workspace, study, form, plan, steps)
+            train(workspace, study, form, plan, (study.rate_steps,))
         except FloatingPointError:
             return Unit(None, made_on(study.device))
-        return Unit(workspace.card(study, plan, steps[-1])["losses"][-1]["held_out"], made_on(study.device))
+        return Unit(workspace.card(study, plan, study.rate_steps)["losses"][-1]["held_out"], made_on(study.device))
 
-    return Memo(workspace.work)(f"{'through' if through else 'rate'}-{form}-{rate:g}", make)
+    return Memo(workspace.work)(f"rate-{form}-{rate:g}", make)
 
 
 def best_rate(losses: Mapping[float, float | None], form: str) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
@@ -22,7 +22,7 @@ from eval.ablation.memo import Memo, Unit
 from eval.ablation.study import RATE_SEED, Study, Workspace
 from eval.ablation.training import try_rate
 
-TRAININGS = "train-", "rate-", "through-"  # how the names of jobs that train begin
+TRAININGS = "train-", "rate-"  # how the names of jobs that train begin
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,6 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
         jobs.append(drawing(Draw(form, seed, last, first, layers="finest")))
     pairs = itertools.product(study.forms, study.rates)
     jobs += [drawing(Draw(form, RATE_SEED, study.rate_steps, first, rate=rate)) for form, rate in pairs]
-    for form, rate in study.through_runs():
-        through = Job(f"through-{form}-{rate:g}", partial(try_rate, workspace, study, form, rate, True), (f"rate-{form}-{rate:g}",))
-        jobs.append(through)
-        for step in study.rate_checkpoints[1:]:  # one after the other, because both may have to train
-            each = drawing(Draw(form, RATE_SEED, step, first, rate=rate))
-            jobs.append(replace(each, after=(jobs[-1].name, *each.after)))
     return jobs
 
 
