@@ -11,7 +11,7 @@ from pathlib import Path
 
 from checkpoints.files import read_json, replacing
 from eval import by_eye, calibration, fine, frechet, structure, style, world_table
-from eval.ablation import cause, report
+from eval.ablation import cause, report, second_base
 from eval.ablation.rows import Results
 from eval.peers import benchmark, gpu, marks, parity, scaling
 from eval.tables import markdown
@@ -22,9 +22,10 @@ PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def inserts(root: Path) -> dict[str, str]:
     """Return the generated texts by name, computed from the files in `root`/results and the marks in `root`/tests."""
     results = {path.stem: read_json(path) for path in sorted((root / "results").glob("*.json"))}
-    tier_b = Results.of(root / "results" / "cause.json")
+    tier_b, tier_e = (Results.of(root / "results" / f"{name}.json") for name in ("cause", "second_base"))
     return {
         **{name: markdown(table(tier_b)) for name, table in cause.TABLES.items()},
+        "second_base": markdown(second_base.table(second_base.both_bases(tier_e, tier_b))),
         "ablation": report.lead(Results.of(root / "results" / "ablation.json")),
         "world": world_table.table(results["world"]),
         "by_eye": by_eye.table(results["by_eye"]),
