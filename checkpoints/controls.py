@@ -67,7 +67,7 @@ def open_control(path: Path) -> ControlFile:
         source = ControlFile(control, File(path), {n: (n,) for n in control.state_dict()}, "the control that its card describes")
     else:
         source = _open_foreign(path, weights_in(path))
-    check(source.control, source.names, source.file, source.what)
+    check(source.control.state_dict(), source.names, source.file, source.what)
     if (channels := source.control.config.hint_channels) not in (1, 3):
         raise ValueError(f"{path} reads hints of {channels} channels, but only pictures, of 1 or 3, can be given")
     return source

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -57,12 +57,11 @@ def _read(file: File, theirs: tuple[str, ...], like: Tensor, transposed: bool, d
     return ours
 
 
-def check(module: nn.Module, names: Names, file: File, what: str) -> None:
-    """Raise ValueError unless the file has exactly the tensors in `names`, in the shapes that the module needs.
+def check(state: Mapping[str, Tensor], names: Names, file: File, what: str) -> None:
+    """Raise ValueError unless the file has exactly the tensors in `names`, in the shapes of a module's `state_dict`.
 
     `what` completes the message "the file is not ...".
     """
-    state = module.state_dict()
     if difference := state.keys() ^ names.keys():
         raise RuntimeError(f"the table of names and the module differ in {short_list(difference)}")
     expected = {name for theirs in names.values() for name in theirs}
@@ -91,10 +90,11 @@ def assemble(module: M, names: Names, file: File, what: str, dtype: torch.dtype 
     Returns the module, frozen and in eval mode. Raises ValueError when tensors are missing, unknown, not finite or of
     the wrong shape or dtype.
     """
-    check(module, names, file, what)
+    state = module.state_dict()
+    check(state, names, file, what)
     tensors = {
         name: _read(file, names[name], like, names[name][0] in TRANSPOSED, dtype if like.is_floating_point() else None)
-        for name, like in module.state_dict().items()
+        for name, like in state.items()
     }
     return fill(module, tensors)
 

@@ -125,7 +125,7 @@ def load_single(
     with naming(path, f"is not {what}"):
         unet = empty_module(UNet, ldm.ldm_unet(unet_file.shapes, settings))
     names = map_names(unet.state_dict(), unet_rows(unet.config), 2)
-    check(unet, names, unet_file, what)
+    check(unet.state_dict(), names, unet_file, what)
     texts = [_load_text(file.part(prefix), prefix, what, dtype, build) for prefix in FAMILIES[kind].texts]
     return Base(
         vae=vae or load_ldm_vae(file.part(LDM["vae"]), settings, what, dtype),

@@ -74,6 +74,25 @@ def test_the_table_shows_time_memory_and_the_limit() -> None:
     assert page.index("step, float32, fast") < page.index("training step")
 
 
+def test_loads_keep_every_round_but_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one reads from the disk. The memory is a share, and has no ratio."""
+    took = {"ours": iter((9.0, 2.0, 3.0)), "theirs": iter((1.0, 2.0, 2.0))}
+
+    def measure(module: str, folder: Path, side: str, dtype: str) -> dict[str, float]:
+        assert (module, dtype) == ("eval.peers.loading", "float16")
+        return {"seconds": next(took[side]), "seconds_read": 4.0, "memory_read": 0.016}
+
+    for name in ("unet", "vae", "text_encoder"):
+        (tmp_path / "diffusers" / name).mkdir(parents=True)
+    monkeypatch.setattr(columns, "measured", measure)
+    row = benchmark.loading(tmp_path, 2, "float16")
+    assert row["values"]["seconds"] == {"ours": [2.0, 3.0], "theirs": [2.0, 2.0]}
+    page = benchmark.table({"load, float16": row})
+    assert "| load, float16 | 2.5 s | 2.0 s | 1.25 [1.00, 1.50] |" in page
+    assert "| load, float16, and read | 4.0 s | 4.0 s | 1.00 [1.00, 1.00] |" in page
+    assert "| load, float16: anonymous memory / weights | 0.02 | 0.02 |  |" in page
+
+
 def test_rows_of_another_machine_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: Callable[[Path, int], dict[str, Any]] = lambda folder, rounds: {"ours": 1.0, "theirs": 2.0, "ratio": 0.5}  # noqa: E731
     monkeypatch.setattr(benchmark, "ROWS", dict.fromkeys(("a", "b"), measured))

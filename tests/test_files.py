@@ -252,5 +252,10 @@ def test_one_number_among_many(dtype: torch.dtype, place: int) -> None:
         assert not is_finite(many[: place + 1].expand(2, -1).T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_numbers_whose_sum_is_not(dtype: torch.dtype) -> None:
+    assert is_finite(torch.full((3,), torch.finfo(dtype).max, dtype=dtype)) and not is_finite(torch.tensor([math.inf, -math.inf]).to(dtype))
+
+
 def test_integers_are_finite() -> None:
     assert is_finite(torch.tensor([1, 2**62]))

@@ -24,8 +24,8 @@ from checkpoints.files import check_output, read_json, write_json
 from checkpoints.single_file import load_single
 from eval.device import machine
 from eval.peers import official, step, training
-from eval.peers.columns import lines, measured, take_turns
-from eval.peers.timing import Timing, beside, medians, peak
+from eval.peers.columns import lines, take_turns
+from eval.peers.timing import Timing, beside, peak
 from eval.tables import markdown
 from model.image_encoder import VIT_H
 from sampling.pipeline import Pipeline
@@ -79,22 +79,15 @@ def training_steps(folder: Path, rounds: int) -> Timing:
 def loading(folder: Path, rounds: int, dtype: str) -> Timing:
     """Time loading the base model, each time in a new process (eval/peers/loading.py).
 
-    We read the single file in float16; diffusers reads its own folder layout. `ours_read` and `theirs_read`: the seconds until all
-    weights were read as well. `our_memory` and `their_memory`: anonymous memory then, divided by the bytes of the weights.
+    We read the single file in float16; diffusers reads its own folder layout. The first round, which reads from the disk, is dropped.
     """
     for name, peer in (("unet", official.peer_unet), ("vae", official.peer_vae), ("text_encoder", official.peer_text)):
         if not (folder / "diffusers" / name).exists():
             options = {"adapter": False} if name == "unet" else {}
             peer(folder, torch.float16, **options).save_pretrained(folder / "diffusers" / name)
             gc.collect()
-
-    def measure(side: str) -> dict[str, float]:
-        return measured("eval.peers.loading", folder, side, dtype)
-
-    rows = [(measure("ours"), measure("theirs")) for _ in range(rounds + 1)][1:]  # drop the first round, which reads from the disk
-    memory = {f"{side}_memory": max(row[i]["memory_read"] for row in rows) for i, side in enumerate(("our", "their"))}
-    loads, reads = (medians([(ours[key], theirs[key]) for ours, theirs in rows]) for key in ("seconds", "seconds_read"))
-    return loads | {f"{key}_read": value for key, value in reads.items()} | memory
+    values = take_turns("eval.peers.loading", folder, LOADED, rounds + 1, dtype)
+    return {"values": {key: {side: each[1:] for side, each in columns.items()} for key, columns in values.items()}}
 
 
 ROWS: dict[str, Callable[[Path, int], Timing]] = {
@@ -106,6 +99,9 @@ ROWS: dict[str, Callable[[Path, int], Timing]] = {
     "50-step pipeline": pipelines,
     "step, float32, ours compiled": compiled,
 }
+
+LOADED = "ours", "theirs"  # the sides of a load
+RATIOS = {"training step": training.RATIOS, **{name: {"": LOADED} for name in ("load, float16", "load, float32")}}
 
 
 def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -142,12 +138,9 @@ def table(results: dict[str, Any]) -> str:
     rows = []
     for name, row in ((name, results[name]) for name in ROWS if name in results):
         if "values" in row:
-            rows += lines(name, row["values"], training.RATIOS if name == "training step" else step.RATIOS)
+            rows += lines(name, row["values"], RATIOS.get(name, step.RATIOS))
         else:
             rows.append([name, f"{row['ours']:.1f} s", f"{row['theirs']:.1f} s", f"{row['ratio']:.2f}"])
-        if "our_memory" in row:
-            rows.append([f"{name}, and read", f"{row['ours_read']:.1f} s", f"{row['theirs_read']:.1f} s", f"{row['ratio_read']:.2f}"])
-            rows.append([f"{name}: anonymous memory / weights", f"{row['our_memory']:.2f}", f"{row['their_memory']:.2f}", ""])
         if "limit" in row:
             rows.append([f"{name}: at the peak of this machine", f"{row['limit']:.1f} s", "", ""])
     return markdown(pd.DataFrame(rows, columns=["", "ours", "diffusers", "ratio"]))

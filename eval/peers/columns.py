@@ -1,6 +1,6 @@
 """Measure several programs in separate processes that take turns, and compare them in a table.
 
-Each module with columns (eval/peers/step.py, eval/peers/training.py) is a program: `python -m MODULE FOLDER COLUMN ...` measures one column
+Each module with columns (step.py, training.py, loading.py) is a program: `python -m MODULE FOLDER COLUMN ...` measures one column
 and prints JSON, {quantity: number}.
 """
 
@@ -16,7 +16,12 @@ import pandas as pd
 
 Values = dict[str, dict[str, list[float]]]  # {quantity: {column: the values of all rounds}}
 Ratios = Mapping[str, tuple[str, str]]  # {name: (column, column to divide by)}
-UNITS = {"seconds": "s", "gigabytes": "GB"}
+QUANTITIES = {  # what a row adds to the name, and the unit
+    "seconds": ("", "s"),
+    "seconds_read": (", and read", "s"),
+    "gigabytes": ("", "GB"),
+    "memory_read": (": anonymous memory / weights", ""),
+}
 
 
 def take_turns(module: str, folder: Path, names: Sequence[str], rounds: int, *options: str) -> Values:
@@ -38,13 +43,14 @@ def measured(module: str, folder: Path, name: str, *options: str) -> dict[str, f
 def lines(name: str, values: Values, ratios: Ratios) -> list[list[str]]:
     """Return a row for each quantity and ratio: name, both medians, and the median ratio with its range.
 
-    A ratio is taken in each round, since ratios vary less than times.
+    A ratio is taken in each round, since ratios vary less than times. Shares, which have no unit, get no ratio.
     """
     rows = []
     for quantity, columns in values.items():
-        frame, unit = pd.DataFrame(columns), UNITS[quantity]
+        frame, (added, unit) = pd.DataFrame(columns), QUANTITIES[quantity]
         for what, (ours, theirs) in ratios.items():
             ratio = frame[ours] / frame[theirs]
-            medians = [f"{frame[column].median():.1f} {unit}" for column in (ours, theirs)]
-            rows.append([f"{name}, {what}", *medians, f"{ratio.median():.2f} [{ratio.min():.2f}, {ratio.max():.2f}]"])
+            medians = [f"{frame[column].median():.{1 if unit else 2}f} {unit}".rstrip() for column in (ours, theirs)]
+            compared = f"{ratio.median():.2f} [{ratio.min():.2f}, {ratio.max():.2f}]" if unit else ""
+            rows.append([", ".join(part for part in (name, what) if part) + added, *medians, compared])
     return rows

@@ -1,7 +1,8 @@
 """Load a base model in this process, and read all its weights.  `python -m eval.peers.loading FOLDER ours|theirs DTYPE`
 
 Prints JSON: the seconds until the model is loaded (`seconds`) and until its weights were read as well (`seconds_read`), and the
-anonymous memory (`RssAnon`, which the system cannot drop under pressure) that each has added, divided by the bytes of the weights.
+anonymous memory (`RssAnon`, which the system cannot drop under pressure) that this has added, divided by the bytes of the weights
+(`memory_read`).
 The reading counts, because both sides map files: a page is read when it is first needed. All libraries are imported before the clock
 starts.
 """
@@ -50,12 +51,12 @@ def read(parameters: list[nn.Parameter]) -> None:
 
 def main() -> None:
     folder, side, dtype = Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
-    before, began, numbers = anonymous_bytes(), time.perf_counter(), list[float]()
+    before, began = anonymous_bytes(), time.perf_counter()
     parameters = [p for part in load(folder, side, dtype) for p in part.parameters()]
-    for touched in ([], parameters):
-        read(touched)
-        numbers += [time.perf_counter() - began, (anonymous_bytes() - before) / sum(p.nbytes for p in parameters)]
-    print(json.dumps(dict(zip(("seconds", "memory", "seconds_read", "memory_read"), numbers, strict=True))))
+    loaded = time.perf_counter() - began
+    read(parameters)
+    both = {"seconds": loaded, "seconds_read": time.perf_counter() - began}
+    print(json.dumps(both | {"memory_read": (anonymous_bytes() - before) / sum(p.nbytes for p in parameters)}))
 
 
 if __name__ == "__main__":
