@@ -122,7 +122,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
     output, pointers = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         value = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-        if value.dtype != tensor.dtype and value.numel() and not is_finite(value):
+        if value.dtype != tensor.dtype and not is_finite(value):
             raise ValueError(f"nothing was written: {name} has values that are not finite in {dtype}, so use another dtype")
         shared = value.data_ptr() in pointers  # safetensors refuses tensors that share memory
         output[name] = value.clone() if shared else value
@@ -202,7 +202,7 @@ def short_list(names: Iterable[str], limit: int = 3) -> str:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor, which must not be empty, has neither NaN nor infinity.
+    """Return whether a tensor has neither NaN nor infinity.
 
     If the sum is finite, all numbers are. If it is not, it may only be too large, and the smallest and the largest number tell: if one
     number is NaN, both are. This allocates no memory, and in nearly all cases reads it once.

@@ -88,7 +88,7 @@ def test_loads_keep_every_round_but_the_first(tmp_path: Path, monkeypatch: pytes
     row = benchmark.loading(tmp_path, 2, "float16")
     assert row["values"]["seconds"] == {"ours": [2.0, 3.0], "theirs": [2.0, 2.0]}
     page = benchmark.table({"load, float16": row})
-    assert "| load, float16 | 2.5 s | 2.0 s | 1.25 [1.00, 1.50] |" in page
+    assert "| load, float16 | 2.50 s | 2.00 s | 1.25 [1.00, 1.50] |" in page
     assert "| load, float16, and read | 4.0 s | 4.0 s | 1.00 [1.00, 1.00] |" in page
     assert "| load, float16: anonymous memory / weights | 0.02 | 0.02 |  |" in page
 

@@ -258,4 +258,5 @@ def test_finite_numbers_whose_sum_is_not(dtype: torch.dtype) -> None:
 
 
 def test_integers_are_finite() -> None:
+    assert is_finite(torch.empty(0, 3))
     assert is_finite(torch.tensor([1, 2**62]))

@@ -50,7 +50,8 @@ def lines(name: str, values: Values, ratios: Ratios) -> list[list[str]]:
         frame, (added, unit) = pd.DataFrame(columns), QUANTITIES[quantity]
         for what, (ours, theirs) in ratios.items():
             ratio = frame[ours] / frame[theirs]
-            medians = [f"{frame[column].median():.{1 if unit else 2}f} {unit}".rstrip() for column in (ours, theirs)]
+            digits = 1 if frame[theirs].median() > 2 else 2
+            medians = [f"{frame[column].median():.{digits}f} {unit}".rstrip() for column in (ours, theirs)]
             compared = f"{ratio.median():.2f} [{ratio.min():.2f}, {ratio.max():.2f}]" if unit else ""
             rows.append([", ".join(part for part in (name, what) if part) + added, *medians, compared])
     return rows
