@@ -124,8 +124,8 @@ def load_single(
     unet_file = file.part(LDM["unet"])
     with naming(path, f"is not {what}"):
         unet = empty_module(UNet, ldm.ldm_unet(unet_file.shapes, settings))
-    names = map_names(unet.state_dict(), unet_rows(unet.config), 2)
-    check(unet.state_dict(), names, unet_file, what)
+    names = map_names(state := unet.state_dict(), unet_rows(unet.config), 2)
+    check(state, names, unet_file, what)
     texts = [_load_text(file.part(prefix), prefix, what, dtype, build) for prefix in FAMILIES[kind].texts]
     return Base(
         vae=vae or load_ldm_vae(file.part(LDM["vae"]), settings, what, dtype),

@@ -86,7 +86,7 @@ def loading(folder: Path, rounds: int, dtype: str) -> Timing:
             options = {"adapter": False} if name == "unet" else {}
             peer(folder, torch.float16, **options).save_pretrained(folder / "diffusers" / name)
             gc.collect()
-    values = take_turns("eval.peers.loading", folder, LOADED, rounds + 1, dtype)
+    values = take_turns("eval.peers.loading", folder, LOAD_COLUMNS, rounds + 1, dtype)
     return {"values": {key: {side: each[1:] for side, each in columns.items()} for key, columns in values.items()}}
 
 
@@ -100,8 +100,8 @@ ROWS: dict[str, Callable[[Path, int], Timing]] = {
     "step, float32, ours compiled": compiled,
 }
 
-LOADED = "ours", "theirs"  # the sides of a load
-RATIOS = {"training step": training.RATIOS, **{name: {"": LOADED} for name in ("load, float16", "load, float32")}}
+LOAD_COLUMNS = "ours", "theirs"
+ROW_RATIOS = {"training step": training.RATIOS, **{name: {"": LOAD_COLUMNS} for name in ("load, float16", "load, float32")}}
 
 
 def evaluate(folder: Path, out: Path, rounds: int, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def table(results: dict[str, Any]) -> str:
     rows = []
     for name, row in ((name, results[name]) for name in ROWS if name in results):
         if "values" in row:
-            rows += lines(name, row["values"], RATIOS.get(name, step.RATIOS))
+            rows += lines(name, row["values"], ROW_RATIOS.get(name, step.RATIOS))
         else:
             rows.append([name, f"{row['ours']:.1f} s", f"{row['theirs']:.1f} s", f"{row['ratio']:.2f}"])
         if "limit" in row:
