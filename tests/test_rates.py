@@ -38,14 +38,21 @@ def test_the_table_beside_the_first_study() -> None:
     told, by_step = first.data["summary"]["endpoint"], first.data["summary"]["steps"]
     for form in ("ip_adapter", "simple"):
         ends = rates.of_form(first, form)["endpoint"]
-        assert ends["8000"]["information"] == pytest.approx(told[form]["information"])
-        assert ends["2000"]["information"] == pytest.approx(by_step["endpoint"][form][by_step["steps"].index(2000)])
+        assert ends["8000"]["information"] == pytest.approx(told[form]["information"][:3])
+        assert ends["2000"]["information"] == pytest.approx(by_step["endpoint"][form][by_step["steps"].index(2000)][:3])
     seeds = {name: unit.value.get("seed", 0) for name, unit in first.units.items() if isinstance(unit.value, dict)}
     units = {name: unit for name, unit in first.units.items() if seeds.get(name, 0) < 3}
     own = Results({**first.data, "study": first.study | {"seeds": 3}, "summary": rates.of_form(first, "simple")}, units)
     lines = rates.table(own, first).to_dict("records")
     assert [(line["form"], line["rate"]) for line in lines] == [("IP-Adapter", "0.0015"), ("simple", "0.0045"), ("simple", "0.0045")]
-    leads = [line["IP-Adapter minus it [95 %]"] for line in lines]
-    assert leads[:2] == ["", "+39.6 [+28.3, +45.7]"] and leads[2] != leads[1]
+    assert lines[1] == lines[2], "tier A in the place of tier F is the same on the three seeds"
+    found = rates.differences(own, first)
     pairs = zip(*(told[form]["information"][:3] for form in ("ip_adapter", "simple")), strict=True)
-    assert float(leads[2].split()[0]) == pytest.approx(sum(a - b for a, b in pairs) / 3, abs=0.06)
+    assert found["at the level"].mean == pytest.approx(sum(a - b for a, b in pairs) / 3)
+    at_one = first.data["summary"]["paper"]
+    for task, name in (("complementary", "at λ = 1"), ("picture", "the image prompt alone at λ = 1")):
+        ours, simple = (sum(at_one[task][form]["information"][:3]) / 3 for form in ("ip_adapter", "simple"))
+        assert found[name].mean == pytest.approx(ours - simple)
+    best = next(each for name, each in found.items() if "its best" in name)
+    assert best.mean == min(best.mean, found["at the level"].mean) and all(each.seeds for each in found.values())
+    assert len(rates.difference_table(own, first)) == len(found) == 6

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from eval.ablation.endpoint import where_read
 from eval.ablation.grid import GAP, MOST, TOP, Scale, bisect_lambdas, middle, spaced_lambdas
 from eval.ablation.statistics import (
     Array,
@@ -22,9 +23,10 @@ from eval.ablation.statistics import (
     holm,
     information,
     interval,
+    over_seeds,
     read_at,
     retrieval,
-    where_read,
+    t_quantile,
 )
 from train.world import random_palette
 
@@ -231,3 +233,22 @@ def test_lambdas_between_two() -> None:
 def test_a_few_lambdas_span_the_grid() -> None:
     assert spaced_lambdas([0, 1, 2, 3, 4, 5, 6, 7]) == [1, 3, 5, 7] and spaced_lambdas([0, 1, 2]) == [1, 2]
     assert spaced_lambdas([0.0, 0.1, 0.2, 0.3, 0.4]) == [0.1, 0.2, 0.3, 0.4]
+
+
+CLOSED = {1: math.tan(0.475 * math.pi), 2: 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))}
+
+
+@pytest.mark.parametrize(("freedom", "t"), [*CLOSED.items(), (4, 2.7764), (9, 2.2622)])
+def test_students_quantile(freedom: int, t: float) -> None:
+    """Closed forms for 1 and 2 degrees of freedom, and the published table (Student 1908)."""
+    assert t_quantile(freedom) == pytest.approx(t, abs=5e-4)
+
+
+def test_the_interval_over_seeds() -> None:
+    """Mean ± t s / sqrt(n) for three seeds; none for one. A difference of curves has that of its seeds."""
+    assert over_seeds(np.array([1.0, 2.0, 6.0])) == pytest.approx((3 - 4.3027 * math.sqrt(7 / 3), 3 + 4.3027 * math.sqrt(7 / 3)), abs=1e-3)
+    assert over_seeds(np.array([1.0])) is None
+    value = np.random.default_rng(0).normal(size=(3, 2, 5))
+    a, b = Curve(np.ones_like(value), value), Curve(np.ones_like(value), 0 * value)
+    each = value[:, 1].mean(axis=-1)
+    assert Bootstrap(20).difference(a, b, at_index(1)).seeds == pytest.approx(over_seeds(each))

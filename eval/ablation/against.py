@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from eval.ablation.appendix import mark
+from eval.ablation.endpoint import PARTS
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE, TIER_A, fraction
 from eval.ablation.rows import Results
 from eval.ablation.summary import trainings
@@ -13,19 +17,28 @@ SETS = {"test": "test prompts", "confirm": "confirmation prompts"}
 
 
 def parts(results: Results) -> list[str]:
-    """Say in sentences how much of the lead each change gives alone, and which forms IP-Adapter is not shown to beat."""
+    """Say in sentences what the lead is about, how much of it each change gives alone, and which forms IP-Adapter is not shown to beat."""
     summary, told = results.data["summary"], []
-    ends = {form: np.mean(end["information"]) for form, end in summary["endpoint"].items()}
-    if set(ends) == set(TIER_A) and (lead := ends[IP_ADAPTER] - ends[SIMPLE]) > 0:
-        shares = {form: (ends[form] - ends[SIMPLE]) / lead for form in ("shared", "concatenated")}
-        how = "gives most" if min(shares.values()) > 0.5 else "gives a part"
-        each = f"an own softmax {shares['shared']:.0%}, own projections {shares['concatenated']:.0%}"
-        told.append(f"Each change alone {how} of this lead: {each}.")
+    robustness, first = summary["robustness"], summary["difference"].get(SIMPLE, {"low": 0})
+    if robustness and first["low"] > 0:
+        rest = robustness["only"]["right size and place"]["test"]
+        if rest["mean"] < first["mean"] / 2:
+            short = f"if only size and place count as following, it is {with_interval(rest)}"
+            told.append(f"Most of this lead is about the background: {short}.")
+        if set(summary["endpoint"]) == set(TIER_A):
+            softmax, own = ([each[form] for each in robustness["shares"].values()] for form in ("shared", "concatenated"))
+            how = "recovers most" if min(*softmax, *own) > 0.5 else "recovers a part"
+            each = f"a separate softmax {_range(softmax)}, own projections {_range(own)}, depending on the level"
+            told.append(f"Either change alone {how} of it: {each}. These overlap, so they do not add up.")
     for form, difference in summary["difference"].items():
         if form != SIMPLE and difference["low"] <= 0 <= difference["high"]:
             name = f"`{FORMS[form].short}` ({FORMS[form].name})"
-            told.append(f"No difference is shown between IP-Adapter and {name}: {with_interval(difference)}.")
+            told.append(f"IP-Adapter and {name} do not differ significantly: {with_interval(difference)}.")
     return [" ".join(told)] if told else []
+
+
+def _range(shares: list[float]) -> str:
+    return f"{min(shares):.0%} to {max(shares):.0%}"
 
 
 def against(results: Results) -> list[str]:
@@ -38,19 +51,35 @@ def _reading(results: Results) -> list[str]:
     summary, robustness = results.data["summary"], results.data["summary"]["robustness"]
     if not robustness:
         return []
-    levels = ", ".join(f"{with_interval(each)} at {level}" for level, each in robustness["levels"].items())
-    grounds = " and ".join(f"{with_interval(each)} ({SETS[name]})" for name, each in robustness["backgrounds"].items())
-    told = f"The size of the lead depends on the level: {levels}. If only the background counts as following, it is {grounds}."
+    grounds, rest = (_on_each_set(robustness["only"][key]) for key in PARTS)
+    told = [
+        f"Most of the lead is about the background. If only the background counts as following, it is {grounds}; if only size and place "
+        f"do, {rest}. In training, the image prompt always has the background of the target, so an adapter may learn to take it from there."
+    ]
+    levels = ", ".join(f"{mark(with_interval(each), robustness['read'][level])} at {level}" for level, each in robustness["levels"].items())
+    shares = robustness["shares"]
+    told.append(f"The size of the lead depends on the level: {levels}.")
+    if set(shares[f"{results.study['level']:.0%}"]) == {"shared", "concatenated"}:
+        parts = ", ".join(f"{each['shared']:.0%} and {each['concatenated']:.0%} at {level}" for level, each in shares.items())
+        told[-1] += f" So do the shares of it that a separate softmax and own projections recover alone: {parts}. They have no intervals."
     end, smallest = summary["endpoint"][SIMPLE], robustness["smallest"]
     if not end["start"]:
-        return [told]
+        return told
     lead = np.mean(summary["endpoint"][IP_ADAPTER]["information"]) - smallest["information"]
     line = (
         f"{end['start']} of {len(end['information'])} seeds of the simple adapter are read on the straight line from the text alone to "
         f"their smallest lambda, {fraction(results.grid(SIMPLE)[1])}. At that lambda it follows {smallest['share']:.0%} as often as "
         f"the text alone, and has {smallest['information']:.1f}; with this number, the lead would be {lead:+.1f}."
     )
-    return [told, line]
+    if not summary.get("confirmed_read", {SIMPLE: {"start": 1}})[SIMPLE]["start"]:
+        line += " On the confirmation prompts, all seeds are read between lambdas that were drawn."
+    return [*told, line]
+
+
+def _on_each_set(only: dict[str, Any]) -> str:
+    """Write the primary difference on each set of prompts, where only a part of the text counts."""
+    sets = {split: name for split, name in SETS.items() if split in only}
+    return " and ".join(f"{mark(with_interval(only[split]), only['read'][split])} ({name})" for split, name in sets.items())
 
 
 def _length(results: Results) -> list[str]:
@@ -62,13 +91,16 @@ def _length(results: Results) -> list[str]:
     simple, least = np.mean(by_step["endpoint"][SIMPLE], axis=1), int(np.argmin(means))
     told = f"The lead depends on the length of training. It is smallest after {steps[least]:,} steps: {means[least]:+.1f}."
     if 0 < least < len(steps) - 1:
-        told += " Before, it shrinks, and then it grows; the slope per doubling hides this."
+        told = f"The lead shrinks until {steps[least]:,} steps ({means[least]:+.1f}), then grows; the slope per doubling hides this."
     if end := by_step["read"][SIMPLE][least]["end"]:
         seeds = len(by_step["endpoint"][SIMPLE][least])
-        told += f" There, {end} of {seeds} seeds of the simple adapter are still above the level at their largest lambda; "
-        told += "a larger one may be better."
+        told += f" After {steps[least]:,} steps, {end} of {seeds} seeds of the simple adapter are still above the level at their largest "
+        told += "lambda, so a larger one might help it."
     if simple[-1] < simple.max():
         told += f" The simple adapter falls from {simple.max():.1f} to {simple[-1]:.1f} in the end."
+        widest = int(np.argmax(np.std(by_step["endpoint"][SIMPLE], axis=1)))
+        each = ", ".join(f"{end:.1f}" for end in by_step["endpoint"][SIMPLE][widest])
+        told += f" Its seeds do not fall together: after {steps[widest]:,} steps they have {each}."
     return [told]
 
 
@@ -96,11 +128,30 @@ def _sizes(results: Results) -> list[str]:
 
 
 def _other_measures(results: Results) -> list[str]:
-    """Name measures that do not favour IP-Adapter: CLIP-I of the image prompt alone, and the held-out loss."""
+    """Name measures that do not favour IP-Adapter: at lambda 1, and the held-out loss."""
     summary, told = results.data["summary"], []
     if (clip := summary["paper"]["difference"]["clip_i"].get(SIMPLE)) and clip["low"] <= 0:
         told.append(f"With the image prompt alone at lambda 1, CLIP-I does not separate the two forms: {with_interval(clip, 3)}.")
+    if SIMPLE in summary["losses"] and results.truth():
+        better = [_better(task, summary["paper"][task]) for task in ("picture", "complementary")]
+        if found := "; ".join(filter(None, better)):
+            told.append(f"At lambda 1, the simple adapter has higher means in some measures: {found}.")
     means = {form: np.mean(losses) for form, losses in summary["losses"].items()}
     if lower := [f"`{FORMS[form].short}`" for form in means if means[form] < means[IP_ADAPTER]]:
         told.append(f"The held-out loss of {' and '.join(lower)} is lower than that of IP-Adapter.")
+    ends = {form: np.mean(end["information"]) for form, end in summary["endpoint"].items()}
+    if SIMPLE in means and (worse := [form for form in means if means[form] > means[SIMPLE] and ends[form] > ends[SIMPLE]]):
+        names = " and ".join(f"`{FORMS[form].short}`" for form in worse)
+        same = "The held-out loss, which chose the learning rates, does not order the forms as the endpoint does"
+        told.append(f"{same}: that of `simple` is lower than that of {names}.")
     return told
+
+
+def _better(task: str, measures: dict[str, Any]) -> str:
+    """List the measures of a task in which the simple adapter has the higher mean, with the means of both."""
+    found = []
+    for key, (name, digits) in {"concept": ("concept", ".0%"), "clip_i": ("CLIP-I", ".3f"), "clip_t": ("CLIP-T", ".3f")}.items():
+        simple, ours = (np.mean(measures[form][key]) for form in (SIMPLE, IP_ADAPTER))
+        if simple > ours:
+            found.append(f"{name} {simple:{digits}} against {ours:{digits}}")
+    return f"`{task}`, {', '.join(found)}" if found else ""

@@ -22,6 +22,7 @@ from torch import Tensor
 from eval.ablation import tier
 from eval.ablation.appendix import mark
 from eval.ablation.draws import Draw, draw, draw_unit, find_grid
+from eval.ablation.endpoint import endpoint
 from eval.ablation.forms import FORMS, OWN, SHARED
 from eval.ablation.fuses import MixedAdapter, gate
 from eval.ablation.memo import Memo, Unit
@@ -30,7 +31,6 @@ from eval.ablation.report import p_value, spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, Curve, at_level, holm
 from eval.ablation.study import Study, Workspace, made_on
-from eval.ablation.summary import endpoint
 from eval.ablation.tier import ShortStudy, Tier, at_one, check_options
 from eval.ablation.training import plan_of, trained_adapter
 from eval.ablation.work import Job
@@ -182,7 +182,7 @@ def crossed_table(results: Results) -> pd.DataFrame:
     ends, lines = results.data["summary"]["endpoint"], []
     for a, b in CROSSED:
         own, other = (mark(spread(end["information"]), end) for end in (ends[a], ends[f"{a} as {b}"]))
-        softmax = "own" if FORMS[a].scale == "sum" else "joint"
+        softmax = "separate" if FORMS[a].scale == "sum" else "joint"
         projections = "own" if FORMS[a].own_projections else "the text's"
         lines.append({"projections": projections, "trained with": f"{softmax} softmax", "drawn so": own, "drawn with the other": other})
     return pd.DataFrame(lines)

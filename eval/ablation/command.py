@@ -45,12 +45,16 @@ TOLERANCE = {
 def execute(workspace: Workspace, study: Study, out: Path, jobs: int) -> None:
     """Run the parts of the study that are missing; write results/ablation.json and .safetensors, RESULTS.md and its figures to `out`.
 
-    Raises FileExistsError if `out` holds the results of another study.
+    If `out` holds the results of the same study by other source files, nothing is trained: they are reported again. Raises
+    FileExistsError if it holds those of another study.
     """
     path = out / "results" / "ablation.json"
     check_output(path)
     check_output(out / "RESULTS.md")
     workspace = workspace.with_fingerprints(study)  # loads the scorer and the judge before hours of training
+    if path.exists() and changed_names(Results.of(path).data["made_from"], workspace.made_from) == ["source files"]:
+        print(f"{path} is complete, and was made by other source files: only its report is written. --out FOLDER trains anew")
+        return rewrite(workspace, out, study.device)
     restore(path, workspace)
     if study.device == "cpu":
         torch.set_num_threads(1)

@@ -34,10 +34,10 @@ class Form:
 
 
 FORMS = {
-    "ip_adapter": Form("IP-Adapter: own projections, own softmax", "IP-Adapter", True, decoupled, "sum"),
+    "ip_adapter": Form("IP-Adapter: own projections, separate softmax", "IP-Adapter", True, decoupled, "sum"),
     "simple": Form("the simple adapter: the text's projections, joint softmax", "simple", False, concatenated, "odds"),
-    "shared": Form("the text's projections, own softmax", "shared", False, decoupled, "sum"),
-    "concatenated": Form("own projections, joint softmax", "joint", True, concatenated, "odds"),
+    "shared": Form("the text's projections, separate softmax", "shared", False, decoupled, "sum"),
+    "concatenated": Form("own projections, joint softmax", "concatenated", True, concatenated, "odds"),
     "image_yields": Form("own projections, the text weakens the image", "image yields", True, image_yields, "sum"),
     "text_yields": Form("own projections, the image weakens the text", "text yields", True, text_yields, "sum"),
     "mixed": Form("own projections, a learned mixture", "mixed", True, mixed, "none"),

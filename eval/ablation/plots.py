@@ -76,14 +76,14 @@ def plot_curves(results: Results, axes: Axes) -> None:
 
 
 def plot_steps(results: Results, axes: Axes) -> None:
-    """Plot the endpoint against the steps of training, on a log axis. An open marker: some seeds are read at their largest lambda."""
+    """Plot the endpoint against the steps of training, on a log axis. An open marker: some seeds are read at an end of their curve."""
     summary = results.data["summary"]["steps"]
     for form, (colour, style) in looks(results).items():
         ends = np.array(summary["endpoint"][form])
         axes.plot(summary["steps"], ends, color=colour, linewidth=0.6, alpha=0.6)
         axes.plot(summary["steps"], ends.mean(axis=1), style, color=colour, linewidth=2)
         for step, mean, where in zip(summary["steps"], ends.mean(axis=1), summary["read"][form], strict=True):
-            axes.plot(step, mean, "o", color=colour, markersize=5, markerfacecolor="white" if where["end"] else colour)
+            axes.plot(step, mean, "o", color=colour, markersize=5, markerfacecolor="white" if any(where.values()) else colour)
     lines(results, axes)
     axes.set_xscale("log", base=2)
     axes.set_xticks(summary["steps"], [f"{step:,}" for step in summary["steps"]])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,16 +58,21 @@ def headline(results: Results) -> str:
 
 def square(results: Results) -> pd.DataFrame:
     """Tabulate the endpoint of the four forms as a 2 x 2 table, with the share of right concepts."""
+    return square_of(results.data["summary"]["endpoint"])
+
+
+def square_of(ends: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Tabulate the endpoints of the four forms as a 2 x 2 table."""
 
     def cell(form: str) -> str:
-        endpoint = results.data["summary"]["endpoint"].get(form)
+        endpoint = ends.get(form)
         if endpoint is None:
             return ""
         concept = f" (concept {np.mean(endpoint['concept']):.0%})" if "concept" in endpoint else ""
         return mark(spread(endpoint["information"]), endpoint) + concept
 
     rows = {"own W'_k, W'_v": ("ip_adapter", "concatenated"), "the text's W_k, W_v": ("shared", "simple")}
-    return pd.DataFrame([{"": name, "own softmax": cell(a), "joint softmax": cell(b)} for name, (a, b) in rows.items()])
+    return pd.DataFrame([{"": name, "separate softmax": cell(a), "joint softmax": cell(b)} for name, (a, b) in rows.items()])
 
 
 def lead(results: Results) -> str:
@@ -80,8 +86,18 @@ def difference_table(results: Results) -> pd.DataFrame:
     for key, prompts in (("difference", "test"), ("confirmed", "confirmation")):
         for form, d in summary.get(key, {}).items():
             line = {"IP-Adapter minus": FORMS[form].name, "prompts": prompts, "difference [95 %]": with_interval(d), "p": p_value(d["p"])}
+            line["over seeds alone"] = with_interval(d | dict(zip(("low", "high"), d["seeds"], strict=True))) if d["seeds"] else ""
             lines.append(line | {"test": "primary" if form == SIMPLE else "adjusted"})
     return pd.DataFrame(lines)
+
+
+def level_table(results: Results) -> pd.DataFrame:
+    """Tabulate what is right in the drawings at the level, and with the text alone."""
+    names = {"right background": "background", "right size and place": "size and place", "concept": "the image prompt's concept"}
+    alone = results.measures(f"alone-{results.primary}-test")
+    rows = {"the text alone": {key: alone[key].mean() for key in names}}
+    rows |= {FORMS[form].short: {key: np.mean(end[key]) for key in names} for form, end in results.data["summary"]["endpoint"].items()}
+    return pd.DataFrame([{"": form} | {names[key]: f"{share:.0%}" for key, share in row.items()} for form, row in rows.items()])
 
 
 def step_table(results: Results) -> pd.DataFrame:
@@ -152,6 +168,7 @@ def render(results: Results) -> str:
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True)
     tables = {
         "differences": difference_table(results),
+        "level": level_table(results) if results.truth() else pd.DataFrame(),
         "steps": step_table(results),
         "one": one_table(results),
         "secondary": secondary_table(results),

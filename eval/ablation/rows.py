@@ -35,23 +35,32 @@ SCHEMA = {
 }
 
 
+def hits(task: str, arrays: Arrays, truth: Mapping[str, Any]) -> dict[str, Array]:
+    """Return 1 for each drawing that is right in a measure, otherwise 0 (docs/ablation-protocol.md). `arrays`: int16, one row per drawing.
+
+    `concept`: that of the text for `conflict`, and that of the image prompt otherwise. `right background`: that of the text, or of the
+    image prompt if the text names none. `right size and place`: for `complementary`, those of the text. `following`: all that the text
+    says.
+    """
+    concept, ground = ("conflict" if task == "conflict" else "own", task if task in ("conflict", "complementary") else "own")
+    right = {"concept": arrays["concept"].flatten() == torch.tensor(truth[concept]["concept"])}
+    right["right background"] = arrays["background"].flatten() == torch.tensor(truth[ground]["background"])
+    if task == "complementary":
+        placement = arrays["placement"] / SCALES["placement"]
+        size, place = (torch.tensor(truth[task][key]) for key in ("size", "place"))
+        right["right size and place"] = (sizes_of(placement) == size) & ((places_of(placement) == place) | (place == ANYWHERE))
+    right["following"] = right["right background"] & right["right size and place" if task == "complementary" else "concept"]
+    return {name: np.asarray(each.double()) for name, each in right.items()}
+
+
 def follows(task: str, arrays: Arrays, truth: Mapping[str, Any] | None, alone: Arrays) -> Array:
-    """Return 1 for each drawing that follows the text, otherwise 0 (docs/ablation-protocol.md). `arrays`: int16, one row per drawing.
+    """Return 1 for each drawing that follows the text, otherwise 0 (`hits`).
 
     Without ground truth, return CLIP-T divided by the mean CLIP-T of the drawings from the text alone.
     """
     if truth is None:
         return np.asarray(arrays["clip_t"].double().flatten() / alone["clip_t"].double().mean())
-    if task == "complementary":
-        placement, target = arrays["placement"] / SCALES["placement"], truth["complementary"]
-        background, size, place = (torch.tensor(target[key]) for key in ("background", "size", "place"))
-        in_place = (places_of(placement) == place) | (place == ANYWHERE)
-        hits = (arrays["background"].flatten() == background) & (sizes_of(placement) == size) & in_place
-    else:
-        target = truth["conflict" if task == "conflict" else "own"]
-        concept, background = (arrays[key].flatten() == torch.tensor(target[key]) for key in ("concept", "background"))
-        hits = concept & background
-    return np.asarray(hits.double())
+    return hits(task, arrays, truth)["following"]
 
 
 @dataclass(frozen=True)
@@ -95,9 +104,8 @@ class Results:
     def measures(self, name: str) -> dict[str, Array]:
         """Return the measures of a unit, each `lambdas prompts`.
 
-        `following`; `information` and `error` of the palette, and retrieval AUC; `concept`: 1 if it is the right one, that of the text for
-        `conflict` and that of the image prompt otherwise; `right background`: 1 if it is that of the text, or of the image prompt if the
-        text names none; `clip_i`, `clip_t`. Without ground truth, `information` is 100 CLIP-I.
+        `following` (`follows`); `information` and `error` of the palette, and retrieval AUC; the others of `hits`; `clip_i`, `clip_t`.
+        Without ground truth, `information` is 100 CLIP-I.
         """
         if name not in self._measure_cache:
             self._measure_cache[name] = self._measure(self.units[name])
@@ -115,11 +123,7 @@ class Results:
             if truth is not None:
                 palettes = np.asarray(part["palette"].double() / SCALES["palette"]).reshape(-1, 2, 3)
                 d = distances(palettes, self.palettes(split))
-                row |= {"information": information(d), "error": np.diagonal(d), "auc": retrieval(d)}
-                concept = truth["conflict" if task == "conflict" else "own"]["concept"]
-                ground = truth[task if task in ("conflict", "complementary") else "own"]["background"]
-                row["concept"] = np.asarray((part["concept"].flatten() == torch.tensor(concept)).double())
-                row["right background"] = np.asarray((part["background"].flatten() == torch.tensor(ground)).double())
+                row |= {"information": information(d), "error": np.diagonal(d), "auc": retrieval(d), **hits(task, part, truth)}
             for key, values in row.items():
                 rows.setdefault(key, []).append(values)
         return {key: np.stack(values) for key, values in rows.items()}

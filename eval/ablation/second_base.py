@@ -17,11 +17,11 @@ import pandas as pd
 
 from checkpoints.files import replacing
 from eval.ablation.appendix import mark
+from eval.ablation.endpoint import endpoint
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE
 from eval.ablation.report import spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level
-from eval.ablation.summary import endpoint
 from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, earlier, jobs_of
 from eval.tables import markdown, with_interval
 

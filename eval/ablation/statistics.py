@@ -6,8 +6,9 @@ A curve has one entry per lambda, in ascending order from lambda 0, the text alo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,13 +86,6 @@ def at_index(index: int) -> Read:
     return lambda following, value: value[..., index]
 
 
-def where_read(following: Array, level: float) -> str:
-    """Say where a curve `lambdas` is read: at its "end", if it is still at the level at its last lambda; at its "start", if it falls below
-    the level before its smallest lambda above 0, so that the reading lies on a straight line from the text alone; or "between"."""
-    above = np.flatnonzero(following >= level * following[0])
-    return "end" if above[-1] == len(following) - 1 else "start" if above[-1] == 0 else "between"
-
-
 @dataclass(frozen=True)
 class Curve:
     """The curve of one form for each seed. `following` (0 or 1, or a share) and `value`: `seeds lambdas prompts`."""
@@ -115,12 +109,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its 95 % bootstrap interval, and p, twice the share of resamples with the opposite sign, at most 1."""
+    """A number with its 95 % bootstrap interval, and p, twice the share of resamples with the opposite sign, at most 1.
+
+    `seeds`: the 95 % interval over seeds alone (`over_seeds`); None if there is one seed.
+    """
 
     mean: float
     low: float
     high: float
     p: float
+    seeds: tuple[float, float] | None = None
 
 
 def interval(mean: float, samples: Array) -> Interval:
@@ -128,6 +126,24 @@ def interval(mean: float, samples: Array) -> Interval:
     low, high = np.quantile(samples, (0.025, 0.975))
     p = min(1.0, max(1 / len(samples), 2 * min(float(np.mean(samples <= 0)), float(np.mean(samples >= 0)))))
     return Interval(float(mean), float(low), float(high), p if np.isfinite(samples).all() else float("nan"))
+
+
+def over_seeds(values: Array) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean of n values, one for each seed: the mean ± t s / sqrt(n), with Student's t; None if n is 1."""
+    n = len(values)
+    if n < 2:
+        return None
+    half = t_quantile(n - 1) * values.std(ddof=1) / math.sqrt(n)
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def t_quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t, from the integral of its density."""
+    x = np.linspace(0, 20, 200_001)
+    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    above_half = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2) * x[1]])
+    return float(np.interp(0.475, above_half, x))
 
 
 @functools.lru_cache(maxsize=4)
@@ -157,7 +173,8 @@ class Bootstrap:
 
     def difference(self, a: Curve, b: Curve, read: Read) -> Interval:
         """Return the difference a - b of a reading, paired by seed, on the seeds that both have."""
-        return interval(*self.samples(a, b, read))
+        seeds = min(len(a.value), len(b.value))
+        return replace(interval(*self.samples(a, b, read)), seeds=over_seeds(a.first(seeds).seeds(read) - b.first(seeds).seeds(read)))
 
     def trend(self, steps: Sequence[int], pairs: Sequence[tuple[Curve, Curve]], read: Read) -> Interval:
         """Return the least-squares slope of the differences a - b against log2(steps): the change per doubling of the steps."""

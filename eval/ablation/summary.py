@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from eval.ablation.endpoint import SHARES, count_ends, endpoint
 from eval.ablation.forms import IP_ADAPTER, SIMPLE
+from eval.ablation.robustness import robustness
 from eval.ablation.rows import Results
 from eval.ablation.statistics import (
     Bootstrap,
@@ -19,12 +21,10 @@ from eval.ablation.statistics import (
     distances,
     holm,
     information,
-    where_read,
 )
 from eval.scores import GREY
 
 BAND = 0.70, 0.95  # the levels of the mean over the curve
-LEVELS = 0.6, 0.7, 0.95  # other levels at which the primary difference is read
 
 
 def summarise(results: Results) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def summarise(results: Results) -> dict[str, Any]:
     if "confirm" in results.data["prompts"]:
         curves = {form: results.curve(form, split="confirm") for form in forms if form in (IP_ADAPTER, SIMPLE)}
         summary["confirmed"] = differences(curves, at_level(study["level"]), Bootstrap(study["resamples"]))
+        summary["confirmed_read"] = {form: count_ends(curve, study["level"]) for form, curve in curves.items()}
     return summary
 
 
@@ -55,24 +56,13 @@ def trainings(results: Results) -> dict[str, list[dict[str, Any]]]:
 
 
 def endpoints(results: Results, curves: dict[str, Curve]) -> dict[str, Any]:
-    """Return for each form: the endpoint of each seed, where the seeds are read (`count_ends`), and the share of right concepts there."""
+    """Return for each form: the endpoint of each seed, where the seeds are read (`count_ends`), and what is right there (`SHARES`)."""
     level, ends = results.study["level"], dict[str, dict[str, Any]]()
     for form, curve in curves.items():
         ends[form] = endpoint(curve, level)
         if results.truth():
-            ends[form]["concept"] = results.curve(form, "concept").seeds(at_level(level)).tolist()
+            ends[form] |= {key: results.curve(form, key).seeds(at_level(level)).tolist() for key in SHARES}
     return ends
-
-
-def endpoint(curve: Curve, level: float) -> dict[str, Any]:
-    """Return the information of each seed where it keeps the level, and where the seeds are read."""
-    return {"information": curve.seeds(at_level(level)).tolist()} | count_ends(curve, level)
-
-
-def count_ends(curve: Curve, level: float) -> dict[str, int]:
-    """Count the seeds that are read at the `end` of their curve, and at its `start` (`statistics.where_read`)."""
-    places = [where_read(each, level) for each in curve.following.mean(axis=-1)]
-    return {place: places.count(place) for place in ("end", "start")}
 
 
 def differences(curves: dict[str, Curve], read: Read, bootstrap: Bootstrap) -> dict[str, Any]:
@@ -132,25 +122,26 @@ def at_one(results: Results) -> dict[str, Any]:
     bootstrap = Bootstrap(results.study["resamples"])
     measures["difference"] = {
         key: differences(
-            {form: _only_one(results, form, "picture", key) for form in results.study["forms"]}, at_index(0), bootstrap
+            {form: curve_at_one(results, form, "picture", key) for form in results.study["forms"]}, at_index(0), bootstrap
         )
         for key in ("information", "clip_i")
     }
     return measures
 
 
-def _only_one(results: Results, form: str, task: str, key: str) -> Curve:
-    """Return the curve at lambda 1 only."""
+def curve_at_one(results: Results, form: str, task: str, key: str) -> Curve:
+    """Return the curve of a form at lambda 1 only."""
     curve, index = results.curve(form, key, task), results.grid(form).index(1.0)
     return Curve(curve.following[:, index : index + 1], curve.value[:, index : index + 1])
 
 
 def _at_one(results: Results, form: str, task: str, keys: Sequence[str]) -> dict[str, list[float]]:
-    return {key: _only_one(results, form, task, key).seeds(at_index(0)).tolist() for key in keys}
+    return {key: curve_at_one(results, form, task, key).seeds(at_index(0)).tolist() for key in keys}
 
 
 def secondary(results: Results) -> dict[str, Any]:
-    """Return the secondary endpoints: name -> form -> list over seeds; where they are read; and the primary difference."""
+    """Return the secondary endpoints: name -> form -> list over seeds; where they are read; and the primary difference, None if all seeds
+    of a form are read on the straight line from the text alone."""
     level, forms = results.study["level"], results.study["forms"]
     measures: dict[str, tuple[Callable[[str], Curve], float | None]] = {
         "mean over levels": (lambda form: results.curve(form), None),
@@ -165,32 +156,13 @@ def secondary(results: Results) -> dict[str, Any]:
     bootstrap, summary = Bootstrap(results.study["resamples"]), {}
     for name, (curve, at) in measures.items():
         curves, read = {form: curve(form) for form in forms}, between(*BAND) if at is None else at_level(at)
-        pair = {IP_ADAPTER, SIMPLE} <= set(forms)
+        ends = {form: count_ends(each, *(BAND if at is None else (at,))) for form, each in curves.items()}
+        pair = [
+            curves[form] for form in (IP_ADAPTER, SIMPLE) if form in forms and (at is None or ends[form]["start"] < len(curves[form].value))
+        ]
         summary[name] = {
             "forms": {form: each.seeds(read).tolist() for form, each in curves.items()},
-            "read": {form: count_ends(each, at) for form, each in curves.items()} if at else {},
-            "difference": asdict(bootstrap.difference(curves[IP_ADAPTER], curves[SIMPLE], read)) if pair else None,
+            "read": ends,
+            "difference": asdict(bootstrap.difference(pair[0], pair[1], read)) if len(pair) == 2 else None,
         }
-    return summary
-
-
-def robustness(results: Results) -> dict[str, Any]:
-    """Return the primary difference read in other ways: at other `levels`, and where only `backgrounds` follow the text.
-
-    `smallest`: the share of following and the information of the simple adapter at its smallest lambda. `extremes`: the largest
-    information of the simple adapter, with any seed at any lambda, and the smallest of IP-Adapter from lambda 1 on.
-    """
-    if not {IP_ADAPTER, SIMPLE} <= set(results.study["forms"]) or results.truth() is None:
-        return {}
-    bootstrap, level = Bootstrap(results.study["resamples"]), results.study["level"]
-    ours, simple = (results.curve(form) for form in (IP_ADAPTER, SIMPLE))
-    levels = {f"{at:.0%}": asdict(bootstrap.difference(ours, simple, at_level(at))) for at in LEVELS}
-    summary: dict[str, Any] = {"levels": levels, "backgrounds": {}}
-    for split in [split for split in ("test", "confirm") if split in results.data["prompts"]]:
-        a, b = (results.curve(form, split=split, following="right background") for form in (IP_ADAPTER, SIMPLE))
-        summary["backgrounds"][split] = asdict(bootstrap.difference(a, b, at_level(level)))
-    share = simple.following.mean(axis=(0, 2))
-    summary["smallest"] = {"share": float(share[1] / max(share[0], 1e-9)), "information": float(simple.value[:, 1].mean())}
-    from_one = ours.value[:, results.grid(IP_ADAPTER).index(1.0) :]
-    summary["extremes"] = [float(simple.value.mean(axis=-1).max()), float(from_one.mean(axis=-1).min())]
     return summary

@@ -12,12 +12,13 @@ from typing import Any
 import pandas as pd
 
 from eval.ablation.appendix import mark
+from eval.ablation.endpoint import endpoint
 from eval.ablation.forms import FORMS, VARIANTS
 from eval.ablation.report import spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level
 from eval.ablation.study import source_hash
-from eval.ablation.summary import endpoint, trainings
+from eval.ablation.summary import trainings
 from eval.ablation.tier import CODE, ShortStudy, Tier, at_one, check_options, earlier, jobs_of
 from eval.tables import markdown, with_interval
 
