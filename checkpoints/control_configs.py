@@ -7,7 +7,6 @@ a tensor is missing. Nothing here reads a file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from checkpoints.configs import diffusers_config, encoder_config
@@ -42,14 +41,21 @@ def controlnet_diffusers(config: ControlNetConfig) -> dict[str, Any]:
 
 
 def ldm_controlnet(shapes: Shapes, settings: Settings) -> ControlNetConfig:
-    """Return the config of a ControlNet in LDM's layout. Without a `.yaml` beside it, one for SD 2.x has heads of width 64."""
+    """Return the config of a ControlNet in LDM's layout. `settings`: what the shapes don't say."""
     encoder, widths, i = ldm_encoder(shapes, settings), [shapes["input_hint_block.0.weight"][0]], 4
-    if settings == Settings() and encoder["context_dim"] == 1024:
-        encoder = ldm_encoder(shapes, replace(settings, head_width=64))
     while f"input_hint_block.{i + 2}.weight" in shapes:
         widths.append(shapes[f"input_hint_block.{i}.weight"][0])
         i += 4
-    return ControlNetConfig(**encoder, hint=tuple(widths), hint_channels=shapes["input_hint_block.0.weight"][1])
+    return ControlNetConfig(**encoder, hint=tuple(widths), hint_channels=shapes["input_hint_block.0.weight"][1], pooled=settings.pooled)
+
+
+def without_yaml(shapes: Shapes, name: str) -> Settings:
+    """Return the settings of a ControlNet in LDM's layout that has no `.yaml` beside it.
+
+    Those for SD 2.x and SDXL have heads of width 64, others 8 heads. Shuffle, which is pooled, is known by the `name` of its file.
+    """
+    context_dim = shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
+    return Settings(head_width=64 if context_dim in (1024, 2048) else 0, pooled="shuffle" in name.lower())
 
 
 def t2i_config(c: Mapping[str, Any]) -> T2IConfig:

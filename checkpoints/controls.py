@@ -86,7 +86,8 @@ def _open_foreign(path: Path, file: File) -> ControlFile:
     with naming(path, f"is not {_COMPLETE[kind]}"):
         if kind == "a ControlNet":
             file = file.part("control_model.") if "control_model.input_hint_block.0.weight" in file else file
-            control = empty_module(ControlNet, configs.ldm_controlnet(file.shapes, ldm.settings_beside(path)))
+            settings = ldm.settings_beside(path, configs.without_yaml(file.shapes, path.name))
+            control = empty_module(ControlNet, configs.ldm_controlnet(file.shapes, settings))
         else:
             file = file.rename({name.removeprefix("adapter."): name for name in file})
             control = empty_module(T2IAdapter, configs.official_t2i(file.shapes))

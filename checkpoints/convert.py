@@ -15,7 +15,7 @@ from checkpoints.clip import load_image_encoder, load_text_encoder
 from checkpoints.controls import load_control, save_control_diffusers
 from checkpoints.describe import kind_of
 from checkpoints.diffusers_folder import save_image, save_pipeline, save_text, save_unet, save_vae
-from checkpoints.files import replacing_in, short_list, write_json, write_tensors
+from checkpoints.files import read_json_if_there, replacing_in, short_list, write_json, write_tensors
 from checkpoints.lora import open_lora
 from checkpoints.single_file import load_single
 from checkpoints.stable_diffusion import load_base, load_unet, load_vae, scheduler_config
@@ -84,6 +84,9 @@ def _check(kind: str, source: Path, target: Path, ema: bool, diffusers: bool) ->
     if target.exists() and one_file == target.is_dir():
         there, expected = ("folder", "file") if one_file else ("file", "folder")
         raise ValueError(f"{target} is a {there}: name a {expected} to write")
+    card = target.with_suffix(".json")
+    if kind == "adapter" and isinstance(read_json_if_there(card).get("config"), dict):  # the adapter would be taken for this network
+        raise ValueError(f"{target} would have a card beside it, {card.name}, which describes a network: name another TARGET, or remove it")
 
 
 def _convert_adapter(source: Path, target: Path, dtype: torch.dtype | None) -> None:

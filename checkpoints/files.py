@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,8 +48,8 @@ def _write_errors(path: Path) -> Iterator[None]:
     """Turn write errors into NotWritten. safetensors, torch and Pillow each raise their own types of error."""
     try:
         yield
-    except NotWritten as error:
-        raise NotWritten(str(error).replace(f"{os.sep}.part{os.sep}", os.sep)) from error
+    except NotWritten:
+        raise
     except (OSError, SafetensorError, RuntimeError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
         if isinstance(error, FileExistsError | NotADirectoryError):
@@ -68,21 +69,23 @@ MODE = _usual_mode()
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, then rename it to `path`.
+    """Yield the path of an empty temporary file to write to, which no other writer has, then rename it to `path`.
 
     If the body fails, the old file is unchanged and the temporary file is removed. Do nothing but write in the body,
     because any RuntimeError in it becomes a NotWritten.
     """
     check_output(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        with _write_errors(path):
+    with _write_errors(path):
+        handle, name = tempfile.mkstemp(".part", ".", path.parent)
+        os.close(handle)
+        part = Path(name)
+        try:
             yield part
-            part.chmod(MODE)  # safetensors writes files that only their owner can read
+            part.chmod(MODE)  # temporary files, and those of safetensors, can only be read by their owner
             os.replace(part, path)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -91,19 +94,20 @@ def replacing_in(folder: Path) -> Iterator[Path]:
 
     Other files in `folder` are kept. If the body fails, the old files are unchanged.
     """
-    part = folder / ".part"
     check_output(folder / "file")
-    try:
-        with _write_errors(folder):
-            part.mkdir(exist_ok=True)
+    with _write_errors(folder):
+        part = Path(tempfile.mkdtemp(".part", ".", folder))
+        try:
             yield part
             files = [file.relative_to(part) for file in part.rglob("*") if file.is_file()]
             for file in files:
                 check_output(folder / file)
             for file in files:
                 os.replace(part / file, folder / file)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        except NotWritten as error:
+            raise NotWritten(str(error).replace(str(part), str(folder))) from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -150,10 +154,10 @@ def sha256(path: Path) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files that loading `path` reads: a file and its card or `.yaml`, or the weights and JSON files in a folder."""
+    """Return the files that loading `path` reads: a file and its card, `.yaml` or PEFT config, or those in a folder."""
     if path.is_dir():
         return sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin", ".json") and f.is_file())
-    beside = (path.with_suffix(end) for end in (".json", ".yaml", ".yml"))
+    beside = (*(path.with_suffix(end) for end in (".json", ".yaml", ".yml")), path.with_name("adapter_config.json"))
     return [path, *(file for file in beside if file.is_file() and file != path)]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from checkpoints.configs import mlp_ratio, vocab_size
 from checkpoints.files import naming
 from checkpoints.signatures import check_not_placeholder
-from model.text_encoder import TextConfig
+from model.text_encoder import SD21_TEXT, TextConfig
 from model.unet import UNetConfig
 from model.vae import VAEConfig
 from model.words import Prediction
@@ -24,7 +24,7 @@ class Settings:
     """Settings that cannot be inferred from the shapes in a single file. The defaults are those of Stable Diffusion 1.x.
 
     `prediction`: None if it is not known. `scheduler`: the noise schedule in the format of diffusers' `scheduler_config.json`; {}
-    for that of SD 1.5.
+    for that of SD 1.5. `pooled`: as in ControlNetConfig.
     """
 
     prediction: Prediction | None = "epsilon"
@@ -34,6 +34,7 @@ class Settings:
     force_upcast: bool = False
     sample_size: int = 64
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+    pooled: bool = False
 
 
 SD1 = Settings()
@@ -93,6 +94,7 @@ def settings_beside(path: Path, default: Settings = SD1) -> Settings:
             head_width=width,
             scale=params.get("scale_factor", 0.18215),
             scheduler=scheduler,
+            pooled=bool(params.get("global_average_pooling")),
         )
 
 
@@ -173,13 +175,17 @@ def ldm_text(shapes: Shapes) -> TextConfig:
 def open_clip_text(shapes: Shapes, pooled: bool) -> TextConfig:
     """Infer the config of an OpenCLIP text encoder in a single file. Each head is assumed to be 64 wide.
 
-    `pooled`: keep all layers and the projection, as SDXL needs them. Otherwise leave out the last layer, which SD 2.x does not use.
+    `pooled`: keep all layers and the projection, as SDXL needs them. Otherwise leave out the last layer, which SD 2.x does not use:
+    ViT-H's is the 24th, which not every file holds.
     """
     rows, width = shapes["token_embedding.weight"]
+    layers = count(shapes, r"transformer\.resblocks\.(\d+)\.")
+    if not pooled:
+        layers = min(layers, SD21_TEXT.layers - 1) if width == SD21_TEXT.width else layers - 1
     inner, _ = shapes["transformer.resblocks.0.mlp.c_fc.weight"]
     return TextConfig(
         width=width,
-        layers=count(shapes, r"transformer\.resblocks\.(\d+)\.") - (0 if pooled else 1),
+        layers=layers,
         heads=max(width // 64, 1),
         mlp_ratio=mlp_ratio(width, inner),
         output_dim=shapes["text_projection"][1] if pooled else 0,

@@ -12,15 +12,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from checkpoints.base import Base
-from checkpoints.files import is_finite, naming, short_list
+from checkpoints.files import is_finite, naming, read_json, short_list
 from checkpoints.fill import FLOATS
-from checkpoints.lora_names import Target, role_of, targets
+from checkpoints.lora_names import PEFT, Target, role_of, targets
 from checkpoints.reader import File
 
 
@@ -57,7 +58,7 @@ def read_updates(file: File) -> Updates:
                 "not DoRA, LoHa, LoKr and the like"
             )
         modules[module][role] = file[name]
-    alpha = _common_alpha(file.path)
+    alpha = _common_alpha(file)
     updates = {}
     for module, parts in modules.items():
         if not parts.keys() >= {"down", "up"}:
@@ -78,16 +79,29 @@ def _check(path: Path, module: str, parts: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{path} is damaged: alpha of {module} is not a number")
 
 
-def _common_alpha(path: Path) -> float | None:
-    """Return the alpha that diffusers wrote into the header of a safetensors file, for modules that have none of their own.
-
-    Raises ValueError if the header asks for another rule than alpha / r.
+def _settings(file: File) -> tuple[Path, dict[str, Any]]:
+    """Return PEFT's settings of a whole file, and where they are: in `adapter_config.json` beside a file with PEFT's own names, or
+    where diffusers writes them, in the header of a safetensors file. {} for other files.
     """
+    path, config = file.path, file.path.with_name("adapter_config.json")
+    if any(name.startswith(PEFT) for name in file):
+        if not config.is_file():
+            raise ValueError(f"{path} has PEFT's names, and its alpha is in another file: put its adapter_config.json beside it")
+        return config, {"lora_alpha": 8} | read_json(config)  # PEFT's default
     with open(path, "rb") as stream:
         if stream.read(9)[8:] != b"{":
-            return None
-    with naming(path, "has settings that are not supported"), safe_open(path, "pt") as file:
-        settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            return path, {}
+    with naming(path, "has settings that are not supported"), safe_open(path, "pt") as header:
+        return path, dict(json.loads((header.metadata() or {}).get("lora_adapter_metadata", "{}")))
+
+
+def _common_alpha(file: File) -> float | None:
+    """Return the alpha of modules that have none of their own, or None.
+
+    Raises ValueError if the settings ask for another rule than alpha / r.
+    """
+    path, settings = _settings(file)
+    with naming(path, "has settings that are not supported"):
         flat = {key.rpartition(".")[2]: value for key, value in settings.items()}
         if other := [key for key in ("use_rslora", "use_dora", "alpha_pattern") if flat.get(key)]:
             raise ValueError(f"{other[0]} = {flat[other[0]]}")

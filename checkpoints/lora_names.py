@@ -18,6 +18,7 @@ _ROLE = re.compile(
     r"(?P<module>.+?)(?P<old>_lora|\.lora|\.lora_linear_layer)?"
     r"\.(?P<role>alpha|(?:lora_down|lora_up|lora_A|lora_B|down|up)(?:\.default)?\.weight)$"
 )
+PEFT = "base_model.model."  # the prefix of PEFT's own `save_pretrained`
 _TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -47,7 +48,13 @@ def role_of(name: str) -> tuple[str, str]:
 
 
 def _modern(module: str, old: bool) -> str:
-    """Return a module's name in today's diffusers. Old files have no `unet.`, and `to_out_lora` or `to_q_lora` in text encoders too."""
+    """Return a module's name in today's diffusers.
+
+    Old files have no `unet.`, and `to_out_lora` or `to_q_lora` in text encoders too. PEFT's own files hold one network, without its name.
+    """
+    if module.startswith(PEFT):
+        module = module.removeprefix(PEFT)
+        return f"text_encoder.{module}" if module.startswith(("text_model.", "encoder.")) else f"unet.{module}"
     if not module.startswith(("unet.", "text_encoder.", "text_encoder_2.")):
         module = f"unet.{module.removeprefix('ip_adapter.')}"
     if old and module.startswith("text_"):

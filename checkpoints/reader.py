@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
@@ -158,9 +159,17 @@ def _is_uncompressed(path: Path, limit: int) -> bool:
             raise ValueError("it is a zip archive without tensors")
         if sum(part.file_size for part in file.infolist()) > limit:
             raise ValueError("it unpacks to far more than its size")
-        if member := file.testzip():
+        state = path.stat()
+        if member := _damaged_part(path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns):
             raise ValueError(f"its part {member} is damaged")
         return all(part.compress_type == ZIP_STORED for part in file.infolist())
+
+
+@cache
+def _damaged_part(path: Path, *_version: int) -> str | None:
+    """Return a part of a zip file whose checksum is wrong, or None. This reads all of the file, so it is done once for each version."""
+    with ZipFile(path) as file:
+        return file.testzip()
 
 
 def _separate(tensors: dict[str, Tensor]) -> None:

@@ -47,6 +47,10 @@ _OTHERS = {  # a pattern of names that occur in no other kind of file
     "the refiner of Stable Diffusion XL": r"conditioner\.embedders\.0\.model\.",
     "Playground v2.5": r"edm_mean$",
 }
+_MARKERS = {  # tensors that only say how a model was trained
+    "ztsnr": "a noise schedule that ends at zero SNR",
+    "edm_vpred.sigma_max": "the continuous noise levels of EDM",
+}
 
 
 def single_kind(file: File) -> str:
@@ -65,15 +69,16 @@ def single_kind(file: File) -> str:
 def single_settings(path: Path) -> ldm.Settings:
     """Return the settings of the base model in a single file: of its family, and of the `.yaml` beside it, if any.
 
-    SDXL's `.yaml` has another form and says nothing that is needed.
+    A tensor `v_pred`, as in NoobAI-XL, says that the UNet predicts v. SDXL's `.yaml` has another form and says nothing that is needed.
     """
-    return _settings(path, open_single(path)[1])
+    return _settings(*open_single(path))
 
 
-def _settings(path: Path, kind: str, prediction: Prediction | None = None) -> ldm.Settings:
+def _settings(file: File, kind: str, prediction: Prediction | None = None) -> ldm.Settings:
     default = FAMILIES[kind].settings
-    settings = default if default == ldm.SDXL else ldm.settings_beside(path, default)
-    settings = replace(settings, prediction=prediction or settings.prediction)
+    settings = default if default == ldm.SDXL else ldm.settings_beside(file.path, default)
+    said: Prediction | None = "v" if "v_pred" in file else settings.prediction
+    settings = replace(settings, prediction=prediction or said)
     large = default == ldm.SD2 and settings.prediction == "v"  # of SD 2.x, the model that predicts v is the larger one
     return replace(settings, sample_size=96) if large else settings
 
@@ -93,6 +98,9 @@ def _with_ema(file: File) -> File:
 def open_single(path: Path) -> tuple[File, str]:
     """Open a single file; return it with its kind. Raises ValueError when it is not a base model that can be drawn with."""
     file = File(path)
+    for marker, what in _MARKERS.items():
+        if marker in file:
+            raise ValueError(f"{path} was trained with {what}, as its tensor {marker} says, which is not supported: use another model")
     if (kind := single_kind(file)) not in FAMILIES:
         raise ValueError(f"{path} is {kind}; a base model can be Stable Diffusion 1.x, 2.x or XL: use one of these")
     return file, kind
@@ -110,11 +118,11 @@ def load_single(
     beside it, if any.
 
     `ema` loads the EMA copy of the UNet. `vae` replaces the file's VAE, which may then be missing. `build` makes the
-    text encoder from its config. `prediction` is what the UNet predicts, whatever the `.yaml` says. Raises ValueError when a
+    text encoder from its config. `prediction` is what the UNet predicts, whatever the files say. Raises ValueError when a
     part is incomplete, and when nothing says what the UNet of SD 2.x predicts.
     """
     file, kind = open_single(path)
-    settings, what = _settings(path, kind, prediction), f"a complete {kind} checkpoint"
+    settings, what = _settings(file, kind, prediction), f"a complete {kind} checkpoint"
     if settings.prediction is None:
         raise ValueError(
             f"{path} does not say what its UNet predicts: give --prediction v (for the model of 768 x 768) or --prediction epsilon "

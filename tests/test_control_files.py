@@ -21,12 +21,11 @@ from test_names import check_bijection, check_ldm, on_meta
 from torch import Tensor
 
 from checkpoints.cards import save
-from checkpoints.control_configs import controlnet_diffusers, ldm_controlnet, official_t2i, t2i_diffusers
+from checkpoints.control_configs import controlnet_diffusers, ldm_controlnet, official_t2i, t2i_diffusers, without_yaml
 from checkpoints.control_names import controlnet_rows, t2i_rows
 from checkpoints.controls import Control, load_control, open_control, save_control_diffusers
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect, kind_of
-from checkpoints.ldm import Settings
 from checkpoints.names import map_names
 from checkpoints.single_file import load_single
 from checkpoints.stable_diffusion import load_base
@@ -191,15 +190,46 @@ def test_official_t2i_adapters(config: T2IConfig, prefix: str, tmp_path: Path) -
 
 
 def test_a_yaml_beside_a_controlnet_gives_its_heads(control: ControlNet, tmp_path: Path) -> None:
-    """Without one, SD 2.x has heads of width 64 and anything else 8 heads."""
     path = write(official(control), tmp_path / "control.pth")
     unet = {"unet_config": {"params": {"num_heads": -1, "num_head_channels": 16}}}
     path.with_suffix(".yaml").write_text(json.dumps({"model": {"params": unet}}))
     assert load_control(path).config.heads == (2, 4)  # type: ignore[union-attr]
-    wide = ControlNetConfig.of(replace(UNET, channels=(64, 128), heads=(1, 2), context_dim=1024), (4, 6))
-    state = on_meta(ControlNet, wide).state_dict()
-    names = map_names(state, controlnet_rows(wide), 2)
-    assert ldm_controlnet({names[k][0]: tuple(t.shape) for k, t in state.items()}, Settings()) == wide
+
+
+@pytest.mark.parametrize("name", TRUE_CONTROLS)
+def test_a_controlnet_without_a_yaml_has_the_heads_of_its_base(name: str) -> None:
+    """At true size: SD 1.5 has 8 heads, SD 2.x and SDXL have heads of width 64."""
+    config, _ = TRUE_CONTROLS[name]
+    state = on_meta(ControlNet, config).state_dict()
+    names = map_names(state, controlnet_rows(config), 2)
+    shapes = {names[k][0]: tuple(t.shape) for k, t in state.items()}
+    actual = ldm_controlnet(shapes, without_yaml(shapes, "control"))
+    assert actual == replace(config, prediction=actual.prediction, sample_size=actual.sample_size)
+
+
+POOLED: dict[str, tuple[str, dict[str, object] | None, bool]] = {  # name; entries of the yaml, or None without one; pooled
+    "the official file": ("control_v11e_sd15_shuffle.pth", {"global_average_pooling": True}, True),
+    "another name": ("mine.safetensors", {"global_average_pooling": True}, True),
+    "a yaml that says no": ("shuffle.pth", {"global_average_pooling": False}, False),
+    "a yaml that says nothing": ("shuffle.pth", {}, False),
+    "the name alone": ("control_v11e_sd15_Shuffle_fp16.safetensors", None, True),
+    "no name": ("control_v11p_sd15_canny.pth", None, False),
+}
+
+
+@pytest.mark.parametrize("case", POOLED)
+def test_shuffle_is_pooled(control: ControlNet, case: str, tmp_path: Path) -> None:
+    """By its yaml, or else by its name; and it stays so in the other layouts."""
+    name, entries, pooled = POOLED[case]
+    path = write(official(control, "control_model."), tmp_path / name)
+    if entries is not None:
+        params = entries | {"unet_config": {"params": {"num_heads": 8}}}
+        path.with_suffix(".yaml").write_text(json.dumps({"model": {"params": params}}))
+    assert load_control(path).config == replace(CONTROL, pooled=pooled)
+    convert(path, tmp_path / "own.safetensors")
+    convert(path, tmp_path / "folder", diffusers=True)
+    for other in (tmp_path / "own.safetensors", tmp_path / "folder"):
+        assert load_control(other).config.pooled == pooled  # type: ignore[union-attr]
 
 
 # What is refused.

@@ -108,6 +108,22 @@ def test_convert_and_verify_across_layouts(base: Peers, single: Path, folder: Pa
         assert verify(tmp_path / f"{part}.safetensors", tmp_path / "own" / f"{part}.safetensors") == []
 
 
+def test_an_adapter_does_not_get_the_card_of_another_network(folder: Path, tmp_path: Path) -> None:
+    adapter, target = tmp_path / "adapter.safetensors", tmp_path / "out.safetensors"
+    save_file(layers(16), adapter)
+    convert(folder / "vae", target)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for end in (".safetensors", ".bin"):
+        with pytest.raises(ValueError, match=r"beside it, out\.json, which describes a network: name another TARGET, or remove it$"):
+            convert(adapter, target.with_suffix(end))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    target.with_suffix(".json").write_text('{"description": "mine"}')  # no card
+    convert(adapter, target)
+    assert verify(adapter, target) == [] and json.loads(target.with_suffix(".json").read_text()) == {"description": "mine"}
+    convert(folder / "vae", target)
+    says(target, "vae, ")
+
+
 def test_verify_names_what_differs(single: Path, tmp_path: Path) -> None:
     name = "first_stage_model.decoder.conv_in.bias"
     other = tmp_path / "other.safetensors"

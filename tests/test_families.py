@@ -18,15 +18,16 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from peers import max_error, number_of, text_pair, unet_pair, vae_pair
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_models import EULER, SCHEDULER
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from checkpoints.base import Base
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
 from checkpoints.diffusers_folder import text_settings
+from checkpoints.ldm import open_clip_text
 from checkpoints.names import map_names, unet_rows, vae_rows
 from checkpoints.single_file import FAMILIES, load_single
 from checkpoints.stable_diffusion import load_base, load_vae, scheduler_config, unet_config
@@ -174,6 +175,22 @@ def test_official_sizes() -> None:
     assert SD21.context_dim == SD21_TEXT.width
 
 
+@pytest.mark.parity("diffusers convert_open_clip_checkpoint", 0)
+@pytest.mark.parametrize("blocks", [24, 23])
+def test_the_text_encoder_of_sd2_has_23_layers(blocks: int) -> None:
+    """The official files hold a 24th, which diffusers ignores by its name; diffusers' own single files don't."""
+    config = replace(SD21_TEXT, layers=23, skip=0)
+    with torch.device("meta"):
+        whole = TextEncoder(replace(config, layers=blocks)).state_dict()
+        peer = CLIPTextModel(CLIPTextConfig(**text_settings(config)))
+    file = {name.removeprefix("clip."): tensor for name, tensor in whole.items()}
+    assert open_clip_text({name: tuple(tensor.shape) for name, tensor in file.items()}, pooled=False) == config
+    settings = SimpleNamespace(config=peer.config)
+    converted = convert_open_clip_checkpoint(settings, {f"{PREFIX['sd2']}{name}": tensor for name, tensor in file.items()})
+    theirs = {name.removeprefix("text_model."): tensor.shape for name, tensor in peer.state_dict().items()}
+    assert {name.removeprefix("text_model."): tensor.shape for name, tensor in converted.items()} == theirs
+
+
 @pytest.mark.parity("diffusers convert_ldm_unet_checkpoint, convert_open_clip_checkpoint, save_pretrained", 0)
 @pytest.mark.parametrize("name", UNETS)
 def test_a_single_file_and_a_folder_are_one_model(files: Get, name: str) -> None:
@@ -230,6 +247,40 @@ def test_sd2_needs_its_prediction(files: Get, tmp_path: Path) -> None:
     params = {"parameterization": "v", "linear_start": 0.00085, "linear_end": 0.012, "unet_config": unet}
     path.with_suffix(".yaml").write_text(json.dumps({"model": {"params": params}}))
     assert load_base(path).unet.config == UNETS["sd2"]
+
+
+def marked(path: Path, target: Path, *markers: str) -> Path:
+    """A single file with markers, which are empty tensors, as in NoobAI-XL."""
+    save_file(load_file(path) | {marker: torch.zeros(0) for marker in markers}, target)
+    return target
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_a_marker_of_v_prediction_counts(files: Get, tmp_path: Path, name: str) -> None:
+    path = marked(files(name).single, tmp_path / "a.safetensors", "v_pred")
+    side = UNETS[name].sample_size
+    for prediction, expected in ((None, "v"), ("v", "v"), ("epsilon", "epsilon")):
+        assert load_base(path, prediction=prediction).unet.config.prediction == expected  # type: ignore[arg-type]
+    assert (unet_config(path).prediction, unet_config(path).sample_size) == ("v", side)
+    assert not any("odd" in line or "does not say" in line for line in inspect(path))
+    convert(path, tmp_path / "folder", diffusers=True)
+    assert scheduler_config(tmp_path / "folder")["prediction_type"] == "v_prediction"
+    convert(path, tmp_path / "own")
+    assert load_base(tmp_path / "own").unet.config.prediction == "v"
+
+
+MARKERS = {"ztsnr": "a noise schedule that ends at zero SNR", "edm_vpred.sigma_max": "the continuous noise levels of EDM"}
+
+
+@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("marker", MARKERS)
+def test_markers_of_other_noise_are_refused(files: Get, tmp_path: Path, name: str, marker: str) -> None:
+    path = marked(files(name).single, tmp_path / "a.safetensors", "v_pred", marker)
+    sentence = rf"a\.safetensors was trained with {MARKERS[marker]}, as its tensor {marker} says, which is not supported: use"
+    for refuse in (load_base, unet_config, scheduler_config, lambda path: convert(path, tmp_path / "own")):
+        with pytest.raises(ValueError, match=sentence):
+            refuse(path)
+    assert not (tmp_path / "own").exists() and any(marker in line for line in inspect(path) if line.startswith("odd: "))
 
 
 def test_inspect(files: Get) -> None:

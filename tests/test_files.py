@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,11 +82,16 @@ def test_impossible_places_are_one_sentence(tmp_path: Path, writer: str, place: 
 
 
 @pytest.mark.parametrize("writer", ["JSON", "torch"])
-def test_a_full_device_is_one_sentence(tmp_path: Path, writer: str) -> None:
+def test_a_full_device_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
     """/dev/full refuses every write as a full disk does; the temporary file is a link to it (safetensors replaces links)."""
     path = tmp_path / "out.safetensors"
     path.write_bytes(b"old")
-    (tmp_path / "out.safetensors.part").symlink_to("/dev/full")
+
+    def full(suffix: str, prefix: str, folder: Path) -> tuple[int, str]:
+        (link := folder / f"{prefix}link{suffix}").symlink_to("/dev/full")
+        return os.open(link, os.O_RDWR), str(link)
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
     with pytest.raises(OSError, match=r"out\.safetensors can't be written: "):
         WRITERS[writer](path)
     assert path.read_bytes() == b"old" and names(tmp_path) == ["out.safetensors"]
@@ -135,7 +142,7 @@ def test_a_full_disk_leaves_the_old_files(tmp_path: Path, writer: str) -> None:
     out = tmp_path / "out.safetensors"
     run = subprocess.run([sys.executable, "-c", FULL, writer, str(out)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
-    assert "can't be written: " in run.stdout and run.stdout.count("\n") == 1 and "/.part/" not in run.stdout
+    assert "can't be written: " in run.stdout and run.stdout.count("\n") == 1 and ".part" not in run.stdout
     assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == old
 
 
@@ -187,6 +194,44 @@ def test_files_that_belong_together_are_replaced_together(tmp_path: Path) -> Non
     assert names(tmp_path) == ["a.json", "other", "sub", "sub/b.safetensors"]
     assert json.loads((tmp_path / "a.json").read_text()) == {"new": 1}
     assert load_file(tmp_path / "sub" / "b.safetensors")["a"].item() == 1
+
+
+def test_writers_of_one_folder_do_not_meet(tmp_path: Path) -> None:
+    """Each publishes and removes only what it wrote, whoever ends first, and whether it ends or fails."""
+    with replacing_in(tmp_path) as one:
+        write_json(one / "a.json", {"by": "one"})
+        with replacing_in(tmp_path) as two:
+            write_json(two / "b.json", {"by": "two"})
+            assert names(tmp_path) == sorted([one.name, f"{one.name}/a.json", two.name, f"{two.name}/b.json"])
+        assert names(tmp_path) == sorted([one.name, f"{one.name}/a.json", "b.json"])
+        with pytest.raises(KeyError), replacing_in(tmp_path) as three:
+            write_json(three / "a.json", {"by": "three"})
+            raise KeyError
+    assert names(tmp_path) == ["a.json", "b.json"] and json.loads((tmp_path / "a.json").read_text()) == {"by": "one"}
+    with replacing(tmp_path / "a.json") as first:
+        first.write_text("first")
+        with replacing(tmp_path / "a.json") as second:
+            second.write_text("second")
+        assert (tmp_path / "a.json").read_text() == "second"
+        with pytest.raises(KeyError), replacing(tmp_path / "a.json") as third:
+            third.write_text("third")
+            raise KeyError
+    assert names(tmp_path) == ["a.json", "b.json"] and (tmp_path / "a.json").read_text() == "first"
+
+
+def test_files_of_the_user_that_are_called_part_stay(tmp_path: Path) -> None:
+    (tmp_path / ".part").mkdir()
+    mine = [tmp_path / "a.json.part", tmp_path / ".part" / "mine"]
+    for path in mine:
+        path.write_text("mine")
+    for fail in (False, True):
+        for writing, name in ((replacing(tmp_path / "a.json"), ""), (replacing_in(tmp_path), "b.json")):
+            with contextlib.suppress(KeyError), writing as part:
+                (part / name).write_text("new")
+                if fail:
+                    raise KeyError
+    assert [path.read_text() for path in mine] == ["mine"] * 2
+    assert names(tmp_path) == [".part", ".part/mine", "a.json", "a.json.part", "b.json"]
 
 
 def test_only_regular_files_are_hashed(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from PIL import Image
 
 from checkpoints.hub import locate
@@ -96,6 +97,74 @@ def test_download_asks_for_what_is_needed(store: Store, asked: list[dict[str, An
     assert not any(pattern.startswith("*") for pattern in first["allow_patterns"])  # not the single files beside the folders
     assert second["repository"] == "h94/IP-Adapter"
     assert second["allow_patterns"] == ["models/image_encoder", "models/image_encoder/*"]
+
+
+def lists(snapshot: Path, *names: str) -> None:
+    """What huggingface_hub notes of a repository when it begins to download: all its files."""
+    write_tree_cache(str(snapshot.parent.parent), COMMIT, {name: TreeCacheEntry(1, "0" * 40) for name in names})
+
+
+PARTS = {  # files that an interrupted download left, and those it had still to do
+    "owner/sd": (["unet/config.json"], ["unet/diffusion_pytorch_model.safetensors", "vae/config.json"]),
+    "h94/IP-Adapter/models/image_encoder": (["models/image_encoder/config.json"], ["models/image_encoder/model.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_an_interrupted_download_is_resumed(store: Store, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    here, rest = PARTS[name]
+    snapshot, real = store("/".join(Path(name).parts[:2]), **dict.fromkeys(here, b"{}")), huggingface_hub.snapshot_download
+
+    def download(repository: str, **options: Any) -> str:
+        return real(repository, **options) if "local_files_only" in options else str(store(repository, **dict.fromkeys(rest, b"{}")))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate(Path(name)) == locate(Path(name), download=True) == snapshot.joinpath(*Path(name).parts[2:])
+    assert all((snapshot / file).exists() for file in rest)
+
+
+@pytest.fixture(params=["huggingface_hub's own", "another error"])
+def offline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network: for some errors huggingface_hub itself uses the cache, others it raises."""
+    if request.param == "another error":
+        request.getfixturevalue("asked")
+    else:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_all_in_the_cache_needs_no_network(store: Store, name: str, listed: bool) -> None:
+    names = [*PARTS[name][0], *PARTS[name][1]]
+    snapshot = store("/".join(Path(name).parts[:2]), **dict.fromkeys(names, b"{}"))
+    if listed:
+        lists(snapshot, *names, "another.ckpt", "unet/model.fp16.safetensors")
+    for download in (False, True):
+        assert locate(Path(name), download) == snapshot.joinpath(*Path(name).parts[2:])
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", PARTS)
+def test_an_interrupted_download_needs_the_network(store: Store, name: str) -> None:
+    here, rest = PARTS[name]
+    lists(store("/".join(Path(name).parts[:2]), **dict.fromkeys(here, b"{}")), *here, *rest)
+    with pytest.raises(OSError, match=f"^{name} can't be downloaded: "):
+        locate(Path(name), download=True)
+
+
+@pytest.mark.usefixtures("offline")
+def test_what_the_cache_lacks_needs_the_network(store: Store) -> None:
+    lists(store("h94/IP-Adapter", **{"models/a.safetensors": b"a"}), "models/a.safetensors", "models/b.safetensors")
+    for name in ("h94/IP-Adapter/models/b.safetensors", "owner/sd"):
+        with pytest.raises(OSError, match=f"^{name} can't be downloaded: "):
+            locate(Path(name), download=True)
+
+
+def test_a_name_that_the_repository_lacks(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **_: str(store(repository)))
+    with pytest.raises(FileNotFoundError, match=r"is not in the repository h94/IP-Adapter, or .* can't be reached: look up its name"):
+        locate(Path("h94/IP-Adapter/models/none.bin"), download=True)
 
 
 def test_draw_with_a_model_in_the_cache(store: Store, tmp_path: Path) -> None:

@@ -251,6 +251,17 @@ def test_a_prediction_that_is_named_counts(single: Path, own_folder: Path, predi
         assert loaded.unet.config.prediction == loaded.schedule.prediction == prediction
 
 
+def test_a_marker_of_v_prediction_counts_more_than_the_yaml(base: Peers, tmp_path: Path) -> None:
+    """The marker is in the file itself."""
+    for path in (tmp_path / "sd.safetensors", tmp_path / "sd.ckpt"):
+        tensors = {name: t.contiguous() for name, t in base.single.items()} | {"v_pred": torch.zeros(0)}
+        (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)  # type: ignore[operator]
+        path.with_suffix(".yaml").write_text(YAML.replace('"v"', '"eps"'))
+        for prediction, expected in ((None, "v"), ("epsilon", "epsilon")):
+            loaded = load(path, (), prediction=prediction)  # type: ignore[arg-type]
+            assert loaded.unet.config.prediction == loaded.schedule.prediction == expected
+
+
 # inspect
 
 

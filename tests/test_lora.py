@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from base_files import change
+from base_files import change, change_json
 from diffusers.loaders.lora_conversion_utils import (
     _convert_non_diffusers_lora_to_diffusers,
     _maybe_map_sgm_blocks_to_diffusers,
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from checkpoints.base import Base
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
+from checkpoints.files import files_of
 from checkpoints.lora import merge, open_lora, read_updates
 from checkpoints.names import attention_order, map_names, unet_rows
 from model.context import Context
@@ -235,6 +236,50 @@ def test_diffusers_header_sets_alpha(tmp_path: Path) -> None:
     assert read_updates(open_lora(path))["unet.conv_in"].alpha == 6
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(settings | {"unet.use_rslora": True})})
     with pytest.raises(ValueError, match=r"a\.safetensors has settings that are not supported: use_rslora = True"):
+        read_updates(open_lora(path))
+
+
+def saved_by_peft(folder: Path, peer: nn.Module, form: str, **settings: Any) -> tuple[Path, Any]:
+    """A network with PEFT's own LoRA, and the file that its `save_pretrained` writes."""
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(copy.deepcopy(peer), peft.LoraConfig(r=2, lora_alpha=5, **settings))
+    for i, (name, tensor) in enumerate(wrapped.named_parameters()):
+        if "lora_" in name:
+            tensor.data = randn(*tensor.shape, seed=i) * 0.1
+    wrapped.save_pretrained(folder, safe_serialization=form == "safetensors")
+    return folder / f"adapter_model.{form}", wrapped.eval()
+
+
+@pytest.mark.parity("peft save_pretrained, around diffusers UNet and transformers CLIPTextModel", EXACT)
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_network_saved_by_peft(tmp_path: Path, form: str) -> None:
+    """Its alpha is in adapter_config.json; the rank is that of each matrix."""
+    unet, text, base = small("one_block")
+    first = saved_by_peft(tmp_path / "unet", unet, form, target_modules=["to_q", "to_out.0", "conv1"], rank_pattern={"to_q": 3})
+    second = saved_by_peft(tmp_path / "text", text, form, target_modules=["q_proj", "fc1"])
+    merged = with_loras(base, [(first[0], SCALE), (second[0], SCALE)], (), 1.0)
+    for _, wrapped in (first, second):
+        for module in wrapped.modules():
+            if hasattr(module, "scale_layer"):
+                module.scale_layer(SCALE)
+    want = outputs(first[1], ours=False)
+    assert max_error(outputs(merged.unet, ours=True), want) < EXACT
+    assert max_error(want, outputs(unet, ours=False)) > 0.01
+    tokens = base.text.tokenize(["a photo of a fox"])
+    states = second[1](tokens).last_hidden_state
+    assert max_error(merged.text(tokens), states) < EXACT
+    assert max_error(states, base.text(tokens)) > 0.01
+    assert inspect(first[0])[0].startswith("a LoRA of ") and "0 of the text encoder, rank 2, 3, " in inspect(first[0])[0]
+    assert files_of(first[0]) == [first[0], first[0].with_name("adapter_config.json")]
+
+
+def test_peft_needs_its_config(tmp_path: Path) -> None:
+    path, _ = saved_by_peft(tmp_path, small("one_block")[0], "safetensors", target_modules=["to_q"])
+    change_json(tmp_path / "adapter_config.json", use_rslora=True)
+    with pytest.raises(ValueError, match=r"adapter_config\.json has settings that are not supported: use_rslora = True"):
+        read_updates(open_lora(path))
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors has PEFT's names, .*: put its adapter_config\.json beside it"):
         read_updates(open_lora(path))
 
 

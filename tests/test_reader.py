@@ -71,6 +71,27 @@ def test_a_prefix_of_data_parallel_training_is_left_out(tmp_path: Path, end: str
     equal(File(path), TENSORS)
 
 
+def test_checksums_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each version of a file: it takes as long as reading all of it."""
+    path, checked, check = tmp_path / "a.ckpt", [], ZipFile.testzip
+    monkeypatch.setattr(ZipFile, "testzip", lambda file: checked.append(file) or check(file))
+    torch.save(TENSORS, path)
+    for _ in range(3):
+        equal(File(path), TENSORS)
+    assert len(checked) == 1
+    other = {name: tensor + 1 for name, tensor in TENSORS.items()}
+    torch.save(other, tmp_path / "b.ckpt")
+    (tmp_path / "b.ckpt").replace(path)
+    equal(File(path), other)
+    assert len(checked) == 2
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((6,), 5.0).numpy().tobytes())] ^= 1  # in one tensor
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"a\.ckpt is not a readable checkpoint .* is damaged"):
+            File(path)
+
+
 def test_names_are_joined_and_left_out(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "a.safetensors")
     file = File(tmp_path / "a.safetensors")
