@@ -20,7 +20,7 @@ from checkpoints.files import check_output
 from checkpoints.hub import locate
 from checkpoints.stable_diffusion import scheduler_config, unet_config
 from model.fast import fasten
-from model.features import NO_FACE
+from model.features import FACE_AND_FINE, FINE, NO_FACE
 from sampling.device import check_device
 from sampling.embeddings import load_embedding, save_embedding
 from sampling.faces import read_faces
@@ -31,8 +31,8 @@ from sampling.layer_weights import layer_weights
 from sampling.loading import compile_unet, load, prompt_files
 from sampling.machine import check_keep_memory, keep_memory
 from sampling.pipeline import SAMPLERS, Pipeline
-from sampling.record import digests, recall, record
-from sampling.request import Command, Model
+from sampling.record import digests, recall, record, used_files
+from sampling.request import Command, Model, Request
 from sampling.scheduler_file import other_scheduler
 
 
@@ -50,6 +50,7 @@ def run(command: Command) -> None:
         check_output(command.save_embedding)
     inputs = read_inputs(request)
     check_model(inputs, model)
+    check_outputs(command, request, model)
     check_machine(command, model)
     config, sampler = scheduler_config(model.checkpoint), SAMPLERS[request.sampler]
     if other := other_scheduler(config, sampler):
@@ -67,17 +68,29 @@ def run(command: Command) -> None:
     write(pipeline, inputs, command, lambda i: record(replace(request, seed=request.seed + i), model, hashes))
 
 
+def check_outputs(command: Command, request: Request, model: Model) -> None:
+    """Raise ValueError if a file to write is one that is read, or is written twice."""
+    taken = {path.resolve() for path in [*used_files(request, model), *([command.again] if command.again else [])]}
+    embedding = [command.save_embedding] if command.save_embedding else []
+    for path in [*(picture_file(command, i) for i in range(command.num)), *embedding]:
+        if path.resolve() in taken:
+            option = "--save-embedding" if path in embedding else "--out"
+            raise ValueError(f"{path} is also read or written for this drawing, and would be lost: give {option} another name")
+        taken.add(path.resolve())
+
+
+def picture_file(command: Command, index: int) -> Path:
+    """Return the name of the picture `index` of `num`."""
+    return command.out.with_stem(f"{command.out.stem}-{index}") if command.num > 1 else command.out
+
+
 def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callable[[int], dict[str, Any]]) -> None:
     """Write each picture, with its settings, as soon as it is drawn. Ctrl-C exits with a message."""
-    count, request = 0, inputs.request
-    steps = request.steps - (inputs.edit.start(request.steps) if inputs.edit else 0)
-    total = steps * len(pipeline.batches(inputs, command.num))
+    count, total = 0, inputs.steps * len(pipeline.batches(inputs, command.num))
     try:
         with tqdm(total=total, desc="drawing", unit="step", disable=None) as bar:
             for picture in pipeline.series(inputs, command.num, lambda _: bar.update() and None):
-                path = command.out
-                if command.num > 1:
-                    path = path.with_stem(f"{path.stem}-{count}")
+                path = picture_file(command, count)
                 save_image(picture, path, settings(count))
                 count += 1
                 bar.write(str(path))
@@ -116,7 +129,8 @@ def check_prompt(prompt: PromptInputs, adapter: Path, checkpoint: Path) -> bool:
     """Return whether this image prompt needs the image encoder. Raises ValueError if the adapter can't read its pictures."""
     if prompt.scale.layers is not None:
         layer_weights(prompt.scale.layers, unet_config(checkpoint))
-    projection, needs_encoder = projection_of(adapter_file(adapter)), False
+    projection = projection_of(adapter_file(adapter))
+    needs_encoder = not prompt.negatives and projection.reads in (FINE, FACE_AND_FINE)  # for the null image
     for one in (*prompt.pictures, *prompt.negatives):
         if isinstance(one, Path) and (faces := read_faces(one)):
             needs_encoder |= faces.check(projection).needs_encoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from sampling.request import HintFile, ImagePrompt, Model, Request
 
 
 def arguments(request: Request, model: Model) -> list[str]:
-    """Return the arguments that `parse` reads as this request and model. Fields with their default value are left out."""
+    """Return the arguments that `parse` reads as this request and model.
+
+    Fields with their default value are left out, and so is what is negative where nothing reads it.
+    """
+    if not request.unconditional:
+        prompts = tuple(replace(prompt, negatives=()) for prompt in request.image_prompts)
+        request = replace(request, negative_prompt="", image_prompts=prompts)
     base = _options(model, {name: name for name in ("checkpoint", "image_encoder", "vae", "prediction", "dtype")})
     lists = {"image_prompts", "hints"}
     plain = {field.name: field.name for field in fields(Request) if field.name not in lists}

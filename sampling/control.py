@@ -21,7 +21,9 @@ from model.context import Context
 from model.controlnet import ControlNet
 from model.t2i import T2IAdapter, residuals
 from model.unet import Residuals, UNetConfig
+from sampling.fields import inside
 from sampling.guidance import Control, Side
+from sampling.lambdas import step_at
 
 Act = Callable[[Tensor, float, Side], Residuals]
 
@@ -47,7 +49,7 @@ class Hint:
 
     def acts(self, step: int, steps: int) -> bool:
         """Return whether the control acts in step `step` of `steps`."""
-        return step / steps >= self.start and (step + 1) / steps <= self.end
+        return inside(step, steps, self.start, self.end)
 
     def check(self, network: Network) -> None:
         """Raise ValueError if the hint asks for guess mode of a T2I-Adapter."""
@@ -133,11 +135,12 @@ def bind(
     """Return the `control` of `guided` for these networks and their hints, or None if there are no networks.
 
     `contexts` has the Context of each side, `size` is (height, width) of the pictures, `times` are the timesteps that run.
-    A T2I-Adapter runs here, once. Raises ValueError if hints and networks do not fit together.
+    In each step, `control` is called once for a side. A T2I-Adapter runs here, once. Raises ValueError if hints and networks do not
+    fit together.
     """
     if len(networks) != len(hints):
         raise ValueError(f"{len(hints)} hints for {len(networks)} controls: give one per control")
-    step, acts = {t: i for i, t in enumerate(times)}, list[Act]()
+    step_of, acts = {side: step_at(times) for side in contexts}, list[Act]()
     for network, hint in zip(networks, hints, strict=True):
         hint.check(network)
         pixels = hint.pixels(network, size)
@@ -149,7 +152,7 @@ def bind(
         acts.append(_t2i(network, hint, pixels, unet))
 
     def control(x: Tensor, t: float, side: Side) -> Residuals:
-        pairs = zip(hints, acts, strict=True)
-        return total([act(x, t, side) for hint, act in pairs if hint.acts(step[t], len(times))])
+        step, pairs = step_of[side](t), zip(hints, acts, strict=True)
+        return total([act(x, t, side) for hint, act in pairs if hint.acts(step, len(times))])
 
     return control if acts else None

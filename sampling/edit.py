@@ -25,7 +25,8 @@ class Edit:
 
     `strength`, in (0, 1]: run only this fraction of the steps, the last ones. `mask`, `b 1 H W` or `1 1 H W` in [0, 1]: 1 where
     to repaint; latents are repainted where it is at least 0.5. `paste`: put the old pixels back where the mask is 0, and blend
-    where it is between 0 and 1. Raises ValueError if the strength is out of range, or the mask and picture differ in size.
+    where it is between 0 and 1. Raises ValueError if the strength is out of range, the mask and picture
+    differ in size, or the mask repaints nothing.
     """
 
     picture: Tensor
@@ -39,6 +40,8 @@ class Edit:
         if self.mask is not None and self.mask.shape[-2:] != self.picture.shape[-2:]:
             (h, w), (height, width) = self.mask.shape[-2:], self.size
             raise ValueError(f"the mask is {w} x {h} and the picture {width} x {height}: make them the same size")
+        if self.mask is not None and not (self.mask >= 0.5).any():
+            raise ValueError("the mask is dark everywhere: it needs white (255) where to repaint, and black (0) elsewhere")
 
     @property
     def size(self) -> tuple[int, int]:

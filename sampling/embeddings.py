@@ -70,7 +70,7 @@ def parts(features: Features, lam: Strength, weights: PictureWeights, config: UN
     if negatives not in (1, pictures):
         raise ValueError(f"{negatives} negative images for {pictures} images: give one, or {pictures}")
     if weights.values and len(weights.values) != pictures:
-        raise ValueError(f"{len(weights.values)} image weights for {pictures} images: give each its own")
+        raise ValueError(f"{len(weights.values)} --image-weight for {pictures} pictures: give each its own, also those in an embedding")
     if weights.values and weights.rule == "output":
         each = features.pictures.split(1, dim=1), features.null.expand(-1, pictures, -1, -1).split(1, dim=1)
         return [

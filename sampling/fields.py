@@ -150,6 +150,19 @@ def check_eta(eta: float, sampler: str, takes: bool) -> None:
         raise ValueError(f"eta works only with DDIM: with {sampler} it must be 0, not {eta}")
 
 
+def inside(step: int, steps: int, start: float, end: float) -> bool:
+    """Return whether step i of n (i from 0) is inside a range: start <= i / n and (i + 1) / n <= end."""
+    return start <= step / steps and (step + 1) / steps <= end
+
+
+def check_range(option: str, start: float, end: float, steps: int) -> None:
+    """Raises ValueError if none of the steps that run is inside the range of `option`-start and `option`-end."""
+    first = int(start * steps)  # this step, or the next one, is the first that starts in the range
+    if steps > 0 and not any(inside(step, steps, start, end) for step in (first, first + 1)):
+        between = f"{option}-start {start:g} and {option}-end {end:g}"
+        raise ValueError(f"between {between} there is no whole step of {steps}: widen the range, or increase --steps")
+
+
 def check_size(width: int, height: int) -> None:
     """Raises ValueError for more than MOST_PIXELS pixels, before memory is allocated."""
     if abs(width * height) > MOST_PIXELS:

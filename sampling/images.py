@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from checkpoints.files import check_output, replacing
 
 KEY = "ip-adapter"  # the PNG text chunk that holds a picture's settings
 LONGEST = 1 << 16  # largest accepted side of a picture in pixels, the limit of JPEG
+METADATA = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}  # the chunks of a PNG that may hold an orientation
 
 
 def open_image(path: Path | str, behind: Literal["white", "black"] = "white") -> Image.Image:
@@ -51,8 +53,28 @@ def picture_size(source: Path | BinaryIO) -> tuple[int, int]:
     """Read the (height, width) of a picture, upright, without decoding it."""
     with Image.open(source) as file:
         # Pillow turns TIFF files itself
-        on_its_side = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        on_its_side = file.format != "TIFF" and _exif(file).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (file.width, file.height) if on_its_side else (file.height, file.width)
+
+
+def _exif(file: ImageFile.ImageFile) -> Image.Exif:
+    """Read the EXIF data of an open file. Of a PNG, Pillow's own method decodes the pixels to see what follows them."""
+    if file.format != "PNG" or file.fp is None:
+        return file.getexif()
+    if _metadata_after_pixels(file.fp):
+        file.load()
+    return Image.Image.getexif(file)
+
+
+def _metadata_after_pixels(file: IO[bytes]) -> bool:
+    """Return whether metadata follow the pixels of a PNG. This reads only the length and the name of each chunk."""
+    place, names = file.tell(), list[bytes]()
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        names.append(head[4:])
+        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    file.seek(place)
+    return b"IDAT" in names and not METADATA.isdisjoint(names[names.index(b"IDAT") :])
 
 
 def to_rgb(image: Image.Image, behind: Literal["white", "black"] = "white") -> Image.Image:

@@ -10,11 +10,13 @@ from PIL import Image
 from sampling.control import Hint
 from sampling.edit import Edit
 from sampling.embeddings import PictureWeights
+from sampling.fields import check_range
 from sampling.images import open_image, read_mask, to_tensor
 from sampling.lambdas import Lambda
 from sampling.micro import Micro
 from sampling.request import STRENGTH, HintFile, ImagePrompt, Request
 
+DARK = 0.1  # an --image-mask without a larger value, such as one with 0 and 1 of 255, leaves nothing of the image prompt
 Picture = Image.Image | Path  # an opened picture, or the path of a saved embedding, which is read later
 
 
@@ -38,6 +40,11 @@ class Inputs:
     hints: tuple[Hint, ...] = ()
 
     @property
+    def steps(self) -> int:
+        """The number of steps that run: with a picture to change, the last ones."""
+        return self.request.steps - (self.edit.start(self.request.steps) if self.edit else 0)
+
+    @property
     def micro(self) -> Micro:
         """What SDXL reads beside the text. A request has (width, height), as pictures do, where a Micro has (height, width)."""
         request = self.request
@@ -54,7 +61,12 @@ def read_inputs(request: Request) -> Inputs:
     Raises ValueError if a file is missing or damaged, or if it does not fit the request.
     """
     prompts, hints = tuple(map(prompt_inputs, request.image_prompts)), tuple(map(_hint, request.hints))
-    return Inputs(request, prompts, _edit(request), hints)
+    inputs = Inputs(request, prompts, _edit(request), hints)
+    for prompt in prompts:
+        check_range("--image", prompt.scale.start, prompt.scale.end, inputs.steps)
+    for hint in hints:
+        check_range("--control", hint.start, hint.end, inputs.steps)
+    return inputs
 
 
 def open_picture(path: Path) -> Picture:
@@ -63,9 +75,11 @@ def open_picture(path: Path) -> Picture:
 
 
 def prompt_inputs(prompt: ImagePrompt) -> PromptInputs:
-    """Open the pictures and the mask of an image prompt."""
+    """Open the pictures and the mask of an image prompt. Raises ValueError if the mask is dark everywhere."""
     pictures, negatives = (tuple(map(open_picture, each)) for each in (prompt.images, prompt.negatives))
     mask = read_mask(prompt.mask)[0, 0] if prompt.mask else None
+    if mask is not None and mask.max() < DARK:
+        raise ValueError(f"{prompt.mask} is dark everywhere: it needs white (255) where the image prompt acts, and black (0) elsewhere")
     lam = Lambda(prompt.scale, prompt.layers, prompt.start, prompt.end, mask)
     return PromptInputs(pictures, PictureWeights(prompt.weights, prompt.rule), negatives, lam)
 

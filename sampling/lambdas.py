@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from model.attention import check_sign
 from model.context import Context, pyramid
 from model.source import Source
 from model.unet import UNetConfig
+from sampling.fields import inside
 from sampling.layer_weights import Blocks, attention_layers, layer_weights
 
 Level = float | Tensor  # lambda of one layer (`Source.scale`)
@@ -56,7 +58,7 @@ class Lambda:
         """Return the factor that multiplies `by_layer` in step `step` of `steps`."""
         if not isinstance(self.scale, int | float) and len(self.scale) != steps:
             raise ValueError(f"{len(self.scale)} values of lambda for {steps} steps: give one value per step that runs")
-        if step / steps < self.start or (step + 1) / steps > self.end:
+        if not inside(step, steps, self.start, self.end):
             return 0.0
         return 1.0 if isinstance(self.scale, int | float) else self.scale[step]
 
@@ -81,17 +83,30 @@ def keep_context(context: Context, t: float) -> Context:
     return context
 
 
+def step_at(times: Sequence[float]) -> Callable[[float], int]:
+    """Return a function from a timestep to the index of its step, to be called once in each step.
+
+    DPM-Solver++ with Karras spacing visits some timesteps twice. Steps with the same timestep take turns.
+    """
+    steps: dict[float, list[int]] = {}
+    for i, t in enumerate(times):
+        steps.setdefault(t, []).append(i)
+    turns = {t: cycle(each) for t, each in steps.items()}
+    return lambda t: next(turns[t])
+
+
 def moving(lambdas: Sequence[object], times: Sequence[float]) -> Move:
     """Return a function that computes the Context of a timestep. It multiplies lambda of image prompt i by `lambdas[i].at`.
 
-    `times`: the timesteps of all steps, in order. Factors that vary over steps are always tensors, even if they are 0 or 1, so
-    that a compiled UNet needs only one graph.
+    `times`: the timesteps of all steps, in order; call the function once in each. Factors that vary over steps are always tensors,
+    even if they are 0 or 1, so that a compiled UNet needs only one graph.
     """
-    step = {t: i for i, t in enumerate(times)}
+    step_of = step_at(times)
     varying = [lam if isinstance(lam, Lambda) and not lam.still else None for lam in lambdas]
 
     def move(context: Context, t: float) -> Context:
-        factors = [None if lam is None else lam.at(step[t], len(times)) for lam in varying]
+        step = step_of(t)
+        factors = [None if lam is None else lam.at(step, len(times)) for lam in varying]
         for factor in factors:
             check_sign(context.fuse, factor or 0.0)
         pairs = zip(context.image, factors, strict=True)

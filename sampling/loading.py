@@ -56,7 +56,7 @@ def load(
     config = scheduler_config(checkpoint)
     with naming(scheduler_file(checkpoint), "is not a schedule that is read"):
         schedule = schedule_of(config)
-    open_all(files, controls, [path for path, _ in loras], face_structure_scale)
+    open_all(files, controls, [path for path, _ in loras], face_lora_scale, face_structure_scale)
     base = load_base(checkpoint, dtype, prediction, Path(vae) if vae else None)
     image = load_image_encoder(encoder, dtype) if encoder else None
     sizes = image.config if image else None
@@ -83,12 +83,14 @@ def load_adapters(
 
 
 def open_all(
-    adapters: Sequence[Path], controls: Sequence[Path | str], loras: Sequence[Path | str], structure_scale: float = 1.0
+    adapters: Sequence[Path], controls: Sequence[Path | str], loras: Sequence[Path | str], lora_scale: float, structure_scale: float
 ) -> None:
     """Reject files that are not adapters, controls or LoRAs, and a scale that none reads, before the base model is loaded."""
     sizes = [adapter_sizes(adapter_file(file)) for file in adapters]
     if structure_scale != 1 and not any(each.get("shortcut") for each in sizes):
         raise ValueError("--face-structure-scale is for IP-Adapter FaceID PlusV2: leave it out")
+    if lora_scale != 1 and not any(own_updates(adapter_file(file)) for file in adapters):
+        raise ValueError("--face-lora-scale is for an IP-Adapter FaceID that holds a LoRA: leave it out")
     for path in controls:
         open_control(Path(path))
     for path in loras:

@@ -55,7 +55,20 @@ def parse(argv: Sequence[str] | None = None, about: str | None = None) -> Comman
     command = Command(request, model, **fill(Command))
     if command.num < 1:
         raise ValueError(f"--num must be at least 1, not {command.num}")
+    if (path := command.save_embedding) and path.suffix != ".safetensors":
+        raise ValueError(f"{path}: embeddings are written as safetensors, which --image reads: use the name {path.stem}.safetensors")
+    if "fit" in arguments and not request.image_prompts:
+        raise ValueError("--fit is for an image prompt: name it with --image")
+    if not request.unconditional:
+        check_no_negatives(request)
     return command
+
+
+def check_no_negatives(request: Request) -> None:
+    """Raise ValueError for what only the unconditional pass would read."""
+    negatives = {"--negative-prompt": request.negative_prompt, "--negative-image": any(one.negatives for one in request.image_prompts)}
+    if unread := [name for name, given in negatives.items() if given]:
+        raise ValueError(f"{unread[0]} is for the unconditional pass, which --guidance 1 leaves out: raise --guidance, or leave it out")
 
 
 def image_prompts(arguments: dict[str, Any], adapters: Sequence[Path]) -> tuple[ImagePrompt, ...]:
@@ -64,6 +77,8 @@ def image_prompts(arguments: dict[str, Any], adapters: Sequence[Path]) -> tuple[
     for place, own in enumerate(options_by_file(arguments, PROMPT, "ip_adapter", adapters, "--image and --scale", REPEATED)):
         if "image" in own:
             values: dict[str, Any] = {PROMPT[name]: v if name in REPEATED else v[0] for name, v in own.items()}
+            if "rule" in values and "weights" not in values:
+                raise ValueError("--image-rule says what the weights of pictures multiply: give each --image an --image-weight")
             prompts.append(ImagePrompt(**values))
         elif several:
             raise ValueError(

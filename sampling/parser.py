@@ -72,7 +72,7 @@ def _picture(group: Any) -> None:
     )
     add("--scale", f"Lambda, the weight of the image prompt (Eq. 8). Default {ImagePrompt.scale:g}.")
     add("--negative-image", "Negative image prompt, for the unconditional pass. May be given again.", Path)
-    add("--image-weight", "Weight of one picture. Give one for each --image, in the same order.")
+    add("--image-weight", "Weight of one picture. Give one for each, in the same order; a file of --save-embedding may hold several.")
     add(
         "--image-rule",
         "What the weights multiply: what is read from each picture (output, as in diffusers), its embedding (as in "

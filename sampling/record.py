@@ -58,7 +58,7 @@ def used_files(request: Request, model: Model) -> list[Path]:
         parts = ("unet", "text_encoder") if model.vae else ("unet", "vae", "text_encoder")
         base = [model.checkpoint / f"{part}.safetensors" for part in parts]
     base += [model.vae] if model.vae else []
-    if request.image_prompts:
+    if request.image_prompts or model.adapters or model.image_encoder:  # an adapter may hold a LoRA, so that it acts without a picture
         adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
         base += [*adapters, *([encoder] if encoder else [])]
     base += [*model.controls, *(lora.path for lora in model.loras)]

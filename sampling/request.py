@@ -29,7 +29,7 @@ class ImagePrompt:
     """One adapter's image prompt: its pictures, and how strongly, where and when they act.
 
     `images` are picture files, or files of --save-embedding; `negatives` are the same for the unconditional side. `weights`
-    has one number for each of `images`; `rule` says what they multiply. The other fields are those of
+    has one number for each picture; `rule` says what they multiply. The other fields are those of
     `sampling.lambdas.Lambda`; `mask` is a picture, white where the image prompt acts.
     """
 
@@ -47,7 +47,8 @@ class ImagePrompt:
         settle(self)
         if not self.images:
             raise ValueError("an image prompt needs a picture: name it with --image")
-        if self.weights and len(self.weights) != len(self.images):
+        several = any(path.suffix == ".safetensors" for path in self.images)  # a file of --save-embedding holds one picture or more
+        if self.weights and len(self.weights) != len(self.images) and not several:
             raise ValueError(f"{len(self.weights)} --image-weight for {len(self.images)} --image: give each picture its own")
 
 
@@ -126,6 +127,11 @@ class Request:
             raise ValueError("--zero-negative is for an empty negative prompt: leave out --negative-prompt, or this option")
         if not self.paste and self.mask is None:
             raise ValueError("--no-paste is for a picture with a --mask")
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether there is an unconditional pass, which reads what is negative. At a guidance weight of 1 it is not computed."""
+        return self.guidance != 1 or self.image_guidance not in (None, 1)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,23 @@ def test_again_refuses_what_it_did_not_draw(tmp_path: Path, settings: dict[str, 
     refuses(path, r"foreign\.png")
 
 
+def test_an_adapter_without_a_picture_is_recorded(weights: Path, tmp_path: Path) -> None:
+    """A FaceID adapter holds a LoRA, which acts without a picture too."""
+    for part in ("ip_adapter", "image_encoder"):
+        for end in (".safetensors", ".json"):
+            shutil.copy(weights / f"{part}{end}", tmp_path / f"{part}{end}")
+    adapter, encoder = (tmp_path / f"{part}.safetensors" for part in ("ip_adapter", "image_encoder"))
+    for given in (("--ip-adapter", adapter), ("--image-encoder", encoder), ("--ip-adapter", adapter, "--image-encoder", encoder)):
+        drawn = draw(weights, tmp_path / "a.png", "--prompt", "a fox", *given)
+        assert difference(again(tmp_path / "a.png", tmp_path / "b.png"), drawn) == 0
+        for path in given[1::2]:
+            whole = Path(path).read_bytes()
+            Path(path).write_bytes(whole[:-1])
+            Path(tmp_path / "b.png").unlink(missing_ok=True)
+            refuses(tmp_path / "a.png", rf"{Path(path).name}: the file has changed since")
+            Path(path).write_bytes(whole)
+
+
 # Names of files.
 
 

@@ -110,10 +110,9 @@ def test_negative_prompt(weights: Path, tmp_path: Path) -> None:
         draw(weights, tmp_path / "b.png", "--negative-prompt", "a purple owl"),
     )
     assert difference(plain, negative) > 1
-    one = [
-        draw(weights, tmp_path / "d.png", "--guidance", 1, "--negative-prompt", text) for text in ("", "a purple owl")
-    ]
-    assert difference(*one) == 0  # at w = 1 the unconditional pass has no weight
+    with pytest.raises(ValueError, match="--negative-prompt is for the unconditional pass, which --guidance 1 leaves out"):
+        draw(weights, tmp_path / "c.png", "--guidance", 1, "--negative-prompt", "a purple owl")
+    draw(weights, tmp_path / "c.png", "--guidance", 1, "--negative-prompt", "")
 
 
 def test_fits_differ_for_a_picture_that_is_not_square(weights: Path, tmp_path: Path, image: Path, second: Path) -> None:
@@ -399,3 +398,38 @@ def test_what_a_network_predicts_can_be_said(weights: Path, tmp_path: Path) -> N
         == 0
     )
     assert difference(again(tmp_path / "a.png", tmp_path / "d.png"), said) == 0
+
+
+@pytest.mark.parametrize("option", ["--image", "--negative-image", "--image-mask", "--init-image", "--mask"])
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_picture_that_is_read_is_not_overwritten(
+    weights: Path, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, option: str, num: int
+) -> None:
+    """However its name is written."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    mine = tmp_path / ("mine.png" if num == 1 else "mine-1.png")
+    shutil.copy(image, mine)
+    monkeypatch.chdir(tmp_path)
+    needs = {"--init-image": [], "--mask": ["--init-image", image]}.get(option, [] if option == "--image" else ["--image", image])
+    for out in (tmp_path / "mine.png", Path("mine.png"), tmp_path / "link" / "mine.png"):
+        with pytest.raises(ValueError, match=rf"{mine.name} is also read or written for this drawing.*: give --out another name"):
+            draw(weights, out, *needs, option, mine, "--num", num)
+    assert mine.read_bytes() == image.read_bytes() and names(tmp_path) == sorted(["link", mine.name])
+
+
+def test_no_file_of_a_drawing_is_written_over_another(weights: Path, tmp_path: Path, image: Path) -> None:
+    """Neither weights, nor an embedding that is read, nor the picture that is drawn again, nor one output by the other."""
+    folder, kept, out = tmp_path / "weights", tmp_path / "kept.safetensors", tmp_path / "a.png"
+    shutil.copytree(weights, folder)
+    draw(folder, out, "--image", image, "--save-embedding", kept)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for picture, embedding in ((kept, kept), (image, folder / "unet.safetensors"), (image, folder / "ip_adapter.safetensors")):
+        with pytest.raises(ValueError, match=rf"{embedding.name} is also read .*: give --save-embedding another name"):
+            draw(folder, tmp_path / "b.png", "--image", picture, "--save-embedding", embedding)
+    with pytest.raises(ValueError, match=r"a\.png is also read"):
+        again(out, out)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"link\.safetensors is also read or written"):
+        draw(folder, tmp_path / "b.png", "--image", image, "--save-embedding", tmp_path / "link.safetensors")
+    draw(folder, out, "--image", image, "--save-embedding", kept)  # what is only written may be there already

@@ -110,6 +110,15 @@ def test_a_control_acts_in_its_steps_alone() -> None:
     assert acting == [False, True, True, False, False] and len(calls) == 2
 
 
+def test_a_control_acts_in_its_steps_where_a_timestep_is_repeated() -> None:
+    _, ours, hint = pair("sd15")
+    x, _, _ = inputs(SMALL_SD15, H, W)
+    control = bind([ours], [Hint(hint, start=0.2, end=0.8)], SMALL_SD15, contexts(), (8 * H, 8 * W), [900, 500, 100, 100, 100])
+    assert control is not None
+    acting = [[bool(control(x, t, side).skips) for side in ("uncond", "cond")] for t in (900, 500, 100, 100, 100)]  # type: ignore[arg-type]
+    assert acting == [[False] * 2, *[[True] * 2] * 3, [False] * 2]
+
+
 def test_a_t2i_adapter_runs_once_and_on_every_side() -> None:
     _, ours = t2i_pair(SMALL_T2I["full"])
     calls: list[int] = []

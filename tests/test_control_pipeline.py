@@ -95,7 +95,8 @@ class Ask:
 
 def ours(files: Files, ask: Ask, out: Path) -> np.ndarray:
     """What the command line draws."""
-    options: list[Any] = ["--checkpoint", files.model.base, "--prompt", FOX, "--negative-prompt", OWL, "--seed", 11]
+    options: list[Any] = ["--checkpoint", files.model.base, "--prompt", FOX, "--seed", 11]
+    options += [] if ask.guidance == 1 else ["--negative-prompt", OWL]
     options += ["--steps", ask.steps, "--guidance", ask.guidance, "--num", ask.num, "--out", out]
     options += [] if ask.edit else ["--height", SIZE[0], "--width", SIZE[1]]
     if ask.prompted:

@@ -140,7 +140,7 @@ def test_weights_on_the_tokens(world: Any) -> None:
 
 def test_pictures_and_weights_that_do_not_fit_are_refused(world: Any) -> None:
     pipe, pictures = world[1], randn(1, 3, 1, IMAGE)
-    with pytest.raises(ValueError, match="2 image weights for 3 images"):
+    with pytest.raises(ValueError, match="2 --image-weight for 3 pictures"):
         pipe.contexts(PROMPTS, NEGATIVES, pictures, weights=[PictureWeights((1.0, 2.0))])
     with pytest.raises(ValueError, match="2 negative images for 3 images"):
         pipe.contexts(PROMPTS, NEGATIVES, pictures, against=[pictures[:, :2]])

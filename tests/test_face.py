@@ -38,6 +38,7 @@ from model.image_projection import (
     RawFaceResampler,
 )
 from model.unet import UNet
+from sampling import loading
 from sampling.command import check_prompt
 from sampling.faces import Faces, read_faces
 from sampling.images import to_images
@@ -378,3 +379,12 @@ def test_a_face_is_drawn_and_drawn_again(weights: Path, tmp_path: Path, image: P
     assert difference(again(tmp_path / "without.png", tmp_path / "b.png"), without) == 0
     with pytest.raises(ValueError, match="a FaceID adapter reads a face embedding, not a photograph"):
         draw(weights, tmp_path / "c.png", "--ip-adapter", tmp_path / "f.safetensors", "--image", image)
+    faceless = draw(weights, tmp_path / "faceless.png", *options[:4])
+    assert difference(faceless, only) == 0 and difference(again(tmp_path / "faceless.png", tmp_path / "b.png"), faceless) == 0
+
+
+def test_the_scale_of_no_lora_is_refused(weights: Path, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "load_base", lambda *_: pytest.fail("the base was read"))
+    for options in ((), ("--image", image)):
+        with pytest.raises(ValueError, match="--face-lora-scale is for an IP-Adapter FaceID that holds a LoRA: leave it out"):
+            draw(weights, tmp_path / "c.png", *options, "--face-lora-scale", 0.5)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin
 
 from model.image_encoder import ImageConfig, ImageEncoder
-from sampling.images import KEY, open_image, read_mask, read_settings, save_image, to_images, to_rgb
+from sampling.images import KEY, open_image, picture_size, read_mask, read_settings, save_image, to_images, to_rgb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -64,6 +64,47 @@ def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None
     image = open_image(saved(four_colours(), tmp_path / f"a.{suffix}", exif=exif, **options))
     assert image.mode == "RGB" and image.size == ((40, 24) if orientation < 5 else (24, 40))
     np.testing.assert_allclose(corners(image), ORIENTATIONS[orientation], atol=3)
+
+
+XMP = "XML:com.adobe.xmp"
+
+
+def late(path: Path) -> Path:
+    """Move the metadata of a PNG behind its pixels."""
+    data, at, chunks = path.read_bytes(), 8, list[bytes]()
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        chunks.append(data[at:end])
+        at = end
+    moved = [chunk for chunk in chunks if chunk[4:8] in (b"eXIf", b"iTXt")]
+    assert moved
+    path.write_bytes(data[:8] + b"".join([*(chunk for chunk in chunks[:-1] if chunk not in moved), *moved, chunks[-1]]))
+    return path
+
+
+@pytest.mark.parametrize("orientation", [None, *ORIENTATIONS])
+@pytest.mark.parametrize("kind", ["png", "late png", "xmp png", "late xmp png", "jpg", "webp", "tiff"])
+def test_the_size_of_a_picture_is_read_without_decoding_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, orientation: int | None
+) -> None:
+    """Upright, from a path and an open file. Only a PNG with metadata behind its pixels is decoded."""
+    exif, options, path = Image.Exif(), dict[str, Any](), tmp_path / f"a.{kind.split()[-1]}"
+    if orientation and "xmp" in kind:
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt(XMP, f'<x tiff:Orientation="{orientation}"/>')
+    elif orientation:
+        exif[ExifTags.Base.Orientation] = orientation
+        options["exif"] = exif
+    saved(noise(), path, **options)
+    if "late" in kind and orientation:
+        late(path)
+    with Image.open(path) as file:
+        file.load()
+        width, height = ImageOps.exif_transpose(file).size
+    assert (width, height) == ((48, 64) if orientation and orientation > 4 else (64, 48))
+    if "late" not in kind or not orientation:
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("the picture was decoded"))
+    assert picture_size(path) == picture_size(io.BytesIO(path.read_bytes())) == (height, width)
 
 
 def rgba(alpha: int) -> Image.Image:

@@ -20,9 +20,12 @@ from model import attention as attention_file
 from model.context import Context, pyramid
 from model.layers import Downsample
 from model.unet import MINI, SD15, SD21, SDXL
+from sampling.dpm import dpm_times
+from sampling.fields import check_range, inside
 from sampling.guidance import guided
 from sampling.lambdas import Lambda, keep_context, moving, set_lambda
 from sampling.layer_weights import attention_layers, layer_weights, preset
+from sampling.schedule import Schedule
 
 TOLERANCE = 1e-12
 
@@ -152,6 +155,17 @@ def test_a_step_is_on_where_all_of_it_is_in_the_range(start: float, end: float, 
     assert on == [i for i in range(steps) if 1.0 - float(i / steps < start or (i + 1) / steps > end)]
 
 
+def test_a_range_without_a_step_is_refused() -> None:
+    """All ranges between shares of 20, and for each number of steps."""
+    for steps, first, last in ((n, a, b) for n in range(1, 25) for a in range(20) for b in range(a + 1, 21)):
+        start, end = first / 20, last / 20
+        if any(inside(i, steps, start, end) for i in range(steps)):
+            check_range("--image", start, end, steps)
+        else:
+            with pytest.raises(ValueError, match=f"between --image-start .* and --image-end .* there is no whole step of {steps}: widen"):
+                check_range("--image", start, end, steps)
+
+
 @pytest.mark.parity("diffusers IPAdapterScaleCutoffCallback", 0)
 @pytest.mark.parametrize("ratio", [0.1, 0.35, 0.5, 0.77])
 @pytest.mark.parametrize("steps", [4, 7, 30])
@@ -220,6 +234,16 @@ def test_every_step_is_that_of_a_plain_lambda(one: Any, guidance: Any, mask: Ten
         want = guided(unet, *halves(one, still.by_layer(SMALL_ONE, (9, 7))), *guidance)(x, t)
         assert max_error(denoise(x, t), want) < TOLERANCE
     assert max_error(denoise(x, TIMES[1]), denoise(x, TIMES[0])) > 1e-3
+
+
+def test_steps_with_the_same_timestep_are_told_apart(one: Any) -> None:
+    """DPM-Solver++ with Karras spacing rounds to whole timesteps, and repeats some. A second drawing counts from the start."""
+    times = [step.t for step in dpm_times(Schedule(karras=True), 50)]
+    assert len(set(times)) < len(times) == 50
+    for lam in (Lambda(end=0.96), Lambda(tuple(float(i) for i in range(50)), start=0.9)):
+        context, move = halves(one, lam.by_layer(SMALL_ONE, (9, 7)))[1], moving([lam], times)
+        for _ in range(2):
+            assert [float(move(context, t).image[0][0].scale) for t in times] == [lam.at(i, 50) for i in range(50)]
 
 
 def test_a_still_lambda_is_the_plain_path_bit_for_bit(one: Any) -> None:

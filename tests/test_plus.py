@@ -17,7 +17,7 @@ from peers import max_error, number_of, official_projection, randn, randomise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import BASES, Ask, Model, adapter, build, flat, theirs
-from tiny import difference
+from tiny import difference, draw
 from torch import Tensor
 
 from checkpoints import cards
@@ -31,6 +31,7 @@ from model.adapter import IPAdapter
 from model.image_encoder import ImageEncoder, normalise
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
 from model.unet import SD15, SDXL, UNet, UNetConfig
+from sampling import command
 from sampling.images import to_images
 from sampling.loading import load
 from sampling.pipeline import Pipeline
@@ -317,3 +318,16 @@ def test_without_the_encoder_there_is_no_null_image(files: Files) -> None:
     e = torch.zeros(1, 1, 17, SMALL.image.width)
     with pytest.raises(ValueError, match="computed by the image encoder: load one"):
         pipe.contexts([""], [""], e)
+
+
+def test_an_embedding_of_plus_needs_the_encoder_for_its_null_image(
+    files: Files, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for before the weights are read. A negative picture takes the place of the null image."""
+    kept, common = tmp_path / "kept.safetensors", ["--steps", 1, "--width", 16, "--height", 16]
+    files_of = ["--ip-adapter", files.paths["Plus"], "--image-encoder", files.model.encoder]
+    draw(files.model.base, tmp_path / "a.png", *common, *files_of, "--image", pictures[0], "--save-embedding", kept)
+    draw(files.model.base, tmp_path / "b.png", *common, *files_of[:2], "--image", kept, "--negative-image", kept)
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(FileNotFoundError, match=r"an image prompt needs --image-encoder, because .* has none"):
+        draw(files.model.base, tmp_path / "c.png", *common, *files_of[:2], "--image", kept)
