@@ -66,6 +66,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut": (broken_png, r"3\.png: the picture is damaged or truncated"),
     "empty": (lambda path: path.write_bytes(b""), r"3\.png: the file is empty"),
     "text": (lambda path: path.write_text("hello"), r"3\.png: Pillow cannot read this file as a picture"),
+    "a broken link": (lambda path: (path.unlink(), path.symlink_to("gone.png")), r"3\.png: there is no such file"),
     "no caption": (lambda path: path.with_suffix(".txt").unlink(), r"3\.png: it has no caption file; write 3\.txt"),
     "latin-1": (lambda path: path.with_suffix(".txt").write_bytes(b"F\xfcchse"), r"3\.txt: the caption is not UTF-8"),
     "utf-16": (lambda path: path.with_suffix(".txt").write_bytes("fox".encode("utf-16")), r"3\.txt: the caption is not"),

@@ -129,7 +129,14 @@ def test_the_state_of_other_data_is_not_taken(tmp_path: Path, other: dict[str, A
     assert (tmp_path / "tiny.pt").read_bytes() == before
     assert len(train(tmp_path, made_from=FACTS)[2]) == 12
     with pytest.raises(OtherRun, match=f"with different {names}:"):  # what is known early is asked early
-        checkpoint.refuse_other(tmp_path / "tiny.pt", other)
+        checkpoint.refuse_other(tmp_path / "tiny.pt", other, complete=False)
+
+
+@pytest.mark.parametrize("steps", [3, None])
+def test_a_setting_that_is_left_out_is_another_setting(tmp_path: Path, steps: int | None) -> None:
+    train(tmp_path, until=steps, made_from={**FACTS, "noise offset": 0.1})
+    with pytest.raises(OtherRun, match="with different noise offset: choose another folder"):
+        train(tmp_path, made_from=FACTS)
 
 
 def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

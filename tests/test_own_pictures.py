@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,17 +27,24 @@ from own_pictures import (
     write_pictures,
 )
 from safetensors.torch import load_file
+from tiny import TEXT, VAE_CONFIG
 from torch import Tensor
 
 from checkpoints.adapters import load_adapter, save_adapter
 from checkpoints.files import sha256
 from model.adapter import IPAdapter
-from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
+from model.features import FINE
+from model.image_encoder import ImageEncoder
+from model.image_projection import FaceProjection, ImageProjection, MLPProjection, Projection, Resampler
+from model.text_encoder import TextEncoder
 from model.unet import UNet
+from model.vae import VAE
 from sampling.loading import load
+from sampling.schedule import Schedule
 from train import adapter, encode, plan, preview, setting
 from train import unet as unet_stage
 from train.__main__ import main, status
+from train.captioned import captioned_files
 from train.card import card, code_version
 from train.data import Data, ShuffledBatches
 from train.errors import OtherRun
@@ -99,6 +107,40 @@ def test_another_runs_adapter_is_not_returned(
         main(command(folder, base, *options))
     after = {path: sha256(path) for path in folder.rglob("*.safetensors")} | {folder: sha256(folder / "state/ip_adapter.pt")}
     assert before == after
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "unet": {"prediction": "v"},
+    "vae": {"scale": 0.5},
+    "image_encoder": {"heads": 4},
+    "text_encoder": {"activation": "gelu"},
+}
+
+
+@pytest.mark.parametrize("part", CONFIGS)
+def test_the_same_weights_with_another_config_are_another_run(
+    trained: Path, base: Path, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = tmp_path / "work", tmp_path / "other"
+    shutil.copytree(trained, folder)
+    shutil.copytree(base, other)
+    card = json.loads((other / f"{part}.json").read_text())
+    assert CONFIGS[part].items().isdisjoint(card["config"].items())
+    (other / f"{part}.json").write_text(json.dumps(card | {"config": card["config"] | CONFIGS[part]}))
+    nothing_encoded(monkeypatch)
+    with pytest.raises(OtherRun, match=r"ip_adapter\.pt is the state of a run with different configs:"):
+        main(command(folder, base, "--base", other))
+
+
+def test_features_are_found_by_the_config_of_the_encoder(tmp_path: Path) -> None:
+    """The same weights with other heads compute other features, so those in the cache are not used."""
+    pictures = FilePictures(captioned_files(write_pictures(tmp_path / "data", 2), tmp_path), 16, 16)
+    torch.manual_seed(0)
+    first, text, vae = ImageEncoder(IMAGE), TextEncoder(TEXT), VAE(VAE_CONFIG)
+    second = ImageEncoder(replace(IMAGE, heads=4))
+    second.load_state_dict(first.state_dict())
+    a, b = (pictures.pairs(vae, text, image.eval(), tmp_path / "cache").inputs for image in (first, second))
+    assert a is not None and b is not None and not torch.equal(a[torch.arange(2)], b[torch.arange(2)])
 
 
 def test_a_finished_command_is_not_trained_again(
@@ -337,6 +379,33 @@ def test_from_continues_a_released_adapter(base: Path, tmp_path: Path, form: str
     other = "adapter" if stage == "plus" else "plus"
     with pytest.raises(ValueError, match=rf"released\.safetensors is IP-Adapter.*: continue it with `python -m train {stage}`"):
         main(command(tmp_path, base, "--from", start, stage=other))
+
+
+@pytest.mark.parametrize("stage", ["adapter", "plus"])
+def test_from_refuses_an_adapter_that_reads_faces(base: Path, tmp_path: Path, stage: str) -> None:
+    start = released(tmp_path, base, FaceProjection(512, UNET.context_dim, 16), "faceid.safetensors")
+    write_pictures(tmp_path / "data", 4)
+    with pytest.raises(ValueError, match=r"faceid\.safetensors is IP-Adapter FaceID Portrait, which reads faces and cannot be trained"):
+        main(command(tmp_path, base, "--from", start, stage=stage))
+
+
+def test_plus_for_sdxl_has_the_official_sizes() -> None:
+    """Width 1280 and 20 heads, where the text tokens are 2048 wide; for SD 1.5, 768 and 12 (the official trainers)."""
+    for context, added, width, heads in ((2048, 2816, 1280, 20), (768, 0, 768, 12)):
+        unet = UNet(replace(UNET, context_dim=context, added_dim=added))
+        pairs = SimpleNamespace(width=1280)
+        own = setting.Setting(SimpleNamespace(unet=unet), pairs, None, reads=FINE)  # type: ignore[arg-type]
+        projection = own.adapter().image_projection
+        assert isinstance(projection, Resampler) and projection.queries.shape == (1, 16, width)
+        assert projection.proj_out.weight.shape == (context, width) and {layer.heads for layer in projection.layers} == {heads}
+
+
+def test_a_schedule_of_another_length_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = setting.load
+    monkeypatch.setattr(setting, "load", lambda *a, **k: replace(loaded(*a, **k), schedule=Schedule(timesteps=500)))
+    write_pictures(tmp_path / "data", 4)
+    with pytest.raises(ValueError, match="has 500 timesteps; adapters are trained on models with 1000"):
+        main(command(tmp_path, base))
 
 
 def test_every_tensor_of_a_continued_adapter_trains(base: Path, tmp_path: Path) -> None:

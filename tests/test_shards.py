@@ -68,6 +68,7 @@ def test_names_follow_webdataset(tmp_path: Path) -> None:
 CAPTIONS: dict[str, tuple[list[tuple[str, bytes]], tuple[str, ...]]] = {
     "text": ([("txt", b"\xef\xbb\xbfa fox\n")], ("a fox",)),
     "empty": ([("txt", b"")], ("",)),
+    "empty beside another": ([("txt", b"\n"), ("json", b'{"captions": ["", "a fox"]}')], ("a fox",)),
     "json": ([("json", b'{"caption": "a fox", "width": 3}')], ("a fox",)),
     "several": ([("json", b'{"captions": ["a fox", "an animal", "a fox"]}')], ("a fox", "an animal")),
     "both": ([("json", '{"caption": "Füchse"}'.encode()), ("txt", b"a fox")], ("a fox", "Füchse")),

@@ -19,6 +19,7 @@ from own_pictures import ENVIRONMENT, base, command, nothing_encoded, trained, w
 from torch import Tensor
 
 from model.features import FINE, GLOBAL, Features
+from model.unet import UNet
 from sampling.request import WEIGHTS
 from train import adapter, file_pairs, gains, plus, setting
 from train.__main__ import folders, main, plans_of, source_of, status
@@ -92,8 +93,34 @@ def test_the_recipe_can_be_changed(trained: Path, base: Path, tmp_path: Path) ->
     assert len({json.loads(lines[0])["loss"] for lines in logs}) == 3
     with pytest.raises(OtherRun, match="with different noise offset: choose another folder"):
         main([*command(trained, base, "--noise-offset", "0.2"), "--state", str(tmp_path / "offset"), "--weights", str(tmp_path / "offset")])
+    with pytest.raises(OtherRun, match="with different noise offset: choose another folder"):
+        main([*command(trained, base), "--state", str(tmp_path / "offset"), "--weights", str(tmp_path / "without")])
     with pytest.raises(OSError, match="was written by another run"):
         main([*command(trained, base), "--state", str(tmp_path / "new"), "--weights", str(tmp_path / "offset")])
+
+
+def test_the_precision_of_autocast() -> None:
+    """bfloat16 as in the plan, unless float16 or float32 is asked for; the base is in what is asked for."""
+    plans = {option: plans_of(arguments("adapter", *option), (adapter.PLAN,))[0] for option in ((), ("--bf16",), ("--fp16",), ("--fp32",))}
+    assert [(plan.bf16, plan.fp16) for plan in plans.values()] == [(True, False), (True, False), (False, True), (False, False)]
+    assert source_of(arguments("adapter", "--fp32"), "adapter", Path()).base_dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [(), ("--fp16",)])
+def test_no_part_of_a_training_needs_more_memory_than_its_steps(
+    base: Path, tmp_path: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gate, steps, validations and the verdict: no call of the UNet has more pictures than a batch, and the base is in its precision."""
+    calls, forward = list[tuple[int, torch.dtype]](), UNet.forward
+
+    def recorded(self: UNet, x: Tensor, *more: Any) -> Tensor:
+        calls.append((len(x), self.conv_in.weight.dtype))
+        return forward(self, x, *more)
+
+    monkeypatch.setattr(UNet, "forward", recorded)
+    write_pictures(tmp_path / "data")
+    main([*command(tmp_path, base, *options), "--batch", "3", "--validate-every", "1"])
+    assert max(n for n, _ in calls) == 3 and {dtype for _, dtype in calls} == {torch.float16 if options else torch.float32}
 
 
 # what is said

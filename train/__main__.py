@@ -91,8 +91,8 @@ def plans_of(args: argparse.Namespace, phases: tuple[Plan, ...]) -> tuple[Plan, 
 
     settings = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
     plans = (plan.scale_batch(args.scale) for plan in phases)
-    settings["fp16"] = args.fp16
-    return tuple(replace(plan, device=args.device, bf16=args.bf16 or (plan.bf16 and not args.fp16), **settings) for plan in plans)
+    settings |= {"fp16": args.fp16, "device": args.device}
+    return tuple(replace(plan, bf16=args.bf16 or (plan.bf16 and not (args.fp16 or args.fp32)), **settings) for plan in plans)
 
 
 def cost(plan: Plan) -> str:

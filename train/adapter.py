@@ -90,7 +90,7 @@ def fit(
         if held_out is None:
             return {}
         with autocast(plan):
-            return held_out_losses(unet, module, schedule, held_out, fuse, plan.device)
+            return held_out_losses(unet, module, schedule, held_out, fuse, plan.device, plan.batch)
 
     form = f"{adapter.own_projections=}, fuse={fuse.__name__}, gamma={setting.gamma}"
     data, made_from = setting.pairs.batches(plan.batch, plan.seed), {**setting.made_from, "adapter": form}
@@ -108,6 +108,15 @@ def initial_adapter(setting: Setting, source: TrainingSource, seed: int) -> IPAd
     assert pipeline.image is not None
     adapter = load_adapter(source.start, pipeline.unet, pipeline.image.config)
     return adapter.train().requires_grad_(True).to(next(pipeline.unet.parameters()).device)
+
+
+def begin(setting: Setting, source: TrainingSource, plan: Plan, seed: int) -> IPAdapter:
+    """Return the adapter to train, checked on the base, which is now in its precision. Raises `GateError` when `check_gates` does."""
+    pipeline, adapter = setting.pipeline, initial_adapter(setting, source, seed)
+    pipeline.unet.to(source.base_dtype)
+    with autocast(plan):
+        check_gates(pipeline.unet, adapter, pipeline.schedule, setting.pairs, device=plan.device, most=min(4, plan.batch))
+    return adapter
 
 
 def provenance(setting: Setting, source: TrainingSource) -> dict[str, Any]:
@@ -148,14 +157,13 @@ def train(
 
     def check(made_from: dict[str, Any]) -> None:
         state = folder / f"{phases[0].name}.pt"
-        checkpoint.refuse_other(state, {**asdict(phases[0]), **made_from})
+        checkpoint.refuse_other(state, {**asdict(phases[0]), **made_from}, complete=False)
         if source.data is not None:
             check_free(file, made_from, phases, state)
 
     setting = prepare(source, folder, phases[0].device, phases[0].says, check)
-    adapter = initial_adapter(setting, source, phases[0].seed)
     pipeline, plan = setting.pipeline, phases[-1]
-    check_gates(pipeline.unet, adapter, pipeline.schedule, setting.pairs, device=plan.device)
+    adapter = begin(setting, source, plan, phases[0].seed)
     initial_plans = initialise(setting, adapter)
     log = run_phases(setting, source, adapter, phases, folder)
     if first := processes.team().rank == 0:
@@ -168,15 +176,14 @@ def train(
     if setting.held_out is None:
         return Outcome(file, "no pictures were held out, so the program cannot tell whether it learned")
     with autocast(plan):
-        return Outcome(file, verdict(pipeline.unet, adapter, pipeline.schedule, setting.held_out, plan.device))
+        return Outcome(file, verdict(pipeline.unet, adapter, pipeline.schedule, setting.held_out, plan.device, plan.batch))
 
 
 def run_phases(
     setting: Setting, source: TrainingSource, adapter: IPAdapter, phases: tuple[Recipe, ...], folder: Path
 ) -> list[dict[str, Any]]:
-    """Train `adapter` in place, phase by phase, with the base in its precision. Return the log of the last phase."""
+    """Train `adapter` in place, phase by phase. Return the log of the last phase."""
     pipeline, says, log = setting.pipeline, phases[0].says, list[dict[str, Any]]()
-    pipeline.unet.to(source.base_dtype)
     if source.shard:
         shard(pipeline.unet)
         setting = replace(setting, sharded=True)

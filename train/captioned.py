@@ -93,7 +93,7 @@ def summary(data: Path, train: Album, held_out: Album) -> str:
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES and f.name[0] != "." and f.is_file())
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES and f.name[0] != "." and not f.is_dir())
 
 
 def _in_folder(folder: Path) -> tuple[list[Pair], list[str]]:

@@ -54,17 +54,18 @@ def restore(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.load_state_dict(state, strict=False)
 
 
-def refuse_other(path: Path, made_from: Mapping[str, Any]) -> None:
+def refuse_other(path: Path, made_from: Mapping[str, Any], complete: bool = True) -> None:
     """Raise `OtherRun` if the state was made from other inputs than `made_from`; the message names the differences.
 
-    `made_from` may hold only some of the recorded inputs, so that a run can check early, before slow work.
+    If `made_from` is not `complete`, it may hold only some of the recorded inputs, so that a run can check early, before slow work.
     """
     state = load(path)
     if state is None:
         return
     if (inputs := state.get("made_from")) is None:
         raise OtherRun(f"{path} does not record what it was made from: choose another folder with --state, or remove it")
-    if other := [name for name, value in made_from.items() if inputs.get(name) != value]:
+    names = {**made_from, **inputs} if complete else made_from
+    if other := [name for name in names if inputs.get(name) != made_from.get(name)]:
         raise OtherRun(
             f"{path} is the state of a run with different {', '.join(other)}: choose another folder with --state, or remove it"
         )

@@ -16,7 +16,7 @@ from model.image_encoder import ImageEncoder, normalise
 from model.text_encoder import Text, TextEncoderPair
 from model.vae import VAE
 from train.data import Data, OnTheFly
-from train.fingerprint import content_key, digest, fingerprint
+from train.fingerprint import configuration, content_key, digest, fingerprint
 from train.pairs import Pairs
 from train.pool import in_parts, scenes_of, to_unit
 from train.store import Rows, encode_rows
@@ -45,7 +45,7 @@ def features(
 ) -> tuple[Rows, Tensor]:
     """Return the features of each picture, `n m e`, and of the null image, `1 1 m e`, for batches of pixels `b 3 s s`."""
     weight, size = next(image.parameters()), image.config.image_size
-    cache = folder / f"{reads.name.replace(' ', '-')}-{size}-{fingerprint(image)}"
+    cache = folder / f"{reads.name.replace(' ', '-')}-{size}-{fingerprint(image)}-{configuration(image)[:8]}"
     pictures = encode_rows(data, keys, lambda x: {"features": reads(image, x.to(weight))}, cache, each)["features"]
     with torch.no_grad():
         return pictures, reads.null(image, pictures.shape[-1]).cpu()

@@ -17,6 +17,11 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:8]
 
 
+def configuration(*modules: nn.Module) -> str:
+    """Hash the configs of modules and of their parts, which say how the weights are used, to sixteen hex digits."""
+    return digest([repr(part.config) for module in modules for part in module.modules() if hasattr(part, "config")])
+
+
 def digest(data: Any) -> str:
     """Hash plain data, such as a list of captions or of other hashes, to sixteen hex digits."""
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,39 +19,41 @@ from train.randomness import generator
 
 @torch.no_grad()
 def losses_of(
-    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, fuse: Fuse, device: str, seed: int = 1
+    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, fuse: Fuse, device: str, most: int = 64, seed: int = 1
 ) -> dict[str, list[Tensor]]:
     """Return the unweighted losses of each pair with the `right`, the `null` and a `wrong` picture, as lists of batches.
 
-    All three use the same noise and timesteps, which depend only on `seed`, so their differences are paired.
+    All three use the same noise and timesteps, which depend only on `seed`, so their differences are paired. `most`: pictures that the
+    UNet reads at once.
     """
     losses: dict[str, list[Tensor]] = {"right": [], "null": [], "wrong": []}
     for i, part in enumerate(pairs.parts(device)):
         batch = sample_inputs(part, generator(seed, i, device))
         null = part.images(torch.ones(len(part), dtype=torch.bool, device=device))
         for name, image in {"right": batch.image, "null": null, "wrong": batch.image.roll(1, dims=0)}.items():
-            context = adapter(batch.context(unet.config, fuse), image)
-            losses[name].append(diffusion_loss(unet, schedule, batch.x0, context, batch.t, batch.eps))
+            for x in replace(batch, image=image).split(most):
+                context = adapter(x.context(unet.config, fuse), x.image)
+                losses[name].append(diffusion_loss(unet, schedule, x.x0, context, x.t, x.eps))
     return losses
 
 
 def held_out_losses(
-    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, fuse: Fuse = decoupled, device: str = "cpu"
+    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, fuse: Fuse = decoupled, device: str = "cpu", most: int = 64
 ) -> dict[str, float]:
     """Return the mean loss with the right picture, and its increase with the null image and with another picture."""
-    losses = losses_of(unet, adapter, schedule, pairs, fuse, device)
+    losses = losses_of(unet, adapter, schedule, pairs, fuse, device, most)
     right, null, wrong = (sum(float(part.sum()) for part in losses[k]) / len(pairs) for k in ("right", "null", "wrong"))
     return {"held_out": right, "gain_zero": null - right, "gain_shuffled": wrong - right}
 
 
-def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, device: str) -> str:
+def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, device: str, most: int = 64) -> str:
     """Write a sentence about whether the adapter learned.
 
     It did if the right picture lowers the held-out loss by more than twice the standard error over pictures. If there are few
     pictures, the loss is averaged over several noises and timesteps.
     """
     rounds = range(100, 100 + max(1, 64 // len(pairs)))
-    losses = [losses_of(unet, adapter, schedule, pairs, decoupled, device, seed) for seed in rounds]
+    losses = [losses_of(unet, adapter, schedule, pairs, decoupled, device, most, seed) for seed in rounds]
     gains = torch.stack([torch.cat(each["wrong"]) - torch.cat(each["right"]) for each in losses]).mean(dim=0)
     gain, error = float(gains.mean()), float(gains.std() / len(gains) ** 0.5)
     claim = "it learned to read pictures" if gain > 2 * error else "it has not learned to read pictures yet"
@@ -60,14 +64,14 @@ def verdict(unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPa
 
 
 def check_gates(
-    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, fuse: Fuse = decoupled, device: str = "cpu"
+    unet: UNet, adapter: IPAdapter, schedule: Schedule, pairs: EncodedPairs, fuse: Fuse = decoupled, device: str = "cpu", most: int = 4
 ) -> None:
-    """Raise `GateError` if an adapter cannot be trained as it should.
+    """Raise `GateError` if an adapter cannot be trained as it should, on at most `most` pictures.
 
     At scale 0, the output must equal that of the base model bit for bit. Every trainable tensor must get a gradient, and no frozen
     tensor may get one.
     """
-    batch = sample_inputs(next(pairs.parts(device, 4)), generator(0, 0, device))
+    batch = sample_inputs(next(pairs.parts(device, most)), generator(0, 0, device))
     text = batch.context(unet.config, fuse)
     with torch.no_grad():
         if not torch.equal(unet(batch.x0, batch.t, text), unet(batch.x0, batch.t, adapter(text, batch.image, 0.0))):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from model.context import Context
 from model.unet import Residuals, UNetConfig
 from sampling.micro import added_vector
 from sampling.schedule import Schedule
+from train.data import map_tensors
 from train.pairs import Batch
 from train.randomness import draw, draw_normal
 
+TIMESTEPS = 1000  # T of Stable Diffusion's schedule
 DROP = 0.05  # probability of each kind of dropping (section 4.1.2)
 
 
@@ -49,9 +52,9 @@ def diffusion_loss(
     return loss if gamma is None else loss * min_snr(schedule, t, gamma)
 
 
-def noise_for(x0: Tensor, generator: torch.Generator, timesteps: int = 1000) -> tuple[Tensor, Tensor]:
+def noise_for(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw (t, eps): t uniform in [0, T), eps ~ N(0, I)."""
-    t = draw(lambda n: torch.randint(timesteps, (n,), generator=generator, device=generator.device), len(x0), generator)
+    t = draw(lambda n: torch.randint(TIMESTEPS, (n,), generator=generator, device=generator.device), len(x0), generator)
     return t, draw_normal(x0, generator)
 
 
@@ -79,6 +82,11 @@ class LossInputs:
         """Return what this UNet is conditioned on, without the picture."""
         added = None if self.pooled is None or self.sizes is None else added_vector(self.pooled, self.sizes, unet)
         return Context(self.text, fuse=fuse, added=added)
+
+    def split(self, most: int) -> Iterator[LossInputs]:
+        """Yield the inputs in order, in parts of at most `most` pictures."""
+        for rows in torch.arange(len(self.x0), device=self.x0.device).split(most):
+            yield map_tensors(partial(torch.index_select, dim=0, index=rows), self)
 
 
 def sample_inputs(batch: Batch, g: torch.Generator, dropping: bool = False, offset: float = 0.0) -> LossInputs:

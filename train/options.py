@@ -6,6 +6,9 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
+
+from model.words import Prediction
 
 STAGES = {
     "vae": "the autoencoder",
@@ -23,7 +26,7 @@ ADAPTERS = "adapter", "plus"
 ALL_LEVELS = 64  # more than any UNet has
 # options that are fields of TrainingSource
 DATA = "data", "side", "buckets", "skip_broken"
-SOURCE = *DATA, "image_encoder", "checkpointing", "shard", "start", "noise_offset", "preview_every", "tensorboard"
+SOURCE = *DATA, "image_encoder", "prediction", "checkpointing", "shard", "start", "noise_offset", "preview_every", "tensorboard"
 # options that override a field of the plan
 SETTINGS = "steps", "batch", "accumulate", "lr", "seed", "warmup", "ema", "clip", "save_every", "validate_every"
 
@@ -82,10 +85,13 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     machine = add_device(p)
     precision = machine.add_mutually_exclusive_group()
     precision.add_argument(
-        "--bf16", action="store_true", help="train in bfloat16 autocast; keep the frozen base of an adapter in bfloat16"
+        "--bf16",
+        action="store_true",
+        help="keep the frozen base of an adapter in bfloat16 (trainings use bfloat16 autocast anyway, where the device has it fast)",
     )
-    about = "the same in float16, with a scaled loss, for GPUs without bfloat16"
+    about = "autocast to float16, keep the frozen base in it, and scale the loss, for GPUs without bfloat16"
     precision.add_argument("--fp16", action="store_true", help=about)
+    precision.add_argument("--fp32", action="store_true", help="no autocast")
 
 
 def add_state(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -116,6 +122,7 @@ def add_data(p: argparse.ArgumentParser, required: bool = False) -> argparse._Ar
     data.add_argument("--buckets", action="store_true", help="keep the shape of the pictures, nearly: train on several shapes of one area")
     base = p.add_argument_group("base model")
     base.add_argument("--base", type=Path, help="base model, a file or a folder (default: the mini weights)")
+    base.add_argument("--prediction", choices=get_args(Prediction), help="what its UNet predicts, where its files do not say it")
     base.add_argument("--image-encoder", type=Path, help="image encoder, a file or a folder (default: the one in the base folder)")
     return base
 
@@ -165,7 +172,7 @@ def add_cache(p: argparse.ArgumentParser) -> None:
     p.add_argument("--for", dest="reader", choices=ADAPTERS, default="adapter", help="stage that will read the pictures (default: adapter)")
     add_device(p)
     p.set_defaults(**dict.fromkeys(("weights", "pictures", "start", "min_snr")), noise_offset=0.0, deterministic=0, shard_optimizer=False)
-    p.set_defaults(bf16=False, fp16=False, checkpointing=0, preview_every=0, tensorboard=False, shard=False)
+    p.set_defaults(bf16=False, fp16=False, fp32=False, checkpointing=0, preview_every=0, tensorboard=False, shard=False)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -178,7 +185,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         if name in ADAPTERS:
             add_source(stage)
         else:
-            nothing = ("data", "side", "base", "image_encoder", "start", "min_snr")
+            nothing = ("data", "side", "base", "image_encoder", "prediction", "start", "min_snr")
             stage.set_defaults(**dict.fromkeys(nothing), checkpointing=0, skip_broken=False, noise_offset=0.0, deterministic=0)
             stage.set_defaults(preview_every=0, tensorboard=False, shard=False, shard_optimizer=False, buckets=False)
     encodes = "encode your own pictures ahead of training, and store the result in the state folder"

@@ -14,6 +14,7 @@ from checkpoints.files import sha256
 from model.adapter import IPAdapter
 from model.features import FINE, GLOBAL, Embedder
 from model.image_projection import HEAD, ImageProjection, Projection, Resampler
+from model.words import Prediction
 from sampling.loading import load
 from sampling.pipeline import Pipeline
 from sampling.request import WEIGHTS
@@ -23,7 +24,8 @@ from train.buckets import BucketPictures
 from train.captioned import captioned_files, split, summary
 from train.encode import WorldPictures
 from train.file_pairs import FilePictures
-from train.fingerprint import digest, fingerprint
+from train.fingerprint import configuration, digest, fingerprint
+from train.loss import TIMESTEPS
 from train.pairs import EncodedPairs
 from train.sharding import check_team
 from train.unet import HELD_OUT, PICTURES
@@ -31,6 +33,7 @@ from train.world import Says
 
 SAYS = Says(0.5, 0.7, 0.7, 0.7)  # captions of the mini world: the text names the scene, and often leaves the subject to the picture
 TOKENS, FINE_TOKENS, DEPTH = 4, 16, 4  # DEPTH: layers of Plus; diffusers supports only 4
+XL_WIDTH = 1280  # of Plus for Stable Diffusion XL, with 20 heads; other official ones are as wide as the text tokens
 MINI_DEPTH, GAMMA = 2, 1.0  # layers of Plus, and gamma of the min-SNR weights, in the mini world
 PictureSets = tuple[WorldPictures | FilePictures | BucketPictures, WorldPictures | FilePictures]
 FileSplit = tuple[Album, Album]
@@ -41,7 +44,7 @@ class TrainingSource:
     """The files to train on, and the size and precision of the base.
 
     `data`: a user's pictures, or None for the mini world. `skip_broken`: leave out those that cannot be read. `reads`: how the adapter
-    reads them; fine features are for Plus (Figure 11).
+    reads them; fine features are for Plus (Figure 11). `prediction`: what the UNet predicts, if its files do not say it.
     `start`: a trained adapter to start from. `gamma`, `noise_offset`: see `Setting`. `preview_every`, `tensorboard`: see `Display`.
     `checkpointing`: levels of the UNet, from the largest feature maps, whose activations are recomputed in the backward pass.
     `shard`: keep a part of the base in each process. `buckets`: train on pictures in several shapes (train/buckets.py).
@@ -49,6 +52,7 @@ class TrainingSource:
 
     base: Path = WEIGHTS
     image_encoder: Path | None = None
+    prediction: Prediction | None = None
     reads: Embedder = GLOBAL
     pictures: int = PICTURES  # number of mini world pictures
     data: Path | None = None
@@ -68,7 +72,9 @@ class TrainingSource:
         """Load the frozen base and its image encoder. Raises ValueError if an adapter cannot be trained on them."""
         if self.shard:
             check_team(self.preview_every)
-        pipeline = load(self.base, (), self.image_encoder, device=device)
+        pipeline = load(self.base, (), self.image_encoder, device=device, prediction=self.prediction)
+        if pipeline.schedule.timesteps != TIMESTEPS:
+            raise ValueError(f"{self.base} has {pipeline.schedule.timesteps} timesteps; adapters are trained on models with {TIMESTEPS}")
         if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
             raise ValueError(
                 f"{self.base} is an inpainting model: train on the text-to-image model instead; its adapters also work for inpainting"
@@ -86,6 +92,8 @@ class TrainingSource:
     def kind(self) -> str:
         """Return the kind of adapter, as `adapter_kind` names it. Raises ValueError if `start` reads the other kind of features."""
         kind = adapter_kind(adapter_file(self.start)) if self.start else "IP-Adapter Plus" if self.reads == FINE else "IP-Adapter"
+        if PROJECTIONS[kind].reads.face:
+            raise ValueError(f"{self.start} is {kind}, which reads faces and cannot be trained here: name another file with --from")
         if PROJECTIONS[kind].reads != self.reads:
             stage = "adapter" if self.reads == FINE else "plus"
             raise ValueError(f"{self.start} is {kind}: continue it with `python -m train {stage}`")
@@ -136,8 +144,8 @@ class Setting:
         unet, feature_width = self.pipeline.unet, self.pairs.width
         width = unet.config.context_dim
         if self.reads == FINE:
-            heads = max(1, width // HEAD)
-            projection: Projection = Resampler(feature_width, width, tokens or FINE_TOKENS, width, self.depth, heads)
+            inner = XL_WIDTH if unet.config.added_dim else width
+            projection: Projection = Resampler(feature_width, width, tokens or FINE_TOKENS, inner, self.depth, max(1, inner // HEAD))
         else:
             projection = ImageProjection(feature_width, width, tokens or TOKENS)
         return IPAdapter(unet, projection, own_projections).to(next(unet.parameters()).device)
@@ -152,6 +160,8 @@ def made_from(pipeline: Pipeline, source: TrainingSource, sets: PictureSets) -> 
     """Return short values that identify all inputs of an adapter's training, apart from its plan."""
     networks = {"base": pipeline.unet, "vae": pipeline.vae, "text encoder": pipeline.text, "image encoder": pipeline.image}
     identity: dict[str, Any] = {name: fingerprint(part) for name, part in networks.items() if part is not None}
+    schedule, parts = pipeline.schedule, [part for part in networks.values() if part is not None]
+    identity["configs"] = digest([configuration(*parts), schedule.prediction, schedule.beta_start, schedule.beta_end])
     identity |= {"precision of the base": str(source.base_dtype), "form": source.kind}
     identity |= {name: value for name, value in {"min-snr": source.gamma, "noise offset": source.noise_offset}.items() if value}
     return {**data_identity(sets), **identity, "--from": sha256(source.start) if source.start else "nothing"}

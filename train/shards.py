@@ -140,7 +140,10 @@ def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 
 
 def _captions(text: bytes | None, content: bytes | None) -> list[str]:
-    """Return the different captions in a text and a JSON member; either may be missing. Raises ValueError if there are none."""
+    """Return the different captions in a text and a JSON member; either may be missing. An empty one counts only if there is no other.
+
+    Raises ValueError if there are none.
+    """
     try:
         captions = [text.decode("utf-8-sig").strip()] if text is not None else []
         value = json.loads(content.decode("utf-8-sig")) if content is not None else {}
@@ -153,7 +156,7 @@ def _captions(text: bytes | None, content: bytes | None) -> list[str]:
         captions += [caption] if isinstance(caption, str) else caption if isinstance(caption, list) else []
     if not captions or not all(isinstance(each, str) for each in captions):
         raise ValueError('it has no caption: add a .txt member, or a .json member {"caption": ...}')
-    return list(dict.fromkeys(captions))
+    return list(dict.fromkeys(filter(None, captions))) or [""]
 
 
 def _write(file: Path, shard: Path) -> None:
