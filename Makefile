@@ -7,7 +7,7 @@
 # make page-pictures write the screenshots of docs/page.md
 # make weights       train the mini world from scratch (hours; with DEVICE=cuda minutes); run it again to resume
 # make world         score the mini weights
-# make ablation      run the missing parts of the ablation and write RESULTS.md (with DEVICE=cuda on a GPU)
+# make ablation      write RESULTS.md again from the stored ablation; run it if there is none (with DEVICE=cuda on a GPU)
 # make docs          insert the tables of results into README.md and docs/
 # make notebooks     run the notebooks and store their output
 # make constraints   upgrade all packages and write their versions to constraints.txt

@@ -120,7 +120,14 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert call().endswith(said[said.index("|") :]) and path.read_text() == written
 
 
-def test_another_base_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+NAMES = [
+    "difference [95 %]",
+    "difference, counting only the background",
+    "difference, counting only the size and place",
+]
+
+
+def test_another_base_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The table has both forms, beside those of tier B if its results are there."""
     weights = write_world(tmp_path / "weights")
     for name in ("score_image", "score_text"):
@@ -130,10 +137,15 @@ def test_another_base_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     commands.run(commands.parser().parse_args(["--weights", str(weights), "second-base", "--base", str(weights), *size]))
     lines = capsys.readouterr().out.splitlines()
     rows = lines[lines.index(next(line for line in lines if line.startswith("| base"))) :]
-    assert [row.split(" | ")[1] for row in rows[2:]] == ["IP-Adapter", "simple", "difference [95 %]"]
+    assert [row.split(" | ")[1] for row in rows[2:]] == ["IP-Adapter", "simple", *NAMES]
     results = Results.of(tmp_path / "results" / "second_base.json")
-    assert set(results.data["summary"]) == {"alone", "ceiling", "endpoint", "one", "difference"}
-    assert len(second_base.table(second_base.both_bases(results, results))) == 6
+    assert set(results.data["summary"]) == {"alone", "ceiling", "endpoint", "one", "difference", "only"}
+    assert len(second_base.table(second_base.both_bases(results, results))) == 2 * (2 + len(NAMES))
+    written, said = (tmp_path / "results" / "second_base.json").read_text(), rows
+    monkeypatch.setattr(second_base, "train_base", lambda *_: pytest.fail("a base was trained"))
+    commands.run(commands.parser().parse_args(["second-base", "--out", str(tmp_path)]))
+    assert (tmp_path / "results" / "second_base.json").read_text() == written
+    assert capsys.readouterr().out.splitlines()[-len(said) :] == said, "without the second base, the results are reported again"
 
 
 def test_the_second_base_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

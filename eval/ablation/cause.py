@@ -184,7 +184,8 @@ def crossed_table(results: Results) -> pd.DataFrame:
         own, other = (mark(spread(end["information"]), end) for end in (ends[a], ends[f"{a} as {b}"]))
         softmax = "separate" if FORMS[a].scale == "sum" else "joint"
         projections = "own" if FORMS[a].own_projections else "the text's"
-        lines.append({"projections": projections, "trained with": f"{softmax} softmax", "drawn so": own, "drawn with the other": other})
+        line = {"projections": projections, "trained with": f"{softmax} softmax", "drawn as trained": own}
+        lines.append(line | {"drawn with the other softmax": other})
     return pd.DataFrame(lines)
 
 

@@ -52,14 +52,21 @@ def execute(workspace: Workspace, study: Study, out: Path, jobs: int) -> None:
     check_output(path)
     check_output(out / "RESULTS.md")
     workspace = workspace.with_fingerprints(study)  # loads the scorer and the judge before hours of training
-    if path.exists() and changed_names(Results.of(path).data["made_from"], workspace.made_from) == ["source files"]:
-        print(f"{path} is complete, and was made by other source files: only its report is written. --out FOLDER trains anew")
+    if finished(path, workspace):
         return rewrite(workspace, out, study.device)
     restore(path, workspace)
     if study.device == "cpu":
         torch.set_num_threads(1)
     data, units = evaluate(workspace, study, jobs)
     write(Results(data, units), workspace, study, out)
+
+
+def finished(path: Path, workspace: Workspace) -> bool:
+    """Return whether `path` holds the results of the same study by other source files, and say that nothing more is trained."""
+    if not path.exists() or changed_names(Results.of(path).data["made_from"], workspace.made_from) != ["source files"]:
+        return False
+    print(f"{path} was made by other source files: only its report is written. --out FOLDER trains anew")
+    return True
 
 
 def restore(path: Path, workspace: Workspace) -> None:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from checkpoints.files import replacing
+from eval.ablation.endpoint import where_read
 from eval.ablation.forms import FORMS, OWN, SHARED, fraction
 from eval.ablation.points import SHOWN, drawn_at
 from eval.ablation.rows import Results
@@ -103,13 +104,17 @@ def plot_alone(results: Results, axes: Axes) -> None:
 
 
 def plot_cause(results: Results, path: Path) -> None:
-    """Plot the forms between a sum and a joint softmax, for tier B: a dot for each seed at the level, and a ring for lambda 1."""
+    """Plot the forms between a sum and a joint softmax, for tier B: a dot for each seed at the level, open if it is read at an end of its
+    curve, and a ring for lambda 1."""
     sides = {"the text's projections": SHARED, "own projections": OWN}
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axes, (title, (total, joint, image_yields, text_yields, *_)) in zip(panels, sides.items(), strict=True):
         for i, form in enumerate((total, text_yields, image_yields, joint)):
             ends, one = results.data["summary"]["endpoint"][form]["information"], results.data["summary"]["one"][form]["information"]
-            axes.plot(i + 0.08 * (np.arange(len(ends)) - len(ends) / 2 + 0.5), ends, "o", color=f"C{i}", markersize=5)
+            following = results.curve(form).following.mean(axis=-1)
+            for x, end, each in zip(i + 0.08 * (np.arange(len(ends)) - len(ends) / 2 + 0.5), ends, following, strict=True):
+                between = where_read(each, results.study["level"]) == "between"
+                axes.plot(x, end, "o", color=f"C{i}", markersize=5, markerfacecolor=f"C{i}" if between else "white")
             axes.plot(i, one, "o", color="black", markersize=11, markerfacecolor="none")
         axes.set_xticks(range(4), ["$A_t + λ A_i$", "$g A_t + λ A_i$", "$A_t + λ (1-g) A_i$", "joint softmax"])
         axes.axhline(results.data["summary"]["ceiling"], color="grey", linewidth=0.8, linestyle="--")

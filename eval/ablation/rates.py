@@ -90,7 +90,7 @@ def differences(results: Results, first: Results) -> dict[str, Interval]:
     found = {"at the level": bootstrap.difference(ours, by_step[results.study["steps"]], read)}
     for key in PARTS:
         a, b = (source.curve(form, following=key).first(seeds) for source, form in both)
-        found[f"at the level, where only the {key.removeprefix('right ')} counts"] = bootstrap.difference(a, b, read)
+        found[f"at the level, counting only the {key.removeprefix('right ')}"] = bootstrap.difference(a, b, read)
     found[f"at the level, with the simple adapter after {best:,} steps, its best"] = bootstrap.difference(ours, by_step[best], read)
     for task, name in ((results.primary, "at λ = 1"), ("picture", "the image prompt alone at λ = 1")):
         a, b = (curve_at_one(source, form, task, "information").first(seeds) for source, form in both)

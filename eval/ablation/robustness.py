@@ -37,10 +37,10 @@ def robustness(results: Results) -> dict[str, Any]:
 
 
 def only(results: Results, following: str, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Return the primary difference where only the measure `following` counts as following the text, for each set of prompts; and where
-    the simple adapter is `read`."""
+    """Return the primary difference where only the measure `following` counts as following the text, for each set of prompts that was
+    drawn; and where the simple adapter is `read`."""
     found: dict[str, Any] = {"read": {}}
-    for split in [split for split in ("test", "confirm") if split in results.data["prompts"]]:
+    for split in [split for split in ("test", "confirm") if f"alone-{results.primary}-{split}" in results.units]:
         ours, simple = (results.curve(form, split=split, following=following) for form in (IP_ADAPTER, SIMPLE))
         found[split] = asdict(bootstrap.difference(ours, simple, at_level(results.study["level"])))
         found["read"][split] = count_ends(simple, results.study["level"])

@@ -17,9 +17,10 @@ import pandas as pd
 
 from checkpoints.files import replacing
 from eval.ablation.appendix import mark
-from eval.ablation.endpoint import endpoint
+from eval.ablation.endpoint import PARTS, endpoint
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE
 from eval.ablation.report import spread
+from eval.ablation.robustness import only
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level
 from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, earlier, jobs_of
@@ -62,13 +63,14 @@ def summarise(results: Results) -> dict[str, Any]:
     """Compute all numbers of the table, from a study that has both forms: this tier, or tier B."""
     level, forms = results.study["level"], (IP_ADAPTER, SIMPLE)
     curves = {form: results.curve(form) for form in forms}
-    difference = Bootstrap(results.study["resamples"]).difference(curves[IP_ADAPTER], curves[SIMPLE], at_level(level))
+    bootstrap = Bootstrap(results.study["resamples"])
     return {
         "alone": float(results.measures(f"alone-{results.primary}-test")["following"].mean()),
         "ceiling": float(results.measures("references")["information"][1].mean()),
         "endpoint": {form: endpoint(curve, level) for form, curve in curves.items()},
         "one": {form: at_one(results, form) for form in forms},
-        "difference": asdict(difference),
+        "difference": asdict(bootstrap.difference(curves[IP_ADAPTER], curves[SIMPLE], at_level(level))),
+        "only": {key: only(results, key, bootstrap) for key in PARTS},
     }
 
 
@@ -80,9 +82,19 @@ def table(summaries: dict[str, dict[str, Any]]) -> pd.DataFrame:
             one, line = summary["one"][form], {"base": base, "form": FORMS[form].short}
             line |= {"information at the level": mark(spread(end["information"]), end), "λ = 1: follows": f"{one['following']:.0%}"}
             lines.append(line | {"λ = 1: concept": f"{one['concept']:.0%}", "λ = 1: information": f"{one['information']:.1f}"})
-        difference = with_interval(summary["difference"])
-        lines.append({"base": base, "form": "difference [95 %]", "information at the level": difference})
+        for name, numbers in differences(summary).items():
+            lines.append({"base": base, "form": name, "information at the level": with_interval(numbers)})
     return pd.DataFrame(lines)
+
+
+def differences(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the difference of the two forms by name: with an interval over seeds and prompts, over seeds alone, and if only a part of the
+    text counts as following."""
+    whole = summary["difference"]
+    found = {"difference [95 %]": whole}
+    if whole["seeds"]:
+        found["the same, over seeds alone"] = whole | dict(zip(("low", "high"), whole["seeds"], strict=True))
+    return found | {f"difference, counting only the {key.removeprefix('right ')}": each["test"] for key, each in summary["only"].items()}
 
 
 def both_bases(results: Results, first: Results | None) -> dict[str, dict[str, Any]]:
@@ -96,7 +108,12 @@ def run(args: Namespace) -> None:
     base = args.base or args.out / "runs" / "second_base" / "weights"
     if args.smoke and args.base is None:
         raise ValueError("--smoke does not train a second base: name a folder of weights with --base, such as weights")
-    if args.base is None:
-        train_base(base, args.weights, base.parent, args.device)
-    results = Tier("second_base", "second-base", SecondStudy(), jobs_of, summarise, {}).run(args, base)
+    tier = Tier("second_base", "second-base", SecondStudy(), jobs_of, summarise, {})
+    if args.base is None and tier.results(args).exists() and not base.exists():
+        print(f"The second base of {tier.results(args)} is not in {base}: only the report is written. --out FOLDER trains anew")
+        results = tier.report(tier.results(args))
+    else:
+        if args.base is None:
+            train_base(base, args.weights, base.parent, args.device)
+        results = tier.run(args, base)
     print(markdown(table(both_bases(results, earlier(results, args.out, "cause")))))

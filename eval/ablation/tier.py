@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from checkpoints.files import check_output, write_json, write_tensors
-from eval.ablation.command import default_jobs, restore
+from eval.ablation.command import default_jobs, finished, restore
 from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_run
 from eval.ablation.memo import pack
 from eval.ablation.rows import SCHEMA, Results
@@ -85,20 +85,33 @@ class Tier:
         adapters, command = args.out / "results" / self.name, f"python -m eval {self.command}"
         return Workspace(source, adapters, state, str(args.weights), command=command).with_fingerprints(study), study
 
+    def results(self, args: Namespace) -> Path:
+        """Return the file of the results."""
+        path: Path = args.out / "results" / f"{self.name}.json"
+        return path
+
     def run(self, args: Namespace, base: Path) -> Results:
-        """Train and draw what is missing, and write results/NAME.json and .safetensors."""
-        path = args.out / "results" / f"{self.name}.json"
+        """Train and draw what is missing, and write results/NAME.json and .safetensors. Results by other source files are only reported."""
+        path = self.results(args)
         check_output(path)
         workspace, study = self.place(args, base)
+        if finished(path, workspace):
+            return self.report(path)
         restore(path, workspace)
         if study.device == "cpu":
             torch.set_num_threads(1)
         data, units = evaluate(workspace, study, args.jobs or default_jobs(study.device), self.jobs)
         rows, arrays = pack(units)
         write_tensors(path.with_suffix(".safetensors"), arrays, None)
+        write_json(path, {"schema": {}, **data, "summary": {}, "units": rows})
+        return self.report(path)
+
+    def report(self, path: Path) -> Results:
+        """Write the description and the summary of the results in `path` again, and return the results."""
+        results = Results.of(path)
         summary = f"{self.summarise.__module__.replace('.', '/')}.py::{self.summarise.__name__}"
         schema = SCHEMA | self.units | {"summary": summary}
-        write_json(path, {"schema": schema, **data, "summary": self.summarise(Results(data, units)), "units": rows})
+        write_json(path, results.data | {"schema": schema, "summary": self.summarise(results)})
         return Results.of(path)
 
 

@@ -140,7 +140,9 @@ def table(results: dict[str, Any]) -> str:
         if "values" in row:
             rows += lines(name, row["values"], ROW_RATIOS.get(name, step.RATIOS))
         else:
-            rows.append([name, f"{row['ours']:.1f} s", f"{row['theirs']:.1f} s", f"{row['ratio']:.2f}"])
+            few = row.get("extrapolated_from")
+            label = f"{name}, extrapolated from {few[0]} and {few[1]} steps" if few else name
+            rows.append([label, f"{row['ours']:.1f} s", f"{row['theirs']:.1f} s", f"{row['ratio']:.2f}"])
         if "limit" in row:
             rows.append([f"{name}: at the peak of this machine", f"{row['limit']:.1f} s", "", ""])
     return markdown(pd.DataFrame(rows, columns=["", "ours", "diffusers", "ratio"]))
