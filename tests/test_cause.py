@@ -220,8 +220,10 @@ def test_the_variants_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     commands.run(commands.parser().parse_args(["--weights", str(weights), "variants", *size]))
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines[next(i for i, line in enumerate(lines) if line.startswith("| form")) + 2 :]]
-    assert [row[0].removeprefix("| ") for row in rows] == [FORMS[form].name for form in VARIANTS]
-    sizes = {form: int(row[1].replace(",", "")) for form, row in zip(VARIANTS, rows, strict=True)}
+    sizes = {row[0].removeprefix("| "): int(row[1].replace(",", "")) for row in rows}
+    controls = [f"{FORMS[form].name}; seed 0, trained with these" for form in variants.CONTROLS]
+    assert sorted(sizes) == sorted([*(FORMS[form].name for form in VARIANTS), *controls])
+    sizes = {form: sizes[FORMS[form].name] for form in VARIANTS}
     assert sizes["tokens_1"] < sizes["zero_values"] < sizes["tokens_16"] < sizes["tokens_64"]
     assert sizes["joint_even"] == sizes["joint_unpadded"] == sizes["zero_values"] and sizes["simple_even"] < sizes["tokens_1"]
     adapter = load(tmp_path / "results" / "variants" / "tokens_16-0.safetensors", load_unet(weights / "unet.safetensors"))

@@ -10,6 +10,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +24,11 @@ from torch import Tensor
 
 from checkpoints import cards
 from eval import __main__ as commands
+from eval.ablation import rival_draws
+from eval.ablation.memo import Unit
 from eval.ablation.reference import ReferenceOnly, ReferenceUNet
 from eval.ablation.rival import Rival, RivalPipeline, parameters_of, width
-from eval.ablation.rival_draws import REFERENCE, loss_of
+from eval.ablation.rival_draws import REFERENCE, RivalStudy, loss_of
 from eval.ablation.rivals import LARGE, MLP, TRAINED, GlobalAdapter, ImageVariations, UnCLIP
 from eval.ablation.rivals_table import NAMES, PAPER
 from eval.ablation.rows import Results
@@ -265,6 +269,28 @@ def test_reference_only(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> No
     same = schedule.add_noise(torch.cat([latents, latents]), noise, times)
     again = ReferenceUNet(unet, schedule, fidelity=0.0)(same, torch.tensor(500), context)
     torch.testing.assert_close(again, unet(same, 500, Context(torch.cat([text, -text]))), atol=1e-4, rtol=1e-4)
+
+
+EDGES: dict[str, tuple[dict[float, float], float, bool]] = {
+    "in the middle": ({1e-4: 3, 3e-4: 1, 1e-3: 2}, 3e-4, False),
+    "smallest, and no smaller one is better": ({1e-4 / 3: 2, 1e-4: 1, 3e-4: 2, 1e-3: 3}, 1e-4, False),
+    "largest, and a larger one is better": ({1e-4: 3, 3e-4: 2, 1e-3: 1, 3e-3: 0.5}, 3e-3, True),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_one_more_rate_is_tried_at_an_edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    losses, chosen, at_edge = EDGES[case]
+    tried = list[float]()
+
+    def train(_: Any, __: Any, name: str, rate: float) -> Unit:
+        tried.append(rate)
+        return Unit({"held_out": next(loss for each, loss in losses.items() if each == pytest.approx(rate))}, {})
+
+    monkeypatch.setattr(rival_draws, "train_rival", train)
+    unit = rival_draws.choose(SimpleNamespace(work=tmp_path), RivalStudy(), "unclip")  # type: ignore[arg-type]
+    assert unit.value["chosen"] == pytest.approx(chosen) and unit.value["at_edge"] == at_edge
+    assert sorted(tried) == pytest.approx(sorted(losses))
 
 
 def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

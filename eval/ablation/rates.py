@@ -65,7 +65,7 @@ def curves(results: Results, form: str) -> dict[int, Curve]:
 def of_form(results: Results, form: str) -> dict[str, Any]:
     """Return a form's learning rate, its endpoints after 1/4, 1/2 and all of the steps, and what is drawn at lambda 1 in the end."""
     ends = {str(step): endpoint(curve, results.study["level"]) for step, curve in curves(results, form).items()}
-    picture = curve_at_one(results, form, "picture", "information").seeds(at_index(0)).mean()
+    picture = curve_at_one(results, form, "picture").seeds(at_index(0)).mean()
     return {"rate": trainings(results)[form][0]["rate"], "endpoint": ends, "one": at_one(results, form) | {"picture": float(picture)}}
 
 
@@ -93,7 +93,7 @@ def differences(results: Results, first: Results) -> dict[str, Interval]:
         found[f"at the level, counting only the {key.removeprefix('right ')}"] = bootstrap.difference(a, b, read)
     found[f"at the level, with the simple adapter after {best:,} steps, its best"] = bootstrap.difference(ours, by_step[best], read)
     for task, name in ((results.primary, "at λ = 1"), ("picture", "the image prompt alone at λ = 1")):
-        a, b = (curve_at_one(source, form, task, "information").first(seeds) for source, form in both)
+        a, b = (curve_at_one(source, form, task).first(seeds) for source, form in both)
         found[name] = bootstrap.difference(a, b, at_index(0))
     return found
 

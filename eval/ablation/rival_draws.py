@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -146,18 +146,29 @@ def training(name: str, rate: float) -> str:
     return f"train-{name}-{rate:g}"
 
 
+def best_of(units: Mapping[float, Unit], name: str) -> float:
+    """Return the learning rate with the lowest held-out loss."""
+    return best_rate({rate: unit.value["held_out"] for rate, unit in units.items()}, name)
+
+
 def choose(workspace: Workspace, study: RivalStudy, name: str) -> Unit:
-    """Choose the learning rate of a rival by its held-out loss; ship the weights unless they are large."""
+    """Choose the learning rate of a rival by its held-out loss; ship the weights unless they are large.
+
+    If the best rate is at an edge of the range, one more is trained beyond it, a third or three times as large.
+    """
 
     def make() -> Unit:
         units = {rate: train_rival(workspace, study, name, rate) for rate in study.rates_of(name)}
-        rate = best_rate({rate: unit.value["held_out"] for rate, unit in units.items()}, name)
+        if (rate := best_of(units, name)) in (low := min(units), max(units)):
+            more = rate / 3 if rate == low else rate * 3
+            units[more] = train_rival(workspace, study, name, more)
+            rate = best_of(units, name)
         if name not in LARGE:
             shipped = workspace.adapters / f"{name}.safetensors"
             with replacing(shipped) as part:
                 shutil.copyfile(file_of(workspace, name, rate), part)
             write_json(shipped.with_suffix(".json"), {"command": workspace.command, **units[rate].value, **units[rate].made})
-        return Unit({"rival": name, "chosen": rate}, units[rate].made)
+        return Unit({"rival": name, "chosen": rate, "at_edge": rate in (min(units), max(units))}, units[rate].made)
 
     return Memo(workspace.work)(f"chosen-{name}", make)
 

@@ -47,9 +47,11 @@ def summarise(results: Results) -> dict[str, Any]:
     """Compute the numbers of the table, with 95 % intervals over prompts, for the rows of `NAMES`, each task and each of `MEASURES`."""
     rows: dict[str, Any] = {}
     for name in ["none", *results.study["forms"], "truth"]:
-        sizes = [unit.value["parameters"] for unit in results.units.values() if unit.value.get("rival") == name and "rate" in unit.value]
+        runs = [unit.value for unit in results.units.values() if unit.value.get("rival") == name]
+        sizes, choices = ([run for run in runs if key in run] for key in ("parameters", "chosen"))
         units = {"none": {task: f"alone-{task}-test" for task in DRAWN}, "truth": {"picture": "references"}}
-        rows[name] = {"parameters": sizes[0] if sizes else 0}
+        rows[name] = {"parameters": sizes[0]["parameters"] if sizes else 0}
+        rows[name] |= {key: choices[0][key] for key in ("chosen", "at_edge")} if choices else {}
         for task, unit in units.get(name, {task: f"drawn-{name}-{task}" for task in DRAWN}).items():
             values = _values(results, unit)
             rows[name][task] = {key: bootstrap(torch.from_numpy(values[key])) for key in MEASURES}
@@ -64,23 +66,35 @@ def _values(results: Results, unit: str) -> dict[str, Array]:
 
 
 def table(results: Results) -> pd.DataFrame:
-    """Tabulate the picture alone as in Table 1, with the paper's own numbers, and the complementary prompts beside it."""
+    """Tabulate the picture alone as in Table 1, with 95 % intervals over prompts and the paper's own numbers, and the complementary
+    prompts beside it. "*" marks a learning rate at the edge of those that were tried."""
     lines = []
     for name, row in results.data["summary"].items():
-        picture, scene = ({key: each[0] for key, each in row.get(task, {}).items()} for task in DRAWN)
+        picture, scene = (row.get(task, {}) for task in DRAWN)
         line = {"": NAMES[name], "trained parameters": f"{row['parameters']:,}" if name in TRAINED else ""}
-        line |= {"CLIP-I (mini CLIP)": f"{picture['clip_i']:.3f}", "CLIP-T (mini CLIP)": f"{picture['clip_t']:.3f}"}
+        line["rate"] = f"{row['chosen']:.3g}" + (" \\*" if row["at_edge"] else "") if "chosen" in row else ""
+        line |= {f"{title} (mini CLIP)": _within(picture[key], 3) for key, title in (("clip_i", "CLIP-I"), ("clip_t", "CLIP-T"))}
         line["the paper's, on COCO"] = "{:.3f}, {:.3f}".format(*PAPER[name]) if name in PAPER else ""
-        line |= {"concept": f"{picture['concept']:.0%}", "information": f"{picture['information']:.1f}"}
-        follows = "reads no text" if name == "variations" else f"{scene['following']:.0%}" if scene else ""
-        lines.append(line | {"scene: follows": follows, "scene: information": f"{scene['information']:.1f}" if scene else ""})
+        line |= {"concept": f"{picture['concept'][0]:.0%}", "information": _within(picture["information"], 1)}
+        follows = "reads no text" if name == "variations" else f"{scene['following'][0]:.0%}" if scene else ""
+        lines.append(line | {"scene: follows": follows, "scene: information": _within(scene["information"], 1) if scene else ""})
     return pd.DataFrame(lines)
+
+
+def _within(numbers: list[float], digits: int) -> str:
+    """Format a mean and its interval."""
+    mean, low, high = numbers
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def run(args: Namespace) -> None:
     """`python -m eval rivals`"""
     check_options(args)
-    more = {"train-RIVAL-RATE": "parameters, learning rate, held-out loss", "drawn-RIVAL-TASK": "4 noises of the picture alone, else one"}
+    more = {
+        "train-RIVAL-RATE": "parameters, learning rate, held-out loss",
+        "chosen-RIVAL": "its learning rate, and whether that is at the edge of those that were tried",
+        "drawn-RIVAL-TASK": "4 noises of the picture alone, else one",
+    }
     tier = Tier("rivals", "rivals", RivalStudy(), jobs_of, summarise, more)
     results = tier.run(args, args.weights)
     workspace, study = tier.place(args, args.weights)

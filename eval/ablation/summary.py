@@ -129,8 +129,8 @@ def at_one(results: Results) -> dict[str, Any]:
     return measures
 
 
-def curve_at_one(results: Results, form: str, task: str, key: str) -> Curve:
-    """Return the curve of a form at lambda 1 only."""
+def curve_at_one(results: Results, form: str, task: str = "", key: str = "information") -> Curve:
+    """Return the curve of a form at lambda 1 only, by default on the first task."""
     curve, index = results.curve(form, key, task), results.grid(form).index(1.0)
     return Curve(curve.following[:, index : index + 1], curve.value[:, index : index + 1])
 

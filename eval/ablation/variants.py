@@ -13,14 +13,17 @@ import pandas as pd
 
 from eval.ablation.appendix import mark
 from eval.ablation.endpoint import endpoint
-from eval.ablation.forms import FORMS, VARIANTS
+from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE, VARIANTS
 from eval.ablation.report import spread
 from eval.ablation.rows import Results
-from eval.ablation.statistics import Bootstrap, at_level
+from eval.ablation.statistics import Bootstrap, at_index, at_level
 from eval.ablation.study import source_hash
-from eval.ablation.summary import trainings
+from eval.ablation.summary import curve_at_one, trainings
 from eval.ablation.tier import CODE, ShortStudy, Tier, at_one, check_options, earlier, jobs_of
 from eval.tables import markdown, with_interval
+
+HEADS = "minus the form it varies [95 %]", "λ = 1: minus it [95 %]"
+CONTROLS = IP_ADAPTER, SIMPLE  # trained again with seed 0, because tier B ran on another processor
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,11 @@ class VariantStudy(ShortStudy):
     """The size of tier D. `code`: a hash of the source files of the forms."""
 
     seeds: int = 3
-    forms: tuple[str, ...] = tuple(VARIANTS)
+    forms: tuple[str, ...] = (*VARIANTS, *CONTROLS)
     code: str = field(default_factory=lambda: source_hash(CODE))
+
+    def seeds_of(self, form: str) -> range:
+        return range(1) if form in CONTROLS else super().seeds_of(form)
 
 
 def summarise(results: Results) -> dict[str, Any]:
@@ -46,26 +52,31 @@ def of_form(results: Results, form: str) -> dict[str, Any]:
 def compare(results: Results, first: Results | None) -> pd.DataFrame:
     """Tabulate each form, below the form of tier B that it varies, with the difference. `first`: the results of tier B."""
     lines = []
-    bootstrap, read = Bootstrap(results.study["resamples"]), at_level(results.study["level"])
     for origin in dict.fromkeys(VARIANTS.values()):
         if first is not None:
-            lines.append(_line(origin, of_form(first, origin)))
-        for form in [form for form, varied in VARIANTS.items() if varied == origin]:
-            line = _line(form, results.data["summary"][form])
-            if first is not None:
-                difference = bootstrap.difference(results.curve(form), first.curve(origin), read)
-                line["minus the form it varies [95 %]"] = with_interval(asdict(difference))
-            lines.append(line)
+            lines.append(_line(FORMS[origin].name, of_form(first, origin)))
+        for form in [form for form, varied in (VARIANTS | {control: control for control in CONTROLS}).items() if varied == origin]:
+            name = f"{FORMS[form].name}; seed 0, trained with these" if form in CONTROLS else FORMS[form].name
+            line = _line(name, results.data["summary"][form])
+            lines.append(line if first is None else line | differences(results, form, first, origin))
     return pd.DataFrame(lines)
 
 
-def _line(form: str, numbers: dict[str, Any]) -> dict[str, str]:
+def differences(results: Results, form: str, first: Results, origin: str) -> dict[str, str]:
+    """Format the difference of a form from the one that it varies, at the level and at lambda 1."""
+    bootstrap, both = Bootstrap(results.study["resamples"]), ((results, form), (first, origin))
+    (a, b), (c, d) = [source.curve(each) for source, each in both], [curve_at_one(source, each) for source, each in both]
+    found = bootstrap.difference(a, b, at_level(results.study["level"])), bootstrap.difference(c, d, at_index(0))
+    return dict(zip(HEADS, (with_interval(asdict(each)) for each in found), strict=True))
+
+
+def _line(name: str, numbers: dict[str, Any]) -> dict[str, str]:
     """Format the numbers of a form."""
     end, one = numbers["endpoint"], numbers["one"]
-    line = {"form": FORMS[form].name, "parameters": f"{numbers['parameters']:,}"}
-    line |= {"information at the level": mark(spread(end["information"]), end), "minus the form it varies [95 %]": ""}
+    line = {"form": name, "parameters": f"{numbers['parameters']:,}"}
+    line |= {"information at the level": mark(spread(end["information"]), end), HEADS[0]: ""}
     line |= {"λ = 1: follows": f"{one['following']:.0%}", "λ = 1: concept": f"{one['concept']:.0%}"}
-    return line | {"λ = 1: information": f"{one['information']:.1f}"}
+    return line | {"λ = 1: information": f"{one['information']:.1f}", HEADS[1]: ""}
 
 
 def run(args: Namespace) -> None:
