@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -22,3 +23,8 @@ def with_interval(difference: Mapping[str, float], digits: int = 1) -> str:
     """Format a difference with its 95 % interval: "+2.0 [+1.0, +3.0]"."""
     mean, low, high = (f"{difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
+
+
+def over_seeds(difference: Mapping[str, Any]) -> str:
+    """Format a difference with its interval over seeds alone; "" if there is one seed."""
+    return with_interval({**difference, "low": difference["seeds"][0], "high": difference["seeds"][1]}) if difference["seeds"] else ""

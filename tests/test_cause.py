@@ -122,8 +122,8 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 NAMES = [
     "difference [95 %]",
-    "difference, counting only the background",
-    "difference, counting only the size and place",
+    "difference, counting only background",
+    "difference, counting only size and place",
 ]
 
 

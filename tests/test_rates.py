@@ -43,16 +43,29 @@ def test_the_table_beside_the_first_study() -> None:
     seeds = {name: unit.value.get("seed", 0) for name, unit in first.units.items() if isinstance(unit.value, dict)}
     units = {name: unit for name, unit in first.units.items() if seeds.get(name, 0) < 3}
     own = Results({**first.data, "study": first.study | {"seeds": 3}, "summary": rates.of_form(first, "simple")}, units)
-    lines = rates.table(own, first).to_dict("records")
-    assert [(line["form"], line["rate"]) for line in lines] == [("IP-Adapter", "0.0015"), ("simple", "0.0045"), ("simple", "0.0045")]
+    own.data["summary"] = rates.summarise(own)
+    lines = rates.table(own, first, None).to_dict("records")
+    heads = [(line.pop("form"), line["rate"]) for line in lines]
+    assert heads == [("IP-Adapter, tier A", "0.0015"), ("simple, tier A", "0.0045"), ("simple, tier F", "0.0045")]
     assert lines[1] == lines[2], "tier A in the place of tier F is the same on the three seeds"
-    found = rates.differences(own, first)
+    short = Results.of(ROOT / "results" / "cause.json")
+    (line,) = rates.table(own, None, short).to_dict("records")[1:]
+    assert line["form"] == "simple, tier B" and line["rate"] == "0.0015" and line["2,000 steps"].startswith("> 3")
+    leads = rates.leads(own, first)
+    found = {name: lead.difference for name, lead in leads.items()}
     pairs = zip(*(told[form]["information"][:3] for form in ("ip_adapter", "simple")), strict=True)
     assert found["at the level"].mean == pytest.approx(sum(a - b for a, b in pairs) / 3)
     at_one = first.data["summary"]["paper"]
     for task, name in (("complementary", "at λ = 1"), ("picture", "the image prompt alone at λ = 1")):
         ours, simple = (sum(at_one[task][form]["information"][:3]) / 3 for form in ("ip_adapter", "simple"))
         assert found[name].mean == pytest.approx(ours - simple)
-    best = next(each for name, each in found.items() if "its best" in name)
-    assert best.mean == min(best.mean, found["at the level"].mean) and all(each.seeds for each in found.values())
-    assert len(rates.difference_table(own, first)) == len(found) == 6
+    best = leads["at the level, the simple adapter after the best number of steps"]
+    assert best.difference.mean < found["at the level"].mean and best.note.startswith("2,000 steps")
+    assert all(each.seeds for each in found.values())
+    table = rates.difference_table(own, first)
+    assert len(table) == len(found) == 6 and (table["tier A, 0.0045"] == table["tier F, 0.0045"]).all()
+    with pytest.raises(ValueError, match=r"ip_adapter was trained at 0\.0015, and not at the rate of tier F"):
+        rates.one_rate(own, first)
+    own.data["summary"]["rate"] = 0.0015
+    with pytest.raises(ValueError, match=r"simple was trained at 0\.0045"):
+        rates.one_rate(own, first)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from eval.ablation.appendix import mark
 from eval.ablation.endpoint import PARTS
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE, TIER_A, fraction
 from eval.ablation.rows import Results
@@ -21,15 +20,14 @@ def parts(results: Results) -> list[str]:
     summary, told = results.data["summary"], []
     robustness, first = summary["robustness"], summary["difference"].get(SIMPLE, {"low": 0})
     if robustness and first["low"] > 0:
-        rest = robustness["only"]["right size and place"]["test"]
-        if rest["mean"] < first["mean"] / 2:
-            short = f"if only size and place count as following, it is {with_interval(rest)}"
-            told.append(f"Most of this lead is about the background: {short}.")
         if set(summary["endpoint"]) == set(TIER_A):
-            softmax, own = ([each[form] for each in robustness["shares"].values()] for form in ("shared", "concatenated"))
+            softmax, own = ([share[form] for share in robustness["shares"].values()] for form in ("shared", "concatenated"))
             how = "recovers most" if min(*softmax, *own) > 0.5 else "recovers a part"
-            each = f"a separate softmax {_range(softmax)}, own projections {_range(own)}, depending on the level"
-            told.append(f"Either change alone {how} of it: {each}. These overlap, so they do not add up.")
+            shares = f"a separate softmax {_range(softmax)}, own projections {_range(own)}, depending on the level"
+            told.append(f"Either change alone {how} of this lead: {shares}. These overlap, so they do not add up.")
+        if (rest := robustness["only"][PARTS[1]])["test"]["mean"] < first["mean"] / 2:
+            sets = f"{with_interval(rest['test'])}" + (f" (confirmation {with_interval(rest['confirm'])})" if "confirm" in rest else "")
+            told.append(f"Much of the lead is about the background: if only size and place count as following, it is {sets}.")
     for form, difference in summary["difference"].items():
         if form != SIMPLE and difference["low"] <= 0 <= difference["high"]:
             name = f"`{FORMS[form].short}` ({FORMS[form].name})"
@@ -51,17 +49,22 @@ def _reading(results: Results) -> list[str]:
     summary, robustness = results.data["summary"], results.data["summary"]["robustness"]
     if not robustness:
         return []
-    grounds, rest = (_on_each_set(robustness["only"][key]) for key in PARTS)
+    (grounds, rest), seeds = (robustness["only"][key] for key in PARTS), len(summary["endpoint"][SIMPLE]["information"])
     told = [
-        f"Most of the lead is about the background. If only the background counts as following, it is {grounds}; if only size and place "
-        f"do, {rest}. In training, the image prompt always has the background of the target, so an adapter may learn to take it from there."
+        f"Much of the lead is about the background. If only the background counts as following, it is {_on_each_set(grounds)}; if only "
+        f"size and place do, {_on_each_set(rest)}. For the latter, {_at_ends(rest['read'], seeds)}; at a level of 95%, it is "
+        f"{_on_each_set(rest['strict'])}. In training, the image prompt always has the background of the target, so an adapter may "
+        "learn to take it from there."
     ]
-    levels = ", ".join(f"{mark(with_interval(each), robustness['read'][level])} at {level}" for level, each in robustness["levels"].items())
-    shares = robustness["shares"]
-    told.append(f"The size of the lead depends on the level: {levels}.")
-    if set(shares[f"{results.study['level']:.0%}"]) == {"shared", "concatenated"}:
-        parts = ", ".join(f"{each['shared']:.0%} and {each['concatenated']:.0%} at {level}" for level, each in shares.items())
-        told[-1] += f" So do the shares of it that a separate softmax and own projections recover alone: {parts}. They have no intervals."
+    by_set = [
+        f"{', '.join(f'{with_interval(each)} at {level}' for level, each in levels.items())} ({SETS[split]})"
+        for split, levels in robustness["levels"].items()
+    ]
+    where = "Levels at which all seeds of a form lie on the straight line from the text alone are left out."
+    told.append(f"The size of the lead depends on the level: {'; '.join(by_set)}. {where}")
+    if shares := {level: each for level, each in robustness["shares"].items() if each.keys() == {"shared", "concatenated"}}:
+        pairs = ", ".join(f"{each['shared']:.0%} and {each['concatenated']:.0%} at {level}" for level, each in shares.items())
+        told[-1] += f" A separate softmax and own projections alone recover {pairs} of it; we give no intervals for these shares."
     end, smallest = summary["endpoint"][SIMPLE], robustness["smallest"]
     if not end["start"]:
         return told
@@ -71,15 +74,21 @@ def _reading(results: Results) -> list[str]:
         f"their smallest lambda, {fraction(results.grid(SIMPLE)[1])}. At that lambda it follows {smallest['share']:.0%} as often as "
         f"the text alone, and has {smallest['information']:.1f}; with this number, the lead would be {lead:+.1f}."
     )
-    if not summary.get("confirmed_read", {SIMPLE: {"start": 1}})[SIMPLE]["start"]:
+    if (read := summary.get("confirmed_read")) and not any(read[SIMPLE].values()):
         line += " On the confirmation prompts, all seeds are read between lambdas that were drawn."
     return [*told, line]
 
 
-def _on_each_set(only: dict[str, Any]) -> str:
-    """Write the primary difference on each set of prompts, where only a part of the text counts."""
-    sets = {split: name for split, name in SETS.items() if split in only}
-    return " and ".join(f"{mark(with_interval(only[split]), only['read'][split])} ({name})" for split, name in sets.items())
+def _on_each_set(differences: dict[str, Any]) -> str:
+    """Write a difference on each set of prompts."""
+    return " and ".join(f"{with_interval(differences[split])} ({name})" for split, name in SETS.items() if split in differences)
+
+
+def _at_ends(read: dict[str, dict[str, dict[str, int]]], seeds: int) -> str:
+    """Say how many readings are at the end of their curve, over all seeds and sets of prompts."""
+    ours, simple = (sum(ends[form]["end"] for ends in read.values()) for form in (IP_ADAPTER, SIMPLE))
+    of = f"of {seeds * len(read)} readings"
+    return f"IP-Adapter is read at its largest lambda in {ours} {of}, and the simple adapter in {simple}"
 
 
 def _length(results: Results) -> list[str]:
@@ -89,9 +98,10 @@ def _length(results: Results) -> list[str]:
         return []
     steps, means = by_step["steps"], [each["mean"] for each in by_step["difference"]]
     simple, least = np.mean(by_step["endpoint"][SIMPLE], axis=1), int(np.argmin(means))
-    told = f"The lead depends on the length of training. It is smallest after {steps[least]:,} steps: {means[least]:+.1f}."
     if 0 < least < len(steps) - 1:
         told = f"The lead shrinks until {steps[least]:,} steps ({means[least]:+.1f}), then grows; the slope per doubling hides this."
+    else:
+        told = f"The lead depends on the length of training. It is smallest after {steps[least]:,} steps: {means[least]:+.1f}."
     if end := by_step["read"][SIMPLE][least]["end"]:
         seeds = len(by_step["endpoint"][SIMPLE][least])
         told += f" After {steps[least]:,} steps, {end} of {seeds} seeds of the simple adapter are still above the level at their largest "
@@ -133,9 +143,11 @@ def _other_measures(results: Results) -> list[str]:
     if (clip := summary["paper"]["difference"]["clip_i"].get(SIMPLE)) and clip["low"] <= 0:
         told.append(f"With the image prompt alone at lambda 1, CLIP-I does not separate the two forms: {with_interval(clip, 3)}.")
     if SIMPLE in summary["losses"] and results.truth():
-        better = [_better(task, summary["paper"][task]) for task in ("picture", "complementary")]
+        better = [_better(task, summary["paper"][task]) for task in results.data["tasks"]]
         if found := "; ".join(filter(None, better)):
-            told.append(f"At lambda 1, the simple adapter has higher means in some measures: {found}.")
+            follows = np.mean(summary["paper"][results.primary][SIMPLE]["following"])
+            where = f"where it follows {follows:.0%} of the {results.primary} texts"
+            told.append(f"At lambda 1, {where}, the simple adapter has higher means in some measures: {found}.")
     means = {form: np.mean(losses) for form, losses in summary["losses"].items()}
     if lower := [f"`{FORMS[form].short}`" for form in means if means[form] < means[IP_ADAPTER]]:
         told.append(f"The held-out loss of {' and '.join(lower)} is lower than that of IP-Adapter.")
@@ -152,6 +164,6 @@ def _better(task: str, measures: dict[str, Any]) -> str:
     found = []
     for key, (name, digits) in {"concept": ("concept", ".0%"), "clip_i": ("CLIP-I", ".3f"), "clip_t": ("CLIP-T", ".3f")}.items():
         simple, ours = (np.mean(measures[form][key]) for form in (SIMPLE, IP_ADAPTER))
-        if simple > ours:
+        if simple > ours and f"{simple:{digits}}" != f"{ours:{digits}}":
             found.append(f"{name} {simple:{digits}} against {ours:{digits}}")
     return f"`{task}`, {', '.join(found)}" if found else ""

@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from eval.ablation.appendix import mark
 from eval.ablation.draws import Draw, draw
-from eval.ablation.endpoint import PARTS, endpoint
-from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE, TIER_A
+from eval.ablation.endpoint import PARTS, count_ends, endpoint
+from eval.ablation.forms import IP_ADAPTER, SIMPLE, TIER_A
 from eval.ablation.report import spread, square_of
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, Curve, Interval, at_index, at_level
@@ -26,7 +25,7 @@ from eval.ablation.summary import curve_at_one, trainings
 from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, earlier
 from eval.ablation.tier import jobs_of as jobs_at_the_end
 from eval.ablation.work import Job
-from eval.tables import markdown, with_interval
+from eval.tables import markdown, over_seeds, with_interval
 
 
 @dataclass(frozen=True)
@@ -65,54 +64,82 @@ def curves(results: Results, form: str) -> dict[int, Curve]:
 def of_form(results: Results, form: str) -> dict[str, Any]:
     """Return a form's learning rate, its endpoints after 1/4, 1/2 and all of the steps, and what is drawn at lambda 1 in the end."""
     ends = {str(step): endpoint(curve, results.study["level"]) for step, curve in curves(results, form).items()}
-    picture = curve_at_one(results, form, "picture").seeds(at_index(0)).mean()
-    return {"rate": trainings(results)[form][0]["rate"], "endpoint": ends, "one": at_one(results, form) | {"picture": float(picture)}}
+    picture = curve_at_one(results, form, "picture").first(RateStudy.seeds).seeds(at_index(0)).mean()
+    one = at_one(results, form, RateStudy.seeds) | {"picture": float(picture)}
+    return {"rate": trainings(results)[form][0]["rate"], "endpoint": ends, "one": one}
 
 
-def table(results: Results, first: Results | None) -> pd.DataFrame:
-    """Tabulate the simple adapter below the two forms of tier A, `first`, all on the seeds of tier F."""
-    rows = [("IP-Adapter", of_form(first, IP_ADAPTER)), ("simple", of_form(first, SIMPLE))] if first else []
+def table(results: Results, first: Results | None, short: Results | None) -> pd.DataFrame:
+    """Tabulate the simple adapter below the two forms of tier A, `first`, and its short training of tier B, `short`. All have the
+    seeds of tier F."""
+    rows = {"IP-Adapter, tier A": of_form(first, IP_ADAPTER), "simple, tier A": of_form(first, SIMPLE)} if first else {}
     lines = []
-    for name, numbers in [*rows, ("simple", results.data["summary"])]:
+    for name, numbers in (rows | {"simple, tier F": results.data["summary"]}).items():
         line = {"form": name, "rate": f"{numbers['rate']:g}"}
         line |= {f"{int(step):,} steps": mark(spread(end["information"]), end) for step, end in numbers["endpoint"].items()}
         line |= {"λ = 1: follows": f"{numbers['one']['following']:.0%}", "λ = 1: information": f"{numbers['one']['information']:.1f}"}
         lines.append(line | {"image prompt alone": f"{numbers['one']['picture']:.1f}"})
+    if short:
+        end, rate = endpoint(short.curve(SIMPLE).first(RateStudy.seeds), short.study["level"]), trainings(short)[SIMPLE][0]["rate"]
+        steps = f"{short.study['steps']:,} steps"
+        lines.append({"form": "simple, tier B", "rate": f"{rate:g}", steps: mark(spread(end["information"]), end)})
     return pd.DataFrame(lines)
 
 
-def differences(results: Results, first: Results) -> dict[str, Interval]:
-    """Return IP-Adapter of tier A, `first`, minus the simple adapter of `results`, read in several ways, on the seeds that both have."""
-    seeds, bootstrap = RateStudy.seeds, Bootstrap(results.study["resamples"])
-    read, both = at_level(results.study["level"]), ((first, IP_ADAPTER), (results, SIMPLE))
+@dataclass(frozen=True)
+class Lead:
+    """IP-Adapter minus the simple adapter, and a note on how it was read."""
+
+    difference: Interval
+    note: str = ""
+
+    def __str__(self) -> str:
+        return with_interval(asdict(self.difference)) + (f" ({self.note})" if self.note else "")
+
+
+def leads(results: Results, first: Results) -> dict[str, Lead]:
+    """Return IP-Adapter of tier A, `first`, minus the simple adapter of `results`, read in several ways, on the seeds of tier F."""
+    seeds, bootstrap, level = RateStudy.seeds, Bootstrap(results.study["resamples"]), results.study["level"]
+    both = (first, IP_ADAPTER), (results, SIMPLE)
+
+    def lead(ours: Curve, simple: Curve, note: str = "") -> Lead:
+        ends = {name: count_ends(curve, level)["end"] for name, curve in (("IP-Adapter", ours), ("simple", simple))}
+        read = [f"{name} at its largest λ: {count} of {seeds}" for name, count in ends.items() if count]
+        return Lead(bootstrap.difference(ours, simple, at_level(level)), "; ".join([*([note] if note else []), *read]))
+
     ours, by_step = curves(first, IP_ADAPTER)[first.study["steps"]], curves(results, SIMPLE)
-    best = max(by_step, key=lambda step: float(by_step[step].seeds(read).mean()))
-    found = {"at the level": bootstrap.difference(ours, by_step[results.study["steps"]], read)}
+    best = max(by_step, key=lambda step: float(by_step[step].seeds(at_level(level)).mean()))
+    found = {"at the level": lead(ours, by_step[results.study["steps"]])}
     for key in PARTS:
         a, b = (source.curve(form, following=key).first(seeds) for source, form in both)
-        found[f"at the level, counting only the {key.removeprefix('right ')}"] = bootstrap.difference(a, b, read)
-    found[f"at the level, with the simple adapter after {best:,} steps, its best"] = bootstrap.difference(ours, by_step[best], read)
+        found[f"at the level, counting only {key.removeprefix('right ')}"] = lead(a, b)
+    found["at the level, the simple adapter after the best number of steps"] = lead(ours, by_step[best], f"{best:,} steps")
     for task, name in ((results.primary, "at λ = 1"), ("picture", "the image prompt alone at λ = 1")):
         a, b = (curve_at_one(source, form, task).first(seeds) for source, form in both)
-        found[name] = bootstrap.difference(a, b, at_index(0))
+        found[name] = Lead(bootstrap.difference(a, b, at_index(0)))
     return found
 
 
 def difference_table(results: Results, first: Results) -> pd.DataFrame:
-    """Tabulate IP-Adapter minus the simple adapter at both rates, with 95 % intervals; for tier F also those over seeds alone."""
-    lines, rate = [], f"{results.data['summary']['rate']:g}"
-    for (name, old), (_, new) in zip(differences(first, first).items(), differences(results, first).items(), strict=False):
-        line = {"IP-Adapter minus the simple adapter": name, "tier A": with_interval(asdict(old)), f"at {rate}": with_interval(asdict(new))}
-        low, high = new.seeds or (np.nan, np.nan)
-        lines.append(line | {f"at {rate}, over seeds alone": with_interval({"mean": new.mean, "low": low, "high": high})})
-    return pd.DataFrame(lines)
+    """Tabulate IP-Adapter minus the simple adapter at both rates, on the same seeds; for tier F also with intervals over seeds alone."""
+    old, new, rate = leads(first, first), leads(results, first), f"tier F, {results.data['summary']['rate']:g}"
+    heads = f"tier A, {of_form(first, SIMPLE)['rate']:g}", rate, f"{rate}, over seeds alone"
+    rows = {name: (str(old[name]), str(new[name]), over_seeds(asdict(new[name].difference))) for name in new}
+    return pd.DataFrame([{"IP-Adapter minus simple": name} | dict(zip(heads, row, strict=True)) for name, row in rows.items()])
 
 
 def one_rate(results: Results, first: Results) -> pd.DataFrame:
-    """Tabulate the endpoint of the four forms at one learning rate, that of tier F, on its seeds."""
-    sources = {form: results if form == SIMPLE else first for form in TIER_A}
-    ends = {form: endpoint(curves(source, form)[source.study["steps"]], source.study["level"]) for form, source in sources.items()}
-    assert all(of_form(source, form)["rate"] == results.data["summary"]["rate"] for form, source in sources.items()), FORMS
+    """Tabulate the endpoint of the four forms at the learning rate of tier F, on its seeds.
+
+    Raises ValueError if a form has another rate.
+    """
+    ends = {}
+    for form, source in {form: results if form == SIMPLE else first for form in TIER_A}.items():
+        if (rate := trainings(source)[form][0]["rate"]) != results.data["summary"]["rate"]:
+            raise ValueError(f"{form} was trained at {rate:g}, and not at the rate of tier F")
+        level, seeds = source.study["level"], RateStudy.seeds
+        concept = source.curve(form, "concept").first(seeds).seeds(at_level(level)).tolist()
+        ends[form] = endpoint(source.curve(form).first(seeds), level) | {"concept": concept}
     return square_of(ends)
 
 
@@ -120,7 +147,8 @@ def run(args: Namespace) -> None:
     """`python -m eval rates`"""
     check_options(args)
     results = Tier("rates", "rates", RateStudy(), jobs_of, summarise, {}).run(args, args.weights)
-    first = earlier(results, args.out, "ablation")
-    print(markdown(table(results, first)))
+    first, short = (earlier(results, args.out, command) for command in ("ablation", "cause"))
+    print(markdown(table(results, first, short)))
     if first:
-        print(markdown(difference_table(results, first)), markdown(one_rate(results, first)), sep="\n\n")
+        print(f"\nAll have {RateStudy.seeds} seeds.")
+        print(*("\n" + markdown(each(results, first)) for each in (difference_table, one_rate)), sep="\n")

@@ -15,7 +15,7 @@ from eval.ablation.against import SETS, against, parts
 from eval.ablation.appendix import ceiling_table, grid_table, mark, rate_table
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE
 from eval.ablation.rows import Results
-from eval.tables import markdown, with_interval
+from eval.tables import markdown, over_seeds, with_interval
 
 TITLES = {
     "following": ("follows", ".0%"),
@@ -86,8 +86,7 @@ def difference_table(results: Results) -> pd.DataFrame:
     for key, prompts in (("difference", "test"), ("confirmed", "confirmation")):
         for form, d in summary.get(key, {}).items():
             line = {"IP-Adapter minus": FORMS[form].name, "prompts": prompts, "difference [95 %]": with_interval(d), "p": p_value(d["p"])}
-            line["over seeds alone"] = with_interval(d | dict(zip(("low", "high"), d["seeds"], strict=True))) if d["seeds"] else ""
-            lines.append(line | {"test": "primary" if form == SIMPLE else "adjusted"})
+            lines.append(line | {"over seeds alone": over_seeds(d), "test": "primary" if form == SIMPLE else "adjusted"})
     return pd.DataFrame(lines)
 
 
@@ -95,9 +94,10 @@ def level_table(results: Results) -> pd.DataFrame:
     """Tabulate what is right in the drawings at the level, and with the text alone."""
     names = {"right background": "background", "right size and place": "size and place", "concept": "the image prompt's concept"}
     alone = results.measures(f"alone-{results.primary}-test")
-    rows = {"the text alone": {key: alone[key].mean() for key in names}}
-    rows |= {FORMS[form].short: {key: np.mean(end[key]) for key in names} for form, end in results.data["summary"]["endpoint"].items()}
-    return pd.DataFrame([{"": form} | {names[key]: f"{share:.0%}" for key, share in row.items()} for form, row in rows.items()])
+    lines = [{"": "the text alone"} | {name: f"{alone[key].mean():.0%}" for key, name in names.items()}]
+    for form, end in results.data["summary"]["endpoint"].items():
+        lines.append({"": FORMS[form].short} | {name: mark(f"{np.mean(end[key]):.0%}", end) for key, name in names.items()})
+    return pd.DataFrame(lines)
 
 
 def step_table(results: Results) -> pd.DataFrame:

@@ -8,27 +8,28 @@ from typing import Any
 from eval.ablation.endpoint import PARTS, count_ends
 from eval.ablation.forms import IP_ADAPTER, SIMPLE
 from eval.ablation.rows import Results
-from eval.ablation.statistics import Bootstrap, at_level
+from eval.ablation.statistics import Bootstrap, Curve, at_level
 
-LEVELS = 0.6, 0.7, 0.95  # other levels at which the primary difference is read
+LEVELS = 0.6, 0.7, 0.9, 0.95  # other levels at which the primary difference is read
 
 
 def robustness(results: Results) -> dict[str, Any]:
     """Return the primary difference read in other ways.
 
-    `levels`: at other levels; `read`: where the simple adapter is read there (`count_ends`). `only`: where only the background, or only
-    size and place, count as following. `shares`: the share of the lead that `shared` and `concatenated` have, by level. `smallest`: the
-    share of following and the information of the simple adapter at its smallest lambda. `extremes`: the largest information of the
-    simple adapter, with any seed at any lambda, and the smallest of IP-Adapter from lambda 1 on.
+    `levels`: at other levels, for each set of prompts, where it was measured (`measured`). `only`: where only the background, or only size
+    and place, count as following. `shares`: the share of the lead that `shared` and `concatenated` have, by level, on the test prompts.
+    `smallest`: the share of following and the information of the simple adapter at its smallest lambda. `extremes`: the largest
+    information of the simple adapter, with any seed at any lambda, and the smallest of IP-Adapter from lambda 1 on.
     """
     if not {IP_ADAPTER, SIMPLE} <= set(results.study["forms"]) or results.truth() is None:
         return {}
     bootstrap, level = Bootstrap(results.study["resamples"]), results.study["level"]
     ours, simple = (results.curve(form) for form in (IP_ADAPTER, SIMPLE))
-    levels = {f"{at:.0%}": asdict(bootstrap.difference(ours, simple, at_level(at))) for at in LEVELS}
-    summary: dict[str, Any] = {"levels": levels, "read": {f"{at:.0%}": count_ends(simple, at) for at in LEVELS}}
+    summary: dict[str, Any] = {"levels": {split: by_level(results, bootstrap, split) for split in splits(results)}}
     summary["only"] = {key: only(results, key, bootstrap) for key in PARTS}
-    summary["shares"] = {f"{at:.0%}": shares_of_the_lead(results, at) for at in sorted({*LEVELS, level})}
+    curves = {form: results.curve(form) for form in results.study["forms"]}
+    levels = [at for at in sorted({*LEVELS, level}) if all(measured(curve, at) for curve in curves.values())]
+    summary["shares"] = {f"{at:.0%}": shares_of_the_lead(curves, at) for at in levels}
     share = simple.following.mean(axis=(0, 2))
     summary["smallest"] = {"share": float(share[1] / max(share[0], 1e-9)), "information": float(simple.value[:, 1].mean())}
     from_one = ours.value[:, results.grid(IP_ADAPTER).index(1.0) :]
@@ -36,19 +37,39 @@ def robustness(results: Results) -> dict[str, Any]:
     return summary
 
 
+def splits(results: Results) -> list[str]:
+    """List the sets of prompts that were drawn, of those for the test and to confirm."""
+    return [split for split in ("test", "confirm") if f"alone-{results.primary}-{split}" in results.units]
+
+
+def measured(curve: Curve, level: float) -> bool:
+    """Return whether a form was drawn near a level: not all its seeds are read on the straight line from the text alone."""
+    return count_ends(curve, level)["start"] < len(curve.value)
+
+
+def by_level(results: Results, bootstrap: Bootstrap, split: str) -> dict[str, Any]:
+    """Return the primary difference at other levels, where both forms were measured."""
+    ours, simple = (results.curve(form, split=split) for form in (IP_ADAPTER, SIMPLE))
+    levels = [at for at in LEVELS if measured(ours, at) and measured(simple, at)]
+    return {f"{at:.0%}": asdict(bootstrap.difference(ours, simple, at_level(at))) for at in levels}
+
+
 def only(results: Results, following: str, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Return the primary difference where only the measure `following` counts as following the text, for each set of prompts that was
-    drawn; and where the simple adapter is `read`."""
-    found: dict[str, Any] = {"read": {}}
-    for split in [split for split in ("test", "confirm") if f"alone-{results.primary}-{split}" in results.units]:
-        ours, simple = (results.curve(form, split=split, following=following) for form in (IP_ADAPTER, SIMPLE))
-        found[split] = asdict(bootstrap.difference(ours, simple, at_level(results.study["level"])))
-        found["read"][split] = count_ends(simple, results.study["level"])
+    """Return the primary difference where only the measure `following` counts as following the text, for each set of prompts.
+
+    `read`: where both forms are read. `strict`: the same at the highest of `LEVELS`.
+    """
+    found: dict[str, Any] = {"read": {}, "strict": {}}
+    for split in splits(results):
+        curves = {form: results.curve(form, split=split, following=following) for form in (IP_ADAPTER, SIMPLE)}
+        for at, into in ((results.study["level"], found), (LEVELS[-1], found["strict"])):
+            into[split] = asdict(bootstrap.difference(curves[IP_ADAPTER], curves[SIMPLE], at_level(at)))
+        found["read"][split] = {form: count_ends(curve, results.study["level"]) for form, curve in curves.items()}
     return found
 
 
-def shares_of_the_lead(results: Results, level: float) -> dict[str, float]:
-    """Return the share of IP-Adapter's lead over the simple adapter that each of the two forms between them has, at a level."""
-    means = {form: float(results.curve(form).seeds(at_level(level)).mean()) for form in results.study["forms"]}
+def shares_of_the_lead(curves: dict[str, Curve], level: float) -> dict[str, float]:
+    """Return the share of IP-Adapter's lead over the simple adapter that each of the other forms has, at a level."""
+    means = {form: float(curve.seeds(at_level(level)).mean()) for form, curve in curves.items()}
     lead = means[IP_ADAPTER] - means[SIMPLE]
     return {form: (mean - means[SIMPLE]) / lead for form, mean in means.items() if form not in (IP_ADAPTER, SIMPLE)}

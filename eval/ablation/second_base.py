@@ -16,15 +16,15 @@ from typing import Any
 import pandas as pd
 
 from checkpoints.files import replacing
+from eval.ablation import robustness
 from eval.ablation.appendix import mark
 from eval.ablation.endpoint import PARTS, endpoint
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE
 from eval.ablation.report import spread
-from eval.ablation.robustness import only
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level
 from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, earlier, jobs_of
-from eval.tables import markdown, with_interval
+from eval.tables import markdown, over_seeds, with_interval
 
 SEED = 2  # the CLIP and the base of the mini world are trained with seeds 0 and 1
 STAGES = {"clip": "image_encoder", "unet": "unet"}  # stage -> the file that it writes last
@@ -70,7 +70,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "endpoint": {form: endpoint(curve, level) for form, curve in curves.items()},
         "one": {form: at_one(results, form) for form in forms},
         "difference": asdict(bootstrap.difference(curves[IP_ADAPTER], curves[SIMPLE], at_level(level))),
-        "only": {key: only(results, key, bootstrap) for key in PARTS},
+        "only": {key: robustness.only(results, key, bootstrap) for key in PARTS},
     }
 
 
@@ -83,18 +83,17 @@ def table(summaries: dict[str, dict[str, Any]]) -> pd.DataFrame:
             line |= {"information at the level": mark(spread(end["information"]), end), "λ = 1: follows": f"{one['following']:.0%}"}
             lines.append(line | {"λ = 1: concept": f"{one['concept']:.0%}", "λ = 1: information": f"{one['information']:.1f}"})
         for name, numbers in differences(summary).items():
-            lines.append({"base": base, "form": name, "information at the level": with_interval(numbers)})
+            lines.append({"base": base, "form": name, "information at the level": numbers})
     return pd.DataFrame(lines)
 
 
-def differences(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the difference of the two forms by name: with an interval over seeds and prompts, over seeds alone, and if only a part of the
+def differences(summary: dict[str, Any]) -> dict[str, str]:
+    """Format the difference of the two forms by name: with an interval over seeds and prompts, over seeds alone, and if only a part of the
     text counts as following."""
-    whole = summary["difference"]
-    found = {"difference [95 %]": whole}
-    if whole["seeds"]:
-        found["the same, over seeds alone"] = whole | dict(zip(("low", "high"), whole["seeds"], strict=True))
-    return found | {f"difference, counting only the {key.removeprefix('right ')}": each["test"] for key, each in summary["only"].items()}
+    found = {"difference [95 %]": with_interval(summary["difference"]), "the same, over seeds alone": over_seeds(summary["difference"])}
+    only = {key.removeprefix("right "): with_interval(each["test"]) for key, each in summary["only"].items()}
+    parts = {f"difference, counting only {key}": numbers for key, numbers in only.items()}
+    return {name: numbers for name, numbers in (found | parts).items() if numbers}
 
 
 def both_bases(results: Results, first: Results | None) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.ablation.endpoint import SHARES, count_ends, endpoint
 from eval.ablation.forms import IP_ADAPTER, SIMPLE
-from eval.ablation.robustness import robustness
+from eval.ablation.robustness import measured, robustness
 from eval.ablation.rows import Results
 from eval.ablation.statistics import (
     Bootstrap,
@@ -157,9 +157,7 @@ def secondary(results: Results) -> dict[str, Any]:
     for name, (curve, at) in measures.items():
         curves, read = {form: curve(form) for form in forms}, between(*BAND) if at is None else at_level(at)
         ends = {form: count_ends(each, *(BAND if at is None else (at,))) for form, each in curves.items()}
-        pair = [
-            curves[form] for form in (IP_ADAPTER, SIMPLE) if form in forms and (at is None or ends[form]["start"] < len(curves[form].value))
-        ]
+        pair = [curves[form] for form in (IP_ADAPTER, SIMPLE) if form in forms and (at is None or measured(curves[form], at))]
         summary[name] = {
             "forms": {form: each.seeds(read).tolist() for form, each in curves.items()},
             "read": ends,

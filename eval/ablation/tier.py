@@ -129,8 +129,8 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
     return jobs
 
 
-def at_one(results: Results, form: str) -> dict[str, float]:
-    """Return the means over seeds and prompts at lambda 1."""
+def at_one(results: Results, form: str, seeds: int | None = None) -> dict[str, float]:
+    """Return the means over prompts and over the first `seeds`, by default all, at lambda 1."""
     index = results.grid(form).index(1.0)
-    values = {key: results.curve(form, key).value[:, index].mean() for key in ("following", "concept", "information")}
+    values = {key: results.curve(form, key).value[:seeds, index].mean() for key in ("following", "concept", "information")}
     return {key: float(value) for key, value in values.items()}

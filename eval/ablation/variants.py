@@ -13,7 +13,7 @@ import pandas as pd
 
 from eval.ablation.appendix import mark
 from eval.ablation.endpoint import endpoint
-from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE, VARIANTS
+from eval.ablation.forms import FORMS, VARIANTS
 from eval.ablation.report import spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_index, at_level
@@ -23,7 +23,7 @@ from eval.ablation.tier import CODE, ShortStudy, Tier, at_one, check_options, ea
 from eval.tables import markdown, with_interval
 
 HEADS = "minus the form it varies [95 %]", "λ = 1: minus it [95 %]"
-CONTROLS = IP_ADAPTER, SIMPLE  # trained again with seed 0, because tier B ran on another processor
+CONTROLS = tuple(dict.fromkeys(VARIANTS.values()))  # trained again with seed 0, because tier B ran on another processor
 
 
 @dataclass(frozen=True)
