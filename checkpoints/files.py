@@ -69,23 +69,21 @@ MODE = _usual_mode()
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of an empty temporary file to write to, which no other writer has, then rename it to `path`.
+    """Yield a temporary path to write to, a hidden file beside `path`, then rename it to `path`.
 
-    If the body fails, the old file is unchanged and the temporary file is removed. Do nothing but write in the body,
-    because any RuntimeError in it becomes a NotWritten.
+    If the body fails, the old file is unchanged and the temporary file is removed; if the process is killed, the next write to `path`
+    takes its place. Do nothing but write in the body, because any RuntimeError in it becomes a NotWritten.
     """
     check_output(path)
-    with _write_errors(path):
-        handle, name = tempfile.mkstemp(".part", ".", path.parent)
-        os.close(handle)
-        part = Path(name)
-        try:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with _write_errors(path):
             yield part
-            part.chmod(MODE)  # temporary files, and those of safetensors, can only be read by their owner
+            part.chmod(MODE)  # safetensors writes files that only their owner can read
             os.replace(part, path)
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -154,10 +152,11 @@ def sha256(path: Path) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files that loading `path` reads: a file and its card, `.yaml` or PEFT config, or those in a folder."""
+    """Return the files that loading `path` reads: a file and its card or `.yaml`, or the weights and JSON files in a folder."""
     if path.is_dir():
-        return sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin", ".json") and f.is_file())
-    beside = (*(path.with_suffix(end) for end in (".json", ".yaml", ".yml")), path.with_name("adapter_config.json"))
+        found = (f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin", ".json") and f.is_file())
+        return sorted(f for f in found if not any(part.endswith(".part") for part in f.relative_to(path).parts))
+    beside = (path.with_suffix(end) for end in (".json", ".yaml", ".yml"))
     return [path, *(file for file in beside if file.is_file() and file != path)]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from checkpoints.base import Base
 from checkpoints.files import is_finite, naming, read_json, short_list
 from checkpoints.fill import FLOATS
-from checkpoints.lora_names import PEFT, Target, role_of, targets
+from checkpoints.lora_names import CONFIG, PEFT, Target, role_of, targets
 from checkpoints.reader import File
 
 
@@ -79,12 +79,17 @@ def _check(path: Path, module: str, parts: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{path} is damaged: alpha of {module} is not a number")
 
 
+def peft_config(file: File) -> Path | None:
+    """Return where PEFT's settings of a file with its own names are, beside the file; None for other files."""
+    return file.path.with_name(CONFIG) if any(name.startswith(PEFT) for name in file) else None
+
+
 def _settings(file: File) -> tuple[Path, dict[str, Any]]:
     """Return PEFT's settings of a whole file, and where they are: in `adapter_config.json` beside a file with PEFT's own names, or
     where diffusers writes them, in the header of a safetensors file. {} for other files.
     """
-    path, config = file.path, file.path.with_name("adapter_config.json")
-    if any(name.startswith(PEFT) for name in file):
+    path = file.path
+    if config := peft_config(file):
         if not config.is_file():
             raise ValueError(f"{path} has PEFT's names, and its alpha is in another file: put its adapter_config.json beside it")
         return config, {"lora_alpha": 8} | read_json(config)  # PEFT's default

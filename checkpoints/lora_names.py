@@ -19,6 +19,7 @@ _ROLE = re.compile(
     r"\.(?P<role>alpha|(?:lora_down|lora_up|lora_A|lora_B|down|up)(?:\.default)?\.weight)$"
 )
 PEFT = "base_model.model."  # the prefix of PEFT's own `save_pretrained`
+CONFIG = "adapter_config.json"  # the file of its settings, beside the weights
 _TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 

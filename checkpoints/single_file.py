@@ -69,7 +69,7 @@ def single_kind(file: File) -> str:
 def single_settings(path: Path) -> ldm.Settings:
     """Return the settings of the base model in a single file: of its family, and of the `.yaml` beside it, if any.
 
-    A tensor `v_pred`, as in NoobAI-XL, says that the UNet predicts v. SDXL's `.yaml` has another form and says nothing that is needed.
+    A tensor `v_pred` says that the UNet predicts v. SDXL's `.yaml` has another form and says nothing that is needed.
     """
     return _settings(*open_single(path))
 

@@ -112,9 +112,10 @@ def evaluate(judge: Judge, folder: Path) -> dict[str, dict[str, float]]:
     return {name: {str(row): round(float(value), 2) for row, value in mean.items()} for name, mean in means.items()}
 
 
-def table(results: dict[str, Any]) -> str:
-    """Make the table of docs/world.md."""
-    frame = pd.DataFrame(results["agreement"])
+def table(results: dict[str, Any], other: dict[str, Any] | None = None) -> str:
+    """Make the table of docs/world.md. `other`: the results of the judge that was trained with seed 1, for another column."""
+    more = {} if other is None else {"judge, seed 1": other["agreement"]["judge"]}
+    frame = pd.DataFrame(results["agreement"] | more)
     cells = frame.apply(lambda column: [f"{x:.1f}{'' if row == 'palette error' else '%'}" for row, x in column.items()])
     return markdown(cells.rename_axis("").reset_index())
 

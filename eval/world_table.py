@@ -19,23 +19,45 @@ SHARES = {
 ERRORS = {"palette_error": "palette error", "placement_error": "placement error"}
 
 
+NAMES = {
+    "true": "held-out pictures",
+    "reconstructed": "held-out pictures through the VAE: the ceiling",
+    "text": "text with concept and background",
+    "scene": "text with concept, background, size and place",
+    "colour": "text with concept, background and the right colour name",
+    "image": "image prompt alone",
+    "complementary": "image prompt, and a text with background, size and place",
+    "conflict": "image prompt, and a text with another concept and background",
+    "grey": "a uniform grey",
+    "another": "another image prompt's palette",
+}
+COMPARED = "concept", "background", "all", "palette_error"  # what two judges are compared in
+
+
+def lambdas(results: dict[str, Any]) -> dict[str, float]:
+    """Return lambda of the lines that have one."""
+    return {"image": 1.0, **results["lambda"]}
+
+
 def table(results: dict[str, Any]) -> str:
     """Make the table: one line per entry of `results["scores"]`, as value ± half of the 95 % interval."""
-    lam = {key: f"λ = {value:g}" for key, value in results["lambda"].items()}
-    names = {
-        "true": "held-out pictures",
-        "reconstructed": "held-out pictures through the VAE: the ceiling",
-        "text": "text with concept and background",
-        "scene": "text with concept, background, size and place",
-        "colour": "text with concept, background and the right colour name",
-        "image": "image prompt alone, λ = 1",
-        "complementary": f"image prompt, and a text with background, size and place, {lam['complementary']}",
-        "conflict": f"image prompt, and a text with another concept and background, {lam['conflict']}",
-        "grey": "a uniform grey",
-        "another": "another image prompt's palette",
-    }
+    given = lambdas(results)
+    names = {key: f"{name}, λ = {given[key]:g}" if key in given else name for key, name in NAMES.items()}
     lines = [{"": name} | line(results["scores"][key]) for key, name in names.items()]
     return markdown(pd.DataFrame(lines, columns=["", *SHARES.values(), *ERRORS.values()]))
+
+
+def two_judges(results: dict[str, Any], other: dict[str, Any]) -> str:
+    """Tabulate the scores by two judges, one after the other in each cell, and the lambdas that they choose."""
+    lines, both = [], (results, other)
+    for key in [key for key in NAMES if "concept" in results["scores"][key]]:
+        cells = {"": NAMES[key], "λ": ", ".join(f"{lambdas(each)[key]:g}" for each in both if key in lambdas(each))}
+        for measure in COMPARED:
+            scale, unit = (100, " %") if measure in SHARES else (1, "")
+            values = [f"{scale * each['scores'][key][measure][0]:.1f}" for each in both if measure in each["scores"][key]]
+            cells[(SHARES | ERRORS)[measure]] = ", ".join(values) + unit if values else ""
+        lines.append(cells)
+    return markdown(pd.DataFrame(lines))
 
 
 def line(scores: dict[str, list[float]]) -> dict[str, str]:

@@ -41,7 +41,7 @@ class Edit:
             (h, w), (height, width) = self.mask.shape[-2:], self.size
             raise ValueError(f"the mask is {w} x {h} and the picture {width} x {height}: make them the same size")
         if self.mask is not None and not (self.mask >= 0.5).any():
-            raise ValueError("the mask is dark everywhere: it needs white (255) where to repaint, and black (0) elsewhere")
+            raise ValueError("the mask repaints nothing, because it is below 128 everywhere: it needs white (255) where to repaint")
 
     @property
     def size(self) -> tuple[int, int]:

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import files
+from checkpoints.lora import peft_config
+from checkpoints.lora_names import CONFIG
+from checkpoints.reader import File
 from sampling.fields import from_json, map_paths, paths, to_json
 from sampling.images import read_settings
 from sampling.loading import prompt_files
@@ -62,7 +65,8 @@ def used_files(request: Request, model: Model) -> list[Path]:
         adapters, encoder = prompt_files(model.checkpoint, model.adapters or None, model.image_encoder)
         base += [*adapters, *([encoder] if encoder else [])]
     base += [*model.controls, *(lora.path for lora in model.loras)]
-    return [*(file for path in base for file in files.files_of(path)), *paths(request)]
+    settings = [config for lora in model.loras if lora.path.is_file() and (config := peft_config(File(lora.path)))]
+    return [*(file for path in base for file in files.files_of(path)), *settings, *paths(request)]
 
 
 def digests(request: Request, model: Model) -> dict[str, str]:
@@ -157,10 +161,14 @@ def _parts(name: str, hashes: Mapping[str, str]) -> dict[str, str]:
     """Return the recorded hashes of a file and the settings beside it, or of the files in a folder, by the rest of their names."""
     parts = {key.removeprefix(name): h for key, h in hashes.items() if key == name or key.startswith(f"{name}/")}
     stem = os.path.splitext(name)[0]
+    if (config := Path(name).with_name(CONFIG).as_posix()) in hashes:  # of a LoRA
+        parts |= {CONFIG: hashes[config]} if name in hashes else {}
     return parts | {end: hashes[stem + end] for end in BESIDE if name in hashes and stem + end in hashes}
 
 
 def _part(path: Path, rest: str) -> Path:
+    if rest == CONFIG:
+        return path.with_name(rest)
     return path.with_suffix(rest) if rest in BESIDE else path / rest[1:] if rest else path
 
 

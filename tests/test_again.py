@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tiny import PARTS, again, difference, draw, names, pixels_of, refuses
 
 from checkpoints.files import write_json
+from checkpoints.names import unet_rows
 from sampling import __main__ as cli
 from sampling.images import KEY, read_settings, save_image
+from sampling.loading import load
 from sampling.parser import MACHINE, parser
 from sampling.record import ROOT, recall
 
@@ -48,6 +51,31 @@ def drawn(weights: Path, tmp_path: Path, image: Path) -> tuple[Path, Path, Path]
     shutil.copy(image, tmp_path / "image.png")
     draw(tmp_path / "weights", tmp_path / "a.png", "--image", tmp_path / "image.png")
     return tmp_path / "weights", tmp_path / "image.png", tmp_path / "a.png"
+
+
+def test_the_settings_of_a_lora_by_peft_are_recorded(weights: Path, tmp_path: Path) -> None:
+    """They are found beside the weights, also where both lie beside the picture. Those beside other files do not matter."""
+    folder, picture = tmp_path / "lora", tmp_path / "a.png"
+    folder.mkdir()
+    unet = load(weights, ()).unet
+    module = next(name for name, layer in unet.named_modules() if name.endswith("to_q"))
+    official = next(theirs for ours, theirs, *_ in unet_rows(unet.config) if ours == module)
+    names = [f"base_model.model.{official}.lora_{part}.weight" for part in "AB"]
+    width = unet.get_submodule(module).in_features
+    save_file({names[0]: torch.ones(1, width), names[1]: torch.ones(width, 1)}, folder / "peft.safetensors")
+    write_json(folder / "adapter_config.json", {"lora_alpha": 1, "r": 1})
+    first = draw(weights, picture, "--lora", folder / "peft.safetensors")
+    assert f"{folder}/adapter_config.json" in "".join(read_settings(picture)["sha256"])
+    for name in ("peft.safetensors", "adapter_config.json"):
+        shutil.copy(folder / name, tmp_path / name)
+    write_json(folder / "adapter_config.json", {"lora_alpha": 2, "r": 1})
+    assert difference(first, again(picture, tmp_path / "b.png")) == 0
+    (tmp_path / "adapter_config.json").unlink()
+    refuses(picture, "adapter_config.json: the file has changed")
+    shutil.copytree(weights, tmp_path / "plain")
+    draw(tmp_path / "plain", tmp_path / "c.png")
+    write_json(tmp_path / "plain" / "adapter_config.json", {})
+    again(tmp_path / "c.png", tmp_path / "d.png")
 
 
 @pytest.mark.parametrize("part", PARTS)

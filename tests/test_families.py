@@ -250,7 +250,7 @@ def test_sd2_needs_its_prediction(files: Get, tmp_path: Path) -> None:
 
 
 def marked(path: Path, target: Path, *markers: str) -> Path:
-    """A single file with markers, which are empty tensors, as in NoobAI-XL."""
+    """A single file with markers, which are empty tensors."""
     save_file(load_file(path) | {marker: torch.zeros(0) for marker in markers}, target)
     return target
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from checkpoints.base import Base
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
-from checkpoints.files import files_of
-from checkpoints.lora import merge, open_lora, read_updates
+from checkpoints.lora import merge, open_lora, peft_config, read_updates
 from checkpoints.names import attention_order, map_names, unet_rows
+from checkpoints.reader import File
 from model.context import Context
 from model.text_encoder import TextConfig
 from model.vae import VAEConfig
@@ -270,7 +270,7 @@ def test_a_network_saved_by_peft(tmp_path: Path, form: str) -> None:
     assert max_error(merged.text(tokens), states) < EXACT
     assert max_error(states, base.text(tokens)) > 0.01
     assert inspect(first[0])[0].startswith("a LoRA of ") and "0 of the text encoder, rank 2, 3, " in inspect(first[0])[0]
-    assert files_of(first[0]) == [first[0], first[0].with_name("adapter_config.json")]
+    assert peft_config(File(first[0])) == first[0].with_name("adapter_config.json")
 
 
 def test_peft_needs_its_config(tmp_path: Path) -> None:

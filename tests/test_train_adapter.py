@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import runpy
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,10 +29,11 @@ from model.words import Prediction
 from sampling.loading import load
 from sampling.schedule import Schedule
 from train import adapter as adapter_stage
-from train import preview
+from train import gains, preview
 from train.__main__ import main
 from train.adapter import Recipe
 from train.data import ShuffledBatches
+from train.errors import GateError
 from train.gains import check_gates, held_out_losses
 from train.loss import diffusion_loss, drops, min_snr, noise_for, sample_inputs
 from train.pairs import Pairs
@@ -190,6 +193,24 @@ def test_gates_let_a_fresh_adapter_pass(
     unet, adapter = parts(prediction, own_projections)
     check_gates(unet=unet, adapter=adapter, schedule=Schedule(prediction=prediction), pairs=pairs, fuse=fuse)  # type: ignore[arg-type]
     assert all(p.grad is None for p in [*unet.parameters(), *adapter.parameters()])
+
+
+def test_gates_see_the_gradients_of_float16(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that are small, as those of large latents and late timesteps are, must not be rounded to zeros."""
+    unet, adapter = parts()
+    monkeypatch.setattr(gains, "diffusion_loss", lambda *given: 1e-4 * diffusion_loss(*given))
+    for scale, passes in ((gains.SCALE, True), (1.0, False)):
+        monkeypatch.setattr(gains, "SCALE", scale)
+        with torch.autocast("cpu", torch.float16), contextlib.nullcontext() if passes else pytest.raises(GateError, match="no gradient"):
+            check_gates(unet=unet.half(), adapter=adapter, schedule=Schedule(), pairs=pairs)
+
+
+@pytest.mark.parametrize(("batch", "processes", "share"), [(8, 4, 2), (8, 1, 8), (2, 4, 1)])
+def test_checks_read_as_many_pictures_as_a_process_trains_on(
+    batch: int, processes: int, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_stage.processes, "team", lambda: SimpleNamespace(size=processes))
+    assert adapter_stage.share_of(replace(adapter_stage.PLAN, batch=batch)) == share
 
 
 def test_gates_refuse_a_base_that_is_not_frozen(pairs: Pairs) -> None:

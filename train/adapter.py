@@ -90,7 +90,7 @@ def fit(
         if held_out is None:
             return {}
         with autocast(plan):
-            return held_out_losses(unet, module, schedule, held_out, fuse, plan.device, plan.batch)
+            return held_out_losses(unet, module, schedule, held_out, fuse, plan.device, share_of(plan))
 
     form = f"{adapter.own_projections=}, fuse={fuse.__name__}, gamma={setting.gamma}"
     data, made_from = setting.pairs.batches(plan.batch, plan.seed), {**setting.made_from, "adapter": form}
@@ -115,8 +115,13 @@ def begin(setting: Setting, source: TrainingSource, plan: Plan, seed: int) -> IP
     pipeline, adapter = setting.pipeline, initial_adapter(setting, source, seed)
     pipeline.unet.to(source.base_dtype)
     with autocast(plan):
-        check_gates(pipeline.unet, adapter, pipeline.schedule, setting.pairs, device=plan.device, most=min(4, plan.batch))
+        check_gates(pipeline.unet, adapter, pipeline.schedule, setting.pairs, device=plan.device, most=min(4, share_of(plan)))
     return adapter
+
+
+def share_of(plan: Plan) -> int:
+    """Return the pictures that one process computes in a step."""
+    return max(1, plan.batch // processes.team().size)
 
 
 def provenance(setting: Setting, source: TrainingSource) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def train(
     if setting.held_out is None:
         return Outcome(file, "no pictures were held out, so the program cannot tell whether it learned")
     with autocast(plan):
-        return Outcome(file, verdict(pipeline.unet, adapter, pipeline.schedule, setting.held_out, plan.device, plan.batch))
+        return Outcome(file, verdict(pipeline.unet, adapter, pipeline.schedule, setting.held_out, plan.device, share_of(plan)))
 
 
 def run_phases(

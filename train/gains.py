@@ -16,6 +16,8 @@ from train.loss import diffusion_loss, sample_inputs
 from train.pairs import EncodedPairs
 from train.randomness import generator
 
+SCALE = 2.0**16  # so that no gradient of float16 is rounded to 0
+
 
 @torch.no_grad()
 def losses_of(
@@ -76,7 +78,8 @@ def check_gates(
     with torch.no_grad():
         if not torch.equal(unet(batch.x0, batch.t, text), unet(batch.x0, batch.t, adapter(text, batch.image, 0.0))):
             raise GateError("at scale 0 the adapter changes the base model")
-    diffusion_loss(unet, schedule, batch.x0, adapter(text, batch.image), batch.t, batch.eps).mean().backward()
+    loss = diffusion_loss(unet, schedule, batch.x0, adapter(text, batch.image), batch.t, batch.eps).mean()
+    (SCALE * loss).backward()
     silent = [name for name, p in adapter.named_parameters() if p.grad is None or not p.grad.any()]
     leaks = [name for name, p in unet.named_parameters() if p.grad is not None]
     adapter.zero_grad(set_to_none=True)

@@ -122,7 +122,7 @@ def add_data(p: argparse.ArgumentParser, required: bool = False) -> argparse._Ar
     data.add_argument("--buckets", action="store_true", help="keep the shape of the pictures, nearly: train on several shapes of one area")
     base = p.add_argument_group("base model")
     base.add_argument("--base", type=Path, help="base model, a file or a folder (default: the mini weights)")
-    base.add_argument("--prediction", choices=get_args(Prediction), help="what its UNet predicts, where its files do not say it")
+    base.add_argument("--prediction", choices=get_args(Prediction), help="what its UNet predicts, whatever its files say")
     base.add_argument("--image-encoder", type=Path, help="image encoder, a file or a folder (default: the one in the base folder)")
     return base
 

@@ -44,7 +44,7 @@ class TrainingSource:
     """The files to train on, and the size and precision of the base.
 
     `data`: a user's pictures, or None for the mini world. `skip_broken`: leave out those that cannot be read. `reads`: how the adapter
-    reads them; fine features are for Plus (Figure 11). `prediction`: what the UNet predicts, if its files do not say it.
+    reads them; fine features are for Plus (Figure 11). `prediction`: what the UNet predicts, whatever its files say.
     `start`: a trained adapter to start from. `gamma`, `noise_offset`: see `Setting`. `preview_every`, `tensorboard`: see `Display`.
     `checkpointing`: levels of the UNet, from the largest feature maps, whose activations are recomputed in the backward pass.
     `shard`: keep a part of the base in each process. `buckets`: train on pictures in several shapes (train/buckets.py).
