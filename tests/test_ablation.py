@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -173,6 +177,41 @@ def test_jobs_in_processes_wait_for_those_they_need(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"):
         run([*jobs, failing, Job("after", (tmp_path / "after").touch, ("failing",))], 2)
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "third", "last"}
+
+
+STARTS = """
+import os, sys
+from functools import partial
+from eval.ablation.work import Job, run
+if __name__ == "__main__":
+    run([Job(str(i), partial(os.system, f"echo $PPID >> {sys.argv[1]}; sleep 30")) for i in range(2)], 2)
+"""
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits to be collected."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """Even if it is killed: they would go on for hours."""
+    script, pids = tmp_path / "start.py", tmp_path / "pids"
+    script.write_text(STARTS)
+    study = subprocess.Popen([sys.executable, str(script), str(pids)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for _ in range(600):
+        if pids.exists() and len(workers := [int(line) for line in pids.read_text().split()]) == 2:
+            break
+        time.sleep(0.1)
+    study.kill()
+    study.wait()
+    for _ in range(200):
+        if all(map(ended, workers)):
+            return
+        time.sleep(0.1)
+    pytest.fail("workers go on")
 
 
 def test_a_missing_checkpoint_is_retrained_from_the_start(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,15 @@ Each unit of work is stored as soon as it is done. The most valuable units come 
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import torch
@@ -73,6 +77,21 @@ def missing(workspace: Workspace, jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if job.name in undone | trainings]
 
 
+def prepare_worker() -> None:
+    """Use one thread, and stop as by SIGTERM when the process that started this one has ended, however it ended."""
+    torch.set_num_threads(1)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        while True:  # the first signal lets a training save its state and stop, and the next one ends the process
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def run(jobs: Sequence[Job], workers: int) -> None:
     """Run jobs in order, at most `workers` at a time, each after those it needs. Jobs that are not listed count as done."""
     if workers == 1:
@@ -80,7 +99,7 @@ def run(jobs: Sequence[Job], workers: int) -> None:
             job.call()
         return
     waiting, running, unfinished = list(jobs), dict[Future[Any], str](), {job.name for job in jobs}
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), prepare_worker) as pool:
         try:
             with tqdm(total=len(jobs), desc="ablation", position=0) as bar:
                 while waiting or running:
