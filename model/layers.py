@@ -18,10 +18,11 @@ def keep_channels_last(module: nn.Module) -> None:
 
     If weights are loaded later in another order, each convolution reorders its own in its first call.
     """
-    module.to(memory_format=torch.channels_last)
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
             conv.register_forward_pre_hook(_lay_out)
+            if not conv.weight.is_meta:
+                conv.to(memory_format=torch.channels_last)
 
 
 def _lay_out(conv: nn.Module, _: object) -> None:

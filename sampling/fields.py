@@ -137,13 +137,13 @@ def paths(item: object) -> list[Path]:
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError for a seed outside the range of torch's generators."""
+    """Raise ValueError for a seed outside the range of torch's generators."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"the seed must be a whole number from -2^63 to 2^64 - 1, not {reprlib.repr(seed)}")
 
 
 def check_eta(eta: float, sampler: str, takes: bool) -> None:
-    """Raises ValueError unless eta is in [0, 1], and 0 for a sampler that does not take it."""
+    """Raise ValueError unless eta is in [0, 1], and 0 for a sampler that does not take it."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {eta}")
     if eta and not takes:
@@ -156,7 +156,7 @@ def inside(step: int, steps: int, start: float, end: float) -> bool:
 
 
 def check_range(option: str, start: float, end: float, steps: int) -> None:
-    """Raises ValueError if none of the steps that run is inside the range of `option`-start and `option`-end."""
+    """Raise ValueError if none of the steps that run is inside the range of `option`-start and `option`-end."""
     first = int(start * steps)  # this step, or the next one, is the first that starts in the range
     if steps > 0 and not any(inside(step, steps, start, end) for step in (first, first + 1)):
         between = f"{option}-start {start:g} and {option}-end {end:g}"
@@ -164,7 +164,7 @@ def check_range(option: str, start: float, end: float, steps: int) -> None:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises ValueError for more than MOST_PIXELS pixels, before memory is allocated."""
+    """Raise ValueError for more than MOST_PIXELS pixels, before memory is allocated."""
     if abs(width * height) > MOST_PIXELS:
         size = f"{reprlib.repr(width)} x {reprlib.repr(height)}"
         raise ValueError(f"{size} is too large: a picture has at most {MOST_PIXELS:,} pixels (4096 x 4096)")

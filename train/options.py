@@ -87,7 +87,7 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     precision.add_argument(
         "--bf16",
         action="store_true",
-        help="keep the frozen base of an adapter in bfloat16 (trainings use bfloat16 autocast anyway, where the device has it fast)",
+        help="keep the frozen base of an adapter in bfloat16 (trainings use bfloat16 autocast anyway, on devices where it is fast)",
     )
     about = "autocast to float16, keep the frozen base in it, and scale the loss, for GPUs without bfloat16"
     precision.add_argument("--fp16", action="store_true", help=about)
