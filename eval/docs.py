@@ -11,7 +11,7 @@ from pathlib import Path
 
 from checkpoints.files import read_json, replacing
 from eval import by_eye, calibration, fine, frechet, structure, style, world_table
-from eval.ablation import cause, report, second_base
+from eval.ablation import cause, equal_rates, report, second_base
 from eval.ablation.rows import Results
 from eval.peers import benchmark, gpu, marks, parity, scaling
 from eval.tables import markdown
@@ -22,11 +22,12 @@ PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def inserts(root: Path) -> dict[str, str]:
     """Return the generated texts by name, computed from the files in `root`/results and the marks in `root`/tests."""
     results = {path.stem: read_json(path) for path in sorted((root / "results").glob("*.json"))}
-    tier_b, tier_e = (Results.of(root / "results" / f"{name}.json") for name in ("cause", "second_base"))
+    files = [root / "results" / f"{name}.json" for name in ("ablation", "cause", "second_base")]
+    tier_a, tier_b, tier_e = map(Results.of, files)
     return {
         **{name: markdown(table(tier_b)) for name, table in cause.TABLES.items()},
         "second_base": markdown(second_base.table(second_base.both_bases(tier_e, tier_b))),
-        "ablation": report.lead(Results.of(root / "results" / "ablation.json")),
+        "ablation": report.lead(tier_a, equal_rates.beside(files[0], tier_a)),
         "world": world_table.table(results["world"]),
         "by_eye": by_eye.table(results["by_eye"]),
         "judges": world_table.two_judges(results["world"], results["world_judge"]),

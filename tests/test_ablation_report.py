@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eval import clip_score
-from eval.ablation import report
+from eval.ablation import equal_rates, report
 from eval.ablation.against import against, parts
 from eval.ablation.command import TOLERANCE, compare
 from eval.ablation.draws import Draw, quantise
@@ -194,6 +195,34 @@ def test_the_page_states_the_result() -> None:
     assert report.headline(even).startswith("The simple adapter catches up")
     results.data["summary"]["confirmed"] = {SIMPLE: d | {"low": -1.0}}
     assert report.headline(results).startswith("The study does not decide"), "the confirmation prompts must agree"
+
+
+def test_the_page_leads_with_the_smaller_difference(tmp_path: Path) -> None:
+    """The simple adapter at another learning rate, tier F: between the two forms, as good as IP-Adapter, and worse than in tier A."""
+    results = made_up()
+    results.data["summary"] = summarise(results)
+    first = results.data["summary"]["difference"][SIMPLE]
+    heads = {}
+    for name, known in {"between": [6, 18, 40], "even": KNOWN[IP_ADAPTER], "worse": [2, 6, 40]}.items():
+        rates = made_up({**KNOWN, SIMPLE: known})
+        of_simple = {"rate": 0.5, "endpoint": {"16": {"information": [7.25]}}}
+        rates.data["summary"] = of_simple
+        equal = with_interval(asdict(equal_rates.primary(rates, results)))
+        heads[name], page = report.headline(results, rates), report.render(results, rates)
+        assert f"| the simple adapter at the learning rate 0.5 | test | {equal} |  |" in page
+        assert equal in heads[name] and with_interval(first) in heads[name] and heads[name] in page
+        assert "to the end at another rate, 0.5, the one of IP-Adapter: its seeds have 7.2 there" in page
+    wins = "Decoupled attention beats the simple adapter here: where both follow the text equally often"
+    assert heads["between"].startswith(f"{wins}, and with one learning rate for both")
+    assert heads["even"].startswith("The study does not decide")
+    assert heads["worse"].startswith(report.headline(results)) and "With one learning rate for both, it is" in heads["worse"]
+    file = tmp_path / "ablation.json"
+    assert equal_rates.beside(file, results) is None
+    (tmp_path / "rates.json").write_text((ROOT / "results" / "cause.json").read_text())
+    shutil.copy(ROOT / "results" / "cause.safetensors", tmp_path / "rates.safetensors")
+    shipped = Results.of(ROOT / "results" / "ablation.json")
+    assert equal_rates.beside(file, results) is None, "it is on other prompts"
+    assert equal_rates.beside(file, shipped) is not None
 
 
 def told(results: Results, summary: dict[str, Any]) -> list[str]:

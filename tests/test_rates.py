@@ -9,7 +9,7 @@ import pytest
 from tiny_world import write_world
 
 from eval import __main__ as commands
-from eval.ablation import rates
+from eval.ablation import equal_rates, rates
 from eval.ablation.rows import Results
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_the_table_beside_the_first_study() -> None:
     short = Results.of(ROOT / "results" / "cause.json")
     (line,) = rates.table(own, None, short).to_dict("records")[1:]
     assert line["form"] == "simple, tier B" and line["rate"] == "0.0015" and line["2,000 steps"].startswith("> 3")
-    leads = rates.leads(own, first)
+    leads = equal_rates.leads(own, first, 3)
     found = {name: lead.difference for name, lead in leads.items()}
     pairs = zip(*(told[form]["information"][:3] for form in ("ip_adapter", "simple")), strict=True)
     assert found["at the level"].mean == pytest.approx(sum(a - b for a, b in pairs) / 3)

@@ -15,7 +15,7 @@ from checkpoints.clip import load_image_encoder
 from checkpoints.files import sha256
 from checkpoints.stable_diffusion import load_unet
 from eval import docs
-from eval.ablation import points, report
+from eval.ablation import equal_rates, points, report
 from eval.ablation.rows import Results
 from train.fingerprint import fingerprint
 from train.judge import delta_e, load_judge
@@ -111,7 +111,7 @@ def study() -> Results:
 
 
 def test_the_page_of_the_ablation_says_what_its_results_say(study: Results) -> None:
-    assert report.render(study) == PAGE
+    assert report.render(study, equal_rates.beside(ROOT / "results" / "ablation.json", study)) == PAGE
 
 
 def test_the_ablation_was_made_on_the_shipped_base(study: Results) -> None:

@@ -39,9 +39,9 @@ def _range(shares: list[float]) -> str:
     return f"{min(shares):.0%} to {max(shares):.0%}"
 
 
-def against(results: Results) -> list[str]:
-    """List in sentences what weakens the claim, and on what its size depends."""
-    return [*_reading(results), *_length(results), *_edges(results), *_sizes(results), *_other_measures(results)]
+def against(results: Results, rates: Results | None = None) -> list[str]:
+    """List in sentences what weakens the claim, and on what its size depends. `rates`: the results of tier F."""
+    return [*_reading(results), *_length(results), *_edges(results, rates), *_sizes(results), *_other_measures(results)]
 
 
 def _reading(results: Results) -> list[str]:
@@ -114,15 +114,22 @@ def _length(results: Results) -> list[str]:
     return [told]
 
 
-def _edges(results: Results) -> list[str]:
-    """Name the forms whose learning rate is at the edge of the range."""
+def _edges(results: Results, again: Results | None) -> list[str]:
+    """Name the forms whose learning rate is at the edge of the range, and those that were trained to the end at another one, `again`."""
     rates, runs = results.study["rates"], trainings(results)
     edges = (min(rates), max(rates)) if len(rates) > 1 else ()
     at_edge = [FORMS[form].short for form, each in runs.items() if each and each[0]["rate"] in edges]
     told = f"Rates were chosen by the held-out loss after {results.study['steps'] // 4:,} steps, with one seed; some losses hardly differ."
     if at_edge:
         told = f"The learning rate of {', '.join(f'`{name}`' for name in at_edge)} is at the edge of the range. {told}"
-    return [f"{told} No form was trained longer at other rates."]
+    if again is None:
+        return [f"{told} No form was trained longer at other rates."]
+    ends = ", ".join(f"{end:.1f}" for end in again.data["summary"]["endpoint"][str(again.study["steps"])]["information"])
+    rate = f"{again.data['summary']['rate']:g}"
+    return [
+        f"{told} Only the simple adapter was also trained to the end at another rate, {rate}, the one of IP-Adapter: its seeds have {ends} "
+        "there ([docs/learning-rate.md](docs/learning-rate.md))."
+    ]
 
 
 def _sizes(results: Results) -> list[str]:

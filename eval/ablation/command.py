@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from checkpoints.files import check_output, replacing, write_json, write_tensors
-from eval.ablation import plots, report
+from eval.ablation import equal_rates, plots, report
 from eval.ablation.draws import Draw, draw_unit
 from eval.ablation.memo import Memo, pack
 from eval.ablation.rows import SCHEMA, Results
@@ -96,7 +96,7 @@ def write(results: Results, workspace: Workspace, study: Study, out: Path) -> No
     results = Results.of(path)
     plots.plot_all(results, workspace, study, out / "results")
     with replacing(out / "RESULTS.md") as part:
-        part.write_text(report.render(results))
+        part.write_text(report.render(results, equal_rates.beside(path, results)))
 
 
 def rewrite(workspace: Workspace, out: Path, device: str) -> None:

@@ -15,17 +15,18 @@ import pandas as pd
 
 from eval.ablation.appendix import mark
 from eval.ablation.draws import Draw, draw
-from eval.ablation.endpoint import PARTS, count_ends, endpoint
+from eval.ablation.endpoint import endpoint
+from eval.ablation.equal_rates import curves, leads
 from eval.ablation.forms import IP_ADAPTER, SIMPLE, TIER_A
 from eval.ablation.report import spread, square_of
 from eval.ablation.rows import Results
-from eval.ablation.statistics import Bootstrap, Curve, Interval, at_index, at_level
+from eval.ablation.statistics import at_index, at_level
 from eval.ablation.study import Study, Workspace
 from eval.ablation.summary import curve_at_one, trainings
 from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, earlier
 from eval.ablation.tier import jobs_of as jobs_at_the_end
 from eval.ablation.work import Job
-from eval.tables import markdown, over_seeds, with_interval
+from eval.tables import markdown, over_seeds
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,9 @@ def summarise(results: Results) -> dict[str, Any]:
     return of_form(results, SIMPLE)
 
 
-def curves(results: Results, form: str) -> dict[int, Curve]:
-    """Return the curves of a form after 1/4, 1/2 and all of the steps, with a few lambdas but for the last."""
-    last, seeds = results.study["steps"], RateStudy.seeds
-    return {step: results.curve(form, step=step, few=step < last).first(seeds) for step in (last // 4, last // 2, last)}
-
-
 def of_form(results: Results, form: str) -> dict[str, Any]:
     """Return a form's learning rate, its endpoints after 1/4, 1/2 and all of the steps, and what is drawn at lambda 1 in the end."""
-    ends = {str(step): endpoint(curve, results.study["level"]) for step, curve in curves(results, form).items()}
+    ends = {str(step): endpoint(curve, results.study["level"]) for step, curve in curves(results, form, RateStudy.seeds).items()}
     picture = curve_at_one(results, form, "picture").first(RateStudy.seeds).seeds(at_index(0)).mean()
     one = at_one(results, form, RateStudy.seeds) | {"picture": float(picture)}
     return {"rate": trainings(results)[form][0]["rate"], "endpoint": ends, "one": one}
@@ -86,43 +81,9 @@ def table(results: Results, first: Results | None, short: Results | None) -> pd.
     return pd.DataFrame(lines)
 
 
-@dataclass(frozen=True)
-class Lead:
-    """IP-Adapter minus the simple adapter, and a note on how it was read."""
-
-    difference: Interval
-    note: str = ""
-
-    def __str__(self) -> str:
-        return with_interval(asdict(self.difference)) + (f" ({self.note})" if self.note else "")
-
-
-def leads(results: Results, first: Results) -> dict[str, Lead]:
-    """Return IP-Adapter of tier A, `first`, minus the simple adapter of `results`, read in several ways, on the seeds of tier F."""
-    seeds, bootstrap, level = RateStudy.seeds, Bootstrap(results.study["resamples"]), results.study["level"]
-    both = (first, IP_ADAPTER), (results, SIMPLE)
-
-    def lead(ours: Curve, simple: Curve, note: str = "") -> Lead:
-        ends = {name: count_ends(curve, level)["end"] for name, curve in (("IP-Adapter", ours), ("simple", simple))}
-        read = [f"{name} at its largest λ: {count} of {seeds}" for name, count in ends.items() if count]
-        return Lead(bootstrap.difference(ours, simple, at_level(level)), "; ".join([*([note] if note else []), *read]))
-
-    ours, by_step = curves(first, IP_ADAPTER)[first.study["steps"]], curves(results, SIMPLE)
-    best = max(by_step, key=lambda step: float(by_step[step].seeds(at_level(level)).mean()))
-    found = {"at the level": lead(ours, by_step[results.study["steps"]])}
-    for key in PARTS:
-        a, b = (source.curve(form, following=key).first(seeds) for source, form in both)
-        found[f"at the level, counting only {key.removeprefix('right ')}"] = lead(a, b)
-    found["at the level, the simple adapter after the best number of steps"] = lead(ours, by_step[best], f"{best:,} steps")
-    for task, name in ((results.primary, "at λ = 1"), ("picture", "the image prompt alone at λ = 1")):
-        a, b = (curve_at_one(source, form, task).first(seeds) for source, form in both)
-        found[name] = Lead(bootstrap.difference(a, b, at_index(0)))
-    return found
-
-
 def difference_table(results: Results, first: Results) -> pd.DataFrame:
     """Tabulate IP-Adapter minus the simple adapter at both rates, on the same seeds; for tier F also with intervals over seeds alone."""
-    old, new, rate = leads(first, first), leads(results, first), f"tier F, {results.data['summary']['rate']:g}"
+    (old, new), rate = (leads(each, first, RateStudy.seeds) for each in (first, results)), f"tier F, {results.data['summary']['rate']:g}"
     heads = f"tier A, {of_form(first, SIMPLE)['rate']:g}", rate, f"{rate}, over seeds alone"
     rows = {name: (str(old[name]), str(new[name]), over_seeds(asdict(new[name].difference))) for name in new}
     return pd.DataFrame([{"IP-Adapter minus simple": name} | dict(zip(heads, row, strict=True)) for name, row in rows.items()])

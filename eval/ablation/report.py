@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from eval.ablation import equal_rates
 from eval.ablation.against import SETS, against, parts
 from eval.ablation.appendix import ceiling_table, grid_table, mark, rate_table
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE
@@ -37,8 +39,11 @@ def p_value(p: float) -> str:
     return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def headline(results: Results) -> str:
-    """State the result of the primary comparison in one sentence (docs/ablation-protocol.md, "What counts")."""
+def headline(results: Results, rates: Results | None = None) -> str:
+    """State the result of the primary comparison (docs/ablation-protocol.md, "What counts").
+
+    `rates`: the results of tier F. If the difference at equal learning rates is the smaller one, the headline leads with it.
+    """
     summary = results.data["summary"]
     if SIMPLE not in summary["difference"]:
         return "The study does not hold both forms of the primary comparison."
@@ -46,14 +51,21 @@ def headline(results: Results) -> str:
     both = [first, summary.get("confirmed", {}).get(SIMPLE, first)]
     again = f" (on the confirmation prompts {with_interval(both[1])})" if "confirmed" in summary else ""
     of = f"; the ceiling is {summary['ceilings']['vae']:.1f}" if results.truth() else ""
-    text = f"where both follow the text equally often, IP-Adapter minus the simple adapter is {with_interval(first)} in {name}{again}{of}"
+    where, minus, more = "where both follow the text equally often", "IP-Adapter minus the simple adapter is", ""
+    text = f"{where}, {minus} {with_interval(first)} in {name}{again}{of}"
+    if equal := asdict(equal_rates.primary(rates, results)) if rates else None:
+        more = f" With one learning rate for both, it is {with_interval(equal)}."
+        if equal["mean"] < first["mean"]:
+            chosen = f"with the rate that the held-out loss chose for the simple adapter, {with_interval(first)}{again}"
+            text, more = f"{where}, and with one learning rate for both, {minus} {with_interval(equal)} in {name}; {chosen}{of}", ""
+            both.append(equal)
     if any(each["high"] < 0 for each in both):
-        return f"The simple adapter beats decoupled attention here: {text}."
+        return f"The simple adapter beats decoupled attention here: {text}.{more}"
     if all(each["low"] > 0 for each in both):
-        return f"Decoupled attention beats the simple adapter here: {text}."
+        return f"Decoupled attention beats the simple adapter here: {text}.{more}"
     if first["low"] <= 0 and any(each["low"] > 0 for each in summary["steps"]["difference"][:-1]):
-        return f"The simple adapter catches up: IP-Adapter is ahead earlier in training, but in the end, {text}."
-    return f"The study does not decide between the two forms: {text}."
+        return f"The simple adapter catches up: IP-Adapter is ahead earlier in training, but in the end, {text}.{more}"
+    return f"The study does not decide between the two forms: {text}.{more}"
 
 
 def square(results: Results) -> pd.DataFrame:
@@ -75,18 +87,23 @@ def square_of(ends: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame([{"": name, "separate softmax": cell(a), "joint softmax": cell(b)} for name, (a, b) in rows.items()])
 
 
-def lead(results: Results) -> str:
-    """State the result, what each of the two changes does alone, and the 2 x 2 table."""
-    return "\n\n".join([headline(results), *parts(results), markdown(square(results))])
+def lead(results: Results, rates: Results | None = None) -> str:
+    """State the result (`headline`), what each of the two changes does alone, and the 2 x 2 table."""
+    return "\n\n".join([headline(results, rates), *parts(results), markdown(square(results))])
 
 
-def difference_table(results: Results) -> pd.DataFrame:
-    """Tabulate IP-Adapter minus each other form, on the test and on the confirmation prompts."""
+def difference_table(results: Results, rates: Results | None) -> pd.DataFrame:
+    """Tabulate IP-Adapter minus each other form, on the test and on the confirmation prompts, and minus the simple adapter of tier F."""
     summary, lines = results.data["summary"], []
     for key, prompts in (("difference", "test"), ("confirmed", "confirmation")):
         for form, d in summary.get(key, {}).items():
             line = {"IP-Adapter minus": FORMS[form].name, "prompts": prompts, "difference [95 %]": with_interval(d), "p": p_value(d["p"])}
             lines.append(line | {"over seeds alone": over_seeds(d), "test": "primary" if form == SIMPLE else "adjusted"})
+    if rates:
+        d = asdict(equal_rates.primary(rates, results))
+        line = {"IP-Adapter minus": f"the simple adapter at the learning rate {rates.data['summary']['rate']:g}", "prompts": "test"}
+        line |= {"difference [95 %]": with_interval(d), "p": "", "over seeds alone": over_seeds(d), "test": "tier F"}
+        lines.append(line)
     return pd.DataFrame(lines)
 
 
@@ -163,11 +180,11 @@ def records(results: Results) -> str:
     return sentence + (f" **The forms of seed {', '.join(seeds)} were trained on different processors.**" if seeds else "")
 
 
-def render(results: Results) -> str:
-    """Render RESULTS.md from the template beside this file."""
+def render(results: Results, rates: Results | None = None) -> str:
+    """Render RESULTS.md from the template beside this file. `rates`: the results of tier F."""
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True)
     tables = {
-        "differences": difference_table(results),
+        "differences": difference_table(results, rates),
         "level": level_table(results) if results.truth() else pd.DataFrame(),
         "steps": step_table(results),
         "one": one_table(results),
@@ -179,8 +196,8 @@ def render(results: Results) -> str:
     summary = results.data["summary"]
     return templates.get_template("results.md.jinja").render(
         study=results.study,
-        lead=lead(results),
-        against=against(results),
+        lead=lead(results, rates),
+        against=against(results, rates),
         trend=with_interval(summary["steps"]["trend"]) if "trend" in summary["steps"] else "",
         p_trend=p_value(summary["steps"]["trend"]["p"]) if "trend" in summary["steps"] else "",
         alone={key: with_interval(each[SIMPLE], 3 if key == "clip_i" else 1) for key, each in summary["paper"]["difference"].items()},
