@@ -45,7 +45,7 @@ def image_mass(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     """
 
     def logits(source: Source) -> Tensor:
-        lam = torch.as_tensor(source.weight(q), dtype=q.dtype, device=q.device)
+        lam = torch.as_tensor(source.scale_for(q), dtype=q.dtype, device=q.device)
         return q @ source.k.mT / math.sqrt(q.shape[-1]) + lam.log()
 
     images = torch.cat([logits(source) for source in image], dim=-1)
@@ -106,7 +106,7 @@ def record(unet: UNet) -> Iterator[list[LayerMaps]]:
         image = [replace(source, k=source.k.to(exact)) for source in context.at(layer.layer)]
         of_text, *of_image = (part.float().cpu() for part in softmax_maps(q, text, image, context.fuse))
         mass = image_mass(q, text, image).float().cpu() if context.fuse is concatenated and image else None
-        weights = [source.weight(q) if context.fuse is decoupled else 1.0 for source in image]
+        weights = [source.scale_for(q) if context.fuse is decoupled else 1.0 for source in image]
         parts = tuple(w.float().cpu() if isinstance(w, Tensor) else w for w in weights)
         maps.append(LayerMaps(layer.layer, call, t, grids[q.shape[-2]], of_text, tuple(of_image), parts, mass))
 

@@ -23,7 +23,7 @@ from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.vae import VAE
 from sampling.control import Hint
-from sampling.embeddings import Strength
+from sampling.embeddings import AdapterLambda
 from sampling.images import to_images
 from sampling.pipeline import Pipeline
 from train.judge import Judge
@@ -69,7 +69,7 @@ class Bench:
         """Encode the image prompts for the adapter, `n 1 m e`."""
         return embed(replace(self.pipeline, adapters=(adapter,)), self.prompts.images)
 
-    def draw(self, task: str, adapter: IPAdapter | None, fuse: Fuse, embedding: Tensor | None, lam: Strength) -> Tensor:
+    def draw(self, task: str, adapter: IPAdapter | None, fuse: Fuse, embedding: Tensor | None, lam: AdapterLambda) -> Tensor:
         """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1."""
         pipeline = replace(self.pipeline, adapters=(adapter,) if adapter else ())
         name = f"{task}, lambda {lam:g}" if isinstance(lam, float) else task
@@ -94,7 +94,7 @@ def draw_prompts(
     pipeline: Pipeline,
     prompts: list[str],
     embedding: Tensor | None,
-    scale: Strength,
+    scale: AdapterLambda,
     guidance: float,
     steps: int,
     name: str,

@@ -1,7 +1,7 @@
 """The paper's two metrics, CLIP-I and CLIP-T (section 4.2), for any CLIP model.
 
 CLIP-I is the cosine similarity between a drawing and its image prompt. CLIP-T is the cosine similarity between a drawing and its
-caption; the paper reports CLIPScore (arXiv 2104.08718), which is 2.5 max(cos, 0). The mini world is scored by a second CLIP, which no
+caption; the paper reports it as CLIPScore (arXiv 2104.08718), 2.5 max(cos, 0). The mini world is scored by a second CLIP, which no
 adapter uses (train/scorer.py).
 """
 

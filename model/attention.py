@@ -44,7 +44,7 @@ def decoupled(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     z = attention(q, text.k, text.v)
     for source in image:
         if not source.off:
-            z = z + source.weight(q) * attention(q, source.k, source.v)
+            z = z + source.scale_for(q) * attention(q, source.k, source.v)
     return z
 
 
@@ -60,18 +60,26 @@ def concatenated(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     image = [source for source in image if not source.off]
     k = torch.cat([text.k, *(source.k for source in image)], dim=-2)
     v = torch.cat([text.v, *(source.v for source in image)], dim=-2)
-    weights = [source.weight(q) for source in image]
-    if all(isinstance(weight, int | float) and weight == 1 for weight in weights):
+    if all(isinstance(source.scale, int | float) and source.scale == 1 for source in image):
         return attention(q, k, v)
-    log_odds = [q.new_zeros(1, 1, 1, text.k.shape[-2])]
-    for weight, source in zip(weights, image, strict=True):
-        if not isinstance(weight, Tensor):
-            check_sign(concatenated, weight)
-        column = weight.log() if isinstance(weight, Tensor) else q.new_full((), math.log(weight))
-        column = column if column.ndim else column.reshape(1, 1, 1, 1)
-        log_odds.append(column.expand(*column.shape[:-1], source.k.shape[-2]))
+    log_odds = [q.new_zeros(1, 1, 1, text.k.shape[-2]), *(log_lambda(source, q) for source in image)]
     shape = torch.broadcast_shapes(*(part.shape[:-1] for part in log_odds))
     return attention(q, k, v, torch.cat([part.expand(*shape, part.shape[-1]) for part in log_odds], dim=-1))
+
+
+def log_lambda(source: Source, q: Tensor) -> Tensor:
+    """Return log lambda for each key of a source, `b h n m`; axes on which lambda does not depend have length 1, but not `m`.
+
+    Raises ValueError when lambda is a negative number.
+    """
+    scale = source.scale_for(q)
+    if isinstance(scale, Tensor):
+        log = scale.log()
+    else:
+        check_sign(concatenated, scale)
+        log = q.new_full((), math.log(scale) if scale else -math.inf)
+    log = log if log.ndim else log.reshape(1, 1, 1, 1)
+    return log.expand(*log.shape[:-1], source.k.shape[-2])
 
 
 Fuse = Callable[[Tensor, Source, Sequence[Source]], Tensor]

@@ -123,9 +123,8 @@ def fasten(unet: UNet) -> FastUNet:
         raise ValueError(f"the fast UNet runs on a CPU in float32 or bfloat16, not on {like.device.type} in {like.dtype}")
     fast: UNet = copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
     for stage, side in _stages(fast):
-        parts = [stage.res, stage.resample]
-        for part in parts:
-            for name, conv in part.named_children() if part is not None else ():
+        for part in filter(None, (stage.res, stage.resample)):
+            for name, conv in part.named_children():
                 if isinstance(conv, nn.Conv2d):
                     out_side = 2 * side if isinstance(part, Upsample) else side
                     setattr(part, name, _convolution(conv, out_side))

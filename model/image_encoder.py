@@ -126,7 +126,7 @@ class ImageEncoder(nn.Module):
         return cast(Tensor, self.clip(pixels))
 
     def fine(self, pixels: Tensor) -> Tensor:
-        """Compute the fine-grained features, `b n e`.
+        """Compute the fine-grained features, `b m e`.
 
         ViT: all tokens of the penultimate layer, class token first, without the final norm. ResNet: the cells of the last
         feature map, plus the position embeddings of the attention pooling.

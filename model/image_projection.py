@@ -96,12 +96,12 @@ class Perceiver(nn.Module):
         )
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """Return the new z, `b m c`, from z, `b m c`, and x, `b n c`."""
+        """Return the new z, `b n c`, from z, `b n c`, and x, `b m c`."""
         normed = self.norm_z(z)
-        q = rearrange(self.to_q(normed), "b m (h d) -> b h m d", h=self.heads)
+        q = rearrange(self.to_q(normed), "b n (h d) -> b h n d", h=self.heads)
         kv = self.to_kv(torch.cat([self.norm_x(x), normed], dim=1))
-        k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=self.heads)
-        z = z + self.to_out(rearrange(attention(q, k, v), "b h m d -> b m (h d)"))
+        k, v = rearrange(kv, "b m (two h d) -> two b h m d", two=2, h=self.heads)
+        z = z + self.to_out(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
         return z + self.ff(z)
 
 

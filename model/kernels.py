@@ -55,8 +55,8 @@ class Winograd(nn.Module):
 
     Y = A^T [sum_c (G g G^T) * (B^T d B)] A
 
-    for each tile d of n x n = (m + 2) x (m + 2) inputs, which gives m x m outputs. Written as a vector, B^T d B is (B^T x B^T) d with the
-    Kronecker product x, so both transforms are matrix products, and the sum over channels is one matrix product for each of the n^2
+    for each tile d of n x n = (m + 2) x (m + 2) inputs, which gives m x m outputs. Written as a vector, B^T d B is kron(B^T, B^T) d, with
+    the Kronecker product, so both transforms are matrix products, and the sum over channels is one matrix product for each of the n^2
     products. G g G^T is computed once, in float64. The weights take n^2 / 9 of their memory: 1.8 for m = 2, and 4 for m = 4.
     """
 

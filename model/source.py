@@ -11,7 +11,7 @@ from torch import Tensor
 class Source:
     """Keys and values for cross-attention to read, and their weight lambda.
 
-    `k`, `v`: `b h m d`. `scale` is lambda of Eq. 8: a number, or a tensor that broadcasts to `b h n d`, such as one
+    `k`, `v`: `b h m d`. `scale` is lambda of Eq. 8: a number, or a tensor that broadcasts to `b h n 1`, such as one
     value per sample, `b 1 1 1`, or a mask at this layer's resolution, `b 1 n 1`.
     """
 
@@ -24,16 +24,17 @@ class Source:
         """Whether lambda is the number 0, so the source can be skipped."""
         return isinstance(self.scale, int | float) and self.scale == 0
 
-    def weight(self, q: Tensor) -> float | Tensor:
+    def scale_for(self, q: Tensor) -> float | Tensor:
         """Return lambda in the dtype and on the device of the queries `q`.
 
-        Raises ValueError when it does not broadcast to them.
+        Raises ValueError when it does not broadcast to their `b h n`.
         """
         if not isinstance(self.scale, Tensor):
             return self.scale
-        if self.scale.ndim not in (0, 4) or (self.scale.ndim == 4 and self.scale.shape[2] not in (1, q.shape[2])):
+        shape, full = tuple(self.scale.shape), (*q.shape[:3], 1)
+        if len(shape) not in (0, 4) or any(side not in (1, length) for side, length in zip(shape, full, strict=False)):
             raise ValueError(
-                f"lambda of shape {tuple(self.scale.shape)} does not broadcast to {tuple(q.shape)}: pass one value per sample as "
-                "`b 1 1 1`, and make a mask for the latents' true (h, w)"
+                f"lambda of shape {shape} does not broadcast to {full}: pass one value per sample as `b 1 1 1`, and make a mask for the "
+                "latents' true (h, w)"
             )
         return self.scale.to(q)

@@ -34,7 +34,7 @@ class TextConfig:
     context_length: int = 77
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     pad: int = END  # padding token; 0 in SD 2 and in SDXL's OpenCLIP
-    skip: int = 0  # number of final layers to skip: 1 = read the penultimate layer (SD 2, SDXL)
+    skip: int = 0  # number of final layers to skip: 1 = read the penultimate layer (SD 2); `TextEncoderPair` does so for both
     final_norm: bool = True
     vocabulary: tuple[int, ...] = ()  # CLIP tokens of a reduced vocabulary; () = the full vocabulary
 

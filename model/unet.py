@@ -192,8 +192,8 @@ class UNetEncoder(nn.Module):
 
         `emb`: the result of `embed`. `hidden`: as in Residuals.
         """
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
-        skips = [x := x + hidden.get(0, 0)]
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last)) + hidden.get(0, 0)
+        skips = [x]
         for i, stage in enumerate(self.down, 1):
             x = self.run(stage, x, emb, context) + hidden.get(i, 0)
             skips.append(x)
@@ -203,7 +203,7 @@ class UNetEncoder(nn.Module):
 
 
 class UNet(UNetEncoder):
-    """eps_theta(x_t, t, c); v_theta(x_t, t, c) if `config.prediction` is "v"."""
+    """eps_theta(x_t, c, t); v_theta(x_t, c, t) if `config.prediction` is "v"."""
 
     def __init__(self, config: UNetConfig = SD15) -> None:
         super().__init__(config)

@@ -71,7 +71,8 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for level, channels in enumerate(config.channels):
             for _ in range(config.res_blocks):
-                self.down.append(ResBlock(width, width := channels, None, groups, EPS))
+                self.down.append(ResBlock(width, channels, None, groups, EPS))
+                width = channels
             if level < len(config.channels) - 1:
                 self.down.append(Downsample(width, asymmetric=True))
         self.mid = nn.ModuleList(_middle(width, groups))
@@ -96,7 +97,8 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for level in reversed(range(len(config.channels))):
             for _ in range(config.res_blocks + 1):
-                self.up.append(ResBlock(width, width := config.channels[level], None, groups, EPS))
+                self.up.append(ResBlock(width, config.channels[level], None, groups, EPS))
+                width = config.channels[level]
             if level:
                 self.up.append(Upsample(width))
         self.norm_out = nn.GroupNorm(groups, width, EPS)

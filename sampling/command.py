@@ -100,12 +100,21 @@ def write(pipeline: Pipeline, inputs: Inputs, command: Command, settings: Callab
 
 def load_model(model: Model, device: str, copy: bool = False, low_memory: bool = False) -> Pipeline:
     """Load the pipeline of a Model. `copy`, `low_memory`: as in `load`."""
-    adapters, dtype = model.adapters or None, getattr(torch, model.dtype)
-    files = model.checkpoint, adapters, model.image_encoder
-    loras = [(lora.path, lora.scale) for lora in model.loras]
-    parts = model.prediction, model.vae, model.controls
-    scales = model.face_lora_scale, model.face_structure_scale
-    return load(*files, dtype, device, *parts, copy, low_memory, loras, *scales)
+    return load(
+        model.checkpoint,
+        model.adapters or None,
+        model.image_encoder,
+        dtype=getattr(torch, model.dtype),
+        device=device,
+        prediction=model.prediction,
+        vae=model.vae,
+        controls=model.controls,
+        copy=copy,
+        low_memory=low_memory,
+        loras=[(lora.path, lora.scale) for lora in model.loras],
+        face_lora_scale=model.face_lora_scale,
+        face_structure_scale=model.face_structure_scale,
+    )
 
 
 def check_model(inputs: Inputs, model: Model) -> None:

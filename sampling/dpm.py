@@ -26,8 +26,8 @@ def dpm_times(schedule: Schedule, steps: int) -> list[Step]:
             "draw with --sampler ddim, or remove these settings from the file"
         )
     visits = _karras(schedule, steps) if schedule.karras else _visits(schedule, steps)
-    after = [a for _, a in visits[1:]] + [1.0]
-    return [Step(t, a, end) for (t, a), end in zip(visits, after, strict=True)]
+    a_prev = [a for _, a in visits[1:]] + [1.0]
+    return [Step(t, a, end) for (t, a), end in zip(visits, a_prev, strict=True)]
 
 
 def _visits(schedule: Schedule, steps: int) -> list[tuple[int, float]]:
@@ -70,14 +70,14 @@ def dpm(
     """
     lam = [0.5 * math.log(step.a / (1 - step.a)) for step in times]
     before = x
-    for i, (t, a, after) in islice(enumerate(times), start, None):
+    for i, (t, a, a_prev) in islice(enumerate(times), start, None):
         x = begin_step(i, a, x)
         _, x0 = schedule.split(x, model(x, t), a)
         d = x0
         if start < i < len(times) - 1:
             d = x0 + (x0 - before) * (lam[i + 1] - lam[i]) / (2 * (lam[i] - lam[i - 1]))
-        ratio = ((1 - after) / (1 - a)) ** 0.5  # alpha_t e^-h = alpha_s * ratio; 0 in the last step
-        x = ratio * x + (after**0.5 - ratio * a**0.5) * d
+        ratio = ((1 - a_prev) / (1 - a)) ** 0.5  # alpha_t e^-h = alpha_s * ratio; 0 in the last step
+        x = ratio * x + (a_prev**0.5 - ratio * a**0.5) * d
         before = x0
         yield State(i, t, x, x0)
 

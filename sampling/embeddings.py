@@ -23,12 +23,12 @@ from model.context import Context
 from model.features import Features
 from model.image_projection import Projection
 from model.unet import UNetConfig
-from sampling.lambdas import Lambda, Level
+from sampling.lambdas import Lambda, LayerLambda
 from sampling.layer_weights import attention_layers
 from sampling.request import Rule
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-Strength = Level | Sequence[Level] | Lambda  # lambda of one adapter: for all its layers, one for each, or as data
+AdapterLambda = LayerLambda | Sequence[LayerLambda] | Lambda  # lambda of one adapter: for all its layers, one for each, or as data
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PictureWeights:
         return len(self.values) if self.values and self.rule == "output" else 1
 
 
-def of_prompts(lambdas: Sequence[Strength], weights: Sequence[PictureWeights] | None) -> list[Strength]:
+def of_prompts(lambdas: Sequence[AdapterLambda], weights: Sequence[PictureWeights] | None) -> list[AdapterLambda]:
     """Return the lambda of each image prompt of a Context, from the lambda of each adapter."""
     counts = [each.prompts for each in weights or [PictureWeights()] * len(lambdas)]
     return [lam for lam, count in zip(lambdas, counts, strict=True) for _ in range(count)]
@@ -55,11 +55,11 @@ class Part:
     """One image prompt of a Context: features, lambda of each layer, and token weights."""
 
     features: Features
-    levels: Sequence[Level]
+    lambdas: Sequence[LayerLambda]
     weights: tuple[float, ...] = ()
 
 
-def parts(features: Features, lam: Strength, weights: PictureWeights, config: UNetConfig, grid: tuple[int, int]) -> list[Part]:
+def parts(features: Features, lam: AdapterLambda, weights: PictureWeights, config: UNetConfig, grid: tuple[int, int]) -> list[Part]:
     """Return the image prompts of one adapter: one in all, or one for each picture with the rule "output".
 
     `features.null` holds one null image or negative picture for each picture, or one for all. Only the rule "output" also
@@ -74,22 +74,22 @@ def parts(features: Features, lam: Strength, weights: PictureWeights, config: UN
     if weights.values and weights.rule == "output":
         each = features.pictures.split(1, dim=1), features.null.expand(-1, pictures, -1, -1).split(1, dim=1)
         return [
-            Part(Features(one, no), levels_of(lam, config, grid, weight))
+            Part(Features(one, no), lambdas_of(lam, config, grid, weight))
             for one, no, weight in zip(*each, weights.values, strict=True)
         ]
-    levels = levels_of(lam, config, grid)
+    lambdas = lambdas_of(lam, config, grid)
     if weights.rule == "embedding":
         weighted = weigh_embedding(features.pictures, weights.values)
-        return [Part(replace(features, pictures=weighted), levels)]
-    return [Part(features, levels, weights.values)]
+        return [Part(replace(features, pictures=weighted), lambdas)]
+    return [Part(features, lambdas, weights.values)]
 
 
-def levels_of(lam: Strength, config: UNetConfig, grid: tuple[int, int], weight: float = 1.0) -> list[Level]:
+def lambdas_of(lam: AdapterLambda, config: UNetConfig, grid: tuple[int, int], weight: float = 1.0) -> list[LayerLambda]:
     """Return lambda of each layer, times `weight`."""
     if isinstance(lam, Lambda):
         return lam.by_layer(config, grid, weight)
     each = list(lam) if isinstance(lam, Sequence) else [lam] * len(attention_layers(config))
-    return each if weight == 1 else [weight * level for level in each]
+    return each if weight == 1 else [weight * one for one in each]
 
 
 def weigh_embedding(embedding: Tensor, weights: Sequence[float]) -> Tensor:

@@ -36,17 +36,17 @@ def euler_times(schedule: Schedule, steps: int) -> list[Step]:
         sigmas = karras_sigmas(sigmas[0], sigmas[-1], steps)
         times = np.interp(np.log(sigmas), np.log(table), timesteps)
     levels = [*(1 / (1 + sigmas**2)).tolist(), 1.0]
-    return [Step(t, a, after) for t, a, after in zip(times.tolist(), levels, levels[1:], strict=False)]
+    return [Step(t, a, a_prev) for t, a, a_prev in zip(times.tolist(), levels, levels[1:], strict=False)]
 
 
 def euler(
     model: Denoiser, x: Tensor, schedule: Schedule, times: Sequence[Step], start: int = 0, begin_step: BeginStep = as_is
 ) -> Iterator[State]:
-    """Run Euler's method, y' = y + (sigma' - sigma) eps, with y = x / sqrt(a) and sigma = sqrt((1 - a) / a).
+    """Run Euler's method, y_{t-1} = y_t + (sigma_{t-1} - sigma_t) eps, with y_t = x_t / sqrt(a_t) and sigma_t = sqrt((1 - a_t) / a_t).
 
-    Multiplied by sqrt(a'), this is the step of DDIM without noise, x' = sqrt(a') x_0 + sqrt(1 - a') eps. The two samplers differ in
-    the steps that they choose. As in diffusers' `EulerDiscreteScheduler`, pure noise is multiplied by sqrt(1 - a) unless the spacing
-    is leading. The arguments are as in `ddim`, without noise.
+    Multiplied by sqrt(a_prev), this is the step of DDIM without noise. The two samplers differ in the steps that they choose. As in
+    diffusers' `EulerDiscreteScheduler`, pure noise is multiplied by sqrt(1 - a) unless the spacing is leading. The arguments are as in
+    `ddim`, without noise.
     """
     if start == 0 and schedule.spacing != "leading":
         x = (1 - times[0].a) ** 0.5 * x

@@ -18,7 +18,7 @@ from model.unet import UNetConfig
 from sampling.fields import inside
 from sampling.layer_weights import Blocks, attention_layers, layer_weights
 
-Level = float | Tensor  # lambda of one layer (`Source.scale`)
+LayerLambda = float | Tensor  # lambda of one layer (`Source.scale`)
 Move = Callable[[Context, float], Context]  # (context, t) -> the Context of timestep t
 
 
@@ -62,7 +62,7 @@ class Lambda:
             return 0.0
         return 1.0 if isinstance(self.scale, int | float) else self.scale[step]
 
-    def by_layer(self, config: UNetConfig, grid: tuple[int, int], weight: float = 1.0) -> list[Level]:
+    def by_layer(self, config: UNetConfig, grid: tuple[int, int], weight: float = 1.0) -> list[LayerLambda]:
         """Return the part of lambda that is the same in all steps, times `weight`, for each layer of a UNet.
 
         `grid`: (h, w) of the latents. The entries are numbers, or maps if there is a mask.
@@ -115,17 +115,17 @@ def moving(lambdas: Sequence[object], times: Sequence[float]) -> Move:
     return move if any(varying) else keep_context
 
 
-def set_lambda(context: Context, levels: Sequence[Level]) -> Context:
+def set_lambda(context: Context, lambdas: Sequence[LayerLambda]) -> Context:
     """Set the lambda of each layer for the last image prompt of a Context; maps move to its device.
 
     Raises ValueError unless there is one per layer, or if `fuse` cannot use one of them.
     """
     *others, last = context.image
-    if len(levels) != len(last):
-        raise ValueError(f"{len(levels)} scales for {len(last)} cross-attention layers")
-    for level in levels:
-        check_sign(context.fuse, level)
-    scales = [scale.to(last[0].k) if isinstance(scale, Tensor) else scale for scale in levels]
+    if len(lambdas) != len(last):
+        raise ValueError(f"{len(lambdas)} scales for {len(last)} cross-attention layers")
+    for scale in lambdas:
+        check_sign(context.fuse, scale)
+    scales = [scale.to(last[0].k) if isinstance(scale, Tensor) else scale for scale in lambdas]
     sources = tuple(replace(source, scale=scale) for source, scale in zip(last, scales, strict=True))
     return replace(context, image=(*others, sources))
 

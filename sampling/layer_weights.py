@@ -78,4 +78,5 @@ def _check(blocks: Blocks, attentions: Sequence[tuple[str, str, int]]) -> None:
         unknown = set(value) - names if isinstance(value, Mapping) else set()
         if not names or unknown:
             place = part if not names else f"{part} {min(unknown)}"
-            raise ValueError(f"this UNet has no cross-attention in {place}, only in {sorted({p[:2] for p in attentions})}")
+            places = sorted({f"{p} {block}".strip() for p, block, _ in attentions})
+            raise ValueError(f"this UNet has no cross-attention in {place}, only in {', '.join(places)}")

@@ -26,7 +26,7 @@ def lcm_times(schedule: Schedule, steps: int) -> list[Step]:
     every, alphas = schedule.timesteps // DISTILLED, schedule.alphas.double()
     times = [(DISTILLED - DISTILLED * i // steps) * every - 1 for i in range(steps)]
     levels = [*alphas[times].tolist(), 1.0]
-    return [Step(t, a, after) for t, a, after in zip(times, levels, levels[1:], strict=False)]
+    return [Step(t, a, a_prev) for t, a, a_prev in zip(times, levels, levels[1:], strict=False)]
 
 
 def lcm(
@@ -38,21 +38,21 @@ def lcm(
     start: int = 0,
     begin_step: BeginStep = as_is,
 ) -> Iterator[State]:
-    """Predict the picture in each step, and add new noise for the next one (Algorithm 1):
+    """Predict the picture in each step, and add new noise for the next one (Algorithm 3):
 
-    f = c_skip x_t + c_out x_0,  x' = sqrt(a') f + sqrt(1 - a') z,
+    f = c_skip x_t + c_out x_0,  x_{t-1} = sqrt(a_prev) f + sqrt(1 - a_prev) z,
     c_skip = s^2 / (u^2 + s^2),  c_out = u / sqrt(u^2 + s^2),  u = 10 t,  s = 0.5.
 
-    x_0 is what the network predicts from x_t, and f keeps f(x_0, 0) = x_0. The last step adds no noise, because it ends at a' = 1.
+    x_0 is what the network predicts from x_t; c_skip and c_out give f(x_0, 0) = x_0. The last step adds no noise, because a_prev is 1.
     The arguments are as in `ddim`, with a generator for each picture. Matches diffusers' `LCMScheduler` without clipping.
     """
-    for index, (t, a, after) in islice(enumerate(times), start, None):
+    for index, (t, a, a_prev) in islice(enumerate(times), start, None):
         x = begin_step(index, a, x)
         _, x0 = schedule.split(x, model(x, t), a)
         u = SCALING * t
         x = SIGMA_DATA**2 / (u**2 + SIGMA_DATA**2) * x + u / (u**2 + SIGMA_DATA**2) ** 0.5 * x0
-        if after < 1:
-            x = after**0.5 * x + (1 - after) ** 0.5 * randn(x.shape[1:], generators, x)
+        if a_prev < 1:
+            x = a_prev**0.5 * x + (1 - a_prev) ** 0.5 * randn(x.shape[1:], generators, x)
         yield State(index, t, x, x0)
 
 

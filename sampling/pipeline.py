@@ -28,7 +28,7 @@ from sampling.control import Hint, bind
 from sampling.ddim import DDIM
 from sampling.dpm import DPM
 from sampling.edit import Edit, begin
-from sampling.embeddings import PictureWeights, Strength, load_embedding, of_prompts, parts, weigh_tokens
+from sampling.embeddings import AdapterLambda, PictureWeights, load_embedding, of_prompts, parts, weigh_tokens
 from sampling.euler import EULER
 from sampling.faces import read_faces
 from sampling.fields import check_seed
@@ -44,7 +44,7 @@ from sampling.schedule import Schedule
 from sampling.visit import visiting
 
 SAMPLERS = {sampler.name: sampler for sampler in (DDIM, DPM, EULER, LCM)}
-Given = Picture | str  # where an image prompt is meant
+Given = Picture | str  # an image prompt: a picture, or the name of a file with a picture or an embedding
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Pipeline:
         prompts: Sequence[str],
         negatives: Sequence[str],
         embedding: Tensor | Sequence[Tensor] | None = None,
-        scale: Strength | Sequence[Strength] = 1.0,
+        scale: AdapterLambda | Sequence[AdapterLambda] = 1.0,
         fuse: Fuse = decoupled,
         grid: tuple[int, int] | None = None,
         against: Sequence[Tensor | None] | None = None,
@@ -154,9 +154,7 @@ class Pipeline:
         if embedding is None:
             return uncond, cond
         embeddings = [embedding] if isinstance(embedding, Tensor) else list(embedding)
-        scales: list[Any] = [scale] * len(embeddings)
-        if isinstance(scale, Sequence) and not isinstance(embedding, Tensor):
-            scales = list(scale)
+        scales = self.by_adapter(scale, embedding)
         against = [None] * len(embeddings) if against is None else against
         weights = [PictureWeights()] * len(embeddings) if weights is None else weights
         if not len(embeddings) == len(scales) == len(against) == len(weights) == len(self.adapters):
@@ -168,9 +166,15 @@ class Pipeline:
             with self.on(adapter):
                 for part in parts(features, lam, each, self.unet.config, grid):
                     one = part.features.expand(len(prompts))
-                    uncond = set_lambda(adapter(uncond, one.null), part.levels)
-                    cond = set_lambda(weigh_tokens(adapter(cond, one.pictures), part.weights), part.levels)
+                    uncond = set_lambda(adapter(uncond, one.null), part.lambdas)
+                    cond = set_lambda(weigh_tokens(adapter(cond, one.pictures), part.weights), part.lambdas)
         return uncond, cond
+
+    def by_adapter(self, scale: AdapterLambda | Sequence[AdapterLambda], embedding: Tensor | Sequence[Tensor] | None) -> list[Any]:
+        """Return lambda of each adapter. Beside one embedding, a sequence has lambda of each layer."""
+        if isinstance(scale, Sequence) and not isinstance(embedding, Tensor):
+            return list(scale)
+        return [scale] * len(self.adapters)
 
     def draw(self, request: Request) -> Image.Image:
         """Draw one request. Raises ValueError if the request, its files and this model do not fit together."""
@@ -225,7 +229,7 @@ class Pipeline:
         seeds: int | Sequence[int],
         embedding: Tensor | Sequence[Tensor] | None = None,
         negatives: str | Sequence[str] = "",
-        scale: Strength | Sequence[Strength] = 1.0,
+        scale: AdapterLambda | Sequence[AdapterLambda] = 1.0,
         guidance: float = Request.guidance,
         steps: int = Request.steps,
         eta: float = Request.eta,
@@ -257,7 +261,7 @@ class Pipeline:
         x, dtype = canvas.noise, next(self.unet.parameters()).dtype
         grid = x.shape[-2], x.shape[-1]
         uncond, cond = self.contexts(prompts, negatives, embedding, scale, fuse, grid, against, weights, micro)
-        lambdas = scale if isinstance(scale, Sequence) else [scale] * len(self.adapters)
+        lambdas = self.by_adapter(scale, embedding)
         running = [step.t for step in times[canvas.start :]]
         move = moving(of_prompts(lambdas, weights) if cond.image else [], running)
         sides: dict[Side, Context] = {"uncond": uncond, "image": uncond, "cond": cond}

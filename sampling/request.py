@@ -74,7 +74,7 @@ class Request:
     the size of `init_image`, or else the size that the base model was trained at. `init_image` is a picture to change by
     `strength`, in (0, 1] (default STRENGTH, with a mask 1); `mask` is white where to repaint it; `paste` keeps what is black as it
     was; `crop` cuts its middle to a size that the base model draws. `schedule` sets the noise levels of Karras et al., instead of
-    those of the scheduler file. In Python a string does for a Path, one value for a tuple.
+    those of the scheduler file. In Python, a string may stand for a Path, and one value for a tuple.
 
     SDXL alone reads `original_size`, `target_size` (width, height), `crop_corner` (left, top) and `zero_negative`, which are
     explained in `sampling.micro.Micro`.

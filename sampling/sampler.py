@@ -17,11 +17,11 @@ BeginStep = Callable[[int, float, Tensor], Tensor]  # (index, a_t, x) -> the lat
 
 
 class Step(NamedTuple):
-    """One step: the timestep t that the network reads, a_t, and `after`, the value of a at the end of the step."""
+    """One step: the timestep t that the network reads, a_t, and `a_prev`, the value of a at the end of the step."""
 
     t: float
     a: float
-    after: float
+    a_prev: float
 
 
 @dataclass(frozen=True)

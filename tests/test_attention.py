@@ -138,7 +138,7 @@ def test_concatenated_is_a_mix_with_gate_g(lam: float | str) -> None:
     scale: Any = randn(2, 1, 15, 1, seed=9).abs() if lam == "map" else PICTURES if lam == "picture" else lam
     q, text, image = queries(), source(m=7), source(scale=scale, seed=3)
     lse_text, lse_image = ((q @ s.k.mT / math.sqrt(q.shape[-1])).logsumexp(-1, keepdim=True) for s in (text, image))
-    g = torch.sigmoid(lse_text - lse_image - torch.as_tensor(image.weight(q), dtype=q.dtype).log())
+    g = torch.sigmoid(lse_text - lse_image - torch.as_tensor(image.scale_for(q), dtype=q.dtype).log())
     want = g * naive(q, text.k, text.v) + (1 - g) * naive(q, image.k, image.v)
     assert 0.1 < g.mean() < 0.9
     assert max_error(concatenated(q, text, [image]), want) < TOLERANCE
@@ -222,8 +222,10 @@ def test_negative_lambda_raises_in_a_joint_softmax(lam: Scale) -> None:
 
 @FUSES
 def test_a_mask_made_for_another_size_raises(fuse: Fuse) -> None:
-    """So does a value for each picture that lacks its axes: `b` would be a value for each channel."""
-    for scale in (pyramid(torch.ones(8, 8), 9, 5)[0], torch.ones(2), torch.ones(2, 1)):
+    """So does a value for each picture that lacks its axes: `b` would be a value for each channel. And so do too many rows, heads or
+    channels."""
+    wrong = [(2,), (2, 1), (3, 1, 1, 1), (1, 5, 1, 1), (1, 1, 1, 4)]
+    for scale in (pyramid(torch.ones(8, 8), 9, 5)[0], *map(torch.ones, wrong)):
         with pytest.raises(ValueError, match=r"does not broadcast .* true \(h, w\)"):
             fuse(queries(n=16), source(), [source(scale=scale)])
 

@@ -76,7 +76,7 @@ def test_the_mixture_is_trained_and_saved(tmp_path: Path) -> None:
     unet = UNet(SMALL_SD15).requires_grad_(False)
     adapter = MixedAdapter(unet, ImageProjection(12, SMALL_SD15.context_dim))
     x, text, features = (randn(*shape).float() for shape in ((2, 4, 8, 8), (2, 7, SMALL_SD15.context_dim), (2, 12)))
-    assert all(torch.equal(level, torch.full_like(level, 0.5)) for level in adapter.levels)
+    assert all(torch.equal(mu, torch.full_like(mu, 0.5)) for mu in adapter.mu)
     unet(x, 100, adapter(Context(text, fuse=mixed), features)).square().mean().backward()
     assert all(mix.grad is not None and mix.grad.all() for mix in adapter.mix)
     with torch.no_grad():

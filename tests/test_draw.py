@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tiny import difference, draw
 
-from sampling.embeddings import load_embedding, save_embedding
+from sampling.embeddings import PictureWeights, load_embedding, save_embedding
 from sampling.fields import paths
 from sampling.loading import load
 from sampling.options import parse
@@ -46,6 +46,14 @@ def test_single_values_are_accepted_as_lists_of_one(pipeline: Pipeline, image: P
     several = pipeline.sample(["a fox"], [3], pipeline.embed([Image.open(image)]), ["an owl"], steps=2)
     assert torch.equal(pipeline.sample("a fox", 3, pipeline.embed(str(image)), "an owl", steps=2), several)
     assert torch.equal(pipeline.text.tokenize("a fox"), pipeline.text.tokenize(["a fox"]))
+
+
+def test_one_embedding_takes_a_lambda_for_each_layer(pipeline: Pipeline, image: Path) -> None:
+    """Also beside weights of its pictures, where each picture is an image prompt of its own."""
+    embedding, layers = pipeline.embed([image, image]), [0.5] * len(pipeline.unet.cross_attentions())
+    for weights in (None, [PictureWeights((0.3, 1.5))], [PictureWeights((0.3, 1.5), "tokens")]):
+        drawn = [pipeline.sample("a fox", 3, embedding, scale=scale, weights=weights, steps=1) for scale in (0.5, layers)]
+        assert torch.equal(*drawn)
 
 
 def test_a_string_is_a_path(weights: Path, pipeline: Pipeline, tmp_path: Path, image: Path) -> None:

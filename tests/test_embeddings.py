@@ -146,4 +146,4 @@ def test_pictures_and_weights_that_do_not_fit_are_refused(world: Any) -> None:
         pipe.contexts(PROMPTS, NEGATIVES, pictures, against=[pictures[:, :2]])
     weights = PictureWeights((1.0, 2.0, 3.0))
     each = parts(Features(pictures, randn(1, 1, 1, IMAGE)), 0.5, weights, SD15, (8, 8))
-    assert [part.levels for part in each] == [[0.5 * weight] * 16 for weight in weights.values]
+    assert [part.lambdas for part in each] == [[0.5 * weight] * 16 for weight in weights.values]

@@ -100,7 +100,7 @@ def test_layer_weights_equal_diffusers(name: str, layers: Any) -> None:
     ("layers", "message"),
     [
         ({"up": {"block_0": 1.0}}, "no cross-attention in up block_0"),  # no attention in SD 1.5's first block
-        ({"upp": 1.0}, "no cross-attention in upp"),
+        ({"upp": 1.0}, "no cross-attention in upp, only in down block_0, .*, mid, up block_1, up block_2, up block_3"),
         ({"down": {"block_1": [1.0, 2.0, 3.0]}}, "down block_1 has 2 attentions"),
         ({"mid": [1.0, 2.0]}, "mid .*has 1 attentions"),
         ({"mid": "x"}, "mid"),

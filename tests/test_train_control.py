@@ -116,7 +116,7 @@ def test_half_of_the_pictures_lose_their_text(pool: HintedPairs, monkeypatch: py
     model, seen = steered("control"), list[torch.Tensor]()
     monkeypatch.setattr(structure, "diffusion_loss", lambda unet, schedule, x0, context, *_: seen.append(context.text) or x0)
     batch = pool.at(torch.arange(6).repeat(50))
-    model.losses(batch, generator(0, 0), structure.DROP, None, batch.hint)
+    model.losses(batch, generator(0, 0), structure.DROP_TEXT, None, batch.hint)
     dropped = [bool(torch.equal(text, batch.pairs.empty)) for text in seen[0][batch.pairs.text.ne(batch.pairs.empty).flatten(1).any(1)]]
     assert 0.4 < np.mean(dropped) < 0.6
     model.losses(batch, generator(0, 0), 0.0, None, batch.hint)

@@ -23,7 +23,10 @@ DROP = 0.05  # probability of each kind of dropping (section 4.1.2)
 
 
 def min_snr(schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
-    """Return the loss weight min(SNR_t, gamma) / SNR_t, SNR_t = a_t / (1 - a_t)  (arXiv 2303.09556). `b` -> `b`."""
+    """Return the loss weight (arXiv 2303.09556) with SNR_t = a_t / (1 - a_t), `b` -> `b`:
+
+    min(SNR_t, gamma) / SNR_t for epsilon, and min(SNR_t, gamma) / (SNR_t + 1) for v.
+    """
     a = schedule.at(t)
     snr = a / (1 - a)
     weight = snr.clamp(max=gamma) / snr
@@ -40,7 +43,7 @@ def diffusion_loss(
     gamma: float | None = None,
     control: Callable[[Tensor, Tensor], Residuals] | None = None,
 ) -> Tensor:
-    """|| eps - eps_theta(x_t, t, c) ||^2, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps  (Eq. 1; Eq. 6 when c holds a picture).
+    """|| eps - eps_theta(x_t, c, t) ||^2, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps  (Eq. 1; Eq. 6 when c holds a picture).
 
     `x0`, `eps`: `b c h w`; `t`: `b`. Returns the mean over all dimensions but the batch, in float32: `b`. With v-prediction
     the target is v. `gamma` applies the min-SNR weight; the paper uses none. `control(x_t, t)` gives the residuals of a structure

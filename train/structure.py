@@ -37,7 +37,7 @@ from train.plan import Plan, autocast
 from train.randomness import generator, seeded
 from train.unet import GAMMA
 
-PICTURES, HELD_OUT, DROP = 20_000, 512, 0.5
+PICTURES, HELD_OUT, DROP_TEXT = 20_000, 512, 0.5
 Times = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
@@ -138,7 +138,7 @@ def train(kind: Kind, folder: Path, weights: Path, phases: tuple[Plan, ...], com
     model.check_gates(pool)
 
     def loss(batch: HintedBatch, g: torch.Generator) -> dict[str, Tensor]:
-        return {"loss": model.losses(batch, g, DROP, GAMMA, batch.hint).mean()}
+        return {"loss": model.losses(batch, g, DROP_TEXT, GAMMA, batch.hint).mean()}
 
     def validate(module: nn.Module) -> dict[str, float]:
         with autocast(plan):

@@ -34,11 +34,14 @@ from train.plan import Plan
 from train.randomness import generator, seeded
 
 PHASES = (Plan("unet", 40_000, 32, 1e-3, 1000, 0.6, ema=0.9995, bf16=True, validate_every=5_000),)
-PICTURES, HELD_OUT, GAMMA, DROP = 60_000, 512, 5.0, 0.1
+PICTURES, HELD_OUT, GAMMA, DROP_TEXT = 60_000, 512, 5.0, 0.1
 
 
 def initialise(unet: UNet) -> None:
-    """Zero the last layer of every residual branch and the output layer, so that each block starts as the identity (as in LDM)."""
+    """Zero the last layer of each ResBlock and SpatialTransformer, and the output layer (as in LDM).
+
+    So each block starts as its skip, and the UNet predicts 0.
+    """
     for module in unet.modules():
         last = {ResBlock: "conv2", SpatialTransformer: "proj_out", UNet: "conv_out"}.get(type(module))
         if last:
@@ -55,10 +58,10 @@ def fresh(seed: int) -> UNet:
 
 
 def text_loss(unet: Callable[..., Tensor], schedule: Schedule, batch: Batch, g: torch.Generator) -> Tensor:
-    """Compute the mean loss of a batch, with min-SNR weights. The share `DROP` of the captions is replaced by the empty one."""
+    """Compute the mean loss of a batch, with min-SNR weights. The share `DROP_TEXT` of the captions is replaced by the empty one."""
     x0 = batch.latents(g)
     t, eps = noise_for(x0, g)
-    drop = torch.rand(len(batch), generator=g, device=g.device) < DROP
+    drop = torch.rand(len(batch), generator=g, device=g.device) < DROP_TEXT
     tokens = torch.where(drop.view(-1, 1, 1), batch.empty, batch.text)
     return diffusion_loss(unet, schedule, x0, Context(tokens), t, eps, GAMMA).mean()
 

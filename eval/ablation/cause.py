@@ -84,10 +84,10 @@ def measure_shares(workspace: Workspace, study: Study, form: str, seed: int) -> 
     def make() -> Unit:
         bench = workspace.bench(study)
         adapter = trained_adapter(workspace, study, form, plan_of(workspace, study, form, seed), study.steps)
-        levels = adapter.levels if isinstance(adapter, MixedAdapter) else []
+        mu = adapter.mu if isinstance(adapter, MixedAdapter) else []
         with image_shares(bench.pipeline.unet) as shares:
-            bench.draw(bench.prompts.tasks[0], adapter, FORMS[form].fuse, bench.embedding(adapter), levels or 1.0)
-        value: dict[str, Any] = {"form": form, "seed": seed, "mu": [level.flatten().tolist() for level in levels]}
+            bench.draw(bench.prompts.tasks[0], adapter, FORMS[form].fuse, bench.embedding(adapter), mu or 1.0)
+        value: dict[str, Any] = {"form": form, "seed": seed, "mu": [each.flatten().tolist() for each in mu]}
         value["shares"] = [torch.stack(each).mean(dim=0).tolist() for _, each in sorted(shares.items())]
         return Unit(value, made_on(study.device))
 

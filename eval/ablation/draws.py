@@ -19,7 +19,7 @@ from eval.bench import Bench, through_the_vae
 from model.adapter import IPAdapter
 from model.attention import Fuse, decoupled
 from model.text_encoder import TextEncoder
-from sampling.embeddings import Strength
+from sampling.embeddings import AdapterLambda
 from sampling.lambdas import Lambda
 
 
@@ -107,9 +107,9 @@ def draw_unit(workspace: Workspace, study: Study, what: Draw, lambdas: list[floa
 
 
 def _read(bench: Bench, adapter: IPAdapter, what: Draw, lam: float) -> Arrays:
-    strength: Strength = lam if what.layers == "all" else Lambda(lam, what.layers)
-    strength = adapter.levels if isinstance(adapter, MixedAdapter) else strength
-    drawings = bench.draw(what.task, adapter, what.fuse, bench.embedding(adapter), strength)
+    scale: AdapterLambda = lam if what.layers == "all" else Lambda(lam, what.layers)
+    scale = adapter.mu if isinstance(adapter, MixedAdapter) else scale
+    drawings = bench.draw(what.task, adapter, what.fuse, bench.embedding(adapter), scale)
     return quantise(bench.read(what.task, drawings))
 
 

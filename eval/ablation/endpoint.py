@@ -13,8 +13,9 @@ SHARES = ("concept", *PARTS)  # of the drawings, read at the level
 
 
 def where_read(following: Array, level: float) -> str:
-    """Say where a curve `lambdas` is read: at its "end", if it is still at the level at its last lambda; at its "start", if it falls below
-    the level before its smallest lambda above 0, so that the reading lies on a straight line from the text alone; or "between"."""
+    """Say where a curve is read, from its shares of following, `lambdas`: at its "end", if it is still at the level at its last lambda;
+    at its "start", if it falls below the level before its smallest lambda above 0, so that the reading lies on a straight line from the
+    text alone; or "between"."""
     above = np.flatnonzero(following >= level * following[0])
     return "end" if above[-1] == len(following) - 1 else "start" if above[-1] == 0 else "between"
 

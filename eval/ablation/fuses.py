@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model.adapter import IPAdapter
-from model.attention import attention, concatenated
+from model.attention import attention, concatenated, log_lambda
 from model.context import Context
 from model.image_projection import Projection
 from model.source import Source
@@ -39,20 +39,20 @@ def gate(q: Tensor, text: Source, image: Source) -> Tensor:
 def text_yields(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     """Z = g A_t + lambda A_i: the image weakens the text, as in a joint softmax, but the text does not weaken the image."""
     (source,) = image
-    return gate(q, text, source).to(q) * attention(q, text.k, text.v) + source.weight(q) * attention(q, source.k, source.v)
+    return gate(q, text, source).to(q) * attention(q, text.k, text.v) + source.scale_for(q) * attention(q, source.k, source.v)
 
 
 def image_yields(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     """Z = A_t + lambda (1 - g) A_i: the text weakens the image, as in a joint softmax, but the image does not weaken the text."""
     (source,) = image
-    share = source.weight(q) * (1 - gate(q, text, source)).to(q)
+    share = source.scale_for(q) * (1 - gate(q, text, source)).to(q)
     return attention(q, text.k, text.v) + share * attention(q, source.k, source.v)
 
 
 def mixed(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     """Z = (1 - mu) A_t + mu A_i. mu stands in place of lambda; `MixedAdapter` learns it."""
     (source,) = image
-    mu = source.weight(q)
+    mu = source.scale_for(q)
     return (1 - mu) * attention(q, text.k, text.v) + mu * attention(q, source.k, source.v)
 
 
@@ -60,17 +60,14 @@ def even_odds(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     """`concatenated`, with lambda times m / n for m text tokens and n image tokens, as if there were as many of both."""
     (source,) = image
     odds = text.k.shape[-2] / source.k.shape[-2]
-    return concatenated(q, text, [replace(source, scale=source.weight(q) * odds)])
+    return concatenated(q, text, [replace(source, scale=source.scale_for(q) * odds)])
 
 
 def unpadded(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     """`concatenated` without the padding of the text: the tokens that `WithoutPadding` sets to zero, and so their keys."""
     (source,) = image
     padding = (text.k == 0).all(dim=-1)[:, :, None]
-    weight = source.weight(q)
-    column = (weight if isinstance(weight, Tensor) else q.new_full((1, 1, 1, 1), weight)).log()
-    column = column if column.ndim else column.reshape(1, 1, 1, 1)
-    parts = [q.new_zeros(padding.shape).masked_fill(padding, -math.inf), column.expand(*column.shape[:3], source.k.shape[-2])]
+    parts = [q.new_zeros(padding.shape).masked_fill(padding, -math.inf), log_lambda(source, q)]
     shape = torch.broadcast_shapes(*(part.shape[:3] for part in parts))
     log_odds = torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], dim=-1)
     return attention(q, torch.cat([text.k, source.k], dim=-2), torch.cat([text.v, source.v], dim=-2), log_odds)
@@ -99,10 +96,10 @@ class MixedAdapter(IPAdapter):
         self.mix = nn.ParameterList(torch.zeros(heads) for heads in self.heads)  # mu = sigmoid(mix)
 
     @property
-    def levels(self) -> list[Tensor]:
+    def mu(self) -> list[Tensor]:
         """Return mu of each layer, `1 h 1 1`."""
         return [mix.sigmoid().view(1, -1, 1, 1) for mix in self.mix]
 
     def forward(self, context: Context, features: Tensor, scale: float | Tensor = 1.0) -> Context:
         """Return `context` with one more image prompt, whose lambda is mu. `scale` is not used."""
-        return set_lambda(super().forward(context, features), self.levels)
+        return set_lambda(super().forward(context, features), self.mu)

@@ -180,7 +180,7 @@ SHEETS: dict[str, tuple[str, Callable[[Artist], Cells]]] = {  # file name -> (ti
     "image_to_image": ("From a picture: the stronger, the less of it stays (--init-image, --strength)", image_to_image),
     "inpainting": ("White is painted anew from the image prompt, black stays (--init-image, --mask)", inpainting),
     "several_pictures": (
-        "One prompt of two pictures, weighed by three rules (--image, --image-weight, --image-rule)",
+        "One prompt of two pictures, weighted by three rules (--image, --image-weight, --image-rule)",
         several_pictures,
     ),
     "negative_image": ("Away from what both have in common, here the background (--negative-image)", negative_image),
