@@ -60,26 +60,14 @@ def concatenated(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     image = [source for source in image if not source.off]
     k = torch.cat([text.k, *(source.k for source in image)], dim=-2)
     v = torch.cat([text.v, *(source.v for source in image)], dim=-2)
-    if all(isinstance(source.scale, int | float) and source.scale == 1 for source in image):
+    numbers = [source.scale for source in image if isinstance(source.scale, int | float)]
+    for number in numbers:
+        check_sign(concatenated, number)
+    if numbers == [1] * len(image):
         return attention(q, k, v)
-    log_odds = [q.new_zeros(1, 1, 1, text.k.shape[-2]), *(log_lambda(source, q) for source in image)]
+    log_odds = [q.new_zeros(1, 1, 1, text.k.shape[-2]), *(source.log_scales(q) for source in image)]
     shape = torch.broadcast_shapes(*(part.shape[:-1] for part in log_odds))
     return attention(q, k, v, torch.cat([part.expand(*shape, part.shape[-1]) for part in log_odds], dim=-1))
-
-
-def log_lambda(source: Source, q: Tensor) -> Tensor:
-    """Return log lambda for each key of a source, `b h n m`; axes on which lambda does not depend have length 1, but not `m`.
-
-    Raises ValueError when lambda is a negative number.
-    """
-    scale = source.scale_for(q)
-    if isinstance(scale, Tensor):
-        log = scale.log()
-    else:
-        check_sign(concatenated, scale)
-        log = q.new_full((), math.log(scale) if scale else -math.inf)
-    log = log if log.ndim else log.reshape(1, 1, 1, 1)
-    return log.expand(*log.shape[:-1], source.k.shape[-2])
 
 
 Fuse = Callable[[Tensor, Source, Sequence[Source]], Tensor]

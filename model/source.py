@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,3 +39,10 @@ class Source:
                 "latents' true (h, w)"
             )
         return self.scale.to(q)
+
+    def log_scales(self, q: Tensor) -> Tensor:
+        """Return log lambda for each key, `b h n m`, in the dtype and on the device of `q`. Axes `b`, `h` and `n` may have length 1."""
+        scale = self.scale_for(q)
+        log = scale.log() if isinstance(scale, Tensor) else q.new_full((), math.log(scale) if scale else -math.inf)
+        log = log if log.ndim else log.reshape(1, 1, 1, 1)
+        return log.expand(*log.shape[:-1], self.k.shape[-2])

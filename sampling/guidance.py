@@ -29,18 +29,17 @@ def guided(
     move: Move = keep_context,
     control: Control | None = None,
 ) -> Denoiser:
-    """eps^ = w eps(x_t, c_t, c_i, t) + (1 - w) eps(x_t, t)     (Eq. 7; Eq. 2 without a picture), computed as u + w (c - u).
+    """eps^ = w eps(x_t, c_t, c_i, t) + (1 - w) eps(x_t, t)     (Eq. 7; Eq. 2 without a picture)
 
-    The unconditional pass has an empty text and the null image (section 3.2.3). All passes run as one batch, [uncond, cond]. At w = 1
-    the unconditional pass has no weight and is not computed. `move` computes the Context of each timestep. `control` is called once
-    for each pass, because some controls act only on the conditional one. A step never waits for the device.
+    The unconditional pass has an empty text and the null image (section 3.2.3). The passes run as one batch, [uncond, cond]; at w = 1,
+    only cond runs. `move` computes the Context of each timestep, and `control` the residuals of each pass. A step never waits for the
+    device.
 
     If `image_guidance` w_i differs from w, then w is the weight w_t of the text, and a third pass reads the picture without the text:
 
-    eps^ = eps(0, 0) + w_i [eps(0, c_i) - eps(0, 0)] + w_t [eps(c_t, c_i) - eps(0, c_i)],  where 0 is the empty text or the null image,
+    eps^ = eps(0, 0) + w_i [eps(0, c_i) - eps(0, 0)] + w_t [eps(c_t, c_i) - eps(0, c_i)]
 
-    as in InstructPix2Pix (arXiv 2211.09800, Eq. 3). Adapters are trained with dropped texts and pictures, which covers all three passes.
-    """
+    as in InstructPix2Pix (arXiv 2211.09800, Eq. 3). 0 is the empty text or the null image; adapters are trained with all of these."""
     sides: dict[Side, Context] = {"uncond": uncond, "image": replace(uncond, image=cond.image), "cond": cond}
     w_i = guidance if image_guidance is None else image_guidance
     if w_i == guidance or not cond.image:
@@ -54,11 +53,10 @@ def guided(
         rows, step = x.to(context.text), torch.full((), t, device=x.device)
         residuals = join([control(rows, t, side) for side in sides]) if control else None
         rows = rows if isinstance(unet, FastUNet) else torch.cat([rows] * len(sides))
-        eps = dict(zip(sides, unet(rows, step, move(context, t), residuals).to(x).chunk(len(sides)), strict=True))
-        if "uncond" not in eps:
-            return eps["cond"]
-        if "image" not in eps:
-            return eps["uncond"].lerp(eps["cond"], guidance)
-        return eps["uncond"].lerp(eps["image"], w_i) + guidance * (eps["cond"] - eps["image"])
+        eps, *more = unet(rows, step, move(context, t), residuals).to(x).chunk(len(sides))
+        if "image" in sides:
+            eps_image, eps_cond = more
+            return eps.lerp(eps_image, w_i) + guidance * (eps_cond - eps_image)
+        return eps.lerp(more[0], guidance) if more else eps
 
     return denoise

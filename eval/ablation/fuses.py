@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model.adapter import IPAdapter
-from model.attention import attention, concatenated, log_lambda
+from model.attention import attention, concatenated
 from model.context import Context
 from model.image_projection import Projection
 from model.source import Source
@@ -67,7 +67,7 @@ def unpadded(q: Tensor, text: Source, image: Sequence[Source]) -> Tensor:
     """`concatenated` without the padding of the text: the tokens that `WithoutPadding` sets to zero, and so their keys."""
     (source,) = image
     padding = (text.k == 0).all(dim=-1)[:, :, None]
-    parts = [q.new_zeros(padding.shape).masked_fill(padding, -math.inf), log_lambda(source, q)]
+    parts = [q.new_zeros(padding.shape).masked_fill(padding, -math.inf), source.log_scales(q)]
     shape = torch.broadcast_shapes(*(part.shape[:3] for part in parts))
     log_odds = torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], dim=-1)
     return attention(q, torch.cat([text.k, source.k], dim=-2), torch.cat([text.v, source.v], dim=-2), log_odds)
