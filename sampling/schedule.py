@@ -1,6 +1,8 @@
 """The noise schedule: alpha-bar, the timesteps that a sampler visits, and epsilon and v prediction.
 
-We write a_t for the cumulative product alpha-bar_t: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps.
+We write a_t for the cumulative product alpha-bar_t: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps. So alpha_t and sigma_t of the IP-Adapter
+paper (Eq. 1) are sqrt(a_t) and sqrt(1 - a_t), and alpha_t of the DDIM paper is a_t. We count t from 0, and a_0 is 0.99915; the DDIM paper
+counts from 1, and its a_0 is 1, as with `final_one`.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ def diffuse(x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
 class Schedule:
     """Stable Diffusion's schedule; the default is SD 1.5's.
 
-    `spacing`: how timesteps are chosen, by one of the rules of arXiv 2305.08891, Table 2, rounded as in diffusers, or by that of
-    LDM. None is the sampler's default: leading for DDIM, linspace for the others. `offset` is added to leading timesteps.
+    `timesteps`: T. `spacing`: how timesteps are chosen, by one of the rules of arXiv 2305.08891, Table 2, rounded as in diffusers, or by
+    that of LDM. None is the sampler's default: leading for DDIM, linspace for the others. `offset` is added to leading timesteps.
     `final_one` (DDIM): the last step ends at a = 1 instead of a_0. `karras` (DPM-Solver++, Euler): use the noise levels of arXiv
     2206.00364. `unsupported_by_dpm`, `unsupported_by_euler`, `unsupported_by_lcm`: settings of the scheduler file that these samplers do
     not support; if there are any, the sampler raises.

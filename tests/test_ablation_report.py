@@ -276,11 +276,13 @@ def test_what_each_change_gives_alone_is_said() -> None:
     d = {"mean": 1.0, "low": -1.0, "high": 3.0, "p": 0.5}
     shares = {"60%": {"shared": 0.7, "concatenated": 0.9}, "80%": {"shared": 0.8, "concatenated": 0.6}}
     differences = {SIMPLE: d | {"mean": 40.0, "low": 30.0}, "shared": d | {"low": 0.1}, "concatenated": d}
-    robustness = {"only": {"right size and place": {"test": d}}, "shares": shares}
+    rest = {"test": d, "read": {"test": {IP_ADAPTER: {"end": 2, "start": 0}}}}
+    robustness = {"only": {"right size and place": rest}, "shares": shares}
     results.data["summary"] = {"endpoint": four, "difference": differences, "robustness": robustness}
     said = "Either change alone recovers most of this lead: a separate softmax 70% to 80%, own projections 60% to 90%, depending on the "
     said += "level. These overlap, so they do not add up. "
-    said += "Much of the lead is about the background: if only size and place count as following, it is +1.0 [-1.0, +3.0]. "
+    said += "Much of the lead is about the background: if only size and place count as following, it is +1.0 [-1.0, +3.0]; "
+    said += "IP-Adapter is then read at its largest lambda, still above the level. "
     said += "IP-Adapter and `concatenated` (own projections, joint softmax) "
     assert parts(results) == [f"{said}do not differ significantly: +1.0 [-1.0, +3.0]."]
 

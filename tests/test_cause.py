@@ -122,8 +122,10 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 NAMES = [
     "difference [95 %]",
-    "difference, counting only background",
-    "difference, counting only size and place",
+    "counting only background",
+    "counting only background, at 95%",
+    "counting only size and place",
+    "counting only size and place, at 95%",
 ]
 
 

@@ -3,9 +3,12 @@
 Minimise Eq. 6 with a frozen base and AdamW (weight decay 0.01). Drop the text, the picture or both in 5 % of the samples each; a
 dropped picture becomes a zero embedding. W'_k and W'_v start as copies of W_k and W_v. Only the projection and W'_k, W'_v are trained.
 
-The mini world differs in three points. Its captions leave out more, as captions on the web do. Min-SNR weights reduce gradient noise at
-timesteps where a picture carries no information. And the image prompt shows the drawing at another size and place (`move_randomly`): an
-adapter trained on the same picture copies size and place too, against the text.
+Not in the paper, for any base: gradients are clipped, AdamW's second beta is 0.99, and the average of the weights is what is written.
+
+The mini world differs in four more points. The learning rate is larger, with a warm-up and a decay. The captions leave out more, as
+captions on the web do. Min-SNR weights reduce gradient noise at timesteps where a picture carries no information. And the image prompt
+shows the drawing at another size and place (`move_randomly`): an adapter trained on the same picture copies size and place too, against
+the text.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def parts(results: Results) -> list[str]:
             told.append(f"Either change alone {how} of this lead: {shares}. These overlap, so they do not add up.")
         if (rest := robustness["only"][PARTS[1]])["test"]["mean"] < first["mean"] / 2:
             sets = f"{with_interval(rest['test'])}" + (f" (confirmation {with_interval(rest['confirm'])})" if "confirm" in rest else "")
-            told.append(f"Much of the lead is about the background: if only size and place count as following, it is {sets}.")
+            unmatched = all(ends[IP_ADAPTER]["end"] == results.study["seeds"] for ends in rest["read"].values())
+            note = "; IP-Adapter is then read at its largest lambda, still above the level" if unmatched else ""
+            told.append(f"Much of the lead is about the background: if only size and place count as following, it is {sets}{note}.")
     for form, difference in summary["difference"].items():
         if form != SIMPLE and difference["low"] <= 0 <= difference["high"]:
             name = f"`{FORMS[form].short}` ({FORMS[form].name})"

@@ -89,11 +89,15 @@ def table(summaries: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 def differences(summary: dict[str, Any]) -> dict[str, str]:
     """Format the difference of the two forms by name: with an interval over seeds and prompts, over seeds alone, and if only a part of the
-    text counts as following."""
+    text counts as following, also at the highest level."""
     found = {"difference [95 %]": with_interval(summary["difference"]), "the same, over seeds alone": over_seeds(summary["difference"])}
-    only = {key.removeprefix("right "): with_interval(each["test"]) for key, each in summary["only"].items()}
-    parts = {f"difference, counting only {key}": numbers for key, numbers in only.items()}
-    return {name: numbers for name, numbers in (found | parts).items() if numbers}
+    for key, only in summary["only"].items():
+        name, strict = f"counting only {key.removeprefix('right ')}", only["strict"]["test"]
+        read = [f"{ends['end']} of {FORMS[form].short}" for form, ends in only["read"]["test"].items() if ends["end"]]
+        found[name] = with_interval(only["test"]) + (f"; seeds at their largest λ: {', '.join(read)}" if read else "")
+        alone = over_seeds(strict)
+        found[f"{name}, at {robustness.LEVELS[-1]:.0%}"] = with_interval(strict) + (f"; over seeds alone {alone}" if alone else "")
+    return {name: numbers for name, numbers in found.items() if numbers}
 
 
 def both_bases(results: Results, first: Results | None) -> dict[str, dict[str, Any]]:
