@@ -65,20 +65,17 @@ class Bench:
     def _prompt_embeddings(self) -> Tensor:
         return self.scorer.images(self.prompts.images)
 
-    def embedding(self, adapter: IPAdapter) -> Tensor:
-        """Encode the image prompts for the adapter, `n 1 m e`."""
-        return embed(replace(self.pipeline, adapters=(adapter,)), self.prompts.images)
-
-    def draw(self, task: str, adapter: IPAdapter | None, fuse: Fuse, embedding: Tensor | None, lam: AdapterLambda) -> Tensor:
-        """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1."""
+    def draw(self, task: str, adapter: IPAdapter | None = None, fuse: Fuse = decoupled, lam: AdapterLambda = 0.0) -> Tensor:
+        """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1; without an adapter, from the text alone."""
         pipeline = replace(self.pipeline, adapters=(adapter,) if adapter else ())
+        embedding = embed(pipeline, self.prompts.images) if adapter else None
         name = f"{task}, lambda {lam:g}" if isinstance(lam, float) else task
         return draw_prompts(pipeline, self.prompts.texts(task), embedding, lam, self.guidance, self.steps, name, fuse)
 
 
 def embed(pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
     """Encode pictures for the pipeline's adapter, `n 1 m e`, on its device. Each picture is a separate image prompt."""
-    batch = batch_size(device_of(pipeline.unet))
+    batch = batch_size(str(pipeline.device))
     parts = [pipeline.embed(images[first : first + batch]) for first in range(0, len(images), batch)]
     return torch.cat([part.transpose(0, 1) for part in parts])
 
@@ -107,7 +104,7 @@ def draw_prompts(
     `embedding`: the encoded image prompts, `n 1 m e`, or None. `scale`: lambda. `name`: the label of the progress bar. `hints`: what
     each of the pipeline's controls reads, `n c h w` in [0, 1], weighted by `control_scale`.
     """
-    parts, device = [], device_of(pipeline.unet)
+    parts, device = [], str(pipeline.device)
     for rows in tqdm(torch.arange(len(prompts)).split(batch_size(device, pipeline.native_size[0])), desc=name, unit="batch"):
         texts, part_embedding = [prompts[i] for i in rows], None if embedding is None else embedding[rows]
         part_hints = [] if hints is None else [Hint(hints[rows], control_scale)] * len(pipeline.controls)

@@ -25,7 +25,6 @@ from eval.device import dtype
 from eval.prompts import Prompts, Truth
 from eval.scores import hits_of, nearest
 from eval.tables import markdown
-from model.attention import decoupled
 from sampling.device import check_device
 from sampling.loading import load
 from train.judge import Judge, delta_e, load_judge
@@ -59,8 +58,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     rows = [score_rows(bench, through, "the image prompt, through the VAE")]
     for file, form in zip(files, ADAPTERS.values(), strict=True):
         adapter = load_adapter(file, pipeline.unet).to(device)
-        embedding = bench.embedding(adapter)
-        alone, beside = (bench.draw(task, adapter, decoupled, embedding, 1.0) for task in ("picture", "complementary"))
+        alone, beside = (bench.draw(task, adapter, lam=1.0) for task in ("picture", "complementary"))
         rows.append(score_rows(bench, alone, form) | {"follows": follows_text(bench, judge, beside)})
     results = {
         "command": f"python -m eval fine --n {n} --steps {steps} --guidance {guidance:g}",

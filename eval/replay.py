@@ -49,14 +49,14 @@ def first_losses(stage: str, weights: Path, steps: int) -> list[float]:
         log = state / f"{import_module(f'train.{stage}').PHASES[0].name}.jsonl"
         options = ["--pictures", str(PICTURES), "--save-every", str(steps), "--state", str(state), "--weights", str(copy)]
         train = [sys.executable, "-m", "train", stage, *options]
-        with subprocess.Popen(train, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        said = Path(name) / "said"  # a pipe that nobody reads would fill up, and stop the training
+        with said.open("w") as errors, subprocess.Popen(train, stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT) as process:
             while len(losses_of(log)) < steps and process.poll() is None:
                 time.sleep(0.1)
             process.terminate()
-            _, errors = process.communicate()
-        losses = losses_of(log)[:steps]
+        losses, lines = losses_of(log)[:steps], said.read_text().splitlines()
     if len(losses) < steps:
-        raise ValueError(f"{stage}: {errors.strip().splitlines()[-1] if errors.strip() else 'training ended early'}")
+        raise ValueError(f"{stage}: {lines[-1] if lines else 'training ended early'}")
     return losses
 
 

@@ -258,7 +258,7 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     every, fine = (results.units[Draw("ip_adapter", 0, 16, "complementary", layers=layers).name] for layers in ("all", "finest"))
     assert not torch.equal(every.arrays["palette"], fine.arrays["palette"]) and every.rows == 4 * len(every.value["lambdas"])
     text = (tmp_path / "RESULTS.md").read_text()
-    assert markdown(report.square(results)) in text and report.headline(results) in text
+    assert markdown(report.square(results.data["summary"]["endpoint"])) in text and report.headline(results) in text
     links = [link for link in re.findall(r"\]\((.*?)\)", text) if not link.startswith("docs/")]
     assert len(links) >= 4 and all((tmp_path / link).exists() for link in links)
     (tmp_path / "RESULTS.md").unlink()

@@ -184,7 +184,7 @@ def test_the_page_states_the_result() -> None:
     assert f"{told}, IP-Adapter minus the simple adapter is {with_interval(d)} in palette information" in page
     assert f"the ceiling is {summary['ceilings']['vae']:.1f}" in page and "commit abc, and were computed on x." in page
     assert "2 of IP-Adapter and simple" in page and all(f"- {each}" in page for each in against(results))
-    assert markdown(report.square(results)) in page and "(concept 40%)" in page and "| simple |" in page
+    assert markdown(report.square(results.data["summary"]["endpoint"])) in page and "(concept 40%)" in page and "| simple |" in page
     swapped = made_up({IP_ADAPTER: KNOWN[SIMPLE], SIMPLE: KNOWN[IP_ADAPTER]})
     swapped.data["summary"] = summarise(swapped)
     assert report.headline(swapped).startswith("The simple adapter beats decoupled attention")

@@ -96,9 +96,6 @@ def test_a_form_without_lambda_is_drawn_as_it_was_trained() -> None:
 def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """All tables are printed. With the finished file alone, nothing is computed again, and the digits are the same."""
     weights, path = write_world(tmp_path / "weights"), tmp_path / "results" / "cause.json"
-    for name in ("score_image", "score_text"):
-        for end in (".safetensors", ".json"):
-            shutil.copy(ROOT / "weights" / f"{name}{end}", weights)
 
     def call() -> str:
         given = ["--weights", str(weights), "cause", "--out", str(tmp_path), "--smoke", "--jobs", "1"]
@@ -132,9 +129,6 @@ NAMES = [
 def test_another_base_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The table has both forms, beside those of tier B if its results are there."""
     weights = write_world(tmp_path / "weights")
-    for name in ("score_image", "score_text"):
-        for end in (".safetensors", ".json"):
-            shutil.copy(ROOT / "weights" / f"{name}{end}", weights)
     size = ["--out", str(tmp_path), "--smoke", "--jobs", "1"]
     commands.run(commands.parser().parse_args(["--weights", str(weights), "second-base", "--base", str(weights), *size]))
     lines = capsys.readouterr().out.splitlines()
@@ -215,9 +209,6 @@ def test_a_text_encoder_without_padding() -> None:
 def test_the_variants_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every form is trained as it says, and has a line; the forms without padding are drawn without it."""
     weights = write_world(tmp_path / "weights")
-    for name in ("score_image", "score_text"):
-        for end in (".safetensors", ".json"):
-            shutil.copy(ROOT / "weights" / f"{name}{end}", weights)
     size = ["--out", str(tmp_path), "--smoke", "--jobs", "1"]
     commands.run(commands.parser().parse_args(["--weights", str(weights), "variants", *size]))
     lines = capsys.readouterr().out.splitlines()

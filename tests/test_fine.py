@@ -73,9 +73,9 @@ def test_both_adapters_are_read(
     drawn: list[tuple[str, float, bool]] = []
     draw = Bench.draw
 
-    def spy(self: Bench, task: str, adapter: Any, fuse: Any, embedding: Any, lam: float) -> Any:
-        drawn.append((task, lam, embedding.shape[2] > 1))
-        return draw(self, task, adapter, fuse, embedding, lam)
+    def spy(self: Bench, task: str, adapter: Any, lam: float) -> Any:
+        drawn.append((task, lam, isinstance(adapter.image_projection, Resampler)))
+        return draw(self, task, adapter, lam=lam)
 
     monkeypatch.setattr(Bench, "draw", spy)
     out = weights.parent / "fine.json"

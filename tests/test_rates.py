@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,6 @@ ROOT = Path(__file__).parent.parent
 def test_a_tiny_study_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The rate is that of IP-Adapter in tier A. Each of three lengths of training is read. Tier A has other prompts, so it is not shown."""
     weights = write_world(tmp_path / "weights")
-    for name in ("score_image", "score_text"):
-        for end in (".safetensors", ".json"):
-            shutil.copy(ROOT / "weights" / f"{name}{end}", weights)
     given = ["--weights", str(weights), "rates", "--out", str(tmp_path), "--smoke", "--jobs", "1"]
     commands.run(commands.parser().parse_args(given))
     said = capsys.readouterr().out

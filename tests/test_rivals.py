@@ -296,9 +296,6 @@ def test_one_more_rate_is_tried_at_an_edge(tmp_path: Path, monkeypatch: pytest.M
 def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The table has every rival, and the paper's numbers beside those that the paper has. The finished file alone gives it again."""
     weights, path = write_world(tmp_path / "weights"), tmp_path / "results" / "rivals.json"
-    for name in ("score_image", "score_text"):
-        for end in (".safetensors", ".json"):
-            shutil.copy(ROOT / "weights" / f"{name}{end}", weights)
     cards.save(ControlNet.of(load(weights, ()).unet, (16, 32, 96)), weights / "controlnet.safetensors", {})
 
     def call() -> list[str]:

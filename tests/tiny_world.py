@@ -1,7 +1,8 @@
-"""A folder of tiny random weights that draw pictures of the mini world's size, with a judge."""
+"""A folder of tiny random weights that draw pictures of the mini world's size, with a judge and the shipped second CLIP."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,4 +29,6 @@ def write_world(folder: Path) -> Path:
     }
     for name, module in parts.items():
         cards.save(module, folder / f"{name}.safetensors", {"command": "a test"})
+    for file in (Path(__file__).parent.parent / "weights").glob("score_*"):
+        shutil.copy(file, folder)
     return folder

@@ -86,7 +86,7 @@ def measure_shares(workspace: Workspace, study: Study, form: str, seed: int) -> 
         adapter = trained_adapter(workspace, study, form, plan_of(workspace, study, form, seed), study.steps)
         mu = adapter.mu if isinstance(adapter, MixedAdapter) else []
         with image_shares(bench.pipeline.unet) as shares:
-            bench.draw(bench.prompts.tasks[0], adapter, FORMS[form].fuse, bench.embedding(adapter), mu or 1.0)
+            bench.draw(bench.prompts.tasks[0], adapter, FORMS[form].fuse, mu or 1.0)
         value: dict[str, Any] = {"form": form, "seed": seed, "mu": [each.flatten().tolist() for each in mu]}
         value["shares"] = [torch.stack(each).mean(dim=0).tolist() for _, each in sorted(shares.items())]
         return Unit(value, made_on(study.device))
@@ -224,6 +224,6 @@ def run(args: Namespace) -> None:
     """`python -m eval cause`"""
     check_options(args)
     more = {"shares": "shares-FORM-SEED: 1 - g, and mu, of each layer and head", "wide": "wide-FORM-SEED: drawn at larger lambdas"}
-    results = Tier("cause", "cause", CauseStudy(), jobs_of, summarise, more).run(args, args.weights)
+    results = Tier("cause", CauseStudy(), jobs_of, summarise, more).run(args, args.weights)
     plot_cause(results, args.out / "results" / "cause.png")
     print("\n\n".join(markdown(table(results)) for table in TABLES.values()))

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from checkpoints.files import check_output, replacing, write_json, write_tensors
+from checkpoints.files import check_output, replacing
 from eval.ablation import equal_rates, plots, report
 from eval.ablation.draws import Draw, draw_unit
-from eval.ablation.memo import Memo, pack
-from eval.ablation.rows import SCHEMA, Results
+from eval.ablation.memo import Memo
+from eval.ablation.rows import Results
 from eval.ablation.study import SMOKE, Study, Workspace
+from eval.ablation.study_file import complete, describe
 from eval.ablation.summary import summarise
 from eval.ablation.training import plan_of, settings_of
-from eval.ablation.work import evaluate
 from sampling.device import check_device
 from train.setting import TrainingSource
 
 STUDY_OPTIONS = ("smoke", "data", "steps", "batch", "prompts", "rates", "seeds")  # options that change the study
-GPU_JOBS = 6  # processes that share a GPU
 # Largest accepted difference between a redrawn and a stored mean. Processors round differently or lack bfloat16, so pictures differ
 # slightly. In the first study, on a processor without bfloat16, one cell differed in 2 of 128 concepts; its means of the palette error,
 # CLIP-I and CLIP-T differed by 0.28, 0.03 and 0.0006.
@@ -42,61 +38,13 @@ TOLERANCE = {
 }
 
 
-def execute(workspace: Workspace, study: Study, out: Path, jobs: int) -> None:
-    """Run the parts of the study that are missing; write results/ablation.json and .safetensors, RESULTS.md and its figures to `out`.
-
-    If `out` holds the results of the same study by other source files, nothing is trained: they are reported again. Raises
-    FileExistsError if it holds those of another study.
-    """
+def execute(workspace: Workspace, study: Study, out: Path, jobs: int | None) -> None:
+    """Complete results/ablation.json and .safetensors in `out`, and write RESULTS.md and its figures."""
     path = out / "results" / "ablation.json"
     check_output(path)
     check_output(out / "RESULTS.md")
-    workspace = workspace.with_fingerprints(study)  # loads the scorer and the judge before hours of training
-    if finished(path, workspace):
-        return rewrite(workspace, out, study.device)
-    restore(path, workspace)
-    if study.device == "cpu":
-        torch.set_num_threads(1)
-    data, units = evaluate(workspace, study, jobs)
-    write(Results(data, units), workspace, study, out)
-
-
-def finished(path: Path, workspace: Workspace) -> bool:
-    """Return whether `path` holds the results of the same study by other source files, and say that nothing more is trained."""
-    if not path.exists() or changed_names(Results.of(path).data["made_from"], workspace.made_from) != ["source files"]:
-        return False
-    print(f"{path} was made by other source files: only its report is written. --out FOLDER trains anew")
-    return True
-
-
-def restore(path: Path, workspace: Workspace) -> None:
-    """Store the units of the results file `path`, if there is one. Raises FileExistsError if they are those of another study."""
-    if not path.exists():
-        return
-    before = Results.of(path)
-    if other := changed_names(before.data["made_from"], workspace.made_from):
-        raise FileExistsError(
-            f"{path} holds a study that was made from other {', '.join(other)}: continue it at a commit where they are the same, "
-            "or choose another folder with --out"
-        )
-    Memo(workspace.work).restore(before.units)
-
-
-def default_jobs(device: str) -> int:
-    """Return the number of processes: one for each core of the CPU, or those that share a GPU."""
-    return os.cpu_count() or 1 if device == "cpu" else GPU_JOBS
-
-
-def write(results: Results, workspace: Workspace, study: Study, out: Path) -> None:
-    """Summarise results, and write them, the figures and RESULTS.md to `out`."""
-    path = out / "results" / "ablation.json"
-    rows, arrays = pack(results.units)
-    write_tensors(path.with_suffix(".safetensors"), arrays, None)
-    write_json(path, {"schema": SCHEMA, **results.data, "summary": summarise(results), "units": rows})
-    results = Results.of(path)
-    plots.plot_all(results, workspace, study, out / "results")
-    with replacing(out / "RESULTS.md") as part:
-        part.write_text(report.render(results, equal_rates.beside(path, results)))
+    complete(workspace.with_fingerprints(study), study, path, jobs)  # loads the scorer and the judge before hours of training
+    rewrite(workspace, out, study.device)
 
 
 def rewrite(workspace: Workspace, out: Path, device: str) -> None:
@@ -104,24 +52,19 @@ def rewrite(workspace: Workspace, out: Path, device: str) -> None:
 
     Raises FileNotFoundError if there are no stored results.
     """
-    results = load_results(out)
-    data = {key: value for key, value in results.data.items() if key not in ("schema", "units")}
-    write(Results(data, results.units), workspace, replace(Study.of(results.study), device=device), out)
+    path = results_in(out)
+    results = describe(path, summarise, {})
+    plots.plot_all(results, workspace, replace(Study.of(results.study), device=device), out / "results")
+    with replacing(out / "RESULTS.md") as part:
+        part.write_text(report.render(results, equal_rates.beside(path, results)))
 
 
-def load_results(out: Path) -> Results:
-    """Read the results in `out`. Raises FileNotFoundError if there are none."""
+def results_in(out: Path) -> Path:
+    """Return the results file in `out`. Raises FileNotFoundError if there is none."""
     path = out / "results" / "ablation.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: run `python -m eval ablation` first")
-    return Results.of(path)
-
-
-def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """List the names whose values differ. `settings` are compared one by one."""
-    flat = [{name: value for name, value in each.items() if name != "settings"} | each.get("settings", {}) for each in (before, now)]
-    names = {"source": "source files"}
-    return [names.get(name, name) for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
+    return path
 
 
 def redraw(workspace: Workspace, out: Path, name: str, device: str) -> pd.DataFrame:
@@ -129,7 +72,7 @@ def redraw(workspace: Workspace, out: Path, name: str, device: str) -> pd.DataFr
 
     Raises FileNotFoundError if there are no stored results or their adapter is not there, and ValueError if there is no such cell.
     """
-    results = load_results(out)
+    results = Results.of(results_in(out))
     study, tasks = replace(Study.of(results.study), device=device), results.data["tasks"]
     form, seed, task = (*name.split(":"), "", "")[:3]
     if form not in study.forms or seed not in map(str, study.seeds_of(form)) or task not in tasks:
@@ -193,7 +136,7 @@ def run(args: Namespace) -> None:
         return
     if args.cell is None:
         study = study_of(args)
-        execute(workspace, study, args.out, args.jobs or default_jobs(study.device))
+        execute(workspace, study, args.out, args.jobs)
         return
     comparison = redraw(workspace, args.out, args.cell, args.device)
     print(comparison.to_string(index=False))

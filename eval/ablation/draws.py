@@ -17,7 +17,7 @@ from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
 from eval.ablation.training import plan_of, train, trained_adapter, try_rate
 from eval.bench import Bench, through_the_vae
 from model.adapter import IPAdapter
-from model.attention import Fuse, decoupled
+from model.attention import Fuse
 from model.text_encoder import TextEncoder
 from sampling.embeddings import AdapterLambda
 from sampling.lambdas import Lambda
@@ -109,7 +109,7 @@ def draw_unit(workspace: Workspace, study: Study, what: Draw, lambdas: list[floa
 def _read(bench: Bench, adapter: IPAdapter, what: Draw, lam: float) -> Arrays:
     scale: AdapterLambda = lam if what.layers == "all" else Lambda(lam, what.layers)
     scale = adapter.mu if isinstance(adapter, MixedAdapter) else scale
-    drawings = bench.draw(what.task, adapter, what.fuse, bench.embedding(adapter), scale)
+    drawings = bench.draw(what.task, adapter, what.fuse, scale)
     return quantise(bench.read(what.task, drawings))
 
 
@@ -118,7 +118,7 @@ def alone(workspace: Workspace, study: Study, task: str, split: str) -> Unit:
 
     def make() -> Unit:
         bench = workspace.bench(study, split)
-        arrays = quantise(bench.read(task, bench.draw(task, None, decoupled, None, 0.0)))
+        arrays = quantise(bench.read(task, bench.draw(task)))
         return Unit({"task": task, "split": split, "lambdas": [0.0]}, made_on(study.device), arrays)
 
     return Memo(workspace.work)(f"alone-{task}-{split}", make)
@@ -147,7 +147,7 @@ def find_grid(workspace: Workspace, study: Study, form: str, sampled: str = "") 
 
         def follow(lam: float) -> float:
             if lam == 0:
-                parts[lam] = quantise(bench.read(what.task, bench.draw(what.task, None, decoupled, None, 0.0)))
+                parts[lam] = quantise(bench.read(what.task, bench.draw(what.task)))
             else:
                 parts[lam] = _read(bench_of(workspace, study, what), adapter, what, lam)
             return float(follows(what.task, parts[lam], truth, parts[0.0]).mean())

@@ -24,9 +24,8 @@ RESULTS, ADAPTERS = ROOT / "results" / "ablation.json", ROOT / "results" / "abla
 
 def drawn_at(bench: Bench, file: Path, form: str, lam: float) -> list[Image.Image]:
     """Draw the prompts of the first task at lambda, with an adapter of a form."""
-    adapter = load_adapter(file, bench.pipeline.unet).to(next(bench.pipeline.unet.parameters()).device)
-    drawings = bench.draw(bench.prompts.tasks[0], adapter, FORMS[form].fuse, bench.embedding(adapter) if lam else None, lam)
-    return to_images(drawings)
+    adapter = load_adapter(file, bench.pipeline.unet).to(bench.pipeline.device) if lam else None
+    return to_images(bench.draw(bench.prompts.tasks[0], adapter, FORMS[form].fuse, lam))
 
 
 def grids() -> dict[str, list[float]]:

@@ -18,7 +18,7 @@ from eval.ablation.draws import Draw, draw
 from eval.ablation.endpoint import endpoint
 from eval.ablation.equal_rates import curves, leads
 from eval.ablation.forms import IP_ADAPTER, SIMPLE, TIER_A
-from eval.ablation.report import spread, square_of
+from eval.ablation.report import spread, square
 from eval.ablation.rows import Results
 from eval.ablation.statistics import at_index, at_level
 from eval.ablation.study import Study, Workspace
@@ -101,13 +101,13 @@ def one_rate(results: Results, first: Results) -> pd.DataFrame:
         level, seeds = source.study["level"], RateStudy.seeds
         concept = source.curve(form, "concept").first(seeds).seeds(at_level(level)).tolist()
         ends[form] = endpoint(source.curve(form).first(seeds), level) | {"concept": concept}
-    return square_of(ends)
+    return square(ends)
 
 
 def run(args: Namespace) -> None:
     """`python -m eval rates`"""
     check_options(args)
-    results = Tier("rates", "rates", RateStudy(), jobs_of, summarise, {}).run(args, args.weights)
+    results = Tier("rates", RateStudy(), jobs_of, summarise).run(args, args.weights)
     first, short = (earlier(results, args.out, command) for command in ("ablation", "cause"))
     print(markdown(table(results, first, short)))
     if first:

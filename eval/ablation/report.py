@@ -68,13 +68,8 @@ def headline(results: Results, rates: Results | None = None) -> str:
     return f"The study does not decide between the two forms: {text}.{more}"
 
 
-def square(results: Results) -> pd.DataFrame:
-    """Tabulate the endpoint of the four forms as a 2 x 2 table, with the share of right concepts."""
-    return square_of(results.data["summary"]["endpoint"])
-
-
-def square_of(ends: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Tabulate the endpoints of the four forms as a 2 x 2 table."""
+def square(ends: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Tabulate the endpoints of the four forms as a 2 x 2 table, with the share of right concepts where it is known."""
 
     def cell(form: str) -> str:
         endpoint = ends.get(form)
@@ -89,7 +84,7 @@ def square_of(ends: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 def lead(results: Results, rates: Results | None = None) -> str:
     """State the result (`headline`), what each of the two changes does alone, and the 2 x 2 table."""
-    return "\n\n".join([headline(results, rates), *parts(results), markdown(square(results))])
+    return "\n\n".join([headline(results, rates), *parts(results), markdown(square(results.data["summary"]["endpoint"]))])
 
 
 def difference_table(results: Results, rates: Results | None) -> pd.DataFrame:

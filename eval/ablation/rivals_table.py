@@ -95,7 +95,7 @@ def run(args: Namespace) -> None:
         "chosen-RIVAL": "its learning rate, and whether that is at the edge of those that were tried",
         "drawn-RIVAL-TASK": "4 noises of the picture alone, else one",
     }
-    tier = Tier("rivals", "rivals", RivalStudy(), jobs_of, summarise, more)
+    tier = Tier("rivals", RivalStudy(), jobs_of, summarise, more)
     results = tier.run(args, args.weights)
     workspace, study = tier.place(args, args.weights)
     assert isinstance(study, RivalStudy)

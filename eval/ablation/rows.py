@@ -31,7 +31,6 @@ SCHEMA = {
     "rows": "the safetensors file beside this one holds int16 arrays with one row per drawing, unit after unit, lambda after lambda, "
     f"prompt after prompt; the numbers are multiplied by {SCALES}. concept, background: indices; palette: two CIELAB colours; placement: "
     "centre and side in pixels; clip_i: cosine with the image prompt; clip_t: with the text, or with the caption if there is no text",
-    "summary": "eval/ablation/summary.py::summarise",
 }
 
 

@@ -111,7 +111,7 @@ def run(args: Namespace) -> None:
     base = args.base or args.out / "runs" / "second_base" / "weights"
     if args.smoke and args.base is None:
         raise ValueError("--smoke does not train a second base: name a folder of weights with --base, such as weights")
-    tier = Tier("second_base", "second-base", SecondStudy(), jobs_of, summarise, {})
+    tier = Tier("second-base", SecondStudy(), jobs_of, summarise)
     if args.base is None and tier.results(args).exists() and not base.exists():
         print(f"The second base of {tier.results(args)} is not in {base}: only the report is written. --out FOLDER trains anew")
         results = tier.report(tier.results(args))

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from checkpoints.files import check_output, write_json, write_tensors
-from eval.ablation.command import default_jobs, finished, restore
+from checkpoints.files import check_output
 from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_run
-from eval.ablation.memo import pack
-from eval.ablation.rows import SCHEMA, Results
+from eval.ablation.rows import Results
 from eval.ablation.study import Study, Workspace
-from eval.ablation.work import Job, Jobs, evaluate
+from eval.ablation.study_file import complete, describe
+from eval.ablation.work import Job, Jobs
 from sampling.device import check_device
 from train.card import ROOT
 from train.setting import TrainingSource
@@ -68,14 +65,18 @@ def earlier(results: Results, out: Path, command: str) -> Results | None:
 
 @dataclass(frozen=True)
 class Tier:
-    """A later tier. `name`: of its files. `command`: of `python -m eval`. `units`: the units of work that tier A does not have."""
+    """A later tier. `command`: of `python -m eval`. `units`: describes the units of work that tier A does not have."""
 
-    name: str
     command: str
     study: ShortStudy
     jobs: Jobs
     summarise: Callable[[Results], dict[str, Any]]
-    units: dict[str, str]
+    units: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return self.command.replace("-", "_")
 
     def place(self, args: Namespace, base: Path) -> tuple[Workspace, ShortStudy]:
         """Return the study, and the locations of its files, on the base model in the folder `base`."""
@@ -95,24 +96,12 @@ class Tier:
         path = self.results(args)
         check_output(path)
         workspace, study = self.place(args, base)
-        if finished(path, workspace):
-            return self.report(path)
-        restore(path, workspace)
-        if study.device == "cpu":
-            torch.set_num_threads(1)
-        data, units = evaluate(workspace, study, args.jobs or default_jobs(study.device), self.jobs)
-        rows, arrays = pack(units)
-        write_tensors(path.with_suffix(".safetensors"), arrays, None)
-        write_json(path, {"schema": {}, **data, "summary": {}, "units": rows})
+        complete(workspace, study, path, args.jobs, self.jobs)
         return self.report(path)
 
     def report(self, path: Path) -> Results:
         """Write the description and the summary of the results in `path` again, and return the results."""
-        results = Results.of(path)
-        summary = f"{self.summarise.__module__.replace('.', '/')}.py::{self.summarise.__name__}"
-        schema = SCHEMA | self.units | {"summary": summary}
-        write_json(path, results.data | {"schema": schema, "summary": self.summarise(results)})
-        return Results.of(path)
+        return describe(path, self.summarise, self.units)
 
 
 def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:

@@ -82,5 +82,5 @@ def _line(name: str, numbers: dict[str, Any]) -> dict[str, str]:
 def run(args: Namespace) -> None:
     """`python -m eval variants`"""
     check_options(args)
-    results = Tier("variants", "variants", VariantStudy(), jobs_of, summarise, {}).run(args, args.weights)
+    results = Tier("variants", VariantStudy(), jobs_of, summarise).run(args, args.weights)
     print(markdown(compare(results, earlier(results, args.out, "cause"))))

@@ -119,7 +119,7 @@ def run(jobs: Sequence[Job], workers: int) -> None:
 Jobs = Callable[[Workspace, Study, Sequence[str]], list[Job]]
 
 
-def evaluate(workspace: Workspace, study: Study, jobs: int, list_jobs: Jobs = jobs_of) -> tuple[dict[str, Any], dict[str, Unit]]:
+def evaluate(workspace: Workspace, study: Study, jobs: int, list_jobs: Jobs) -> tuple[dict[str, Any], dict[str, Unit]]:
     """Compute what is missing; return the content of the results file except the summary, and all units."""
     splits = {split: workspace.bench(study, split).prompts for split in ("validation", "test", "confirm")}
     all_jobs, memo = list_jobs(workspace, study, splits["test"].tasks), Memo(workspace.work)

@@ -10,7 +10,6 @@ starts.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -23,12 +22,7 @@ from transformers import CLIPTextModel
 
 from checkpoints.single_file import load_single
 from eval.peers.official import SINGLE
-
-
-def anonymous_bytes() -> int:
-    match = re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())
-    assert match is not None
-    return 1024 * int(match[1])
+from eval.peers.timing import memory
 
 
 def load(folder: Path, side: str, dtype: torch.dtype) -> list[nn.Module]:
@@ -51,12 +45,12 @@ def read(parameters: list[nn.Parameter]) -> None:
 
 def main() -> None:
     folder, side, dtype = Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
-    before, began = anonymous_bytes(), time.perf_counter()
+    before, began = memory("RssAnon"), time.perf_counter()
     parameters = [p for part in load(folder, side, dtype) for p in part.parameters()]
     loaded = time.perf_counter() - began
     read(parameters)
     both = {"seconds": loaded, "seconds_read": time.perf_counter() - began}
-    print(json.dumps(both | {"memory_read": (anonymous_bytes() - before) / sum(p.nbytes for p in parameters)}))
+    print(json.dumps(both | {"memory_read": (memory("RssAnon") - before) / sum(p.nbytes for p in parameters)}))
 
 
 if __name__ == "__main__":

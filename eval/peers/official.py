@@ -101,11 +101,13 @@ def peer_unet(folder: Path, dtype: torch.dtype, adapter: bool = True) -> Any:
 
 def attach_adapter(unet: Any, path: Path) -> Any:
     """Load an adapter file into diffusers' UNet, in the dtype of the UNet."""
-    state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for name, tensor in load_file(path).items():
-        group, _, rest = name.partition(".")
-        state[group][rest] = tensor
-    unet._load_ip_adapter_weights([state])
+    return attach_tensors(unet, load_file(path))
+
+
+def attach_tensors(unet: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Load an adapter, by its official names, into diffusers' UNet, in the dtype of the UNet."""
+    groups = ("image_proj", "ip_adapter")
+    unet._load_ip_adapter_weights([{g: {n.removeprefix(f"{g}."): t for n, t in tensors.items() if n.startswith(f"{g}.")} for g in groups}])
     return unet.to(unet.dtype)
 
 

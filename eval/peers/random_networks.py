@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints.configs import diffusers_config
 from checkpoints.names import adapter_names
-from eval.peers.official import peer_autoencoder, peer_pipeline
+from eval.peers.official import attach_tensors, peer_autoencoder, peer_pipeline
 from model.adapter import IPAdapter
 from model.image_projection import ImageProjection
 from model.unet import SD15, UNet, UNetConfig
@@ -63,14 +63,10 @@ def their_unet(setting: Setting, dtype: torch.dtype) -> Any:
 
     ours, adapter = our_networks(setting, torch.float32)
     names = adapter_names(adapter.state_dict(), ours)
-    state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for name, tensor in adapter.state_dict().items():
-        group, _, rest = names[name][0].partition(".")
-        state[group][rest] = tensor.cpu()
+    tensors = {names[name][0]: tensor.cpu() for name, tensor in adapter.state_dict().items()}
     with torch.device(setting.device):
         peer: Any = UNet2DConditionModel.from_config(diffusers_config(setting.unet))
-    peer._load_ip_adapter_weights([state])
-    return peer.to(setting.device, dtype).eval().requires_grad_(False)
+    return attach_tensors(peer, tensors).to(setting.device, dtype).eval().requires_grad_(False)
 
 
 def peer_or_none(build: Callable[[], Any]) -> Any:

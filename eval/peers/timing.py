@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -31,6 +33,11 @@ def seconds(run: Run) -> float:
     """Time one run in seconds, after a warm-up run."""
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=0.0).median
+
+
+def memory(line: str) -> int:
+    """Read a line of /proc/self/status in bytes: RssAnon, the memory that is no mapped file, or VmHWM, the peak."""
+    return 1024 * int(re.findall(rf"{line}:\s*(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 def medians(pairs: Sequence[tuple[float, float]]) -> Timing:

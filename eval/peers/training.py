@@ -7,7 +7,6 @@ or bfloat16.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +19,7 @@ from checkpoints.adapters import load_adapter
 from checkpoints.single_file import load_single
 from eval.peers import official
 from eval.peers.step import inputs
-from eval.peers.timing import seconds, training_step
+from eval.peers.timing import memory, seconds, training_step
 from model.context import Context
 from model.image_encoder import VIT_H
 from sampling.schedule import Schedule
@@ -64,14 +63,8 @@ def their_loss(folder: Path) -> tuple[Loss, Iterable[Tensor]]:
     return lambda: F.mse_loss(unet(noisy, t, text, added_cond_kwargs=conditions).sample, eps), official.adapter_parameters(unet)
 
 
-def peak_bytes() -> int:
-    """Return the largest resident memory of this process since `forget_peak`, in bytes."""
-    match = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
-    assert match is not None
-    return 1024 * int(match[1])
-
-
 def forget_peak() -> None:
+    """Let VmHWM, the peak of the resident memory, begin anew."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -80,7 +73,7 @@ def main() -> None:
     loss, weights = our_loss(folder, *OURS[column]) if column in OURS else their_loss(folder)
     forget_peak()
     taken = seconds(training_step(loss, weights))
-    print(json.dumps({"seconds": taken, "gigabytes": peak_bytes() / 1e9}))
+    print(json.dumps({"seconds": taken, "gigabytes": memory("VmHWM") / 1e9}))
 
 
 if __name__ == "__main__":
