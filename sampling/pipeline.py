@@ -160,14 +160,15 @@ class Pipeline:
         if not len(embeddings) == len(scales) == len(against) == len(weights) == len(self.adapters):
             counts = f"{len(embeddings)} embeddings and {len(scales)} scales"
             raise ValueError(f"this pipeline has {len(self.adapters)} adapters, but {counts} are given")
-        for adapter, pictures, no, lam, each in zip(self.adapters, embeddings, against, scales, weights, strict=True):
+        each = zip(self.adapters, embeddings, against, scales, weights, strict=True)
+        for adapter, pictures, negative, lam, of_pictures in each:
             pictures = as_features(pictures)
-            features = Features(pictures, self.null(adapter, pictures) if no is None else as_features(no))
+            features = Features(pictures, self.null(adapter, pictures) if negative is None else as_features(negative))
             with self.on(adapter):
-                for part in parts(features, lam, each, self.unet.config, grid):
-                    one = part.features.expand(len(prompts))
-                    uncond = set_lambda(adapter(uncond, one.null), part.lambdas)
-                    cond = set_lambda(weigh_tokens(adapter(cond, one.pictures), part.weights), part.lambdas)
+                for part in parts(features, lam, of_pictures, self.unet.config, grid):
+                    read = part.features.expand(len(prompts))
+                    uncond = set_lambda(adapter(uncond, read.null), part.lambdas)
+                    cond = set_lambda(weigh_tokens(adapter(cond, read.pictures), part.weights), part.lambdas)
         return uncond, cond
 
     def by_adapter(self, scale: AdapterLambda | Sequence[AdapterLambda], embedding: Tensor | Sequence[Tensor] | None) -> list[Any]:
