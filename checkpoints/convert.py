@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from checkpoints.files import read_json_if_there, replacing_in, short_list, writ
 from checkpoints.lora import open_lora
 from checkpoints.single_file import load_single
 from checkpoints.stable_diffusion import load_base, load_unet, load_vae, scheduler_config
+from model.unet import UNet
 from model.words import Prediction
 
 _LOADERS: dict[str, Callable[..., nn.Module]] = {
@@ -50,11 +52,13 @@ def convert(
     """Convert an adapter to the official layout, and a base model, one of its networks or a control to this project's format.
 
     `ema`: use the EMA copy of the UNet in a single file. `diffusers`: write a base model, network or control as a diffusers folder.
-    `prediction`: what the UNet of a base model predicts, where its files do not say it. `dtype=None` keeps every tensor bit for bit.
+    `prediction`: what the UNet predicts, where the files do not say it. `dtype=None` keeps every tensor bit for bit.
     Raises ValueError for invalid input, and OSError if the target cannot be written. In both cases, existing files are unchanged.
     """
     kind = kind_of(source)
     _check(kind, source, target, ema, diffusers)
+    if prediction and (kind not in ("base", "unet") or (kind == "unet" and diffusers)):
+        raise ValueError(f"{source} converts to files that do not say what a UNet predicts: leave out --prediction")
     if kind == "adapter":
         _convert_adapter(source, target, dtype)
     elif kind == "base":
@@ -66,7 +70,10 @@ def convert(
     elif diffusers:
         _DIFFUSERS[kind](_LOADERS[kind](source, dtype=None), target, dtype)
     else:
-        save(_LOADERS[kind](source, dtype=None), target, {"converted_from": source.name}, dtype)
+        part = _LOADERS[kind](source, dtype=None)
+        if isinstance(part, UNet) and prediction:
+            part.config = replace(part.config, prediction=prediction)
+        save(part, target, {"converted_from": source.name}, dtype)
 
 
 def _check(kind: str, source: Path, target: Path, ema: bool, diffusers: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from sampling.fields import map_paths, to_json
 from sampling.following import flag
 from sampling.options import CONTROL, PROMPT
-from sampling.request import HintFile, ImagePrompt, Model, Request
+from sampling.request import HintFile, ImagePrompt, LoraFile, Model, Request
 
 
 def arguments(request: Request, model: Model) -> list[str]:
@@ -22,7 +22,9 @@ def arguments(request: Request, model: Model) -> list[str]:
     if not request.unconditional:
         prompts = tuple(replace(prompt, negatives=()) for prompt in request.image_prompts)
         request = replace(request, negative_prompt="", image_prompts=prompts)
-    base = _options(model, {name: name for name in ("checkpoint", "image_encoder", "vae", "prediction", "dtype")})
+    files, scales = ("checkpoint", "image_encoder", "vae", "prediction", "dtype"), ("face_lora_scale", "face_structure_scale")
+    base = _options(model, {name: name for name in (*files, *scales)})
+    base += [option for lora in model.loras for option in (f"--lora={lora.path}", *_options(lora, {"lora_scale": "scale"}))]
     lists = {"image_prompts", "hints"}
     plain = {field.name: field.name for field in fields(Request) if field.name not in lists}
     options = [*base, *_options(request, plain)]
@@ -46,13 +48,16 @@ def command_line(request: Request, model: Model) -> str:
     return shlex.join(["python", "-m", "sampling", *words])
 
 
-def _options(item: Request | Model | ImagePrompt | HintFile, names: dict[str, str]) -> list[str]:
-    """Write the fields of an item as `--option=value`. `names` maps options to fields."""
+def _options(item: Request | Model | LoraFile | ImagePrompt | HintFile, names: dict[str, str]) -> list[str]:
+    """Write the fields of an item as `--option=value`, and pairs of a Request as `--option value value`. `names` maps options to fields."""
     defaults = {field.name: field.default for field in fields(item)}
     options = []
     for option, name in names.items():
         value = getattr(item, name)
         if value == defaults[name]:
+            continue
+        if isinstance(item, Request) and isinstance(value, tuple):
+            options += [flag(option), *map(str, value)]
             continue
         for one in value if isinstance(value, tuple) and name != "layers" else [value]:
             options.append(_option(option, one))

@@ -199,7 +199,7 @@ def test_files_under_another_name_are_found_by_their_hash(moved: tuple[Path, np.
     assert difference(again(moved[0] / "out.png", tmp_path / "b.png"), moved[1]) == 0
 
 
-@pytest.mark.parametrize("end", [".json", ".yaml"])
+@pytest.mark.parametrize("end", [".json", ".yaml", ".yml"])
 def test_a_file_is_found_with_its_settings_or_not_at_all(
     weights: Path, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
@@ -378,6 +378,21 @@ def test_a_message_holds_no_control_characters(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         assert str(stopped.value).startswith("error: ") and str(stopped.value).isprintable()
+
+
+def test_the_machine_may_be_chosen_beside_again(weights: Path, tmp_path: Path) -> None:
+    first = draw(weights, tmp_path / "a.png")
+    cli.run(["--again", str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png"), "--device", "cpu"])
+    assert difference(first, pixels_of(tmp_path / "b.png")) == 0
+
+
+def test_again_refuses_weights_that_the_record_does_not_name(drawn: tuple[Path, Path, Path]) -> None:
+    """Here, the adapter."""
+    picture = drawn[2]
+    settings = read_settings(picture)
+    settings["sha256"] = {name: digest for name, digest in settings["sha256"].items() if "ip_adapter" not in name}
+    save_image(Image.open(picture).convert("RGB"), picture, settings)
+    refuses(picture, "does not say which")
 
 
 def test_other_options_are_refused_beside_again(tmp_path: Path) -> None:

@@ -317,3 +317,11 @@ def test_pyramid_averages_over_each_querys_area() -> None:
     for grid, n, block in zip(grids, (96, 24, 6), (2, 4, 8), strict=True):
         want = mask.reshape(2, 16 // block, block, 24 // block, block).mean((2, 4)).reshape(2, 1, n, 1)
         assert max_error(grid.double(), want) < 1e-6  # lambda is float32
+
+
+def test_two_sides_that_differ_in_kind_are_not_stacked() -> None:
+    text = randn(1, 5, CONTEXT)
+    with pytest.raises(ValueError, match="combine text and image prompts differently"):
+        stack(Context(text), Context(text, fuse=concatenated))
+    with pytest.raises(ValueError, match="only one side has the added"):
+        stack(Context(text), Context(text, added=randn(1, 4)))

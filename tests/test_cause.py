@@ -93,6 +93,16 @@ def test_a_form_without_lambda_is_drawn_as_it_was_trained() -> None:
     assert bisect_lambdas(lambda lam: 1 - lam, "none") == {0.0: 1.0, 1.0: 0.0}
 
 
+def test_each_form_has_its_fuse() -> None:
+    """Each is combined in the same way with own projections and with the text's."""
+    pairs = {"decoupled": ("ip_adapter", "shared"), "concatenated": ("concatenated", "simple")}
+    pairs |= {name: (name, f"shared_{name}") for name in ("image_yields", "text_yields")}
+    for fuse, (own, shared) in pairs.items():
+        assert FORMS[own].fuse.__name__ == FORMS[shared].fuse.__name__ == fuse
+        assert FORMS[own].own_projections and not FORMS[shared].own_projections
+    assert [name for name, form in FORMS.items() if form.zero_values] == ["zero_values"]
+
+
 def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """All tables are printed. With the finished file alone, nothing is computed again, and the digits are the same."""
     weights, path = write_world(tmp_path / "weights"), tmp_path / "results" / "cause.json"

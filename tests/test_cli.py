@@ -122,6 +122,15 @@ def test_fits_differ_for_a_picture_that_is_not_square(weights: Path, tmp_path: P
     assert all(difference(square[0], other) <= 1 for other in square[1:])
 
 
+def test_a_fit_holds_for_negative_images_and_saved_embeddings(weights: Path, tmp_path: Path, image: Path, second: Path) -> None:
+    out, kept, fits = tmp_path / "a.png", tmp_path / "kept.safetensors", ("crop", "squash", "pad")
+    against = [draw(weights, out, "--image", second, "--negative-image", image, "--fit", fit) for fit in fits]
+    assert all(difference(a, b) > 1 for i, a in enumerate(against) for b in against[:i])
+    for fit in fits:
+        want = draw(weights, out, "--image", image, "--fit", fit, "--save-embedding", kept)
+        assert difference(draw(weights, out, "--image", kept), want) == 0
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(weights: Path, tmp_path: Path, image: Path, dtype: str) -> None:
     options = ("--image", image, "--prompt", "a fox", "--guidance", 2)

@@ -207,6 +207,11 @@ def test_negative_images_and_weights(weights: Path, tmp_path: Path, image: Path,
     assert difference(draw(weights, out, *one, "--image-weight", 1), plain) == 0
 
 
+def test_weights_and_a_range_of_steps(weights: Path, tmp_path: Path, image: Path, second: Path) -> None:
+    weigh = ("--image", image, "--image", second, "--image-weight", 0.3, "--image-weight", 1.5, "--steps", 4)
+    assert difference(*(draw(weights, tmp_path / "a.png", *weigh, "--image-end", end) for end in (0.5, 1))) > 1
+
+
 def test_a_saved_embedding_is_its_picture(weights: Path, tmp_path: Path, image: Path, second: Path) -> None:
     """Read back, alone and beside a picture, without the image encoder too; --again checks it."""
     kept, out = tmp_path / "kept.safetensors", tmp_path / "a.png"
@@ -252,6 +257,7 @@ def test_the_pictures_of_an_embedding_are_weighed_one_by_one(weights: Path, tmp_
         ({"embedding": torch.full((1, 2, 12), torch.nan)}, "not all of its numbers are finite"),
         ({"other": torch.zeros(1, 1, 12)}, "holds no image embedding"),
         ({"embedding": torch.zeros(1, 0, 12)}, "holds no image embedding"),
+        ({"embedding": torch.zeros(2, 1, 12)}, "holds no image embedding"),
         ({}, "not a safetensors file"),
     ],
 )

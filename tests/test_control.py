@@ -82,10 +82,11 @@ def test_the_ladder_of_guess_mode() -> None:
 def test_the_pooled_form_acts_on_the_conditional_pass_alone() -> None:
     peer, ours, hint = pair("shuffle")
     x, _, _ = inputs(SMALL_SD15, H, W)
-    control = bound([ours], [Hint(hint, 0.7)], (4 * H, 4 * W))
     want = peers_residuals(peer, x, 500, contexts()["cond"].text, hint, conditioning_scale=0.7, guess_mode=True)
-    assert errors(control(x, 500, "cond"), want) < TOLERANCE and want[0].shape[-2:] == (1, 1)
-    assert control(x, 500, "uncond") == Residuals([])
+    for guess in (False, True):  # guess mode changes nothing
+        control = bound([ours], [Hint(hint, 0.7, guess=guess)], (4 * H, 4 * W))
+        assert errors(control(x, 500, "cond"), want) < TOLERANCE and want[0].shape[-2:] == (1, 1)
+        assert control(x, 500, "uncond") == Residuals([])
 
 
 @pytest.mark.parity("diffusers MultiControlNetModel", TOLERANCE)
@@ -97,6 +98,18 @@ def test_several_controlnets_are_added(side: Any) -> None:
     down, mid = multi(x, 500, contexts()[side].text, hints, [0.7, 1.3], return_dict=False)
     control = bound([ours, second], [Hint(hints[0], 0.7), Hint(hints[1], 1.3)])
     assert errors(control(x, 500, side), [*down, mid]) < TOLERANCE
+
+
+def test_a_timestep_may_be_a_fraction() -> None:
+    """As those of Euler's method."""
+    _, ours, hint = pair("sd15")
+    x, _, _ = inputs(SMALL_SD15, H, W)
+    control = bind([ours], [Hint(hint)], SMALL_SD15, contexts(), (8 * H, 8 * W), [500.5, 500.0])
+    assert control is not None
+    half, whole = (control(x, t, "cond").mid for t in (500.5, 500.0))
+    want = ours(x, torch.tensor([500.5]), contexts()["cond"], hint.expand(len(x), -1, -1, -1)).mid
+    assert half is not None and whole is not None and want is not None
+    assert max_error(half, want) < TOLERANCE < max_error(whole, want)
 
 
 def test_a_control_acts_in_its_steps_alone() -> None:

@@ -25,10 +25,15 @@ from test_edit import mask, picture
 from tiny import difference
 
 from checkpoints.controls import load_control, save_control_diffusers
+from model.context import Context
 from model.controlnet import ControlNet, ControlNetConfig
 from model.t2i import T2IConfig
 from sampling import __main__ as cli
+from sampling import pipeline as pipelines
+from sampling.control import bind
 from sampling.images import read_settings
+from sampling.loading import load
+from sampling.request import HintFile, ImagePrompt, Request
 
 FOX, OWL = "A photo of a fox, 4k", "blurry; an owl"
 LEVEL = 1  # of 255
@@ -287,6 +292,10 @@ MISTAKES = {
     "a picture": ("--control {hint.png} --hint {hint.png}", "not a file of weights but a PNG picture"),
     "an adapter": ("--control {adapter} --hint {hint.png}", "only ControlNets and T2I-Adapters can be used as a control"),
     "a range that is none": ("--control {edges} --hint {hint.png} --control-start 0.5 --control-end 0.5", "not 0.5 to 0.5"),
+    "no step": (
+        "--control {edges} --hint {hint.png} --control-start 0.4 --control-end 0.6 --steps 3",
+        "between --control-start 0.4 and --control-end 0.6 there is no whole step of 3",
+    ),
     "beyond the end": ("--control {edges} --hint {hint.png} --control-end 1.5", "0 <= start < end <= 1, not 0.0 to 1.5"),
     "too large": ("--control {edges} --hint {hint.png} --control-scale 1e9", "scale must be a number between"),
     "before both": ("--hint {hint.png} --control {edges} --control {depth} --hint {hint.png}", "its own --hint and --control-scale"),
@@ -316,3 +325,28 @@ def test_mistakes_are_one_sentence(files: Files, case: str, tmp_path: Path) -> N
 
 def test_controls_are_frozen(files: Files) -> None:
     assert not any(p.requires_grad for p in load_control(files.path("edges")).parameters())
+
+
+# The mini weights.
+
+OWL_PICTURE, LINES = Path("sampling/examples/owl.png"), HintFile(Path("sampling/examples/hints/owl.png"))
+MINI_CONTROLS = [Path("weights/controlnet.safetensors"), Path("weights/t2i.safetensors")]
+
+
+def test_controls_in_bfloat16() -> None:
+    request = Request("a fox", hints=(LINES, LINES), steps=2)
+    both = [load(dtype=dtype, controls=MINI_CONTROLS) for dtype in (torch.float32, torch.bfloat16)]
+    full, half = (np.asarray(each.draw(request)).astype(int) for each in both)
+    assert 0 < np.abs(full - half).mean() < 8
+
+
+def test_a_control_reads_no_text_in_the_pass_of_the_picture_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: dict[str, Context] = {}
+
+    def keep(networks: Any, hints: Any, unet: Any, contexts: dict[str, Context], *rest: Any) -> Any:
+        sides.update(contexts)
+        return bind(networks, hints, unet, contexts, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipelines, "bind", keep)
+    load(controls=MINI_CONTROLS[:1]).draw(Request("a fox", (ImagePrompt((OWL_PICTURE,)),), image_guidance=2, hints=(LINES,), steps=1))
+    assert torch.equal(sides["image"].text, sides["uncond"].text) and not torch.equal(sides["cond"].text, sides["uncond"].text)

@@ -20,7 +20,7 @@ import checkpoints.files
 from checkpoints.convert import convert, verify
 from checkpoints.describe import inspect
 from checkpoints.files import write_json, write_tensors
-from checkpoints.stable_diffusion import load_base
+from checkpoints.stable_diffusion import load_base, load_unet, unet_config
 from weights_convert import main
 
 __all__ = ["adapters"]  # a fixture
@@ -108,6 +108,19 @@ def test_convert_and_verify_across_layouts(base: Peers, single: Path, folder: Pa
         assert verify(tmp_path / f"{part}.safetensors", tmp_path / "own" / f"{part}.safetensors") == []
 
 
+def test_the_dtype_of_a_diffusers_folder(folder: Path, tmp_path: Path) -> None:
+    convert(folder / "vae", tmp_path / "vae", torch.float16, diffusers=True)
+    tensors = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_what_a_unet_predicts_can_be_said(folder: Path, tmp_path: Path) -> None:
+    """Of a whole model, and of a UNet alone."""
+    convert(folder, tmp_path / "base", prediction="v")
+    convert(folder / "unet", tmp_path / "unet.safetensors", prediction="v")
+    assert unet_config(tmp_path / "base").prediction == load_unet(tmp_path / "unet.safetensors").config.prediction == "v"
+
+
 def test_an_adapter_does_not_get_the_card_of_another_network(folder: Path, tmp_path: Path) -> None:
     adapter, target = tmp_path / "adapter.safetensors", tmp_path / "out.safetensors"
     save_file(layers(16), adapter)
@@ -176,6 +189,9 @@ MISTAKES: dict[str, list[str]] = {
     "cut": ["convert", "cut.safetensors", "out.safetensors"],
     "adapter to a folder": ["convert", "adapter.safetensors", "out"],
     "part to a folder": ["convert", "vae", "out"],
+    "ema of a folder": ["convert", "--ema", "base", "out"],
+    "a prediction of a VAE": ["convert", "--prediction", "v", "vae", "out.safetensors"],
+    "a prediction in diffusers' config": ["convert", "--diffusers", "--prediction", "v", "unet", "out"],
     "ema of an adapter": ["convert", "--ema", "adapter.safetensors", "out.safetensors"],
     "diffusers of an adapter": ["convert", "--diffusers", "adapter.safetensors", "out"],
     "an adapter of another kind of file": ["convert", "adapter.safetensors", "out.pt"],
@@ -207,6 +223,7 @@ def test_errors_are_one_sentence(
     Path("folder").mkdir()
     shutil.copytree(folder / "vae", "vae")
     shutil.copytree(folder / "unet", "unet")
+    shutil.copytree(folder, "base")
     before = names(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(arguments)

@@ -80,6 +80,7 @@ def test_a_single_file_of_sd15(single: Path, folder: Path, tmp_path: Path) -> No
     assert unet_config(tmp_path / "sd") == unet_config(single)
     pipe = opened(tmp_path / "sd", "sd15")
     assert pipe.safety_checker is None and type(pipe.scheduler).__name__ == "DDIMScheduler"
+    assert pipe.scheduler.config.clip_sample is False
     assert schedule_of(scheduler_config(tmp_path / "sd")) == schedule_of(scheduler_config(single)) == schedule_of({})
     convert(single, tmp_path / "slow", ema=True, diffusers=True, dtype=torch.bfloat16)
     slow = load_file(tmp_path / "slow" / "vae" / "diffusion_pytorch_model.safetensors")

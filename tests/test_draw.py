@@ -6,6 +6,9 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,19 @@ import torch
 from PIL import Image
 from tiny import difference, draw
 
+from model.context import Context
+from sampling.dpm import dpm
 from sampling.embeddings import PictureWeights, load_embedding, save_embedding
+from sampling.euler import euler
 from sampling.fields import paths
+from sampling.images import to_images
+from sampling.lcm import lcm
 from sampling.loading import load
 from sampling.options import parse
-from sampling.pipeline import Pipeline
+from sampling.pipeline import SAMPLERS, Pipeline
 from sampling.record import ROOT
 from sampling.request import ImagePrompt, Request
+from sampling.sampler import randn
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +48,26 @@ def test_a_request_is_the_command_lines_picture(weights: Path, pipeline: Pipelin
     options = [option.replace("_", " ") for option in options]
     drawn = draw(weights, tmp_path / "a.png", "--image", image, *options)
     assert difference(pixels(pipeline.draw(request)), drawn) == 0
+
+
+KARRAS = {"schedule": "karras"}
+SAMPLED = {"sampler": "euler"}, {"sampler": "lcm"}, {"sampler": "dpm++", **KARRAS}, {"sampler": "euler", **KARRAS}
+
+
+@pytest.mark.parametrize("options", SAMPLED)
+def test_a_request_runs_the_sampler_that_it_names(pipeline: Pipeline, options: dict[str, Any]) -> None:
+    """On the schedule that it names, and at the same timesteps, which are fractions for Euler's method."""
+    request = Request("a fox", guidance=1, steps=4, seed=3, **options)
+    schedule, sampler = replace(pipeline.schedule, karras="schedule" in options), SAMPLERS[request.sampler]
+    context, own = Context(pipeline.text(pipeline.text.tokenize("a fox"))), [torch.Generator().manual_seed(3)]
+    draws: dict[str, Callable[..., Any]] = {"dpm++": dpm, "euler": euler, "lcm": partial(lcm, generators=own)}
+    noise = randn((4, 4, 4), own)
+    with torch.no_grad():
+        states = draws[request.sampler](
+            lambda x, t: pipeline.unet(x, torch.tensor([t]), context), noise, schedule, sampler.times(schedule, request.steps)
+        )
+        want = to_images(pipeline.vae.decode(list(states)[-1].x))[0]
+    assert difference(pixels(pipeline.draw(request)), pixels(want)) <= 1
 
 
 def test_single_values_are_accepted_as_lists_of_one(pipeline: Pipeline, image: Path) -> None:

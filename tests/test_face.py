@@ -38,8 +38,8 @@ from model.image_projection import (
     RawFaceResampler,
 )
 from model.unet import UNet
-from sampling import loading
-from sampling.command import check_prompt
+from sampling import loading, request
+from sampling.command import check_prompt, load_model
 from sampling.faces import Faces, read_faces
 from sampling.images import to_images
 from sampling.inputs import prompt_inputs
@@ -356,6 +356,46 @@ def test_the_raw_embedding_is_kept_for_unnorm() -> None:
     unit = replace(face, embeddings=face.embeddings / face.embeddings.norm(dim=-1, keepdim=True))
     with pytest.raises(ValueError, match="reads the face embedding as InsightFace gives it, `embedding`, not `normed_embedding`"):
         unit.features(unnorm, None)
+
+
+class WideEncoder(nn.Module):
+    """Fine features of 20 numbers, all 7. `fits`: how pictures were cropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.fits = nn.Parameter(torch.ones(1)), list[str]()
+
+    def preprocess(self, image: Image.Image, fit: str = "crop") -> Tensor:
+        self.fits.append(fit)
+        return torch.zeros(3, 4, 4)
+
+    def fine(self, pixels: Tensor) -> Tensor:
+        return torch.full((len(pixels), 5, 20), 7.0)
+
+
+def test_a_face_is_narrower_than_the_features_of_its_picture() -> None:
+    """The face, of length 1, is the first token, filled up with zeros. The official encoder has 1280 features, and a face 512."""
+    plus, encoder = FacePlus(20, 8, width=6, face_dim=10, heads=1), WideEncoder()
+    face = Faces(Path("f"), torch.ones(1, 10), (Image.new("RGB", (9, 6)),))
+    features = face.features(plus, encoder, "squash")  # type: ignore[arg-type]
+    assert features.shape == (1, 1, 6, 20) and encoder.fits == ["squash"] and (features[0, 0, 1:] == 7).all()
+    assert torch.allclose(features[0, 0, 0], torch.cat([torch.full((10,), 10**-0.5), torch.zeros(10)]))
+
+
+def test_one_wrong_face_of_two_is_refused(tmp_path: Path) -> None:
+    save_file({"face": torch.stack([torch.ones(512), torch.zeros(512)])}, tmp_path / "f.safetensors")
+    with pytest.raises(ValueError, match="all zeros"):
+        read_faces(tmp_path / "f.safetensors")
+    faces = 20 * randn(2, 512, dtype=torch.float32)
+    faces[1] /= faces[1].norm()
+    with pytest.raises(ValueError, match="not `normed_embedding`"):
+        Faces(Path("f"), faces).features(RawFaceResampler(image_dim=512, width=64, heads=1), None)
+
+
+def test_the_scale_of_the_structure_reaches_the_adapter(files: Files) -> None:
+    model = request.Model(files.model.base, (files.paths["plusv2"],), wide_encoder(files), face_structure_scale=0.5)
+    projection = load_model(model, "cpu").adapters[0].image_projection
+    assert isinstance(projection, FacePlus) and projection.structure_scale == 0.5
 
 
 # The command line.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import difference, names, pixels_of
+from tiny import difference, draw, names, pixels_of
 
 from eval.attention_look import cells, look
 from model.attention import concatenated, decoupled
 from sampling.command_line import arguments, command_line
 from sampling.fields import map_paths
 from sampling.form import EXAMPLES, Desk, collect_notes
-from sampling.images import save_image
+from sampling.images import read_settings, save_image
 from sampling.options import parse
 from sampling.record import digests, record, sha256
-from sampling.request import HintFile, ImagePrompt, Model, Request
+from sampling.request import HintFile, ImagePrompt, LoraFile, Model, Request
 from sampling.resize import resize_file
 from sampling.sheets.strip import sample, strip
 
@@ -37,6 +38,27 @@ def desk(weights: Path, tmp_path: Path) -> Desk:
 def form(**changes: Any) -> dict[str, Any]:
     values = {"prompt": "a fox", "negative_prompt": "", "guidance": 3, "steps": 3, "seed": 5, "sampler": "ddim", "num": 1}
     return values | {"image": None, "scale": 0.6, "layers": "all", "edit": None, "strength": 0.8} | changes
+
+
+def test_what_was_drawn_comes_back(weights: Path, desk: Desk, image: Path, photo: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each picture of a set has its own seed. The layers and the strength of a repainted picture come back."""
+    (tmp_path / "out").mkdir()
+    files, request = desk.draw(tmp_path / "out", form(image=str(image), num=2, layers="style"), watch)
+    assert request.image_prompts[0].layers == "style" and [read_settings(file)["request"]["seed"] for file in files] == [5, 6]
+    back = desk.form(str(files[1]))
+    assert (back["layers"], back["seed"]) == ("style", 6)
+    draw(weights, tmp_path / "a.png", "--init-image", photo[0], "--mask", photo[1])
+    assert desk.form(str(tmp_path / "a.png"))["strength"] == 1.0
+
+
+def test_a_wide_picture_is_cropped_to_a_square(tmp_path: Path) -> None:
+    """Of three stripes, the white one in the middle is left."""
+    stripes = np.zeros((30, 90, 3), np.uint8)
+    stripes[:, 30:60] = 255
+    Image.fromarray(stripes).save(tmp_path / "wide.png")
+    (tmp_path / "out").mkdir()
+    square = resize_file(tmp_path / "wide.png", (8, 8), tmp_path / "out")
+    assert square is not None and difference(pixels_of(square), np.full((8, 8, 3), 255)) <= 30
 
 
 def by_content(request: Request) -> Request:
@@ -158,26 +180,40 @@ FULL = Request(
     paste=False,
     crop=True,
     hints=(HintFile(Path("edges.png"), 0.5, guess=True),),
+    original_size=(90, 70),
+    crop_corner=(0, 3),
+)  # fmt: skip
+OTHERS = Model(
+    Path("x"),
+    (Path("y.bin"),),
+    dtype="float16",
+    controls=(Path("control"),),
+    loras=(LoraFile(Path("l"), 0.5), LoraFile(Path("m"))),
+    face_lora_scale=0.5,
+    face_structure_scale=2.0,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("request_", "model"),
-    [(Request(), Model()), (FULL, Model(Path("x"), (Path("y.bin"),), dtype="float16", controls=(Path("control"),)))],
+    [(Request(), Model()), (FULL, OTHERS)],
 )
 def test_the_command_line_is_the_inverse_of_its_parser(request_: Request, model: Model) -> None:
     command = parse(arguments(request_, model))
     assert (command.request, command.model) == (request_, model)
-    assert command_line(Request("a fox"), Model()) == "python -m sampling --prompt 'a fox'"
+    assert command_line(Request("a fox", target_size=(8, 9)), Model()) == "python -m sampling --prompt 'a fox' --target-size 8 9"
 
 
 def test_a_strip_draws_each_lambda(desk: Desk, image: Path) -> None:
-    request = Request("a fox", ImagePrompt(image), guidance=3, steps=3, seed=5)  # type: ignore[arg-type]
+    """With every setting of the request that the page has."""
+    request = Request("a fox", ImagePrompt(image), "an owl", guidance=3, steps=3, seed=5, sampler="dpm++")  # type: ignore[arg-type]
     for fuse in (decoupled, concatenated):
         rows = [np.asarray(picture).astype(int) for picture in strip(desk.pipeline, request, fuse, lambdas=(0.0, 0.5))]
         for scale, row in zip((0.0, 0.5), rows, strict=True):
             alone = sample(desk.pipeline, request, fuse, None, scale, 1)
             assert difference(row, ((alone[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(int)) <= 1
+            one = desk.pipeline.draw(replace(request, image_prompts=(ImagePrompt(image, scale),)))  # type: ignore[arg-type]
+            assert fuse is concatenated or difference(row, np.asarray(one).astype(int)) <= 1
     with pytest.raises(ValueError, match="choose a picture first"):
         strip(desk.pipeline, Request(), decoupled)
 

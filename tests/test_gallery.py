@@ -15,7 +15,7 @@ from sampling.loading import load
 from sampling.options import PROMPT
 from sampling.parser import parser
 from sampling.sheets import __main__ as sheets
-from sampling.sheets import gallery
+from sampling.sheets import demo, gallery
 from sampling.sheets.layout import CELL, sheet
 
 
@@ -40,6 +40,21 @@ def test_a_sheet_is_drawn(artist: gallery.Artist, name: str) -> None:
         assert len(set(drawn)) > len(drawn) / 2 >= 1.5  # of 4 steps, two strengths can leave as many
     page = sheet(columns, rows, notes, title=title)
     assert page.height > len(rows) * CELL and page.width > sum(map(len, columns)) * CELL
+
+
+def test_the_demo_draws_what_its_headings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each lambda and each text is below its heading. Without a text, lambda 1 draws two variations."""
+    cells, headings = demo.cells(), [heading for group in demo.COLUMNS[1:] for heading in group]
+    assert len(cells) == len(headings)
+    told = dict(zip(headings, cells, strict=True))
+    assert all(told[f"lambda {scale:g}"] == (demo.SCENES['"on pink"'], 0, scale) for scale in demo.LAMBDAS)
+    assert all(told[f"conflict, {scale:g}"] == (demo.CONFLICT, 0, scale) for scale in demo.CONFLICT_LAMBDAS)
+    assert all(told[heading] == (text, 0, 1.0) for heading, text in demo.SCENES.items())
+    assert cells[:2] == [("", 0, 1.0), ("", 1, 1.0)]
+    for name in ("ROWS", "STEPS"):
+        monkeypatch.setattr(demo, name, 1)
+    assert demo.write(0, tmp_path / "demo.png").endswith("1 image prompts")
+    assert Image.open(tmp_path / "demo.png").width > len(cells) * CELL
 
 
 @pytest.mark.parametrize("name", gallery.SHEETS)

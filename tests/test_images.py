@@ -182,6 +182,14 @@ def test_grey_depths(tmp_path: Path, name: str) -> None:
     assert np.asarray(opened)[0].tolist() == [[level] * 3 for level in levels]
 
 
+def test_a_transparent_level_of_16_bits_is_white(tmp_path: Path) -> None:
+    levels = np.full((4, 4), 0x1234, np.uint16)
+    levels[0] = 0
+    Image.fromarray(levels).save(tmp_path / "a.png", transparency=0x1234)
+    opened = open_image(tmp_path / "a.png")
+    assert (opened.getpixel((0, 0)), opened.getpixel((0, 3))) == ((0, 0, 0), (255, 255, 255))
+
+
 def test_cmyk(tmp_path: Path) -> None:
     for suffix, atol in (("tiff", 0), ("jpg", 4)):
         opened = open_image(saved(four_colours().convert("CMYK"), tmp_path / f"a.{suffix}"))

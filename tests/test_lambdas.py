@@ -17,6 +17,7 @@ from test_adapter import IMAGE, adapter_for, official
 from torch import Tensor
 
 from model import attention as attention_file
+from model.attention import concatenated
 from model.context import Context, pyramid
 from model.layers import Downsample
 from model.unet import MINI, SD15, SD21, SDXL
@@ -112,6 +113,18 @@ def test_layer_weights_equal_diffusers(name: str, layers: Any) -> None:
 def test_layers_that_do_not_fit_are_refused(layers: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer_weights(layers, SD15)
+
+
+def test_a_negative_lambda_of_a_joint_softmax_is_refused_before_it_is_used() -> None:
+    both, adapter = with_adapter("sd15")
+    text, embedding = Context(randn(1, 5, both.ours.config.context_dim), fuse=concatenated), randn(1, IMAGE)
+    context, wrong = adapter(text, embedding), torch.tensor(-0.1)
+    with pytest.raises(ValueError, match="lambda must not be negative"):
+        adapter(text, embedding, wrong)
+    with pytest.raises(ValueError, match="lambda must not be negative"):
+        set_lambda(context, [wrong] * 16)
+    with pytest.raises(ValueError, match="lambda must not be negative"):
+        moving([Lambda((-0.5, 1.0))], [9, 1])(context, 9)
 
 
 @pytest.mark.parity("diffusers set_ip_adapter_scale", TOLERANCE)

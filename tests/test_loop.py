@@ -63,6 +63,15 @@ def test_a_stopped_run_goes_on_to_the_last_bit(tmp_path: Path, ema: float, numbe
     assert (kept is whole) == (ema == 0)
 
 
+def test_the_seed_draws_the_noise(tmp_path: Path) -> None:
+    first = []
+    for seed in (0, 1):
+        net = Net()
+        _, log = run(replace(PLAN, seed=seed), net, OnTheFly(make), noisy_loss(net), weight_sum, tmp_path / str(seed), 0)
+        first.append(log[0]["loss"])
+    assert first[0] != first[1]
+
+
 def test_a_run_stopped_three_times(tmp_path: Path) -> None:
     _, kept, log = train(tmp_path / "whole")
     for step in (0, 1, 8):

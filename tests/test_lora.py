@@ -237,6 +237,9 @@ def test_diffusers_header_sets_alpha(tmp_path: Path) -> None:
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(settings | {"unet.use_rslora": True})})
     with pytest.raises(ValueError, match=r"a\.safetensors has settings that are not supported: use_rslora = True"):
         read_updates(open_lora(path))
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(settings | {"unet.alpha_pattern": {"conv_in": 1}})})
+    with pytest.raises(ValueError, match="settings that are not supported: alpha_pattern"):
+        read_updates(open_lora(path))
 
 
 def saved_by_peft(folder: Path, peer: nn.Module, form: str, **settings: Any) -> tuple[Path, Any]:
@@ -278,6 +281,10 @@ def test_peft_needs_its_config(tmp_path: Path) -> None:
     change_json(tmp_path / "adapter_config.json", use_rslora=True)
     with pytest.raises(ValueError, match=r"adapter_config\.json has settings that are not supported: use_rslora = True"):
         read_updates(open_lora(path))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["use_rslora"], config["lora_alpha"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert {update.alpha for update in read_updates(open_lora(path)).values()} == {8}  # PEFT's own default
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors has PEFT's names, .*: put its adapter_config\.json beside it"):
         read_updates(open_lora(path))

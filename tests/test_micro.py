@@ -63,6 +63,7 @@ def test_bad_settings_are_refused() -> None:
         Request(negative_prompt="rain", zero_negative=True)
     with pytest.raises(ValueError, match="are for Stable Diffusion XL: leave them out"):
         Micro(crop=(0, 1)).check(SD15)
+    assert Request(crop_corner=(0, 3)).crop_corner == (0, 3)
     DRAWING.check(SD15)
     Micro(crop=(0, 1)).check(SMALL_SDXL)
 

@@ -32,9 +32,11 @@ from model.image_encoder import ImageEncoder, normalise
 from model.image_projection import ImageProjection, MLPProjection, Projection, Resampler
 from model.unet import SD15, SDXL, UNet, UNetConfig
 from sampling import command
+from sampling.embeddings import PictureWeights
 from sampling.images import to_images
 from sampling.loading import load
 from sampling.pipeline import Pipeline
+from sampling.request import ImagePrompt, Request
 
 Tensors = dict[str, Tensor]
 TOLERANCE = 1e-12  # measured: 4e-15
@@ -281,6 +283,25 @@ def test_the_picture_is_diffusers(files: Files, pictures: list[Path], name: str)
     assert want.shape == (ask.num, 24, 40, 3)
     assert difference(got, want) <= LEVEL
     assert want.std() > 20 and ((want == 0) | (want == 255)).mean() < 0.5  # neither grey nor cut off
+
+
+def test_each_adapter_of_a_request_has_its_own_pictures(files: Files, pictures: list[Path]) -> None:
+    """Pictures, weights and negatives of each image prompt, encoded as its adapter reads them."""
+    pipe = load(files.model.base, [files.paths["base"], files.paths["Plus"]], files.model.encoder)
+    a, b, c = pictures[:3]
+    prompts = ImagePrompt((a, b), 0.5, weights=(0.3, 1.5), negatives=(c,)), ImagePrompt((b, c), 0.6, weights=(0.4, 0.9), negatives=(a,))
+    drawn = pipe.draw(Request(FOX, prompts, steps=2, width=40, height=24))
+    want = pipe.sample(
+        FOX,
+        0,
+        [pipe.embed([a, b]), pipe.embed([b, c], adapter=1)],
+        scale=[0.5, 0.6],
+        steps=2,
+        size=(24, 40),
+        against=[pipe.embed(c), pipe.embed(a, adapter=1)],
+        weights=[PictureWeights((0.3, 1.5)), PictureWeights((0.4, 0.9))],
+    )
+    assert difference(np.asarray(drawn).astype(int), np.asarray(to_images(want)[0]).astype(int)) == 0
 
 
 def zero_features(_: Pipeline, __: IPAdapter, like: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def test_wrong_layers_are_refused(wrong: Any) -> None:
 
 @pytest.mark.parametrize("kind", [Request, Model, ImagePrompt, HintFile, LoraFile])
 @pytest.mark.parametrize(
-    "data", [None, [], "a fox", 3, {"version": 2}, {"version": None}, {"nothing": 1}, {"__class__": "x"}]
+    "data", [None, [], "a fox", 3, {"version": 2}, {"version": 0}, {"version": None}, {"nothing": 1}, {"__class__": "x"}]
 )
 def test_what_is_no_request_is_refused(kind: type[Any], data: object) -> None:
     with pytest.raises(ValueError):

@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from checkpoints.stable_diffusion import load_unet
 from eval import docs
 from eval.ablation import equal_rates, points, report
 from eval.ablation.rows import Results
+from eval.ablation.summary import summarise
 from train.fingerprint import fingerprint
 from train.judge import delta_e, load_judge
 from train.vae import bytes_to_tensor
@@ -106,6 +108,17 @@ def study() -> Results:
 
 def test_the_page_of_the_ablation_says_what_its_results_say(study: Results) -> None:
     assert report.render(study, equal_rates.beside(ROOT / "results" / "ablation.json", study)) == PAGE
+
+
+def test_the_summary_of_the_ablation_is_that_of_its_drawings(study: Results) -> None:
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        if isinstance(a, list):
+            return len(a) == len(b) and all(map(same, a, b))
+        return bool(a == (pytest.approx(b, rel=1e-6, abs=1e-9) if isinstance(b, float) else b))
+
+    assert same(json.loads(json.dumps(summarise(study))), study.data["summary"])
 
 
 def test_the_ablation_was_made_on_the_shipped_base(study: Results) -> None:

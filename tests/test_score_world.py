@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from eval import world
 from eval.__main__ import main
-from eval.bench import embed
+from eval.bench import Bench, draw_prompts, embed
+from eval.clip_score import Scorer
 from eval.prompts import Prompts
 from eval.scores import Scores
 from eval.world_table import line, table
@@ -113,3 +116,32 @@ def test_the_world_command(
     assert "size" not in scores["conflict"] and "placement_error" in scores["image"]
     printed = capsys.readouterr().out
     assert table(results) in printed and len(table(results).splitlines()) == 2 + len(scores)
+
+
+def test_seeds_image_prompts_and_hints_go_on_from_batch_to_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[int], Tensor, Tensor]] = []
+
+    def sample(texts: list[str], seeds: list[int], embedding: Tensor, **given: Any) -> Tensor:
+        seen.append((seeds, embedding, given["hints"][0].picture))
+        return torch.zeros(len(texts), 3, 4, 4)
+
+    fake: Any = SimpleNamespace(device=torch.device("cpu"), unet=nn.Linear(1, 1), native_size=(64, 64), controls=(0,), sample=sample)
+    monkeypatch.setattr("eval.bench.batch_size", lambda *_: 2)
+    given = torch.arange(3.0).view(3, 1, 1, 1)
+    draw_prompts(fake, ["a", "b", "c"], given, 0.5, 3.0, 7, "a test", hints=given)
+    seeds, embeddings, hints = zip(*seen, strict=True)
+    assert [seed for batch in seeds for seed in batch] == [0, 1, 2]
+    assert torch.equal(torch.cat(embeddings), given) and torch.equal(torch.cat(hints), given)
+
+
+def test_a_drawing_of_the_picture_alone_is_scored_with_its_caption() -> None:
+    prompts, asked = Prompts.of_the_world(2), list[list[str]]()
+
+    def texts(captions: Any) -> Tensor:
+        asked.append(list(captions))
+        return torch.ones(len(captions), 2)
+
+    bench: Any = Bench(None, prompts, Scorer("none", lambda pictures: torch.ones(len(pictures), 2), texts), None)  # type: ignore[arg-type]
+    bench.read("picture", prompts.pixels)
+    bench.read("conflict", prompts.pixels)
+    assert asked == [prompts.texts("agreeing"), prompts.texts("conflict")]

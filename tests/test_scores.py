@@ -64,6 +64,11 @@ def test_a_perfect_reading_is_right_in_everything() -> None:
     assert scores == {"concept": 1, "background": 1, "size": 1, "place": 1, "all": 1, **errors}
 
 
+def test_the_first_of_a_target() -> None:
+    target = Target.of_scenes(scenes_of(4)).first(2)
+    assert target.references is not None and len(target.references) == len(target.concept) == 2
+
+
 def test_each_mistake_affects_only_its_own_score() -> None:
     """Of ten small or medium drawings, one has no concept, one has another background, and one is moved by ten pixels."""
     scenes = [replace(scene, size=44, x=0, y=0) for scene in scenes_of(10)]

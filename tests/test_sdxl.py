@@ -29,6 +29,7 @@ from model.controlnet import ControlNetConfig
 from model.t2i import T2IConfig
 from sampling import __main__ as cli
 from sampling.loading import load
+from sampling.micro import Micro
 
 FOX, OWL = "A photo of a fox, 4k", "blurry; an owl"
 LEVEL = 1  # of 255
@@ -177,3 +178,9 @@ def test_float16_keeps_the_vae_in_float32(model: Model, tmp_path: Path) -> None:
     assert other.config == loud and {p.dtype for p in other.parameters()} == {torch.float16}
     one, two = (ours(model, f"--dtype {dtype}", tmp_path) for dtype in ("float32", "bfloat16"))
     assert 0 < difference(one, two) < 60
+
+
+def test_an_empty_prompt_is_not_zeroed(model: Model) -> None:
+    """Only an empty negative prompt is."""
+    uncond, cond = load(model.base).texts([""], [""], (16, 24), Micro(zero_negative=True))
+    assert cond.text.any() and not uncond.text.any()

@@ -136,6 +136,9 @@ def test_a_small_vocabulary_leaves_out_unknown_words_and_names_them() -> None:
         rows = small.tokenize(["a photo of a cat zebra"])
     assert rows.tolist() == [[3, 0, 2, 0, 1, 4, *[4] * 71]]
     assert small.clip.token_embedding.weight.shape == (5, WIDTH)
+    known = TextEncoder(replace(MINI_TEXT, width=8, layers=1, heads=2, output_dim=8))
+    with pytest.warns(UserWarning, match="left out: owlish$"):  # the vocabulary has one of its two tokens, that of "owl"
+        known.tokenize("an owlish fox")
 
 
 @pytest.mark.parity("transformers CLIPTextModel", 0)

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from own_pictures import base, command, write_pictures
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints.adapters import load_adapter
@@ -34,13 +36,15 @@ from train.__main__ import main
 from train.adapter import Recipe
 from train.data import ShuffledBatches
 from train.errors import GateError
-from train.gains import check_gates, held_out_losses
+from train.gains import check_gates, held_out_losses, losses_of
 from train.loss import diffusion_loss, drops, min_snr, noise_for, sample_inputs
 from train.pairs import Pairs
 from train.plan import Plan
 from train.plus import initialise_from
 from train.setting import Setting, TrainingSource
 from train.world import Says
+
+__all__ = ["base"]  # a fixture
 
 CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=8, groups=4)
 EMBEDDING = 10
@@ -282,6 +286,53 @@ def test_held_out_losses_are_what_they_say(pairs: Pairs) -> None:
     losses = held_out_losses(unet, deaf, Schedule(), pairs)
     assert losses["gain_zero"] == losses["gain_shuffled"] == 0  # V' = 0: no picture says anything
     assert first["gain_zero"] != 0 and first["gain_shuffled"] != 0
+    means = {name: float(torch.cat(each).mean()) for name, each in losses_of(unet, adapter, Schedule(), pairs, decoupled, "cpu").items()}
+    right = means["right"]
+    want = {"held_out": right, "gain_zero": means["null"] - right, "gain_shuffled": means["wrong"] - right}
+    assert first == pytest.approx(want, abs=1e-6)
+
+
+def test_a_training_drops_texts_and_pictures(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its noise has the offset that was asked for."""
+    seen: list[tuple[bool, float]] = []
+
+    def keep(batch: Any, g: torch.Generator, dropping: bool = False, offset: float = 0.0) -> Any:
+        seen.append((dropping, offset))
+        return sample_inputs(batch, g, dropping, offset)
+
+    monkeypatch.setattr(adapter_stage, "sample_inputs", keep)
+    write_pictures(tmp_path / "data", 6)
+    main(command(tmp_path, base, "--noise-offset", "0.1"))
+    assert set(seen) == {(True, 0.1)}
+
+
+def test_the_average_of_the_weights_is_written(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` returns it; the module that was trained has other weights."""
+
+    def kept(plan: Plan, module: nn.Module, *_: Any, **__: Any) -> tuple[nn.Module, list[dict[str, float]]]:
+        average = copy.deepcopy(module)
+        for parameter in average.parameters():
+            nn.init.constant_(parameter, 0.25)
+        return average, [{"step": 1, "seconds": 1.0}]
+
+    monkeypatch.setattr(adapter_stage, "run", kept)
+    write_pictures(tmp_path / "data", 6)
+    main(command(tmp_path, base))
+    assert all((tensor == 0.25).all() for tensor in load_file(tmp_path / "out" / "ip_adapter.safetensors").values())
+
+
+def test_the_seed_makes_the_first_weights(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path / "data", 6)
+    first: list[Tensor] = []
+
+    def keep(plan: Plan, module: IPAdapter, *_: Any, **__: Any) -> tuple[nn.Module, list[dict[str, float]]]:
+        first.append(module.image_projection.proj.weight.detach().clone())  # type: ignore[union-attr,operator]
+        return module, [{"step": 1, "seconds": 1.0}]
+
+    monkeypatch.setattr(adapter_stage, "run", keep)
+    for i, seed in enumerate((0, 1, 0)):
+        main(command(tmp_path, base, "--seed", seed, "--state", tmp_path / str(i), "--weights", tmp_path / f"out{i}"))
+    assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
 
 
 # Plus begins as a trained adapter of the base form

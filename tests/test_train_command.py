@@ -25,10 +25,11 @@ from train import adapter, file_pairs, gains, plus, setting
 from train.__main__ import folders, main, plans_of, source_of, status
 from train.errors import Diverged, GateError, Interrupted, OtherRun
 from train.gains import verdict
-from train.options import STAGES, parser
+from train.options import SETTINGS, STAGES, parser
 from train.pairs import Pairs
+from train.plan import Plan
 from train.plus import PLAN as PLUS
-from train.setting import TrainingSource
+from train.setting import GAMMA, SAYS, TrainingSource, prepare
 
 __all__ = ["base", "trained"]  # fixtures
 
@@ -298,6 +299,35 @@ def test_stages_have_one_shape_and_states_of_their_own() -> None:
 def test_every_option_has_a_sentence() -> None:
     for stage in parser("")._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr,attr-defined]
         assert all(action.help for action in stage._actions)
+
+
+@pytest.mark.parametrize("options", [("--side", "32"), ("--buckets",), ("--skip-broken",), ("--preview-every", "5")])
+def test_options_of_pictures_need_pictures(options: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"{options[0]} .*: give --data"):
+        main(["adapter", *options])
+
+
+VALUES = {"accumulate": 2, "lr": 0.5, "seed": 7, "warmup": 3, "ema": 0.5, "clip": 0.25, "save_every": 4, "validate_every": 6}
+
+
+def test_every_setting_reaches_the_plan() -> None:
+    """Each that the parser has."""
+    values = {"steps": 9, "batch": 8, **VALUES}
+    assert set(values) == set(SETTINGS)
+    options = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    (plan,) = plans_of(arguments("adapter", *options), (Plan("x", 5, 4, 1e-3),))
+    assert {name: getattr(plan, name) for name in values} == values
+
+
+def test_options_reach_the_base(base: Path) -> None:
+    unet = TrainingSource(base, checkpointing=2, prediction="v", data=Path("data")).pipeline("cpu").unet
+    assert unet.checkpointing == 2 and unet.config.prediction == "v"
+
+
+def test_a_gamma_that_is_given_is_the_gamma(tmp_path: Path) -> None:
+    for given, gamma in ((5.0, 5.0), (None, GAMMA)):
+        source = TrainingSource(Path("weights"), pictures=8, gamma=given)
+        assert prepare(source, tmp_path, "cpu", SAYS).gamma == gamma
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "unet", "judge", "scorer", "all"])

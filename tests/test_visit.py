@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,10 @@ from torch import nn
 from sampling import __main__ as cli
 from sampling import pipeline as pipelines
 from sampling.loading import load
-from sampling.request import ImagePrompt, Request
+from sampling.request import HintFile, ImagePrompt, Request
 from sampling.visit import visiting
 
-OWL = Path("sampling/examples/owl.png")
+OWL, CONTROL = Path("sampling/examples/owl.png"), Path("weights/controlnet.safetensors")
 
 
 def test_weights_are_the_same_tensors_after_a_visit() -> None:
@@ -69,3 +69,24 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with pytest.raises(ValueError, match="leave out one of them"):
         cli.run(["--low-memory", "--compile", "--out", str(tmp_path / "c.png")])
+
+
+def test_all_parts_wait_on_the_cpu() -> None:
+    """The device of the pipeline is another one. The meta device stands for a GPU."""
+    away = load(device="meta", low_memory=True, controls=[CONTROL])
+    parts = [away.unet, away.vae, away.text, away.image, *away.adapters, *away.controls]
+    assert away.device.type == "meta"
+    assert {p.device.type for part in parts if part is not None for p in part.parameters()} == {"cpu"}
+
+
+def test_a_control_visits_with_the_unet(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def visit(modules: Sequence[nn.Module], device: str) -> AbstractContextManager[None]:
+        seen.append([type(module).__name__ for module in modules])
+        return nullcontext()
+
+    away = load(low_memory=True, controls=[CONTROL])
+    monkeypatch.setattr(pipelines, "visiting", visit)
+    away.draw(Request(hints=(HintFile(Path("sampling/examples/hints/owl.png")),), steps=1))
+    assert ["UNet", "ControlNet"] in seen

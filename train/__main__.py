@@ -70,8 +70,9 @@ def source_of(args: argparse.Namespace, stage: str, weights: Path) -> TrainingSo
 
     if args.preview_every and not args.data:
         raise ValueError("--preview-every draws your own pictures: give --data (the mini world is drawn at every validation)")
-    if args.buckets and not args.data:
-        raise ValueError("--buckets is for your own pictures: give --data")
+    for name in ("side", "buckets", "skip_broken"):
+        if getattr(args, name) and not args.data:
+            raise ValueError(f"--{name.replace('_', '-')} is for your own pictures: give --data")
     if args.pictures and args.data:
         raise ValueError("--pictures limits the pictures of the mini world: omit it with --data")
     dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 and has_bfloat16(args.device) else torch.float32

@@ -59,7 +59,7 @@ class Rows:
 
 
 class Store:
-    """The packs in a folder. Raises OSError if the folder cannot be written."""
+    """The packs in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
