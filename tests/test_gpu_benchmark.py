@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.files import read_json, write_json
+from eval.device import processor
 from eval.peers import gpu, gpu_rows, random_networks
 from model.unet import UNet
 
@@ -23,7 +24,7 @@ def test_it_measures_both_sides_line_by_line(
     assert all(saved[name][side]["seconds"] > 0 for name in lines for side in ("ours", "theirs"))
     assert [line.partition(" {")[0] for line in capsys.readouterr().out.splitlines() if " {" in line] == lines
     rows = gpu.table(saved).splitlines()
-    assert rows[0] == f"Measured on one cpu with torch {saved['torch']}."
+    assert rows[0] == f"Measured on one {processor('cpu')} with torch {saved['torch']}."
     assert [row.split(" | ")[0] for row in rows[4:]] == [f"| {line}" for line in lines]
     monkeypatch.setattr(random_networks, "find_spec", lambda _: None)
     assert "theirs" not in gpu.evaluate(gpu.tiny("cpu"), out, ["eager bf16, batch 2"])[lines[0]]

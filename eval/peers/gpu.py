@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from checkpoints.files import check_output, read_json, write_json
+from eval.device import processor
 from eval.peers.gpu_rows import picture, step, training
 from eval.peers.random_networks import Setting, tiny
 from eval.peers.timing import Timing
@@ -58,8 +59,7 @@ def evaluate(setting: Setting, out: Path, only: list[str]) -> dict[str, Any]:
     """
     check_device(setting.device)
     check_output(out)
-    on_gpu = setting.device.startswith("cuda")
-    device = torch.cuda.get_device_name() if on_gpu else setting.device
+    device = processor(setting.device)
     before = read_json(out) if only and out.exists() else {}
     if before.get("device", device) != device:
         raise ValueError(f"{out} was measured on {before['device']}, and this is {device}: choose another file with --out")
@@ -76,7 +76,7 @@ def evaluate(setting: Setting, out: Path, only: list[str]) -> dict[str, Any]:
         print(name, json.dumps(results[name]), flush=True)
         write_json(out, results)
         gc.collect()
-        if on_gpu:
+        if setting.device.startswith("cuda"):
             torch.cuda.empty_cache()
     return results
 

@@ -31,10 +31,10 @@ def measure(setting: Setting, run: Callable[[], Any]) -> Timing:
         run()
     on_gpu = setting.device.startswith("cuda")
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(setting.device)
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     row: Timing = {"seconds": timer.blocked_autorange(min_run_time=setting.seconds).median}
-    return row | ({"memory": torch.cuda.max_memory_allocated() / 1e9} if on_gpu else {})
+    return row | ({"memory": torch.cuda.max_memory_allocated(setting.device) / 1e9} if on_gpu else {})
 
 
 def peak(setting: Setting, dtype: torch.dtype) -> float:
