@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from checkpoints.adapters import load_adapter
-from checkpoints.files import check_output, sha256, write_json
+from checkpoints.files import check_output, write_json
 from eval import clip_score
 from eval.bench import Bench, Row, through_the_vae
-from eval.device import dtype
+from eval.header import header
 from eval.prompts import Prompts, Truth
 from eval.scores import hits_of, nearest
 from eval.tables import markdown
@@ -61,9 +61,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
         alone, beside = (bench.draw(task, adapter, lam=1.0) for task in ("picture", "complementary"))
         rows.append(score_rows(bench, alone, form) | {"follows": follows_text(bench, judge, beside)})
     results = {
-        "command": f"python -m eval fine --n {n} --steps {steps} --guidance {guidance:g}",
-        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
-        "sha256": {file.name: sha256(file) for file in files},
+        **header("fine", weights, n, steps, guidance, device),
         "scorer": bench.scorer.name,
         "truth": bench.prompts.to_json()["truth"],
         "rows": rows,

@@ -19,11 +19,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from checkpoints.files import check_output, sha256, write_json
+from checkpoints.files import check_output, write_json
 from eval import clip_score
 from eval.bench import draw_prompts, through_the_vae
 from eval.clip_score import Scorer
-from eval.device import dtype
+from eval.header import header
 from eval.tables import markdown
 from sampling.device import check_device
 from sampling.images import to_images
@@ -79,9 +79,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     }
     reference = moments(features(scorer, held_out))
     results = {
-        "command": f"python -m eval frechet --n {n} --steps {steps} --guidance {guidance:g} --device {device}",
-        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
-        "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
+        **header("frechet", weights, n, steps, guidance, device),
         "scorer": scorer.name,
         "distance": {key: distance(reference, moments(features(scorer, make()))) for key, make in sets.items()},
     }

@@ -25,8 +25,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from checkpoints.files import check_output, read_json, sha256, write_json
+from checkpoints.files import check_output, read_json, write_json
 from eval.device import processor
+from eval.header import hashes
 from eval.tables import markdown
 from train.card import ROOT, code_version
 from train.options import STAGES
@@ -70,8 +71,7 @@ def difference(new: Sequence[float], old: Sequence[float]) -> float:
 def record(stage: str, weights: Path, steps: int) -> dict[str, Any]:
     """Return the first losses of a stage, and what they were computed with."""
     origin = {"commit": code_version(), "processor": processor("cpu"), "pictures": PICTURES}
-    files = {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))}
-    return {**origin, "sha256": files, "losses": [round(x, 6) for x in first_losses(stage, weights, steps)]}
+    return {**origin, "sha256": hashes(weights), "losses": [round(x, 6) for x in first_losses(stage, weights, steps)]}
 
 
 def compare(stages: Sequence[str], weights: Path, steps: int, old: dict[str, Any]) -> pd.DataFrame:

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.controls import Control
-from checkpoints.files import check_output, read_json_if_there, sha256, write_json
+from checkpoints.files import check_output, read_json_if_there, write_json
 from eval.bench import draw_prompts, embed, through_the_vae
-from eval.device import dtype
+from eval.header import header
 from eval.hinted import HintedPrompts
 from eval.scores import Scores, mean, score_reading
 from eval.tables import markdown
@@ -153,12 +153,7 @@ def evaluate(
     judge = load_judge(weights / "judge.safetensors").to(device)
     controls = dict(zip(files, pipeline.controls, strict=True))
     measure = Measure(pipeline, judge, HintedPrompts.of_the_world(n, seed=2), steps, guidance, controls)
-    results: dict[str, Any] = {
-        "command": f"python -m eval structure --n {n} --steps {steps} --guidance {guidance:g} --device {device}",
-        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
-        "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
-        "rows": [],
-    }
+    results: dict[str, Any] = {**header("structure", weights, n, steps, guidance, device), "rows": []}
     results = read_done(out, results)
     if "anchors" not in results:
         results["anchors"] = anchors(measure)

@@ -22,9 +22,9 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from checkpoints.files import check_output, sha256, write_json
+from checkpoints.files import check_output, write_json
 from eval.bench import draw_prompts, embed, through_the_vae
-from eval.device import dtype
+from eval.header import header
 from eval.prompts import Prompts
 from eval.scores import Scores, mean, score, values_of
 from eval.structure import lines_of
@@ -84,12 +84,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
         raise FileNotFoundError(f"{file} is missing: run `python -m train style` first")
     measure = Measure(load_judge(weights / "judge.safetensors").to(device), steps, guidance)
     tasks, prompts = tasks_of(n, seed=2), Prompts.of_the_world(n, seed=2)
-    results: dict[str, Any] = {
-        "command": f"python -m eval style --n {n} --steps {steps} --guidance {guidance:g} --device {device}",
-        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
-        "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
-        "scores": {},
-    }
+    results: dict[str, Any] = {**header("style", weights, n, steps, guidance, device), "scores": {}}
     assert prompts.truth is not None
     true = Task([""] * n, own(prompts))
     for name, style in STYLES.items():

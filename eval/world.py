@@ -25,9 +25,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from checkpoints.files import check_output, sha256, write_json
+from checkpoints.files import check_output, write_json
 from eval.bench import Row, draw_prompts, embed, through_the_vae
-from eval.device import device_of, dtype
+from eval.device import device_of
+from eval.header import header
 from eval.prompts import Prompts
 from eval.scenes import ScenePrompts
 from eval.scores import GREY, Scores, Target, mean, score, values_of
@@ -156,9 +157,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
         "reconstructed": score(measure.judge, through, target),
     }
     results = {
-        "command": f"python -m eval world --n {n} --steps {steps} --guidance {guidance:g} --device {device}",
-        "settings": {"n": n, "steps": steps, "guidance": guidance, "dtype": dtype(device), "seeds": f"0..{n - 1}"},
-        "sha256": {path.name: sha256(path) for path in sorted(weights.glob("*.safetensors"))},
+        **header("world", weights, n, steps, guidance, device),
         "vae_psnr": psnr(vae, test.pixels.to(device_of(vae))),
         "lambda": lambdas,
         "sweep": sweep,

@@ -69,7 +69,7 @@ def weights(tmp_path: Path) -> Path:
 def test_both_adapters_are_read(
     weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command writes one row per adapter, with the image prompt alone, and the hashes of the adapter files."""
+    """The command writes one row per adapter, with the image prompt alone, and the hashes of all weights."""
     drawn: list[tuple[str, float, bool]] = []
     draw = Bench.draw
 
@@ -88,9 +88,9 @@ def test_both_adapters_are_read(
     assert "follows" not in results["rows"][0] and all(set(row["follows"]) <= {0, 1} for row in results["rows"][1:])
     assert [row["form"] for row in results["rows"][1:]] == list(fine.ADAPTERS.values())
     assert all(len(row["placement_error"]) == 6 and "clip_t" not in row for row in results["rows"])
-    names = [f"{name}.safetensors" for name in fine.ADAPTERS]
-    assert results["sha256"] == {name: sha256(weights / name) for name in names}
+    assert results["sha256"] == {path.name: sha256(path) for path in weights.glob("*.safetensors")}
+    assert results["command"] == "python -m eval fine --n 6 --steps 2 --guidance 4 --device cpu"
     assert fine.table(results) in capsys.readouterr().out
-    (weights / names[1]).unlink()
+    (weights / "ip_adapter_plus.safetensors").unlink()
     with pytest.raises(SystemExit, match=r"plus\.safetensors is missing: run `python -m train plus` first"):
         main()
