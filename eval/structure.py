@@ -1,4 +1,4 @@
-"""Measure structure control beside image prompts, as in Figure 5.  `python -m eval structure`
+"""ControlMeasure structure control beside image prompts, as in Figure 5.  `python -m eval structure`
 
 Each prompt is an image prompt, and the outlines of another picture of the same concept: drawn anew at another size and place, and
 often another drawing. The text names a third background. The drawing should have the lines of the hint, the palette of the image
@@ -78,7 +78,7 @@ def structure_error(drawings: Tensor, hints: Tensor) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Measure:
+class ControlMeasure:
     """Draws the tasks of `prompts` and scores the drawings. `controls`: by form."""
 
     pipeline: Pipeline
@@ -110,7 +110,7 @@ class Measure:
         return {"task": task, "form": form, "scale": scale, "scores": self.scores(task, drawings)}
 
 
-def anchors(measure: Measure) -> dict[str, list[float]]:
+def anchors(measure: ControlMeasure) -> dict[str, list[float]]:
     """Compute the structure error of the true pictures, of the same through the VAE, and of other prompts' pictures."""
     true, hints = bytes_to_tensor(pictures(measure.prompts.hint_scenes)), measure.prompts.hints
     through = through_the_vae(measure.pipeline.vae, true)
@@ -139,7 +139,7 @@ def read_done(out: Path, expected: dict[str, Any]) -> dict[str, Any]:
 def evaluate(
     weights: Path, out: Path, n: int, steps: int, guidance: float, device: str, forms: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Measure the missing rows, or those of `forms`, with n prompts, and write `out` (JSON) after each.
+    """ControlMeasure the missing rows, or those of `forms`, with n prompts, and write `out` (JSON) after each.
 
     Raises FileNotFoundError if a control is missing; the message names the command that trains it.
     """
@@ -152,7 +152,7 @@ def evaluate(
     pipeline = load(weights, device=device, controls=[*files.values()])
     judge = load_judge(weights / "judge.safetensors").to(device)
     controls = dict(zip(files, pipeline.controls, strict=True))
-    measure = Measure(pipeline, judge, HintedPrompts.of_the_world(n, seed=2), steps, guidance, controls)
+    measure = ControlMeasure(pipeline, judge, HintedPrompts.of_the_world(n, seed=2), steps, guidance, controls)
     results: dict[str, Any] = {**header("structure", weights, n, steps, guidance, device), "rows": []}
     results = read_done(out, results)
     if "anchors" not in results:

@@ -15,7 +15,6 @@ pictures show how far it can be trusted.
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,16 @@ import pandas as pd
 from torch import Tensor
 
 from checkpoints.files import check_output, write_json
-from eval.bench import draw_prompts, embed, through_the_vae
+from eval.bench import through_the_vae
 from eval.header import header
 from eval.prompts import Prompts
-from eval.scores import Scores, mean, score, values_of
+from eval.scores import Scores, Target, mean, score, values_of
 from eval.structure import lines_of
 from eval.tables import markdown, summary
-from eval.world import Task, own, tasks_of
+from eval.world import Measure, own, tasks_of
 from eval.world_table import ERRORS, SHARES, line
 from sampling.device import check_device
 from sampling.loading import load
-from sampling.pipeline import Pipeline
 from train.comic import comic
 from train.judge import Judge, load_judge
 from train.vae import bytes_to_tensor
@@ -50,26 +48,12 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Measure:
-    """Draws tasks and scores the drawings."""
-
-    judge: Judge
-    steps: int
-    guidance: float
-
-    def score(self, drawings: Tensor, task: Task, name: str) -> Scores:
-        """Score drawings with the judge, and compute their share of dark pixels."""
-        scores = score(self.judge, drawings, task.target)
-        scores["dark"] = mean(100 * lines_of(drawings).double().mean(dim=(1, 2)))
-        print(name, summary(values_of(scores)), flush=True)
-        return scores
-
-    def draw(self, pipeline: Pipeline, task: Task, lam: float, name: str) -> Scores:
-        """Draw a task and score the drawings."""
-        embedding = None if task.images is None else embed(pipeline, task.images)
-        drawings = draw_prompts(pipeline, list(task.texts), embedding, lam, self.guidance, self.steps, name)
-        return self.score(drawings, task, name)
+def score_style(judge: Judge, drawings: Tensor, target: Target, name: str) -> Scores:
+    """Score drawings with the judge, compute their share of dark pixels, and print the values."""
+    scores = score(judge, drawings, target)
+    scores["dark"] = mean(100 * lines_of(drawings).double().mean(dim=(1, 2)))
+    print(name, summary(values_of(scores)), flush=True)
+    return scores
 
 
 def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, device: str) -> dict[str, Any]:
@@ -82,18 +66,20 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     file = weights / "comic.safetensors"
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: run `python -m train style` first")
-    measure = Measure(load_judge(weights / "judge.safetensors").to(device), steps, guidance)
+    judge = load_judge(weights / "judge.safetensors").to(device)
     tasks, prompts = tasks_of(n, seed=2), Prompts.of_the_world(n, seed=2)
     results: dict[str, Any] = {**header("style", weights, n, steps, guidance, device), "scores": {}}
     assert prompts.truth is not None
-    true = Task([""] * n, own(prompts))
+    true = own(prompts)
     for name, style in STYLES.items():
         pipeline = load(weights, device=device, loras=[(file, 1.0)] if style is comic else [])
+        measure = Measure(pipeline, judge, steps, guidance)
         images = bytes_to_tensor(pictures(prompts.truth.scenes, style))
-        rows = results["scores"][name] = {"true": measure.score(images, true, f"{name}, true")}
-        rows["reconstructed"] = measure.score(through_the_vae(pipeline.vae, images), true, f"{name}, reconstructed")
-        for task, lam in LAMBDAS.items():
-            rows[task] = measure.draw(pipeline, tasks[task], lam, f"{name}, {task}")
+        rows = results["scores"][name] = {"true": score_style(judge, images, true, f"{name}, true")}
+        rows["reconstructed"] = score_style(judge, through_the_vae(pipeline.vae, images), true, f"{name}, reconstructed")
+        for key, lam in LAMBDAS.items():
+            task, label = tasks[key], f"{name}, {key}"
+            rows[key] = score_style(judge, measure.drawings(task, lam, label), task.target, label)
             write_json(out, results)
     return results
 

@@ -66,12 +66,15 @@ class Measure:
     guidance: float
 
     def draw(self, task: Task, lam: float, name: str) -> Scores:
-        """Draw a task at lambda, in all layers, and score the drawings. `name`: the label of the progress bar."""
-        embedding = None if task.images is None else embed(self.pipeline, task.images)
-        drawings = draw_prompts(self.pipeline, list(task.texts), embedding, lam, self.guidance, self.steps, name)
-        scores = score(self.judge, drawings, task.target)
+        """Draw a task as `drawings` does, and score the drawings."""
+        scores = score(self.judge, self.drawings(task, lam, name), task.target)
         print(name, summary(values_of(scores)), flush=True)
         return scores
+
+    def drawings(self, task: Task, lam: float, name: str) -> Tensor:
+        """Draw a task at lambda, in all layers. `name`: the label of the progress bar."""
+        embedding = None if task.images is None else embed(self.pipeline, task.images)
+        return draw_prompts(self.pipeline, list(task.texts), embedding, lam, self.guidance, self.steps, name)
 
 
 def conflict_target(prompts: Prompts) -> Target:

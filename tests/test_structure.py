@@ -101,7 +101,7 @@ def test_the_structure_command(
     assert results["anchors"]["true"][0] < results["anchors"]["another"][0]
     written = out.read_text()
     with monkeypatch.context() as patch:  # finished rows are kept, and missing ones are made again
-        patch.setattr(structure.Measure, "draw", lambda *_: pytest.fail("a finished row is drawn again"))
+        patch.setattr(structure.ControlMeasure, "draw", lambda *_: pytest.fail("a finished row is drawn again"))
         main()
     assert out.read_text() == written
     write_json(out, results | {"rows": [row for row in results["rows"] if row["form"] != "none"]})
