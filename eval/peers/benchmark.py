@@ -31,6 +31,8 @@ from model.image_encoder import VIT_H
 from sampling.pipeline import Pipeline
 from sampling.schedule import Schedule
 
+LOAD_COLUMNS = "ours", "theirs"
+
 
 def columns(folder: Path, rounds: int, dtype: torch.dtype) -> Timing:
     """Time a step of diffusers, of this project, and of its fast form (eval/peers/step.py)."""
@@ -81,10 +83,10 @@ def loading(folder: Path, rounds: int, dtype: str) -> Timing:
 
     We read the single file in float16; diffusers reads its own folder layout. The first round, which reads from the disk, is dropped.
     """
-    for name, peer in (("unet", official.peer_unet), ("vae", official.peer_vae), ("text_encoder", official.peer_text)):
+    unet = partial(official.peer_unet, adapter=False)
+    for name, peer in (("unet", unet), ("vae", official.peer_vae), ("text_encoder", official.peer_text)):
         if not (folder / "diffusers" / name).exists():
-            options = {"adapter": False} if name == "unet" else {}
-            peer(folder, torch.float16, **options).save_pretrained(folder / "diffusers" / name)
+            peer(folder, torch.float16).save_pretrained(folder / "diffusers" / name)
             gc.collect()
     values = take_turns("eval.peers.loading", folder, LOAD_COLUMNS, rounds + 1, dtype)
     return {"values": {key: {side: each[1:] for side, each in columns.items()} for key, columns in values.items()}}
@@ -100,7 +102,6 @@ ROWS: dict[str, Callable[[Path, int], Timing]] = {
     "step, float32, ours compiled": compiled,
 }
 
-LOAD_COLUMNS = "ours", "theirs"
 ROW_RATIOS = {"training step": training.RATIOS, **{name: {"": LOAD_COLUMNS} for name in ("load, float16", "load, float32")}}
 
 

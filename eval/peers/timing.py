@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,10 @@ def memory(line: str) -> int:
     return 1024 * int(re.findall(rf"{line}:\s*(\d+)", Path("/proc/self/status").read_text())[0])
 
 
-def medians(pairs: Sequence[tuple[float, float]]) -> Timing:
-    """Return the medians over rounds of our seconds, their seconds, and the ratio ours / theirs."""
-    frame = pd.DataFrame(pairs, columns=["ours", "theirs"])
-    return {str(key): value for key, value in frame.assign(ratio=frame["ours"] / frame["theirs"]).median().items()}
-
-
 def beside(ours: Run, theirs: Run, rounds: int) -> Timing:
-    """Time both implementations alternately."""
-    return medians([(seconds(ours), seconds(theirs)) for _ in range(rounds)])
+    """Time both implementations alternately; return the medians over rounds of our seconds, their seconds, and the ratio ours / theirs."""
+    frame = pd.DataFrame([(seconds(ours), seconds(theirs)) for _ in range(rounds)], columns=["ours", "theirs"])
+    return {str(key): value for key, value in frame.assign(ratio=frame["ours"] / frame["theirs"]).median().items()}
 
 
 def peak(dtype: torch.dtype, n: int = 4096) -> float:
