@@ -23,8 +23,8 @@ def rate_table(results: Results) -> pd.DataFrame:
     for form, rates in results.data["summary"]["rates"].items():
         line: dict[str, Any] = {"form": FORMS[form].name, "parameters": f"{runs[form][0]['parameters']:,}"}
         for rate, row in rates.items():
-            step, end = next(iter(row["endpoint"].items()))
-            text = "diverged" if end is None else f"{row['held_out']:.5f}, {mark(f'{end:.1f}', row['read'][step])}"
+            end = row["endpoint"]
+            text = "diverged" if end is None else f"{row['held_out']:.5f}, {mark(f'{end:.1f}', row['read'])}"
             line[rate] = text + (" \\*" if float(rate) == runs[form][0]["rate"] else "")
         lines.append(line)
     return pd.DataFrame(lines)

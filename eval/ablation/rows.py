@@ -158,9 +158,9 @@ class Results:
 
         return Curve(array(following), array(value))
 
-    def rate_curve(self, form: str, rate: float, step: int) -> Curve | None:
-        """Return the curve of a training that tests a learning rate after some steps; None if it diverged or was not drawn with."""
-        name = f"drawn-rate-{form}-{rate:g}-{step}-{self.primary}-test-all"
+    def rate_curve(self, form: str, rate: float) -> Curve | None:
+        """Return the curve of a training that tests a learning rate; None if it diverged or was not drawn with."""
+        name = f"drawn-rate-{form}-{rate:g}-{self.study['steps'] // 4}-{self.primary}-test-all"
         if name not in self.units or not self.units[name].rows:
             return None
         both = self.measures(f"alone-{self.primary}-test"), self.measures(name)

@@ -100,17 +100,15 @@ def by_step(results: Results) -> dict[str, Any]:
 
 
 def by_rate(results: Results) -> dict[str, Any]:
-    """Return for each form and rate the held-out loss and, by steps, the endpoint after the short training: None if it diverged. `read`:
-    where it is read (`count_ends`)."""
+    """Return for each form and rate: the held-out loss; the endpoint after the short training, None if it diverged; and `read`, where it is
+    read (`count_ends`)."""
     study, summary = results.study, dict[str, dict[str, Any]]()
-    step = study["steps"] // 4
     for form in study["forms"]:
         summary[form] = {}
         for rate in study["rates"]:
-            curve, held_out = results.rate_curve(form, rate, step), results.units[f"rate-{form}-{rate:g}"].value
-            end = None if curve is None else float(curve.seeds(at_level(study["level"]))[0])
-            place = {} if curve is None else count_ends(curve, study["level"])
-            summary[form][f"{rate:g}"] = {"held_out": held_out, "endpoint": {str(step): end}, "read": {str(step): place}}
+            curve, row = results.rate_curve(form, rate), {"held_out": results.units[f"rate-{form}-{rate:g}"].value}
+            row["endpoint"] = None if curve is None else float(curve.seeds(at_level(study["level"]))[0])
+            summary[form][f"{rate:g}"] = row | {"read": {} if curve is None else count_ends(curve, study["level"])}
     return summary
 
 
