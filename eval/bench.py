@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.clip_score import Scorer, cosine
+from eval.clip_score import Scorer
 from eval.device import batch_size, device_of, precision
 from eval.prompts import Prompts
 from model.adapter import IPAdapter
@@ -59,7 +60,8 @@ class Bench:
             readings = {"concept": reading.concept.argmax(dim=1), "background": reading.background.argmax(dim=1)}
             readings |= {"palette": reading.palette, "placement": reading.placement}
         embeddings, texts = self.scorer.images(to_images(drawings)), self.prompts.texts("agreeing" if task == "picture" else task)
-        return readings | {"clip_i": cosine(embeddings, self._prompt_embeddings), "clip_t": cosine(embeddings, self.scorer.texts(texts))}
+        targets = {"clip_i": self._prompt_embeddings, "clip_t": self.scorer.texts(texts)}
+        return readings | {name: F.cosine_similarity(embeddings, target) for name, target in targets.items()}
 
     @functools.cached_property
     def _prompt_embeddings(self) -> Tensor:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -26,16 +25,11 @@ Encode = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Scorer:
-    """A CLIP, as two functions that return embeddings `b e`; CLIP-I and CLIP-T are their `cosine`. `name` also states the preprocessing."""
+    """A CLIP, as two functions that return embeddings `b e`; CLIP-I and CLIP-T are their cosines. `name` also states the preprocessing."""
 
     name: str
     images: Callable[[Sequence[Image.Image]], Tensor]
     texts: Callable[[Sequence[str]], Tensor]
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the cosine similarity of embeddings `b e` and `b e` row by row: `b`."""
-    return F.cosine_similarity(a, b, dim=-1)
 
 
 def clip_score(cosine: Tensor) -> Tensor:

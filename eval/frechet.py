@@ -39,10 +39,10 @@ NAMES = {
 Moments = tuple[Tensor, Tensor]
 
 
-def moments(features: Tensor) -> Moments:
+def moments(x: Tensor) -> Moments:
     """Compute the mean `e` and the covariance `e e` of features `n e`, in float64."""
-    features = features.double()
-    return features.mean(dim=0), features.T.cov()
+    x = x.double()
+    return x.mean(dim=0), x.T.cov()
 
 
 def root(matrix: Tensor) -> Tensor:

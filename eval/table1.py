@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints.files import check_output, write_json
 from eval import clip_score
 from eval.bench import embed
-from eval.clip_score import Scorer, cosine
+from eval.clip_score import Scorer
 from eval.clip_score import clip_score as score_of
 from eval.device import device_of, dtype, precision
 from eval.protocol import Protocol
@@ -65,7 +66,7 @@ def scores_of(
             )
         embeddings.append(scorer.images(to_images(drawings)))
     targets = {"clip_i": scorer.images(images), "clip_t": scorer.texts([file.text for file in files])}
-    return {name: cosine(torch.cat(embeddings), target[prompt]).view(-1, k).tolist() for name, target in targets.items()}
+    return {name: F.cosine_similarity(torch.cat(embeddings), target[prompt]).view(-1, k).tolist() for name, target in targets.items()}
 
 
 def measure_cosines(pipeline: Pipeline, scorer: Scorer, files: Album, protocol: Protocol, batch: int, folder: Path) -> dict[str, Tensor]:

@@ -25,6 +25,6 @@ def with_interval(difference: Mapping[str, float], digits: int = 1) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def over_seeds(difference: Mapping[str, Any]) -> str:
+def seeds_interval(difference: Mapping[str, Any]) -> str:
     """Format a difference with its interval over seeds alone; "" if there is one seed."""
     return with_interval({**difference, "low": difference["seeds"][0], "high": difference["seeds"][1]}) if difference["seeds"] else ""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eval import clip_score
 from eval.ablation import equal_rates, report
-from eval.ablation.against import against, parts
+from eval.ablation.against import against, each_change
 from eval.ablation.command import TOLERANCE, compare
 from eval.ablation.draws import Draw, quantise
 from eval.ablation.endpoint import PARTS
@@ -284,7 +284,7 @@ def test_what_each_change_gives_alone_is_said() -> None:
     said += "Much of the lead is about the background: if only size and place count as following, it is +1.0 [-1.0, +3.0]; "
     said += "IP-Adapter is then read at its largest lambda, still above the level. "
     said += "IP-Adapter and `concatenated` (own projections, joint softmax) "
-    assert parts(results) == [f"{said}do not differ significantly: +1.0 [-1.0, +3.0]."]
+    assert each_change(results) == [f"{said}do not differ significantly: +1.0 [-1.0, +3.0]."]
 
 
 def test_mixed_records_are_reported() -> None:

@@ -233,7 +233,8 @@ def test_the_variants_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert adapter.image_projection.tokens == 16
     path = tmp_path / "results" / "variants.json"
     monkeypatch.setattr(variants, "VARIANTS", {"tokens_16": "tokens_1"})
-    table = variants.compare(Results.of(path), Results.of(path))  # as if tier B had the first of two forms
-    assert [*table["form"]] == ["IP-Adapter, 1 token", "IP-Adapter, 16 tokens"]
-    empty, difference = table["minus the form it varies [95 %]"]
+    monkeypatch.setattr(variants, "CONTROLS", ("tokens_1",))
+    table = variants.table(Results.of(path), Results.of(path))  # as if tier B had the first of two forms
+    assert [*table["form"]] == ["IP-Adapter, 1 token", "IP-Adapter, 1 token; seed 0, trained with these", "IP-Adapter, 16 tokens"]
+    empty, _, difference = table["minus the form it varies [95 %]"]
     assert empty == "" and "[" in difference

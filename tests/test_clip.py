@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from eval.clip_score import clip_score, cosine, open_clip_scorer, scorer
+from eval.clip_score import clip_score, open_clip_scorer, scorer
 from model.image_encoder import MINI_IMAGE, ImageConfig, ImageEncoder
 from model.text_encoder import TextEncoder
 from model.vae import MINI_VAE, VAE
@@ -99,7 +99,7 @@ def test_any_open_clip_model_scores_as_its_own_features_say(n: int, tmp_path: Pa
     shown = ours.images(drawn)
     for scored, x in ((ours.images(prompts), b), (ours.texts(captions), text)):
         want = (a / a.norm(dim=-1, keepdim=True) * x / x.norm(dim=-1, keepdim=True)).sum(dim=-1)
-        torch.testing.assert_close(cosine(shown, scored), want, atol=COSINE, rtol=0)
+        torch.testing.assert_close(F.cosine_similarity(shown, scored), want, atol=COSINE, rtol=0)
 
 
 def test_our_own_towers_score_too() -> None:

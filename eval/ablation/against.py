@@ -15,7 +15,7 @@ from eval.tables import with_interval
 SETS = {"test": "test prompts", "confirm": "confirmation prompts"}
 
 
-def parts(results: Results) -> list[str]:
+def each_change(results: Results) -> list[str]:
     """Say in sentences what the lead is about, how much of it each change gives alone, and which forms IP-Adapter is not shown to beat."""
     summary, told = results.data["summary"], []
     robustness, first = summary["robustness"], summary["difference"].get(SIMPLE, {"low": 0})

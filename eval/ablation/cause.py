@@ -31,7 +31,7 @@ from eval.ablation.report import p_value, spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, Curve, at_level, holm
 from eval.ablation.study import Study, Workspace, made_on
-from eval.ablation.tier import ShortStudy, Tier, at_one, check_options
+from eval.ablation.tier import ShortStudy, Tier, check_options, means_at_one
 from eval.ablation.training import plan_of, trained_adapter
 from eval.ablation.work import Job
 from eval.tables import markdown, with_interval
@@ -126,7 +126,7 @@ def summarise(results: Results) -> dict[str, Any]:
     p = holm({name: each.p for name, each in intervals.items()})
     return {
         "endpoint": {name: endpoint(curve, study["level"]) for name, curve in (curves | crossed).items()},
-        "one": {form: at_one(results, form) for form in study["forms"]},
+        "one": {form: means_at_one(results, form) for form in study["forms"]},
         "difference": {name: asdict(each) | {"p": p[name]} for name, each in intervals.items()},
         "wide": {form: at_wide(results, form) for form in WIDE_FORMS},
         "wide_difference": {form: asdict(each) for form, each in wider.items()},

@@ -9,7 +9,7 @@ import numpy as np
 from eval.ablation.statistics import Array, Curve, at_level
 
 PARTS = "right background", "right size and place"  # the two things that a complementary text names
-SHARES = ("concept", *PARTS)  # of the drawings, read at the level
+RIGHT = *PARTS, "concept"  # what may be right in a drawing, read at the level
 
 
 def where_read(following: Array, level: float) -> str:

@@ -42,7 +42,8 @@ def plot_all(results: Results, workspace: Workspace, study: Study, folder: Path)
     contact_sheet(workspace, study, dict.fromkeys(study.forms, 1.0), "Lambda 1", folder / "ablation_one.png")
 
 
-def unit(results: Results) -> str:
+def axis_label(results: Results) -> str:
+    """Name what the form of an adapter is measured by."""
     return "palette information" if results.truth() else "100 CLIP-I"
 
 
@@ -72,7 +73,7 @@ def plot_curves(results: Results, axes: Axes) -> None:
     axes.annotate(f"{level:.0f} %", (level, 0.02), (3, 0), ("data", "axes fraction"), "offset points", color="grey")
     axes.annotate("better", (0.3, 0.45), (0.18, 0.3), "axes fraction", arrowprops={"arrowstyle": "->"}, color="grey")
     axes.set_xlabel("following the text, % of the text alone")
-    axes.set_ylabel(f"{unit(results)}, {results.primary} task")
+    axes.set_ylabel(f"{axis_label(results)}, {results.primary} task")
     axes.legend(fontsize=8, loc="lower left")
 
 
@@ -89,7 +90,7 @@ def plot_steps(results: Results, axes: Axes) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(summary["steps"], [f"{step:,}" for step in summary["steps"]])
     axes.set_xlabel("training steps")
-    axes.set_ylabel(f"{unit(results)} at {results.study['level']:.0%} following")
+    axes.set_ylabel(f"{axis_label(results)} at {results.study['level']:.0%} following")
 
 
 def plot_alone(results: Results, axes: Axes) -> None:
@@ -98,7 +99,7 @@ def plot_alone(results: Results, axes: Axes) -> None:
         measures = results.data["summary"]["paper"]["picture"][form]
         axes.plot(measures["clip_i"], measures.get("information", measures["clip_t"]), "o", color=colour)
     axes.set_xlabel("CLIP-I, image prompt alone, lambda 1")
-    axes.set_ylabel(unit(results) if results.truth() else "CLIP-T with the caption")
+    axes.set_ylabel(axis_label(results) if results.truth() else "CLIP-T with the caption")
     if results.truth():
         lines(results, axes, floor=False)
 

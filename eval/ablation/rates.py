@@ -23,10 +23,10 @@ from eval.ablation.rows import Results
 from eval.ablation.statistics import at_index, at_level
 from eval.ablation.study import Study, Workspace
 from eval.ablation.summary import curve_at_one, trainings
-from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, earlier
+from eval.ablation.tier import ShortStudy, Tier, check_options, earlier, means_at_one
 from eval.ablation.tier import jobs_of as jobs_at_the_end
 from eval.ablation.work import Job
-from eval.tables import markdown, over_seeds
+from eval.tables import markdown, seeds_interval
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def of_form(results: Results, form: str) -> dict[str, Any]:
     """Return a form's learning rate, its endpoints after 1/4, 1/2 and all of the steps, and what is drawn at lambda 1 in the end."""
     ends = {str(step): endpoint(curve, results.study["level"]) for step, curve in curves(results, form, RateStudy.seeds).items()}
     picture = curve_at_one(results, form, "picture").first(RateStudy.seeds).seeds(at_index(0)).mean()
-    one = at_one(results, form, RateStudy.seeds) | {"picture": float(picture)}
+    one = means_at_one(results, form, RateStudy.seeds) | {"picture": float(picture)}
     return {"rate": trainings(results)[form][0]["rate"], "endpoint": ends, "one": one}
 
 
@@ -85,7 +85,7 @@ def difference_table(results: Results, first: Results) -> pd.DataFrame:
     """Tabulate IP-Adapter minus the simple adapter at both rates, on the same seeds; for tier F also with intervals over seeds alone."""
     (old, new), rate = (leads(each, first, RateStudy.seeds) for each in (first, results)), f"tier F, {results.data['summary']['rate']:g}"
     heads = f"tier A, {of_form(first, SIMPLE)['rate']:g}", rate, f"{rate}, over seeds alone"
-    rows = {name: (str(old[name]), str(new[name]), over_seeds(asdict(new[name].difference))) for name in new}
+    rows = {name: (str(old[name]), str(new[name]), seeds_interval(asdict(new[name].difference))) for name in new}
     return pd.DataFrame([{"IP-Adapter minus simple": name} | dict(zip(heads, row, strict=True)) for name, row in rows.items()])
 
 

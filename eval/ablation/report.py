@@ -13,11 +13,12 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.ablation import equal_rates
-from eval.ablation.against import SETS, against, parts
+from eval.ablation.against import SETS, against, each_change
 from eval.ablation.appendix import ceiling_table, grid_table, mark, rate_table
+from eval.ablation.endpoint import RIGHT
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE
 from eval.ablation.rows import Results
-from eval.tables import markdown, over_seeds, with_interval
+from eval.tables import markdown, seeds_interval, with_interval
 
 TITLES = {
     "following": ("follows", ".0%"),
@@ -84,7 +85,7 @@ def square(ends: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 def lead(results: Results, rates: Results | None = None) -> str:
     """State the result (`headline`), what each of the two changes does alone, and the 2 x 2 table."""
-    return "\n\n".join([headline(results, rates), *parts(results), markdown(square(results.data["summary"]["endpoint"]))])
+    return "\n\n".join([headline(results, rates), *each_change(results), markdown(square(results.data["summary"]["endpoint"]))])
 
 
 def difference_table(results: Results, rates: Results | None) -> pd.DataFrame:
@@ -93,18 +94,18 @@ def difference_table(results: Results, rates: Results | None) -> pd.DataFrame:
     for key, prompts in (("difference", "test"), ("confirmed", "confirmation")):
         for form, d in summary.get(key, {}).items():
             line = {"IP-Adapter minus": FORMS[form].name, "prompts": prompts, "difference [95 %]": with_interval(d), "p": p_value(d["p"])}
-            lines.append(line | {"over seeds alone": over_seeds(d), "test": "primary" if form == SIMPLE else "adjusted"})
+            lines.append(line | {"over seeds alone": seeds_interval(d), "test": "primary" if form == SIMPLE else "adjusted"})
     if rates:
         d = asdict(equal_rates.primary(rates, results))
         line = {"IP-Adapter minus": f"the simple adapter at the learning rate {rates.data['summary']['rate']:g}", "prompts": "test"}
-        line |= {"difference [95 %]": with_interval(d), "p": "", "over seeds alone": over_seeds(d), "test": "tier F"}
+        line |= {"difference [95 %]": with_interval(d), "p": "", "over seeds alone": seeds_interval(d), "test": "tier F"}
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def level_table(results: Results) -> pd.DataFrame:
     """Tabulate what is right in the drawings at the level, and with the text alone."""
-    names = {"right background": "background", "right size and place": "size and place", "concept": "the image prompt's concept"}
+    names = {key: key.removeprefix("right ") for key in RIGHT} | {"concept": "the image prompt's concept"}
     alone = results.measures(f"alone-{results.primary}-test")
     lines = [{"": "the text alone"} | {name: f"{alone[key].mean():.0%}" for key, name in names.items()}]
     for form, end in results.data["summary"]["endpoint"].items():

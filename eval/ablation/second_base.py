@@ -23,8 +23,8 @@ from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE
 from eval.ablation.report import spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_level
-from eval.ablation.tier import ShortStudy, Tier, at_one, check_options, earlier, jobs_of
-from eval.tables import markdown, over_seeds, with_interval
+from eval.ablation.tier import ShortStudy, Tier, check_options, earlier, jobs_of, means_at_one
+from eval.tables import markdown, seeds_interval, with_interval
 
 SEED = 2  # the CLIP and the base of the mini world are trained with seeds 0 and 1
 STAGES = {"clip": "image_encoder", "unet": "unet"}  # stage -> the file that it writes last
@@ -68,7 +68,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "alone": float(results.measures(f"alone-{results.primary}-test")["following"].mean()),
         "ceiling": float(results.measures("references")["information"][1].mean()),
         "endpoint": {form: endpoint(curve, level) for form, curve in curves.items()},
-        "one": {form: at_one(results, form) for form in forms},
+        "one": {form: means_at_one(results, form) for form in forms},
         "difference": asdict(bootstrap.difference(curves[IP_ADAPTER], curves[SIMPLE], at_level(level))),
         "only": {key: robustness.only(results, key, bootstrap) for key in PARTS},
     }
@@ -90,12 +90,12 @@ def table(summaries: dict[str, dict[str, Any]]) -> pd.DataFrame:
 def differences(summary: dict[str, Any]) -> dict[str, str]:
     """Format the difference of the two forms by name: with an interval over seeds and prompts, over seeds alone, and if only a part of the
     text counts as following, also at the highest level."""
-    found = {"difference [95 %]": with_interval(summary["difference"]), "the same, over seeds alone": over_seeds(summary["difference"])}
+    found = {"difference [95 %]": with_interval(summary["difference"]), "the same, over seeds alone": seeds_interval(summary["difference"])}
     for key, only in summary["only"].items():
         name, strict = f"counting only {key.removeprefix('right ')}", only["strict"]["test"]
         read = [f"{ends['end']} of {FORMS[form].short}" for form, ends in only["read"]["test"].items() if ends["end"]]
         found[name] = with_interval(only["test"]) + (f"; seeds at their largest λ: {', '.join(read)}" if read else "")
-        alone = over_seeds(strict)
+        alone = seeds_interval(strict)
         found[f"{name}, at {robustness.LEVELS[-1]:.0%}"] = with_interval(strict) + (f"; over seeds alone {alone}" if alone else "")
     return {name: numbers for name, numbers in found.items() if numbers}
 

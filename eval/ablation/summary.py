@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from eval.ablation.endpoint import SHARES, count_ends, endpoint
+from eval.ablation.endpoint import RIGHT, count_ends, endpoint
 from eval.ablation.forms import IP_ADAPTER, SIMPLE
 from eval.ablation.robustness import measured, robustness
 from eval.ablation.rows import Results
@@ -56,12 +56,12 @@ def trainings(results: Results) -> dict[str, list[dict[str, Any]]]:
 
 
 def endpoints(results: Results, curves: dict[str, Curve]) -> dict[str, Any]:
-    """Return for each form: the endpoint of each seed, where the seeds are read (`count_ends`), and what is right there (`SHARES`)."""
+    """Return for each form: the endpoint of each seed, where the seeds are read (`count_ends`), and what is right there (`RIGHT`)."""
     level, ends = results.study["level"], dict[str, dict[str, Any]]()
     for form, curve in curves.items():
         ends[form] = endpoint(curve, level)
         if results.truth():
-            ends[form] |= {key: results.curve(form, key).seeds(at_level(level)).tolist() for key in SHARES}
+            ends[form] |= {key: results.curve(form, key).seeds(at_level(level)).tolist() for key in RIGHT}
     return ends
 
 
@@ -115,12 +115,15 @@ def by_rate(results: Results) -> dict[str, Any]:
 def at_one(results: Results) -> dict[str, Any]:
     """Return the measures of each task and form at lambda 1, the paper's setting, as lists over seeds; and differences for `picture`."""
     keys = ("following", "concept", "information", "clip_i", "clip_t") if results.truth() else ("clip_i", "clip_t")
-    tasks = results.data["tasks"]
-    measures = {task: {form: _at_one(results, form, task, keys) for form in results.study["forms"]} for task in tasks}
+    forms = results.study["forms"]
+    measures: dict[str, Any] = {
+        task: {form: {key: curve_at_one(results, form, task, key).seeds(at_index(0)).tolist() for key in keys} for form in forms}
+        for task in results.data["tasks"]
+    }
     bootstrap = Bootstrap(results.study["resamples"])
     measures["difference"] = {
         key: differences(
-            {form: curve_at_one(results, form, "picture", key) for form in results.study["forms"]}, at_index(0), bootstrap
+            {form: curve_at_one(results, form, "picture", key) for form in forms}, at_index(0), bootstrap
         )
         for key in ("information", "clip_i")
     }
@@ -131,10 +134,6 @@ def curve_at_one(results: Results, form: str, task: str = "", key: str = "inform
     """Return the curve of a form at lambda 1 only, by default on the first task."""
     curve, index = results.curve(form, key, task), results.grid(form).index(1.0)
     return Curve(curve.following[:, index : index + 1], curve.value[:, index : index + 1])
-
-
-def _at_one(results: Results, form: str, task: str, keys: Sequence[str]) -> dict[str, list[float]]:
-    return {key: curve_at_one(results, form, task, key).seeds(at_index(0)).tolist() for key in keys}
 
 
 def secondary(results: Results) -> dict[str, Any]:

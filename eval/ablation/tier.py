@@ -14,6 +14,7 @@ from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_
 from eval.ablation.rows import Results
 from eval.ablation.study import Study, Workspace
 from eval.ablation.study_file import complete, describe
+from eval.ablation.summary import curve_at_one
 from eval.ablation.work import Job, Jobs
 from sampling.device import check_device
 from train.card import ROOT
@@ -118,8 +119,7 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
     return jobs
 
 
-def at_one(results: Results, form: str, seeds: int | None = None) -> dict[str, float]:
+def means_at_one(results: Results, form: str, seeds: int | None = None) -> dict[str, float]:
     """Return the means over prompts and over the first `seeds`, by default all, at lambda 1."""
-    index = results.grid(form).index(1.0)
-    values = {key: results.curve(form, key).value[:seeds, index].mean() for key in ("following", "concept", "information")}
-    return {key: float(value) for key, value in values.items()}
+    curves = {key: curve_at_one(results, form, key=key) for key in ("following", "concept", "information")}
+    return {key: float(curve.value[:seeds].mean()) for key, curve in curves.items()}

@@ -19,7 +19,7 @@ from eval.ablation.rows import Results
 from eval.ablation.statistics import Bootstrap, at_index, at_level
 from eval.ablation.study import source_hash
 from eval.ablation.summary import curve_at_one, trainings
-from eval.ablation.tier import CODE, ShortStudy, Tier, at_one, check_options, earlier, jobs_of
+from eval.ablation.tier import CODE, ShortStudy, Tier, check_options, earlier, jobs_of, means_at_one
 from eval.tables import markdown, with_interval
 
 HEADS = "minus the form it varies [95 %]", "λ = 1: minus it [95 %]"
@@ -46,16 +46,16 @@ def summarise(results: Results) -> dict[str, Any]:
 def of_form(results: Results, form: str) -> dict[str, Any]:
     """Return the endpoint of a form over its seeds, what is drawn at lambda 1, and its parameters."""
     parameters = trainings(results)[form][0]["parameters"]
-    return {"endpoint": endpoint(results.curve(form), results.study["level"]), "one": at_one(results, form), "parameters": parameters}
+    return {"endpoint": endpoint(results.curve(form), results.study["level"]), "one": means_at_one(results, form), "parameters": parameters}
 
 
-def compare(results: Results, first: Results | None) -> pd.DataFrame:
+def table(results: Results, first: Results | None) -> pd.DataFrame:
     """Tabulate each form, below the form of tier B that it varies, with the difference. `first`: the results of tier B."""
     lines = []
-    for origin in dict.fromkeys(VARIANTS.values()):
+    for origin in CONTROLS:
         if first is not None:
             lines.append(_line(FORMS[origin].name, of_form(first, origin)))
-        for form in [form for form, varied in (VARIANTS | {control: control for control in CONTROLS}).items() if varied == origin]:
+        for form in [form for form in results.study["forms"] if VARIANTS.get(form, form) == origin]:
             name = f"{FORMS[form].name}; seed 0, trained with these" if form in CONTROLS else FORMS[form].name
             line = _line(name, results.data["summary"][form])
             lines.append(line if first is None else line | differences(results, form, first, origin))
@@ -83,4 +83,4 @@ def run(args: Namespace) -> None:
     """`python -m eval variants`"""
     check_options(args)
     results = Tier("variants", VariantStudy(), jobs_of, summarise).run(args, args.weights)
-    print(markdown(compare(results, earlier(results, args.out, "cause"))))
+    print(markdown(table(results, earlier(results, args.out, "cause"))))
