@@ -29,7 +29,7 @@ from eval.ablation.memo import Memo, Unit
 from eval.ablation.plots import plot_cause
 from eval.ablation.report import p_value, spread
 from eval.ablation.rows import Results
-from eval.ablation.statistics import Bootstrap, Curve, at_level, holm
+from eval.ablation.statistics import Curve, at_level, holm
 from eval.ablation.study import Study, Workspace, made_on
 from eval.ablation.tier import ShortStudy, Tier, check_options, means_at_one
 from eval.ablation.training import plan_of, trained_adapter
@@ -117,7 +117,7 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
 
 def summarise(results: Results) -> dict[str, Any]:
     """Compute all numbers of the tables. Those of each form are lists over seeds."""
-    study, bootstrap = results.study, Bootstrap(results.study["resamples"])
+    study, bootstrap = results.study, results.bootstrap
     read = at_level(study["level"])
     curves = {form: results.curve(form) for form in study["forms"]}
     crossed = {f"{a} as {b}": results.curve(a, sampled=b) for a, b in CROSSED}

@@ -8,7 +8,7 @@ from pathlib import Path
 from eval.ablation.endpoint import PARTS, count_ends
 from eval.ablation.forms import IP_ADAPTER, SIMPLE
 from eval.ablation.rows import Results
-from eval.ablation.statistics import Bootstrap, Curve, Interval, at_index, at_level
+from eval.ablation.statistics import Curve, Interval, at_index, at_level
 from eval.ablation.summary import curve_at_one
 from eval.tables import with_interval
 
@@ -41,13 +41,12 @@ def curves(results: Results, form: str, seeds: int) -> dict[int, Curve]:
 
 def primary(results: Results, first: Results) -> Interval:
     """Return the primary difference, at the level: IP-Adapter of tier A, `first`, minus the simple adapter of `results`."""
-    bootstrap, level = Bootstrap(results.study["resamples"]), results.study["level"]
-    return bootstrap.difference(first.curve(IP_ADAPTER), results.curve(SIMPLE), at_level(level))
+    return results.bootstrap.difference(first.curve(IP_ADAPTER), results.curve(SIMPLE), at_level(results.study["level"]))
 
 
 def leads(results: Results, first: Results, seeds: int) -> dict[str, Lead]:
     """Return IP-Adapter of tier A, `first`, minus the simple adapter of `results`, read in several ways, on the first `seeds`."""
-    bootstrap, level = Bootstrap(results.study["resamples"]), results.study["level"]
+    bootstrap, level = results.bootstrap, results.study["level"]
     both = (first, IP_ADAPTER), (results, SIMPLE)
 
     def lead(ours: Curve, simple: Curve, note: str = "") -> Lead:

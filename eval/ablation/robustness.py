@@ -8,7 +8,7 @@ from typing import Any
 from eval.ablation.endpoint import PARTS, count_ends
 from eval.ablation.forms import IP_ADAPTER, SIMPLE
 from eval.ablation.rows import Results
-from eval.ablation.statistics import Bootstrap, Curve, at_level
+from eval.ablation.statistics import Curve, at_level
 
 LEVELS = 0.6, 0.7, 0.9, 0.95  # other levels at which the primary difference is read
 
@@ -23,10 +23,10 @@ def robustness(results: Results) -> dict[str, Any]:
     """
     if not {IP_ADAPTER, SIMPLE} <= set(results.study["forms"]) or results.truth() is None:
         return {}
-    bootstrap, level = Bootstrap(results.study["resamples"]), results.study["level"]
+    level = results.study["level"]
     ours, simple = (results.curve(form) for form in (IP_ADAPTER, SIMPLE))
-    summary: dict[str, Any] = {"levels": {split: by_level(results, bootstrap, split) for split in splits(results)}}
-    summary["only"] = {key: only(results, key, bootstrap) for key in PARTS}
+    summary: dict[str, Any] = {"levels": {split: by_level(results, split) for split in splits(results)}}
+    summary["only"] = {key: only(results, key) for key in PARTS}
     curves = {form: results.curve(form) for form in results.study["forms"]}
     levels = [at for at in sorted({*LEVELS, level}) if all(measured(curve, at) for curve in curves.values())]
     summary["shares"] = {f"{at:.0%}": shares_of_the_lead(curves, at) for at in levels}
@@ -47,14 +47,14 @@ def measured(curve: Curve, level: float) -> bool:
     return count_ends(curve, level)["start"] < len(curve.value)
 
 
-def by_level(results: Results, bootstrap: Bootstrap, split: str) -> dict[str, Any]:
+def by_level(results: Results, split: str) -> dict[str, Any]:
     """Return the primary difference at other levels, where both forms were measured."""
     ours, simple = (results.curve(form, split=split) for form in (IP_ADAPTER, SIMPLE))
     levels = [at for at in LEVELS if measured(ours, at) and measured(simple, at)]
-    return {f"{at:.0%}": asdict(bootstrap.difference(ours, simple, at_level(at))) for at in levels}
+    return {f"{at:.0%}": asdict(results.bootstrap.difference(ours, simple, at_level(at))) for at in levels}
 
 
-def only(results: Results, following: str, bootstrap: Bootstrap) -> dict[str, Any]:
+def only(results: Results, following: str) -> dict[str, Any]:
     """Return the primary difference where only the measure `following` counts as following the text, for each set of prompts.
 
     `read`: where both forms are read. `strict`: the same at the highest of `LEVELS`.
@@ -63,7 +63,7 @@ def only(results: Results, following: str, bootstrap: Bootstrap) -> dict[str, An
     for split in splits(results):
         curves = {form: results.curve(form, split=split, following=following) for form in (IP_ADAPTER, SIMPLE)}
         for at, into in ((results.study["level"], found), (LEVELS[-1], found["strict"])):
-            into[split] = asdict(bootstrap.difference(curves[IP_ADAPTER], curves[SIMPLE], at_level(at)))
+            into[split] = asdict(results.bootstrap.difference(curves[IP_ADAPTER], curves[SIMPLE], at_level(at)))
         found["read"][split] = {form: count_ends(curve, results.study["level"]) for form, curve in curves.items()}
     return found
 

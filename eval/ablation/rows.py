@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from checkpoints.files import read_json
 from eval.ablation.grid import spaced_lambdas
 from eval.ablation.memo import Arrays, Unit, unpack
-from eval.ablation.statistics import Array, Curve, distances, information, retrieval
+from eval.ablation.statistics import Array, Bootstrap, Curve, distances, information, retrieval
 from eval.scores import ANYWHERE, places_of, sizes_of
 
 SCALES = {"concept": 1, "background": 1, "palette": 10, "placement": 10, "clip_i": 10_000, "clip_t": 10_000}  # of the int16 numbers
@@ -78,6 +78,11 @@ class Results:
     @property
     def study(self) -> dict[str, Any]:
         return dict(self.data["study"])
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """The resamples that all intervals are taken from."""
+        return Bootstrap(self.study["resamples"])
 
     @property
     def primary(self) -> str:

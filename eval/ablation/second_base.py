@@ -22,7 +22,7 @@ from eval.ablation.endpoint import PARTS, endpoint
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE
 from eval.ablation.report import spread
 from eval.ablation.rows import Results
-from eval.ablation.statistics import Bootstrap, at_level
+from eval.ablation.statistics import at_level
 from eval.ablation.tier import ShortStudy, Tier, check_options, earlier, jobs_of, means_at_one
 from eval.tables import markdown, seeds_interval, with_interval
 
@@ -63,14 +63,13 @@ def summarise(results: Results) -> dict[str, Any]:
     """Compute all numbers of the table, from a study that has both forms: this tier, or tier B."""
     level, forms = results.study["level"], (IP_ADAPTER, SIMPLE)
     curves = {form: results.curve(form) for form in forms}
-    bootstrap = Bootstrap(results.study["resamples"])
     return {
         "alone": float(results.measures(f"alone-{results.primary}-test")["following"].mean()),
         "ceiling": float(results.measures("references")["information"][1].mean()),
         "endpoint": {form: endpoint(curve, level) for form, curve in curves.items()},
         "one": {form: means_at_one(results, form) for form in forms},
-        "difference": asdict(bootstrap.difference(curves[IP_ADAPTER], curves[SIMPLE], at_level(level))),
-        "only": {key: robustness.only(results, key, bootstrap) for key in PARTS},
+        "difference": asdict(results.bootstrap.difference(curves[IP_ADAPTER], curves[SIMPLE], at_level(level))),
+        "only": {key: robustness.only(results, key) for key in PARTS},
     }
 
 

@@ -11,7 +11,6 @@ from eval.ablation.forms import IP_ADAPTER, SIMPLE
 from eval.ablation.robustness import measured, robustness
 from eval.ablation.rows import Results
 from eval.ablation.statistics import (
-    Bootstrap,
     Curve,
     Read,
     at_index,
@@ -33,7 +32,7 @@ def summarise(results: Results) -> dict[str, Any]:
     full = {form: results.curve(form) for form in forms}
     summary: dict[str, Any] = {
         "endpoint": endpoints(results, full),
-        "difference": differences(full, at_level(study["level"]), Bootstrap(study["resamples"])),
+        "difference": differences(results, full, at_level(study["level"])),
         "ceilings": ceilings(results),
         "steps": by_step(results),
         "rates": by_rate(results),
@@ -44,7 +43,7 @@ def summarise(results: Results) -> dict[str, Any]:
     }
     if "confirm" in results.data["prompts"]:
         curves = {form: results.curve(form, split="confirm") for form in forms if form in (IP_ADAPTER, SIMPLE)}
-        summary["confirmed"] = differences(curves, at_level(study["level"]), Bootstrap(study["resamples"]))
+        summary["confirmed"] = differences(results, curves, at_level(study["level"]))
         summary["confirmed_read"] = {form: count_ends(curve, study["level"]) for form, curve in curves.items()}
     return summary
 
@@ -65,8 +64,9 @@ def endpoints(results: Results, curves: dict[str, Curve]) -> dict[str, Any]:
     return ends
 
 
-def differences(curves: dict[str, Curve], read: Read, bootstrap: Bootstrap) -> dict[str, Any]:
+def differences(results: Results, curves: dict[str, Curve], read: Read) -> dict[str, Any]:
     """Return `IP_ADAPTER` minus each other form. The primary p-value is not adjusted; the others are adjusted by Holm's method."""
+    bootstrap = results.bootstrap
     intervals = {form: bootstrap.difference(curves[IP_ADAPTER], curve, read) for form, curve in curves.items() if form != IP_ADAPTER}
     p = {form: each.p for form, each in intervals.items()}
     p |= holm({form: p[form] for form in intervals if form != SIMPLE})
@@ -93,7 +93,7 @@ def by_step(results: Results) -> dict[str, Any]:
     summary: dict[str, Any] = {"steps": steps, "endpoint": {form: [c.seeds(read).tolist() for c in each] for form, each in curves.items()}}
     summary["read"] = {form: [count_ends(c, study["level"]) for c in each] for form, each in curves.items()}
     if {IP_ADAPTER, SIMPLE} <= set(curves):
-        bootstrap, pairs = Bootstrap(study["resamples"]), list(zip(curves[IP_ADAPTER], curves[SIMPLE], strict=True))
+        bootstrap, pairs = results.bootstrap, list(zip(curves[IP_ADAPTER], curves[SIMPLE], strict=True))
         summary["difference"] = [asdict(bootstrap.difference(a, b, read)) for a, b in pairs]
         summary["trend"] = asdict(bootstrap.trend(steps, pairs, read))
     return summary
@@ -120,11 +120,8 @@ def at_one(results: Results) -> dict[str, Any]:
         task: {form: {key: curve_at_one(results, form, task, key).seeds(at_index(0)).tolist() for key in keys} for form in forms}
         for task in results.data["tasks"]
     }
-    bootstrap = Bootstrap(results.study["resamples"])
     measures["difference"] = {
-        key: differences(
-            {form: curve_at_one(results, form, "picture", key) for form in forms}, at_index(0), bootstrap
-        )
+        key: differences(results, {form: curve_at_one(results, form, "picture", key) for form in forms}, at_index(0))
         for key in ("information", "clip_i")
     }
     return measures
@@ -150,7 +147,7 @@ def secondary(results: Results) -> dict[str, Any]:
         measures["conflicting text, at 20 %"] = (lambda form: results.curve(form, task="conflict"), 0.2)
         measures["retrieval AUC"] = (lambda form: results.curve(form, "auc"), level)
         measures["raw palette error"] = (lambda form: results.curve(form, "error"), level)
-    bootstrap, summary = Bootstrap(results.study["resamples"]), {}
+    bootstrap, summary = results.bootstrap, {}
     for name, (curve, at) in measures.items():
         curves, read = {form: curve(form) for form in forms}, between(*BAND) if at is None else at_level(at)
         ends = {form: count_ends(each, *(BAND if at is None else (at,))) for form, each in curves.items()}

@@ -16,7 +16,7 @@ from eval.ablation.endpoint import endpoint
 from eval.ablation.forms import FORMS, VARIANTS
 from eval.ablation.report import spread
 from eval.ablation.rows import Results
-from eval.ablation.statistics import Bootstrap, at_index, at_level
+from eval.ablation.statistics import at_index, at_level
 from eval.ablation.study import source_hash
 from eval.ablation.summary import curve_at_one, trainings
 from eval.ablation.tier import CODE, ShortStudy, Tier, check_options, earlier, jobs_of, means_at_one
@@ -64,7 +64,7 @@ def table(results: Results, first: Results | None) -> pd.DataFrame:
 
 def differences(results: Results, form: str, first: Results, origin: str) -> dict[str, str]:
     """Format the difference of a form from the one that it varies, at the level and at lambda 1."""
-    bootstrap, both = Bootstrap(results.study["resamples"]), ((results, form), (first, origin))
+    bootstrap, both = results.bootstrap, ((results, form), (first, origin))
     (a, b), (c, d) = [source.curve(each) for source, each in both], [curve_at_one(source, each) for source, each in both]
     found = bootstrap.difference(a, b, at_level(results.study["level"])), bootstrap.difference(c, d, at_index(0))
     return dict(zip(HEADS, (with_interval(asdict(each)) for each in found), strict=True))
