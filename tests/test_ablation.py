@@ -26,9 +26,9 @@ from eval import __main__ as commands
 from eval import clip_score
 from eval.ablation import report
 from eval.ablation.command import TOLERANCE
-from eval.ablation.draws import Draw
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE, TIER_A
 from eval.ablation.memo import Memo, Unit, pack, unpack
+from eval.ablation.names import Draw
 from eval.ablation.rows import SCALES, Results
 from eval.ablation.study import RATE_SEED, SMOKE, SPLITS, Study, Workspace, source_hash
 from eval.ablation.training import best_rate, train, untrained_adapter

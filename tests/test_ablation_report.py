@@ -18,10 +18,11 @@ from eval import clip_score
 from eval.ablation import equal_rates, report
 from eval.ablation.against import against, each_change
 from eval.ablation.command import TOLERANCE, compare
-from eval.ablation.draws import Draw, quantise
+from eval.ablation.draws import quantise
 from eval.ablation.endpoint import PARTS
 from eval.ablation.forms import IP_ADAPTER, SIMPLE, TIER_A, fraction
 from eval.ablation.memo import Unit
+from eval.ablation.names import Draw
 from eval.ablation.plots import matched_lambda
 from eval.ablation.robustness import shares_of_the_lead
 from eval.ablation.rows import Results, follows, hits

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from eval.ablation import tier
 from eval.ablation.appendix import mark
-from eval.ablation.draws import Draw, draw, draw_unit, find_grid
+from eval.ablation.draws import draw, draw_unit, find_grid
 from eval.ablation.endpoint import endpoint
 from eval.ablation.forms import FORMS, OWN, SHARED
 from eval.ablation.fuses import MixedAdapter, gate
 from eval.ablation.memo import Memo, Unit
+from eval.ablation.names import Draw, training_name
 from eval.ablation.plots import plot_cause
 from eval.ablation.report import p_value, spread
 from eval.ablation.rows import Results
@@ -104,7 +105,7 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
     """List all jobs: those of every tier, the shares, larger lambdas, and drawings with the other softmax."""
     jobs = tier.jobs_of(workspace, study, tasks)
     for form, seed in study.runs(*study.forms):
-        run = f"train-{form}-{seed}"
+        run = training_name(form, seed)
         jobs.append(Job(f"shares-{form}-{seed}", partial(measure_shares, workspace, study, form, seed), (run,)))
         if form in WIDE_FORMS and seed < WIDE_SEEDS:
             jobs.append(Job(f"wide-{form}-{seed}", partial(draw_wide, workspace, study, form, seed), (run,)))

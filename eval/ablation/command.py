@@ -13,8 +13,9 @@ import torch
 
 from checkpoints.files import check_output, replacing
 from eval.ablation import equal_rates, plots, report
-from eval.ablation.draws import Draw, draw_unit
+from eval.ablation.draws import draw_unit
 from eval.ablation.memo import Memo
+from eval.ablation.names import Draw
 from eval.ablation.rows import Results
 from eval.ablation.study import SMOKE, Study, Workspace
 from eval.ablation.study_file import complete, describe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ from eval.ablation.forms import FORMS
 from eval.ablation.fuses import MixedAdapter, WithoutPadding
 from eval.ablation.grid import bisect_lambdas, spaced_lambdas
 from eval.ablation.memo import Arrays, Memo, Unit
+from eval.ablation.names import Draw, alone_name, grid_name, training_name
 from eval.ablation.rows import SCALES, follows
 from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
 from eval.ablation.training import plan_of, train, trained_adapter, try_rate
 from eval.bench import Bench, through_the_vae
 from model.adapter import IPAdapter
-from model.attention import Fuse
 from model.text_encoder import TextEncoder
 from sampling.embeddings import AdapterLambda
 from sampling.lambdas import Lambda
@@ -31,46 +31,6 @@ def quantise(readings: dict[str, Tensor]) -> Arrays:
 
 def concatenate(parts: Sequence[Arrays]) -> Arrays:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Drawings of a task by one adapter, at several lambdas.
-
-    `rate`: that of a training that tests a learning rate. `sampled`: the form whose `fuse` draws, if not that of the training.
-    """
-
-    form: str
-    seed: int
-    step: int
-    task: str
-    split: str = "test"
-    layers: str = "all"
-    rate: float | None = None
-    sampled: str = ""
-
-    @property
-    def fuse(self) -> Fuse:
-        return FORMS[self.sampled or self.form].fuse
-
-    @property
-    def grid(self) -> str:
-        """The unit of its lambdas."""
-        return f"grid-{self.form}{self.suffix}"
-
-    @property
-    def suffix(self) -> str:
-        return f"-as-{self.sampled}" if self.sampled else ""
-
-    @property
-    def run(self) -> str:
-        """The training that it needs."""
-        return f"train-{self.form}-{self.seed}" if self.rate is None else f"rate-{self.form}-{self.rate:g}"
-
-    @property
-    def name(self) -> str:
-        run = self.run.removeprefix("train-")
-        return f"drawn-{run}-{self.step}-{self.task}-{self.split}-{self.layers}{self.suffix}"
 
 
 def draw(workspace: Workspace, study: Study, what: Draw) -> Unit:
@@ -121,7 +81,7 @@ def alone(workspace: Workspace, study: Study, task: str, split: str) -> Unit:
         arrays = quantise(bench.read(task, bench.draw(task)))
         return Unit({"task": task, "split": split, "lambdas": [0.0]}, made_on(study.device), arrays)
 
-    return Memo(workspace.work)(f"alone-{task}-{split}", make)
+    return Memo(workspace.work)(alone_name(task, split), make)
 
 
 def references(workspace: Workspace, study: Study) -> Unit:
@@ -156,7 +116,7 @@ def find_grid(workspace: Workspace, study: Study, form: str, sampled: str = "") 
         value = {**asdict(what), "lambdas": list(grid), "following": list(grid.values())}
         return Unit(value, made_on(study.device), concatenate([parts[lam] for lam in grid]))
 
-    return Memo(workspace.work)(Draw(form, 0, study.steps, "", sampled=sampled).grid, make)
+    return Memo(workspace.work)(grid_name(form, sampled), make)
 
 
 def train_run(workspace: Workspace, study: Study, form: str, seed: int) -> Unit:
@@ -169,4 +129,4 @@ def train_run(workspace: Workspace, study: Study, form: str, seed: int) -> Unit:
         value = {key: card[key] for key in ("parameters", "losses")} | {"form": form, "seed": seed, "rate": plan.lr}
         return Unit(value, {key: card[key] for key in made_on(study.device)})
 
-    return Memo(workspace.work)(f"train-{form}-{seed}", make)
+    return Memo(workspace.work)(training_name(form, seed), make)

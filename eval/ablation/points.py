@@ -11,6 +11,7 @@ from PIL import Image
 from checkpoints.adapters import load_adapter
 from checkpoints.files import read_json
 from eval.ablation.forms import FORMS
+from eval.ablation.names import grid_name
 from eval.ablation.study import Study, Workspace
 from eval.bench import Bench
 from sampling.images import to_images
@@ -31,7 +32,7 @@ def drawn_at(bench: Bench, file: Path, form: str, lam: float) -> list[Image.Imag
 def grids() -> dict[str, list[float]]:
     """Return the lambdas of each form of the shipped study."""
     results = read_json(RESULTS)
-    return {form: results["units"][f"grid-{form}"]["value"]["lambdas"] for form in results["study"]["forms"]}
+    return {form: results["units"][grid_name(form)]["value"]["lambdas"] for form in results["study"]["forms"]}
 
 
 @functools.cache

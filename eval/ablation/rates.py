@@ -14,10 +14,11 @@ from typing import Any
 import pandas as pd
 
 from eval.ablation.appendix import mark
-from eval.ablation.draws import Draw, draw
+from eval.ablation.draws import draw
 from eval.ablation.endpoint import endpoint
 from eval.ablation.equal_rates import curves, leads
 from eval.ablation.forms import IP_ADAPTER, SIMPLE, TIER_A
+from eval.ablation.names import Draw
 from eval.ablation.report import spread, square
 from eval.ablation.rows import Results
 from eval.ablation.statistics import at_index, at_level

@@ -106,7 +106,7 @@ def difference_table(results: Results, rates: Results | None) -> pd.DataFrame:
 def level_table(results: Results) -> pd.DataFrame:
     """Tabulate what is right in the drawings at the level, and with the text alone."""
     names = {key: key.removeprefix("right ") for key in RIGHT} | {"concept": "the image prompt's concept"}
-    alone = results.measures(f"alone-{results.primary}-test")
+    alone = results.alone()
     lines = [{"": "the text alone"} | {name: f"{alone[key].mean():.0%}" for key, name in names.items()}]
     for form, end in results.data["summary"]["endpoint"].items():
         lines.append({"": FORMS[form].short} | {name: mark(f"{np.mean(end[key]):.0%}", end) for key, name in names.items()})
@@ -158,7 +158,7 @@ def seed_counts(results: Results) -> str:
 
 def following_alone(results: Results) -> str:
     """Say how often drawings from the text alone follow it, on each set of prompts."""
-    measures = {SETS[split]: results.measures(f"alone-{results.primary}-{split}") for split in SETS if split in results.data["prompts"]}
+    measures = {SETS[split]: results.alone(split=split) for split in SETS if split in results.data["prompts"]}
     return ", ".join(f"{each['following'].mean():.0%} of the {name}" for name, each in measures.items())
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from checkpoints.files import replacing, write_json, write_tensors
 from eval.ablation.draws import alone, concatenate, quantise, references
 from eval.ablation.memo import Memo, Unit
+from eval.ablation.names import alone_name
 from eval.ablation.reference import REFERENCE, ReferenceOnly
 from eval.ablation.rival import Rival, RivalPipeline, parameters_of, width
 from eval.ablation.rivals import LARGE, TRAINED
@@ -207,7 +208,7 @@ def draw_rival(workspace: Workspace, study: RivalStudy, name: str, task: str) ->
 def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
     """List all jobs. Each rival draws the picture alone and the complementary prompts."""
     jobs = [Job("references", partial(references, workspace, study))]
-    jobs += [Job(f"alone-{task}-test", partial(alone, workspace, study, task, "test")) for task in DRAWN]
+    jobs += [Job(alone_name(task), partial(alone, workspace, study, task, "test")) for task in DRAWN]
     assert isinstance(study, RivalStudy)
     for name in study.forms:
         trainings = {training(name, rate): partial(train_rival, workspace, study, name, rate) for rate in study.rates_of(name)}

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from eval.ablation import rival_sheets
+from eval.ablation.names import alone_name
 from eval.ablation.reference import REFERENCE
 from eval.ablation.rival_draws import DRAWN, RivalStudy, jobs_of
 from eval.ablation.rivals import TRAINED
@@ -49,7 +50,7 @@ def summarise(results: Results) -> dict[str, Any]:
     for name in ["none", *results.study["forms"], "truth"]:
         runs = [unit.value for unit in results.units.values() if unit.value.get("rival") == name]
         sizes, choices = ([run for run in runs if key in run] for key in ("parameters", "chosen"))
-        units = {"none": {task: f"alone-{task}-test" for task in DRAWN}, "truth": {"picture": "references"}}
+        units = {"none": {task: alone_name(task) for task in DRAWN}, "truth": {"picture": "references"}}
         rows[name] = {"parameters": sizes[0]["parameters"] if sizes else 0}
         rows[name] |= {key: choices[0][key] for key in ("chosen", "at_edge")} if choices else {}
         for task, unit in units.get(name, {task: f"drawn-{name}-{task}" for task in DRAWN}).items():

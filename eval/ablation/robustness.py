@@ -7,6 +7,7 @@ from typing import Any
 
 from eval.ablation.endpoint import PARTS, count_ends
 from eval.ablation.forms import IP_ADAPTER, SIMPLE
+from eval.ablation.names import alone_name
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Curve, at_level
 
@@ -39,7 +40,7 @@ def robustness(results: Results) -> dict[str, Any]:
 
 def splits(results: Results) -> list[str]:
     """List the sets of prompts that were drawn, of those for the test and to confirm."""
-    return [split for split in ("test", "confirm") if f"alone-{results.primary}-{split}" in results.units]
+    return [split for split in ("test", "confirm") if alone_name(results.primary, split) in results.units]
 
 
 def measured(curve: Curve, level: float) -> bool:

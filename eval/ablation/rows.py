@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from checkpoints.files import read_json
 from eval.ablation.grid import spaced_lambdas
 from eval.ablation.memo import Arrays, Unit, unpack
+from eval.ablation.names import Draw, alone_name, grid_name
 from eval.ablation.statistics import Array, Bootstrap, Curve, distances, information, retrieval
+from eval.ablation.study import RATE_SEED
 from eval.scores import ANYWHERE, places_of, sizes_of
 
 SCALES = {"concept": 1, "background": 1, "palette": 10, "placement": 10, "clip_i": 10_000, "clip_t": 10_000}  # of the int16 numbers
@@ -99,7 +101,7 @@ class Results:
 
     def grid(self, form: str) -> list[float]:
         """Return the lambdas of a form, from 0."""
-        return list(self.units[f"grid-{form}"].value["lambdas"])
+        return list(self.units[grid_name(form)].value["lambdas"])
 
     @functools.cached_property
     def _measure_cache(self) -> dict[str, dict[str, Array]]:
@@ -115,6 +117,10 @@ class Results:
             self._measure_cache[name] = self._measure(self.units[name])
         return self._measure_cache[name]
 
+    def alone(self, task: str = "", split: str = "test") -> dict[str, Array]:
+        """Return the measures of the drawings from the text alone, by default of the first task."""
+        return self.measures(alone_name(task or self.primary, split))
+
     def _measure(self, unit: Unit) -> dict[str, Array]:
         task, split = unit.value["task"], unit.value["split"]
         truth, count = self.truth(split), len(unit.value.get("lambdas") or unit.value["references"])
@@ -122,7 +128,7 @@ class Results:
         rows: dict[str, list[Array]] = {}
         for part in parts:
             row = {key: np.asarray(part[key].double().flatten() / SCALES[key]) for key in ("clip_i", "clip_t")}
-            row["following"] = follows(task, part, truth, self.units[f"alone-{task}-{split}"].arrays)
+            row["following"] = follows(task, part, truth, self.units[alone_name(task, split)].arrays)
             row["information"] = 100 * row["clip_i"]
             if truth is not None:
                 palettes = np.asarray(part["palette"].double() / SCALES["palette"]).reshape(-1, 2, 3)
@@ -150,9 +156,8 @@ class Results:
         `sampled`: as in `Draw`.
         """
         task, step = task or self.primary, step or self.study["steps"]
-        alone = self.measures(f"alone-{task}-{split}")
-        end = f"{split}-{layers}" + (f"-as-{sampled}" if sampled else "")
-        names = [f"drawn-{form}-{seed}-{step}-{task}-{end}" for seed in range(self.study["seeds"])]
+        alone, seeds = self.alone(task, split), range(self.study["seeds"])
+        names = [Draw(form, seed, step, task, split, layers, sampled=sampled).name for seed in seeds]
         names = [name for name in names if name in self.units]
         lambdas = self.units[names[0]].value["lambdas"]
         few_lambdas = spaced_lambdas(lambdas, self.study["few"]) if few else lambdas
@@ -165,8 +170,8 @@ class Results:
 
     def rate_curve(self, form: str, rate: float) -> Curve | None:
         """Return the curve of a training that tests a learning rate; None if it diverged or was not drawn with."""
-        name = f"drawn-rate-{form}-{rate:g}-{self.study['steps'] // 4}-{self.primary}-test-all"
+        name = Draw(form, RATE_SEED, self.study["steps"] // 4, self.primary, rate=rate).name
         if name not in self.units or not self.units[name].rows:
             return None
-        both = self.measures(f"alone-{self.primary}-test"), self.measures(name)
+        both = self.alone(), self.measures(name)
         return Curve(*(np.concatenate([part[key] for part in both])[None] for key in ("following", "information")))

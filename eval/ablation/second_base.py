@@ -64,7 +64,7 @@ def summarise(results: Results) -> dict[str, Any]:
     level, forms = results.study["level"], (IP_ADAPTER, SIMPLE)
     curves = {form: results.curve(form) for form in forms}
     return {
-        "alone": float(results.measures(f"alone-{results.primary}-test")["following"].mean()),
+        "alone": float(results.alone()["following"].mean()),
         "ceiling": float(results.measures("references")["information"][1].mean()),
         "endpoint": {form: endpoint(curve, level) for form, curve in curves.items()},
         "one": {form: means_at_one(results, form) for form in forms},

@@ -8,6 +8,7 @@ from typing import Any
 
 from eval.ablation.endpoint import RIGHT, count_ends, endpoint
 from eval.ablation.forms import IP_ADAPTER, SIMPLE
+from eval.ablation.names import rate_name
 from eval.ablation.robustness import measured, robustness
 from eval.ablation.rows import Results
 from eval.ablation.statistics import (
@@ -76,7 +77,7 @@ def differences(results: Results, curves: dict[str, Curve], read: Read) -> dict[
 def ceilings(results: Results) -> dict[str, float]:
     """Return the information of the truth, of the truth through the VAE and of the text alone; and raw errors that need no model."""
     truth, through = results.measures("references")["information"].mean(axis=1).tolist()
-    values = {"truth": truth, "vae": through, "alone": results.measures(f"alone-{results.primary}-test")["information"].mean()}
+    values = {"truth": truth, "vae": through, "alone": results.alone()["information"].mean()}
     if results.truth():
         palettes, error = results.palettes(), results.measures("references")["error"].mean(axis=1)
         guesses = {"grey": GREY.double().expand(2, 3).numpy(), "best constant": best_constant(palettes)}
@@ -106,7 +107,7 @@ def by_rate(results: Results) -> dict[str, Any]:
     for form in study["forms"]:
         summary[form] = {}
         for rate in study["rates"]:
-            curve, row = results.rate_curve(form, rate), {"held_out": results.units[f"rate-{form}-{rate:g}"].value}
+            curve, row = results.rate_curve(form, rate), {"held_out": results.units[rate_name(form, rate)].value}
             row["endpoint"] = None if curve is None else float(curve.seeds(at_level(study["level"]))[0])
             summary[form][f"{rate:g}"] = row | {"read": {} if curve is None else count_ends(curve, study["level"])}
     return summary

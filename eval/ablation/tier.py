@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.files import check_output
-from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_run
+from eval.ablation.draws import alone, draw, find_grid, references, train_run
+from eval.ablation.names import Draw, alone_name, training_name
 from eval.ablation.rows import Results
 from eval.ablation.study import Study, Workspace
 from eval.ablation.study_file import complete, describe
@@ -20,7 +21,7 @@ from sampling.device import check_device
 from train.card import ROOT
 from train.setting import TrainingSource
 
-CODE = [Path(__file__).parent / f"{name}.py" for name in ("forms", "fuses", "training", "draws")]  # the source files of the forms
+CODE = [Path(__file__).parent / f"{name}.py" for name in ("forms", "fuses", "training", "names", "draws")]  # the source files of the forms
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
     """List the jobs of a tier that compares forms: all adapters, and their drawings of the first task."""
     first = tasks[0]
     jobs = [Job("references", partial(references, workspace, study))]
-    jobs += [Job(f"alone-{task}-test", partial(alone, workspace, study, task, "test")) for task in (first, "picture")]
+    jobs += [Job(alone_name(task), partial(alone, workspace, study, task, "test")) for task in (first, "picture")]
     for form, seed in study.runs(*study.forms):
-        jobs.append(Job(f"train-{form}-{seed}", partial(train_run, workspace, study, form, seed)))
+        jobs.append(Job(training_name(form, seed), partial(train_run, workspace, study, form, seed)))
         what = Draw(form, seed, study.steps, first)
         if seed == 0:
             jobs.append(Job(what.grid, partial(find_grid, workspace, study, form), (what.run,)))

@@ -15,6 +15,7 @@ from checkpoints.files import read_json
 from eval.ablation.forms import FORMS, Form
 from eval.ablation.fuses import MixedAdapter, WithoutPadding, mixed
 from eval.ablation.memo import Memo, Unit
+from eval.ablation.names import rate_name
 from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
 from model.adapter import IPAdapter
 from model.text_encoder import TextEncoder
@@ -123,7 +124,7 @@ def try_rate(workspace: Workspace, study: Study, form: str, rate: float) -> Unit
             return Unit(None, made_on(study.device))
         return Unit(workspace.card(study, plan, study.rate_steps)["losses"][-1]["held_out"], made_on(study.device))
 
-    return Memo(workspace.work)(f"rate-{form}-{rate:g}", make)
+    return Memo(workspace.work)(rate_name(form, rate), make)
 
 
 def best_rate(losses: Mapping[float, float | None], form: str) -> float:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.ablation.draws import Draw, alone, draw, find_grid, references, train_run
+from eval.ablation.draws import alone, draw, find_grid, references, train_run
 from eval.ablation.forms import IP_ADAPTER, SIMPLE
 from eval.ablation.memo import Memo, Unit
+from eval.ablation.names import Draw, alone_name, grid_name, rate_name, training_name
 from eval.ablation.study import RATE_SEED, Study, Workspace
 from eval.ablation.training import try_rate
 
@@ -45,18 +46,18 @@ def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Jo
         return Job(what.name, partial(draw, workspace, study, what), (what.run, what.grid))
 
     def without_adapter(task: str, split: str) -> Job:
-        return Job(f"alone-{task}-{split}", partial(alone, workspace, study, task, split))
+        return Job(alone_name(task, split), partial(alone, workspace, study, task, split))
 
     pair = [form for form in (IP_ADAPTER, SIMPLE) if form in study.forms]
     others, first, last = [form for form in study.forms if form not in pair], tasks[0], study.steps
     jobs = [Job("references", partial(references, workspace, study)), *(without_adapter(task, "test") for task in tasks)]
     for forms in (pair, others):
-        rates = {form: {f"rate-{form}-{rate:g}": partial(try_rate, workspace, study, form, rate) for rate in study.rates} for form in forms}
+        rates = {form: {rate_name(form, rate): partial(try_rate, workspace, study, form, rate) for rate in study.rates} for form in forms}
         jobs += [Job(name, call) for each in rates.values() for name, call in each.items()]
         for form, seed in study.runs(*forms):
-            jobs.append(Job(f"train-{form}-{seed}", partial(train_run, workspace, study, form, seed), tuple(rates[form])))
+            jobs.append(Job(training_name(form, seed), partial(train_run, workspace, study, form, seed), tuple(rates[form])))
             if seed == 0:
-                jobs.append(Job(f"grid-{form}", partial(find_grid, workspace, study, form), (f"train-{form}-0",)))
+                jobs.append(Job(grid_name(form), partial(find_grid, workspace, study, form), (training_name(form, 0),)))
             jobs.append(drawing(Draw(form, seed, last, first)))
         if forms is pair and workspace.source.data is None:
             jobs += [without_adapter(first, "confirm"), *(drawing(Draw(*run, last, first, "confirm")) for run in study.runs(*pair))]
