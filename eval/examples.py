@@ -11,9 +11,11 @@ from checkpoints.files import replacing
 from train.outlines import outline
 from train.world import CONCEPT_NAMES, Scene, World, pictures
 
+COUNT = 12
 
-def examples(folder: Path, n: int = 12) -> None:
-    """Write the first test pictures that show n different concepts, and their outlines to `folder`/hints.
+
+def examples(folder: Path) -> None:
+    """Write the first test pictures that show `COUNT` different concepts, and their outlines to `folder`/hints.
 
     Each file is named after its concept.
     """
@@ -21,7 +23,7 @@ def examples(folder: Path, n: int = 12) -> None:
     for i in range(1000):
         scene = World("test")[i]
         scenes.setdefault(CONCEPT_NAMES[scene.concept], scene)
-        if len(scenes) == n:
+        if len(scenes) == COUNT:
             break
     for name, scene in scenes.items():
         for place, pixels in ((folder, pictures([scene])[0]), (folder / "hints", outline(scene))):

@@ -20,17 +20,17 @@ def middle(a: float, b: float, scale: Scale) -> float:
     return math.sqrt(a * b) if a else b / 256
 
 
-def bisect_lambdas(follow: Callable[[float], float], scale: Scale, most: int = MOST, gap: float = GAP) -> dict[float, float]:
+def bisect_lambdas(follow: Callable[[float], float], scale: Scale, most: int = MOST) -> dict[float, float]:
     """Return {lambda: following} in ascending order, with lambda 0, 1 and the largest.
 
     `follow(lambda)` measures the share of drawings that follow the text. Add a lambda between the neighbours that differ most, until
-    no two differ by more than `gap` times the share at lambda 0, or there are `most` lambdas above 0. A form without lambda is drawn as it
+    no two differ by more than `GAP` times the share at lambda 0, or there are `most` lambdas above 0. A form without lambda is drawn as it
     was trained, at lambda 1.
     """
     shares = {lam: follow(lam) for lam in sorted({0.0, 1.0, TOP[scale]})}
     while scale != "none" and len(shares) <= most:
         a, b = max(pairwise(sorted(shares)), key=lambda pair: abs(shares[pair[0]] - shares[pair[1]]))
-        if abs(shares[a] - shares[b]) <= gap * shares[0.0]:
+        if abs(shares[a] - shares[b]) <= GAP * shares[0.0]:
             break
         between = middle(a, b, scale)
         shares[between] = follow(between)

@@ -82,8 +82,8 @@ class ReferenceUNet(UNet):
 class ReferenceOnly(Rival):
     """The rival that reads latents, and trains nothing."""
 
-    def __init__(self, unet: UNet, schedule: Schedule, fidelity: float = FIDELITY) -> None:
-        super().__init__(ReferenceUNet(unet, schedule, fidelity))
+    def __init__(self, unet: UNet, schedule: Schedule) -> None:
+        super().__init__(ReferenceUNet(unet, schedule))
 
     def look(self, pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
         return latents_of(pipeline, images)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+ROUNDS = 200  # of Weiszfeld's iteration
 Read = Callable[[Array, Array], Array]  # reads one number off a curve: (following, value), each `... lambdas` -> `...`
 
 
@@ -40,13 +41,13 @@ def retrieval(distance: Array) -> Array:
     return np.asarray(((distance > own).sum(axis=1) + 0.5 * ((distance == own).sum(axis=1) - 1)) / (len(own) - 1))
 
 
-def best_constant(palettes: Array, rounds: int = 200) -> Array:
+def best_constant(palettes: Array) -> Array:
     """Return the constant palette with the smallest mean error against palettes `n 2 3`: `2 3`.
 
     Each colour is the geometric median, by Weiszfeld's iteration.
     """
     centre = palettes.mean(axis=0)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         weight = 1 / np.linalg.norm(palettes - centre, axis=-1, keepdims=True).clip(1e-9)
         centre = (weight * palettes).sum(axis=0) / weight.sum(axis=0)
     return np.asarray(centre)

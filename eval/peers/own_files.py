@@ -29,7 +29,7 @@ from sampling.faces import Faces, read_faces
 from sampling.images import open_image, to_images
 from sampling.loading import load
 
-NEGATIVE, GUIDANCE = "blurry", 7.5
+NEGATIVE, SCALE, GUIDANCE = "blurry", 0.8, 7.5
 
 
 @dataclass(frozen=True)
@@ -78,22 +78,22 @@ def _need(package: str) -> None:
 
 
 @torch.no_grad()
-def ours(files: Files, prompt: str, size: tuple[int, int], steps: int, scale: float) -> np.ndarray:
+def ours(files: Files, prompt: str, size: tuple[int, int], steps: int) -> np.ndarray:
     """Draw here. Return the picture, `H W 3` from 0 to 255."""
     pipe = load(files.checkpoint, files.adapter or [], files.encoder, prediction=files.prediction)
     sampler = EULER if pipe.unet.config.added_dim else DDIM
     embedding = pipe.embed(files.image) if files.adapter and files.image else None
-    picture = pipe.sample(prompt, 0, embedding, NEGATIVE, scale, GUIDANCE, steps, size=size, sampler=sampler)
+    picture = pipe.sample(prompt, 0, embedding, NEGATIVE, SCALE, GUIDANCE, steps, size=size, sampler=sampler)
     return np.asarray(next(iter(to_images(picture)))).astype(int)
 
 
 @torch.no_grad()
-def theirs(files: Files, prompt: str, size: tuple[int, int], steps: int, scale: float) -> np.ndarray:
+def theirs(files: Files, prompt: str, size: tuple[int, int], steps: int) -> np.ndarray:
     """Draw in diffusers."""
     pipe, arguments = _pipeline(files), dict[str, Any]()
     if files.adapter and files.image:
         _add_adapter(pipe, files)
-        pipe.set_ip_adapter_scale(scale)
+        pipe.set_ip_adapter_scale(SCALE)
         arguments = _image_prompt(pipe, files)
     pipe.check_inputs = lambda *_, **__: None  # it wants multiples of 8, whatever the VAE's factor
     arguments |= {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": GUIDANCE}
@@ -152,12 +152,12 @@ def _image_prompt(pipe: Any, files: Files) -> dict[str, Any]:
     return {"ip_adapter_image_embeds": [both]}
 
 
-def compare(files: Files, prompt: str, size: tuple[int, int], steps: int, scale: float = 0.8) -> str:
+def compare(files: Files, prompt: str, size: tuple[int, int], steps: int) -> str:
     """Draw with both; say how large the largest difference is, in grey levels, and where. Raises ValueError as `Files.check` does."""
     files.check()
-    here = ours(files, prompt, size, steps, scale)
+    here = ours(files, prompt, size, steps)
     gc.collect()
-    differences = np.abs(here - theirs(files, prompt, size, steps, scale)).max(axis=-1)
+    differences = np.abs(here - theirs(files, prompt, size, steps)).max(axis=-1)
     y, x = np.unravel_index(differences.argmax(), differences.shape)
     share = f"{100 * (differences > 1).mean():.2f} % of the pixels differ by more than 1"
     return f"largest difference {differences.max()} of 255 grey levels, at x = {x}, y = {y}; {share}"
