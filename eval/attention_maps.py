@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from eval.hooks import hooked
 from model.attention import CrossAttention, Fuse, concatenated, decoupled
 from model.context import Context
 from model.source import Source
@@ -110,13 +111,8 @@ def record(unet: UNet) -> Iterator[list[LayerMaps]]:
         parts = tuple(w.float().cpu() if isinstance(w, Tensor) else w for w in weights)
         maps.append(LayerMaps(layer.layer, call, t, grids[q.shape[-2]], of_text, tuple(of_image), parts, mass))
 
-    handles = [unet.register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += [layer.register_forward_hook(look) for layer in unet.cross_attentions()]
-    try:
+    with unet.register_forward_pre_hook(begin, with_kwargs=True), hooked(unet.cross_attentions(), look):
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def word_positions(encoder: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:

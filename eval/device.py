@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from train.plan import Plan, autocast
+from train.plan import has_bfloat16
 
 # flags of /proc/cpuinfo, from the narrowest
 VECTORS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 with bfloat16", "amx_bf16": "AMX"}
@@ -28,7 +28,7 @@ def batch_size(device: str, side: int = 64) -> int:
 
 def precision(device: str) -> torch.autocast:
     """Return the autocast for drawing: bfloat16 if the device supports it, as in training."""
-    return autocast(Plan("drawing", steps=0, batch=0, lr=0.0, device=device, bf16=True))
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def dtype(device: str) -> str:

@@ -35,6 +35,7 @@ from eval.ablation.study import Study, Workspace, made_on
 from eval.ablation.tier import ShortStudy, Tier, check_options, means_at_one
 from eval.ablation.training import plan_of, trained_adapter
 from eval.ablation.work import Job
+from eval.hooks import hooked
 from eval.tables import markdown, with_interval
 from model.attention import CrossAttention
 from model.context import Context
@@ -71,12 +72,8 @@ def image_shares(unet: UNet) -> Iterator[dict[int, list[Tensor]]]:
         share = 1 - gate(layer.split(layer.to_q(x)), Source(k, k), image)
         shares.setdefault(layer.layer, []).append(share[len(share) // 2 :].mean(dim=(0, 2, 3)).cpu())
 
-    handles = [layer.register_forward_hook(look) for layer in unet.cross_attentions()]
-    try:
+    with hooked(unet.cross_attentions(), look):
         yield shares
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def measure_shares(workspace: Workspace, study: Study, form: str, seed: int) -> Unit:

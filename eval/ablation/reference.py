@@ -6,15 +6,14 @@ UNet, and the inputs of all self-attentions are kept. Then the drawing runs, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from eval.ablation.rival import Rival, latents_of
+from eval.hooks import hooked
 from model.attention import SelfAttention, attention
 from model.context import Context
 from model.unet import Residuals, UNet
@@ -28,17 +27,6 @@ def read_both(layer: SelfAttention, x: Tensor, bank: Tensor) -> Tensor:
     """Attention from the tokens `x`, `b n c`, to themselves and to those of `bank`, `b m c`."""
     both = torch.cat([x, bank], dim=1)
     return layer.merge(attention(layer.split(layer.to_q(x)), layer.split(layer.to_k(both)), layer.split(layer.to_v(both))))
-
-
-@contextmanager
-def hooked(unet: UNet, hook: Any) -> Iterator[None]:
-    """Call `hook(layer, (x,), output)` after every self-attention of a UNet; what it returns replaces the output, unless it is None."""
-    handles = [module.register_forward_hook(hook) for module in unet.modules() if isinstance(module, SelfAttention)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class ReferenceUNet(UNet):
@@ -73,9 +61,10 @@ class ReferenceUNet(UNet):
 
         latents, times = context.added, torch.as_tensor(t, device=x.device).expand(len(x))
         noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents).expand_as(latents)
-        with hooked(self, keep):
+        layers = [module for module in self.modules() if isinstance(module, SelfAttention)]
+        with hooked(layers, keep):
             super().forward(self.schedule.add_noise(latents, noise, times).to(x), t, context)
-        with hooked(self, read):
+        with hooked(layers, read):
             return super().forward(x, t, context, residuals)
 
 

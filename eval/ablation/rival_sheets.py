@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from checkpoints.controls import load_control
 from eval.ablation.reference import REFERENCE
 from eval.ablation.rival import Rival, RivalPipeline
 from eval.ablation.rival_draws import RivalStudy, trained
@@ -19,7 +20,6 @@ from eval.ablation.study import SPLITS, Workspace
 from eval.bench import Bench, draw_prompts
 from eval.hinted import HintedPrompts
 from sampling.images import save_image, to_images
-from sampling.loading import load
 from sampling.sheets.layout import sheet
 
 SHOWN = 6  # prompts on a sheet
@@ -55,10 +55,10 @@ class Painter:
 
     def steered(self, control: Path) -> Painter:
         """Return a painter with a ControlNet, without the rivals that trained the UNet."""
-        device = str(self.bench.pipeline.device)
-        controls = load(control.parent, (), controls=[control], device=device).controls
+        pipeline = self.bench.pipeline
+        model = load_control(control, pipeline.unet.config, factor=pipeline.vae.config.factor).to(pipeline.device)
         rivals = {name: rival for name, rival in self.rivals.items() if name not in WHOLE}
-        return Painter(replace(self.bench, pipeline=replace(self.bench.pipeline, controls=controls)), rivals)
+        return Painter(replace(self.bench, pipeline=replace(pipeline, controls=(model,))), rivals)
 
 
 def write(workspace: Workspace, study: RivalStudy, folder: Path) -> None:
