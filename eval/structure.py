@@ -34,6 +34,7 @@ from eval.header import header
 from eval.hinted import HintedPrompts
 from eval.scores import Scores, mean, score_reading
 from eval.tables import markdown
+from eval.world_table import line, plus_minus
 from sampling.device import check_device
 from sampling.loading import load
 from sampling.pipeline import Pipeline
@@ -164,37 +165,25 @@ def evaluate(
     return results
 
 
-TITLES = {
-    "structure_error": "structure error",
-    "concept": "concept",
-    "background": "background",
-    "palette_error": "palette error",
-}
-
-
 def table(results: dict[str, Any]) -> str:
     """Make a table with a line per row, as value ± half of the 95 % interval, then the errors to compare with."""
     lines = []
     for row in results["rows"]:
         at = "" if row["form"] == "none" else f", scale {row['scale']:g}"
-        lines.append({"prompts": row["task"], "control": FORMS[row["form"]] + at} | line(row["scores"]))
+        lines.append({"prompts": row["task"], "control": FORMS[row["form"]] + at} | line_of(row["scores"]))
     names = {
         "true": "the hint's own picture",
         "reconstructed": "the same through the VAE",
         "another": "another prompt's picture",
     }
-    lines += [{"prompts": names[key]} | line({"structure_error": value}) for key, value in results["anchors"].items()]
-    return markdown(pd.DataFrame(lines, columns=["prompts", "control", *TITLES.values()]))
+    lines += [{"prompts": names[key]} | line_of({"structure_error": value}) for key, value in results["anchors"].items()]
+    return markdown(pd.DataFrame(lines, columns=["prompts", "control", "structure error", "concept", "background", "palette error"]))
 
 
-def line(scores: Scores) -> dict[str, str]:
-    """Format scores as {column title: text}, such as "0.41 ± 0.02 px", "93.8 ± 1.5 %" or "12.5 ± 0.9"."""
-    cells = {}
-    for key, (value, low, high) in scores.items():
-        half = (high - low) / 2
-        formats = {"structure_error": f"{value:.2f} ± {half:.2f} px", "palette_error": f"{value:.1f} ± {half:.1f}"}
-        cells[TITLES[key]] = formats.get(key, f"{100 * value:.1f} ± {100 * half:.1f} %")
-    return cells
+def line_of(scores: Scores) -> dict[str, str]:
+    """Format scores as {column title: text}, as in the table of `python -m eval world`, and the structure error as "0.41 ± 0.02 px"."""
+    cells = line({key: score for key, score in scores.items() if key != "structure_error"})
+    return cells | {"structure error": f"{plus_minus(scores['structure_error'], 2)} px"}
 
 
 def run(args: Namespace) -> None:

@@ -29,7 +29,7 @@ from eval.scores import Scores, Target, mean, score, values_of
 from eval.structure import lines_of
 from eval.tables import markdown, summary
 from eval.world import Measure, own, tasks_of
-from eval.world_table import ERRORS, SHARES, line
+from eval.world_table import ERRORS, SHARES, line, plus_minus
 from sampling.device import check_device
 from sampling.loading import load
 from train.comic import comic
@@ -89,9 +89,8 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for task, name in NAMES.items():
         for base, rows in results["scores"].items():
-            value, low, high = rows[task]["dark"]
-            cells = line({key: scores for key, scores in rows[task].items() if key != "dark"})
-            lines.append({"": name, "base": base} | cells | {"dark pixels": f"{value:.1f} ± {(high - low) / 2:.1f} %"})
+            cells = line({key: score for key, score in rows[task].items() if key != "dark"})
+            lines.append({"": name, "base": base} | cells | {"dark pixels": f"{plus_minus(rows[task]['dark'])} %"})
     return markdown(pd.DataFrame(lines, columns=["", "base", *SHARES.values(), *ERRORS.values(), "dark pixels"]))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from eval.scores import Scores
 from eval.tables import markdown
 
 SHARES = {
@@ -60,13 +61,13 @@ def two_judges(results: dict[str, Any], other: dict[str, Any]) -> str:
     return markdown(pd.DataFrame(lines))
 
 
-def line(scores: dict[str, list[float]]) -> dict[str, str]:
+def line(scores: Scores) -> dict[str, str]:
     """Format scores as {column title: text}, such as "93.8 ± 1.5 %" or "31.5 ± 0.9"."""
-    cells = {}
-    for key, (value, low, high) in scores.items():
-        half = (high - low) / 2
-        if key in SHARES:
-            cells[SHARES[key]] = f"{100 * value:.1f} ± {100 * half:.1f} %"
-        else:
-            cells[ERRORS[key]] = f"{value:.1f} ± {half:.1f}"
-    return cells
+    shares = {SHARES[key]: f"{plus_minus(score, scale=100)} %" for key, score in scores.items() if key in SHARES}
+    return shares | {ERRORS[key]: plus_minus(score) for key, score in scores.items() if key not in SHARES}
+
+
+def plus_minus(score: list[float], digits: int = 1, scale: float = 1) -> str:
+    """Format a score as its value ± half of its interval."""
+    value, low, high = score
+    return f"{scale * value:.{digits}f} ± {scale * (high - low) / 2:.{digits}f}"
