@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from solvers import ddim_trajectory, denoiser, error, generators
 from torch import Tensor
 
 from model.words import Prediction
@@ -18,49 +18,6 @@ SHAPE = (4, 5, 3)
 EXACT = 1e-10  # where both compute in float64
 
 
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def denoiser(x: Tensor, t: int) -> Tensor:
-    """A fixed smooth function of x and t, as a stand-in for a network."""
-    return torch.sin(1.3 * x + t / 300) + 0.3 * x.roll(1, dims=-1) * math.cos(t / 100)
-
-
-def peer_trajectory(x: Tensor, schedule: Schedule, steps: int, eta: float, exact: bool) -> list[Tensor]:
-    """Return diffusers' latents after every step, with noise from generators 5, 6. With `exact`, its float32 alphas become float64."""
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=schedule.final_one,
-        steps_offset=schedule.offset,
-        timestep_spacing=schedule.spacing,
-        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[schedule.prediction],
-    )
-    scheduler.set_timesteps(steps)
-    if exact:
-        scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = (
-            scheduler.alphas_cumprod.double(),
-            scheduler.final_alpha_cumprod.double(),
-        )
-    noise, states = generators(5, 6), []
-    for t in scheduler.timesteps.tolist():
-        silent = eta == 0 or (
-            schedule.final_one and t < 1000 // steps
-        )  # sigma is 0 in a step to a = 1: we draw no noise
-        z = torch.zeros_like(x) if silent else randn(x.shape[1:], noise, x)
-        x = scheduler.step(denoiser(x, t), t, x, eta=eta, variance_noise=z).prev_sample
-        states.append(x)
-    return states
-
-
-def error(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    assert len(ours) == len(theirs)
-    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
-
-
 @pytest.mark.parity("diffusers DDIMScheduler with float64 alphas", EXACT)
 @pytest.mark.parametrize("steps", [10, 30])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -69,8 +26,8 @@ def error(ours: list[Tensor], theirs: list[Tensor]) -> float:
 def test_trajectories_are_those_of_diffusers(spacing: Spacing, prediction: Prediction, eta: float, steps: int) -> None:
     schedule, x = Schedule(spacing=spacing, prediction=prediction), randn(SHAPE, generators(1, 2)).double()
     ours = [state.x for state in ddim(denoiser, x, schedule, ddim_times(schedule, steps), eta, generators(5, 6))]
-    assert error(ours, peer_trajectory(x, schedule, steps, eta, exact=True)) < EXACT
-    assert error(ours, peer_trajectory(x, schedule, steps, eta, exact=False)) < 1e-4  # its alphas are float32 even here
+    assert error(ours, ddim_trajectory(x, schedule, steps, eta, exact=True)) < EXACT
+    assert error(ours, ddim_trajectory(x, schedule, steps, eta, exact=False)) < 1e-4  # its alphas are float32 even here
 
 
 @pytest.mark.parity("diffusers DDIMScheduler with float64 alphas", EXACT)
@@ -79,7 +36,7 @@ def test_trajectories_are_those_of_diffusers(spacing: Spacing, prediction: Predi
 def test_trajectories_that_end_at_one(offset: int, eta: float) -> None:
     schedule, x = Schedule(spacing="leading", offset=offset, final_one=True), randn(SHAPE, generators(1, 2)).double()
     ours = [state.x for state in ddim(denoiser, x, schedule, ddim_times(schedule, 20), eta, generators(5, 6))]
-    assert error(ours, peer_trajectory(x, schedule, 20, eta, exact=True)) < EXACT
+    assert error(ours, ddim_trajectory(x, schedule, 20, eta, exact=True)) < EXACT
 
 
 def test_states_hold_their_index_and_timestep() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_dpmsolver_multistep
+from solvers import denoiser, error, generators
 from torch import Tensor
 
 from model.words import Prediction
@@ -25,15 +25,6 @@ SPACINGS = ["leading", "trailing", "linspace"]
 
 def visits(schedule: Schedule, steps: int) -> list[int]:
     return [step.t for step in dpm_times(schedule, steps)]
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def denoiser(x: Tensor, t: int) -> Tensor:
-    """A fixed smooth function of x and t, as a stand-in for a network."""
-    return torch.sin(1.3 * x + t / 300) + 0.3 * x.roll(1, dims=-1) * math.cos(t / 100)
 
 
 def peer(schedule: Schedule, steps: int) -> Any:
@@ -76,11 +67,6 @@ def peer_trajectory(x: Tensor, schedule: Schedule, steps: int, start: int = 0, e
             x = scheduler.step(denoiser(x, t), t, x).prev_sample
             states.append(x)
     return states
-
-
-def error(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    assert len(ours) == len(theirs)
-    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parity("diffusers DPMSolverMultistepScheduler with float64 sigmas", EXACT)

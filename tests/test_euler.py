@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from test_dpm import denoiser, error, generators
-from test_scheduler_file import FILES, SD15
+from solvers import FILES, SD15, denoiser, error, generators
 from torch import Tensor
 
 from sampling.ddim import DDIM, ddim
@@ -34,10 +33,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def model(x: Tensor, t: float) -> Tensor:
-    return denoiser(x, t)  # type: ignore[arg-type]
-
-
 def theirs(config: dict[str, Any], steps: int, noise: Tensor, start: int = 0) -> list[Tensor]:
     """Return diffusers' latents after every step, divided by sqrt(sigma^2 + 1), which are ours."""
     scheduler = EulerDiscreteScheduler.from_config(config | {"steps_offset": 1})
@@ -45,7 +40,7 @@ def theirs(config: dict[str, Any], steps: int, noise: Tensor, start: int = 0) ->
     scheduler.set_begin_index(start)
     states, x = [], noise * scheduler.init_noise_sigma if start == 0 else noise * (scheduler.sigmas[start] ** 2 + 1) ** 0.5
     for i, t in enumerate(scheduler.timesteps[start:], start):
-        output = model(scheduler.scale_model_input(x, t), float(t))
+        output = denoiser(scheduler.scale_model_input(x, t), float(t))
         x = scheduler.step(output, t, x).prev_sample
         states.append(x / (scheduler.sigmas[i + 1].double() ** 2 + 1) ** 0.5)
     return states
@@ -57,7 +52,7 @@ def theirs(config: dict[str, Any], steps: int, noise: Tensor, start: int = 0) ->
 def test_trajectories_are_those_of_diffusers(name: str, steps: int) -> None:
     config, x = CONFIGS[name], randn(SHAPE, generators(1, 2)).double()
     schedule = schedule_of(config)
-    ours = [state.x for state in euler(model, x, schedule, euler_times(schedule, steps))]
+    ours = [state.x for state in euler(denoiser, x, schedule, euler_times(schedule, steps))]
     assert error(ours, theirs(config, steps, x)) < FLOAT32
 
 
@@ -65,7 +60,7 @@ def test_trajectories_are_those_of_diffusers(name: str, steps: int) -> None:
 @pytest.mark.parametrize("start", [1, 13, 19])
 def test_a_part_of_the_schedule_is_that_of_diffusers(start: int) -> None:
     x, schedule = randn(SHAPE, generators(3)).double(), schedule_of(FILES["Karras"])
-    ours = [state.x for state in euler(model, x, schedule, euler_times(schedule, 20), start=start)]
+    ours = [state.x for state in euler(denoiser, x, schedule, euler_times(schedule, 20), start=start)]
     assert error(ours, theirs(FILES["Karras"], 20, x, start)) < FLOAT32
 
 
@@ -87,17 +82,17 @@ def test_with_leading_spacing_it_is_ddim_that_ends_at_one(steps: int) -> None:
     """So SDXL's default sampler is DDIM with a_0 = 1; without it they differ in the last step."""
     x = randn(SHAPE, generators(5)).double()
     schedule = Schedule(spacing="leading")
-    ours = [state.x for state in euler(model, x, schedule, euler_times(schedule, steps))]
+    ours = [state.x for state in euler(denoiser, x, schedule, euler_times(schedule, steps))]
     one = Schedule(spacing="leading", final_one=True)
-    same = [state.x for state in ddim(model, x, one, DDIM.times(one, steps))]
+    same = [state.x for state in ddim(denoiser, x, one, DDIM.times(one, steps))]
     assert error(ours, same) < 1e-12
     scheduler = DDIMScheduler.from_config(SDXL | {"set_alpha_to_one": True})
     scheduler.set_timesteps(steps)
     y = x
     for t in scheduler.timesteps.tolist():
-        y = scheduler.step(model(y, t), t, y).prev_sample
+        y = scheduler.step(denoiser(y, t), t, y).prev_sample
     assert error(ours[-1:], [y]) < FLOAT32
-    other = [state.x for state in ddim(model, x, schedule, DDIM.times(schedule, steps))]
+    other = [state.x for state in ddim(denoiser, x, schedule, DDIM.times(schedule, steps))]
     assert error(ours[-1:], other[-1:]) > 1e-3
 
 

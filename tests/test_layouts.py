@@ -17,8 +17,8 @@ from base_files import IMAGE, TEXT, VAE_CONFIG, Peers, Tensors, change, change_j
 from diffusers import UNet2DConditionModel
 from peers import max_error, randn, vae_pair, vision_pair
 from safetensors.torch import load_file, save_file
+from solvers import SD15
 from test_reader import write_shards
-from test_scheduler_file import SD15
 from transformers import CLIPConfig, CLIPModel
 
 from checkpoints.adapters import load_adapter, save_adapter

@@ -8,9 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import LCMScheduler
-from test_dpm import error, generators
-from test_euler import model
-from test_scheduler_file import SD15
+from solvers import SD15, denoiser, error, generators
 from torch import Tensor
 
 from sampling.lcm import DISTILLED, LCM, lcm, lcm_times
@@ -33,7 +31,7 @@ def theirs(config: dict[str, Any], steps: int, x: Tensor, seeds: tuple[int, ...]
     states = []
     with mock.patch("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: randn(SHAPE, own, x)):
         for t in scheduler.timesteps[start:].tolist():
-            x = scheduler.step(model(x, t), t, x).prev_sample
+            x = scheduler.step(denoiser(x, t), t, x).prev_sample
             states.append(x)
     return states
 
@@ -51,14 +49,14 @@ def test_timesteps_are_those_of_diffusers() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_trajectories_are_those_of_diffusers(name: str, steps: int) -> None:
     config, x, schedule = CONFIGS[name], randn(SHAPE, generators(1, 2)).double(), schedule_of(CONFIGS[name])
-    ours = [state.x for state in lcm(model, x, schedule, lcm_times(schedule, steps), generators(3, 4))]
+    ours = [state.x for state in lcm(denoiser, x, schedule, lcm_times(schedule, steps), generators(3, 4))]
     assert error(ours, theirs(config, steps, x, (3, 4))) < EXACT
 
 
 @pytest.mark.parity("diffusers LCMScheduler with float64 alphas", EXACT)
 def test_a_part_of_the_schedule_is_that_of_diffusers() -> None:
     x, schedule = randn(SHAPE, generators(3)).double(), schedule_of(SD15)
-    ours = [state.x for state in lcm(model, x, schedule, lcm_times(schedule, 8), generators(4), start=3)]
+    ours = [state.x for state in lcm(denoiser, x, schedule, lcm_times(schedule, 8), generators(4), start=3)]
     assert error(ours, theirs(SD15, 8, x, (4,), start=3)) < EXACT
 
 

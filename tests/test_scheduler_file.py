@@ -12,7 +12,8 @@ from typing import Any
 import diffusers
 import pytest
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from test_dpm import denoiser, error, generators
+from small_models import EULER
+from solvers import BETAS, FILES, SD15, denoiser, error, generators
 
 from sampling.ddim import DDIM
 from sampling.dpm import DPM, dpm_times
@@ -20,22 +21,6 @@ from sampling.sampler import randn
 from sampling.schedule import Schedule
 from sampling.scheduler_file import schedule_of
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-SD15 = BETAS | {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
-FILES: dict[str, dict[str, Any]] = {
-    "SD 1.5": {"_class_name": "PNDMScheduler", **SD15},
-    "SD 2.1": {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", **SD15},
-    "no word of the last step": {"_class_name": "DPMSolverMultistepScheduler", "steps_offset": 1, **BETAS},
-    "trailing": {"timestep_spacing": "trailing", **SD15},
-    "other betas": {**SD15, "beta_start": 0.001, "beta_end": 0.02, "num_train_timesteps": 800},
-    "Karras": {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, **SD15},
-    "DPM++ 2M Karras": {
-        "_class_name": "DPMSolverMultistepScheduler",
-        "use_karras_sigmas": True,
-        "timestep_spacing": "leading",
-        **SD15,
-    },
-}
 SAVED = [
     "PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", 
@@ -92,6 +77,11 @@ def test_schedule_of_a_file_is_the_one_that_diffusers_makes_of_it(name: str) -> 
     previous = [float(alphas[t - stride]) if t >= stride else final for t in visits]
     assert ours.pairs(30) == [(t, float(alphas[t]), p) for t, p in zip(visits, previous, strict=True)]
     assert ours.prediction == scheduler.config.prediction_type.removesuffix("_prediction")
+
+
+def test_an_euler_file_ends_at_one() -> None:
+    """Whatever it says of the last step, because that of Euler's method goes to a = 1 (test_euler.py)."""
+    assert schedule_of(EULER).final_one and not schedule_of(EULER | {"_class_name": "DDIMScheduler"}).final_one
 
 
 @pytest.mark.parity("diffusers DPMSolverMultistepScheduler, float32", FLOAT32)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from peers import clip_tokenizer, max_error, randn, text_pair, unet_pair, vision_pair
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
-from test_ddim import denoiser, peer_trajectory
+from solvers import ddim_trajectory, denoiser
 from torch import Tensor
 from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -107,7 +107,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
         "text": states,
         "image": seen.image_embeds,
         "fine": seen.hidden_states[-2],
-        "trajectory": peer_trajectory(latents, Schedule(spacing="leading"), 30, eta=0.0, exact=True)[-1],
+        "trajectory": ddim_trajectory(latents, Schedule(spacing="leading"), 30, eta=0.0, exact=True)[-1],
         "preprocess": CLIPImageProcessorPil(**SQUARE)(PHOTO, return_tensors="pt").pixel_values[0],
         "mask": torch.cat([averages(MASK, h, w) for h, w in GRIDS], dim=2),
     }
