@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
-from peers import UNetPair, text_pair, unet_pair, vae_pair
+from peers import text_pair, unet_pair, vae_pair
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,7 +27,6 @@ from model.unet import UNetConfig
 from model.vae import VAEConfig
 
 Tensors = dict[str, Tensor]
-Pair = Callable[[str], UNetPair]
 UNET = UNetConfig(channels=(32, 32, 64, 64), context_dim=16)  # a single file has no config: 8 heads, groups of 32
 VAE_CONFIG = VAEConfig(channels=(32, 32, 64))
 TEXT = TextConfig(width=16, layers=2, heads=1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from torch import Tensor, nn
 from transformers import (
@@ -80,6 +81,9 @@ class UNetPair:
 
     peer: Any
     ours: UNet
+
+
+Pair = Callable[[str], UNetPair]  # of the fixture `pair`, by name
 
 
 def unet_pair(config: UNetConfig, linear: bool, seed: int = 0) -> UNetPair:
@@ -185,3 +189,23 @@ def official_projection(
 def number_of(module: nn.Module) -> tuple[int, int]:
     """How many parameters, in how many tensors."""
     return sum(p.numel() for p in module.parameters()), len(module.state_dict())
+
+
+def inputs(config: UNetConfig, h: int, w: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, a timestep for each, text tokens."""
+    return (
+        randn(batch, 4, h, w, seed=1),
+        torch.tensor([7, 981, 500])[:batch],
+        randn(batch, 5, config.context_dim, seed=2),
+    )
+
+
+def added_inputs(config: UNetConfig, batch: int = 2) -> tuple[dict[str, Tensor], Tensor | None]:
+    """SDXL's two further conditions as diffusers takes them, and the vector that the paper's authors make of them."""
+    if not config.added_dim:
+        return {}, None
+    pooled, sizes = randn(batch, config.added_dim - 6 * 8, seed=3), torch.arange(6.0 * batch).reshape(batch, 6) * 37
+    embedded = get_timestep_embedding(sizes.flatten(), 8, flip_sin_to_cos=True, downscale_freq_shift=0).reshape(
+        batch, -1
+    )
+    return {"text_embeds": pooled, "time_ids": sizes}, torch.cat([pooled, embedded.double()], dim=1)

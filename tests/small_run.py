@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from train.plan import Plan
 
 PLAN = Plan("tiny", steps=12, batch=4, lr=1e-2, warmup=3, ema=0.9, save_every=100, validate_every=4)
 Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    x: Tensor
+    y: Tensor
+    nothing: None = None
 
 
 class Net(nn.Module):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from adapter_peers import IMAGE, adapter_for, official
 from diffusers.models.embeddings import ImageProjection as PeerProjection
-from peers import SMALL_ONE, SMALL_UNETS, UNetPair, max_error, randn, randomise, unet_pair
+from peers import SMALL_ONE, SMALL_UNETS, Pair, max_error, randn, randomise, unet_pair
 from torch import Tensor
 
 from model.adapter import IPAdapter
@@ -17,31 +16,7 @@ from model.image_projection import ImageProjection
 from model.unet import SD15, UNet
 from sampling.lambdas import Lambda, set_lambda
 
-Pair = Callable[[str], UNetPair]
 TOLERANCE = 1e-12  # measured: 2e-14 and less
-IMAGE = 10
-
-
-def adapter_for(unet: UNet, seed: int = 3) -> IPAdapter:
-    """With weights that float32 can hold, because diffusers reads an adapter into float32 first."""
-    return randomise(IPAdapter(unet, ImageProjection(IMAGE, unet.config.context_dim)), seed).float().double()
-
-
-def official(adapter: IPAdapter, unet: UNet) -> dict[str, dict[str, Tensor]]:
-    """The released files' layout: keys 1, 3, 5, ... over the layers down, up, and mid last."""
-    down = sum(len(stage.attn.blocks) for stage in unet.down if stage.attn is not None)
-    layers = list(range(len(adapter.heads)))
-    mid = layers[down : down + unet.config.mid_depth]
-    order = layers[:down] + layers[down + len(mid) :] + mid
-    keys = {
-        f"{2 * i + 1}.to_{x}_ip.weight": (adapter.to_k if x == "k" else adapter.to_v)[layer].weight
-        for i, layer in enumerate(order)
-        for x in "kv"
-    }
-    return {
-        "image_proj": dict(adapter.image_projection.state_dict()),
-        "ip_adapter": {k: v.detach().clone() for k, v in keys.items()},
-    }
 
 
 @pytest.mark.parity("diffusers ImageProjection", TOLERANCE)

@@ -14,11 +14,11 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from adapter_peers import IMAGE, adapter_for, official
 from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from einops import rearrange
-from peers import SMALL_SD15, UNetPair, clip_tokenizer, max_error, randn, unet_pair
+from peers import SMALL_SD15, clip_tokenizer, max_error, randn, unet_pair
 from PIL import Image
-from test_adapter import IMAGE, adapter_for, official
 from test_attention import queries, source
 from torch import Tensor
 
@@ -33,7 +33,6 @@ from sampling.guidance import guided
 from sampling.lambdas import Lambda, set_lambda
 from train.clip import MINI_TEXT
 
-Pair = Callable[[str], UNetPair]
 EXACT = 1e-13  # float64; measured: 8e-15 and less
 STORED = 1e-7  # maps and lambdas are kept in float32; measured: 6e-8 and less
 SEVERAL = 1e-6  # sums of such numbers; measured: 1.3e-7 and less

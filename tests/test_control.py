@@ -13,10 +13,9 @@ from control_peers import SMALL_CONTROLS, SMALL_T2I, controlnet_pair, t2i_pair
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.pipelines.t2i_adapter.pipeline_stable_diffusion_adapter import _preprocess_adapter_image
-from peers import SMALL_SD15, UNetPair, max_error, randn
+from peers import SMALL_SD15, UNetPair, inputs, max_error, randn
 from PIL import Image
 from test_controlnet import hint_for, peers_residuals, tensors
-from test_unet import inputs
 from torch import Tensor
 
 from model.adapter import IPAdapter

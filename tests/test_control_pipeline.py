@@ -19,9 +19,9 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
 )
 from diffusers import T2IAdapter as PeerT2I
+from input_pictures import picture, write_inputs
 from PIL import Image
 from small_models import BASES, Model, build
-from test_edit import mask, picture
 from tiny import difference
 
 from checkpoints.controls import load_control, save_control_diffusers
@@ -64,14 +64,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
         controlnet_pair(config, False, seed=20 + i)[0].float().save_pretrained(folder / name)
     t2i_pair(T2IConfig(UNET.channels, unshuffle=2), seed=30)[0].float().save_pretrained(folder / "t2i")
     t2i_pair(T2IConfig(UNET.channels, 1, unshuffle=2), seed=31)[0].float().save_pretrained(folder / "sketch")
-    picture((33, 70), 1).save(folder / "hint.png")
+    write_inputs(folder, SIZE, 64)
     picture((50, 20), 2).convert("L").save(folder / "grey.png")
-    picture((30, 44), 5).save(folder / "prompt.png")
-    picture(SIZE, 0).save(folder / "init.png")
-    mask(SIZE).save(folder / "mask.png")
-    left = np.zeros((4 * SIZE[0], 4 * SIZE[1]), np.uint8)
-    left[:, :64] = 255  # blocks of the coarsest query, and large enough that diffusers' bicubic filter stays inside them
-    Image.fromarray(left).save(folder / "left.png")
     return Files(build(tmp_path_factory.mktemp("base"), "sd15"), folder)
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from control_peers import SMALL_CONTROLS, controlnet_pair
 from diffusers import ControlNetModel
-from peers import SMALL_ONE, SMALL_SD15, UNetPair, max_error, number_of, randn, randomise
-from test_unet import added_inputs, inputs
+from peers import SMALL_ONE, SMALL_SD15, UNetPair, added_inputs, inputs, max_error, number_of, randn, randomise
 from torch import Tensor, nn
 
 from checkpoints.control_names import controlnet_rows

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from small_run import Labelled
 from torch import Tensor, nn
 
 from train.album import CaptionedPicture, ListAlbum
@@ -98,13 +98,6 @@ def test_random_numbers_of_a_step_are_its_own() -> None:
     drawn = {tuple(torch.randn(4, generator=generator(seed, step)).tolist()) for seed in range(3) for step in range(50)}
     assert len(drawn) == 150
     assert torch.equal(torch.randn(4, generator=generator(2, 7)), torch.randn(4, generator=generator(2, 7)))
-
-
-@dataclass(frozen=True)
-class Labelled:
-    x: Tensor
-    y: Tensor
-    nothing: None = None
 
 
 def test_a_batch_that_hides_tensors_is_refused() -> None:

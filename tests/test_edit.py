@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from input_pictures import mask, picture
 from PIL import Image
 from small_models import BASES, Model, build
 from tiny import difference
@@ -39,19 +40,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pip
         return made[name]
 
     return get
-
-
-def picture(size: tuple[int, int], seed: int) -> Image.Image:
-    """Smooth blobs of colour, `size` (height, width)."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    return Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
-
-
-def mask(size: tuple[int, int], seed: int = 9) -> Image.Image:
-    """White, black and every grey in between, different from pixel to pixel."""
-    levels = np.random.default_rng(seed).integers(0, 256, size, np.uint8)
-    levels[:, : size[1] // 3], levels[: size[0] // 3] = 0, 255
-    return Image.fromarray(levels)
 
 
 @dataclass(frozen=True)

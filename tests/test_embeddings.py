@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_peers import IMAGE
 from diffusers import StableDiffusionPipeline
 from peers import SMALL_UNETS, UNetPair, max_error, randn
-from test_adapter import IMAGE
 from test_lambdas import with_adapter
 from torch import Tensor
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import SMALL_ONE, SMALL_SD15, SMALL_UNETS, UNetPair, max_error, randn, randomise
+from peers import SMALL_ONE, SMALL_SD15, SMALL_UNETS, Pair, max_error, randn, randomise
 from torch import Tensor, nn
 
 from eval.attention_maps import record
@@ -22,7 +21,6 @@ from model.kernels import POINTS, PackedConv, PackedLinear, Pointwise, Winograd,
 from model.unet import Residuals, UNet, UNetConfig
 from sampling.guidance import guided
 
-Pair = Callable[[str], UNetPair]
 SIZES = [(16, 16), (17, 13), (9, 5), (8, 33)]
 oneDNN = pytest.mark.skipif(not packs(torch.float32), reason="this PyTorch has no oneDNN")
 

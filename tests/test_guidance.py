@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peers import randn
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,10 +23,6 @@ from sampling.guidance import Side, guided
 from sampling.lambdas import Lambda, keep_context, moving, set_lambda
 
 CONFIG = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), res_blocks=1, context_dim=6, groups=4)
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")

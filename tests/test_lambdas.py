@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_peers import IMAGE, adapter_for, official
 from diffusers.callbacks import IPAdapterScaleCutoffCallback
 from diffusers.loaders.ip_adapter import IPAdapterMixin
 from peers import SMALL_ONE, SMALL_UNETS, UNetPair, max_error, randn, unet_pair
-from test_adapter import IMAGE, adapter_for, official
 from torch import Tensor
 
 from model import attention as attention_file

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from torch import Tensor
+from peers import randn
 
 from model.words import Prediction
 from sampling.ddim import DDIM
@@ -39,10 +39,6 @@ def peer(steps: int, spacing: str = "leading", offset: int = 1, final_one: bool 
 def ldm_visits(steps: int) -> list[int]:
     """LDM's make_ddim_timesteps, "uniform": range(0, T, T // steps), plus one."""
     return [t + 1 for t in range(0, 1000, 1000 // steps)][::-1]
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parity("diffusers DDIMScheduler", 0)

@@ -19,9 +19,9 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
 )
 from diffusers import T2IAdapter as PeerT2I
+from input_pictures import write_inputs
 from PIL import Image
 from small_models import BASES, Model, build
-from test_edit import mask, picture
 from tiny import difference
 
 from checkpoints.stable_diffusion import load_base
@@ -42,13 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("sdxl")
     controlnet_pair(ControlNetConfig.of(UNET, (4, 6)), True, seed=20)[0].float().save_pretrained(folder / "controlnet")
     t2i_pair(T2IConfig((*UNET.channels, UNET.channels[-1]), unshuffle=4, form="xl"), seed=30)[0].float().save_pretrained(folder / "t2i")
-    picture((33, 70), 1).save(folder / "hint.png")
-    picture((30, 44), 5).save(folder / "prompt.png")
-    picture(SIZE, 0).save(folder / "init.png")
-    mask(SIZE).save(folder / "mask.png")
-    left = np.zeros((4 * SIZE[0], 4 * SIZE[1]), np.uint8)
-    left[:, :96] = 255  # blocks of the coarsest query, and large enough that diffusers' bicubic filter stays inside them
-    Image.fromarray(left).save(folder / "left.png")
+    write_inputs(folder, SIZE, 96)
     return build(folder, "sdxl")
 
 

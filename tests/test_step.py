@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from small_run import PLAN, Batch, Net, make, noisy_loss, numbers, same, weight_sum
+from small_run import PLAN, Batch, Labelled, Net, make, noisy_loss, numbers, same, weight_sum
 from torch import Tensor, nn
 
 from train import shared
@@ -35,13 +35,6 @@ class Replayed(GraphStep[Any]):
     def _record(self) -> None:
         graph: Any = SimpleNamespace(replay=lambda: setattr(self, "values", self._warm_up()))
         self.graph = graph
-
-
-@dataclass(frozen=True)
-class Labelled:
-    x: Tensor
-    y: Tensor
-    nothing: None = None
 
 
 KINDS: dict[str, Callable[[Batch], Any]] = {

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from control_peers import SMALL_T2I, t2i_pair
-from peers import SMALL_SD15, SMALL_SDXL, UNetPair, max_error, number_of, randn
-from test_unet import Pair, added_inputs, inputs
+from peers import SMALL_SD15, SMALL_SDXL, Pair, UNetPair, added_inputs, inputs, max_error, number_of, randn
 from torch import Tensor
 
 from model.context import Context

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
-from peers import SMALL_SD15, SMALL_SDXL, SMALL_UNETS, UNetPair, max_error, number_of, randn, unet_pair
-from torch import Tensor
+from peers import (
+    SMALL_SD15,
+    SMALL_SDXL,
+    SMALL_UNETS,
+    Pair,
+    added_inputs,
+    inputs,
+    max_error,
+    number_of,
+    randn,
+    unet_pair,
+)
 
 from model.context import Context
 from model.layers import timestep_embedding
 from model.unet import SD15, SD21, SDXL, Residuals, UNet, UNetConfig
 
-Pair = Callable[[str], UNetPair]
 SIZES = [(16, 16), (17, 13), (9, 5), (8, 33)]
 TOLERANCE = 1e-12  # measured: 3e-14 and less
-
-
-def inputs(config: UNetConfig, h: int, w: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, a timestep for each, text tokens."""
-    return (
-        randn(batch, 4, h, w, seed=1),
-        torch.tensor([7, 981, 500])[:batch],
-        randn(batch, 5, config.context_dim, seed=2),
-    )
-
-
-def added_inputs(config: UNetConfig, batch: int = 2) -> tuple[dict[str, Tensor], Tensor | None]:
-    """SDXL's two further conditions as diffusers takes them, and the vector that the paper's authors make of them."""
-    if not config.added_dim:
-        return {}, None
-    pooled, sizes = randn(batch, config.added_dim - 6 * 8, seed=3), torch.arange(6.0 * batch).reshape(batch, 6) * 37
-    embedded = get_timestep_embedding(sizes.flatten(), 8, flip_sin_to_cos=True, downscale_freq_shift=0).reshape(
-        batch, -1
-    )
-    return {"text_embeds": pooled, "time_ids": sizes}, torch.cat([pooled, embedded.double()], dim=1)
 
 
 def skip_shapes(unet: UNet, h: int, w: int, batch: int = 2) -> list[tuple[int, ...]]:
