@@ -139,10 +139,10 @@ def test_packed_units_are_restored(tmp_path: Path) -> None:
 
 def test_the_primary_comparison_is_made_first() -> None:
     """Every job stands after those that it needs. Both forms of the primary comparison come first, seed by seed."""
-    workspace = Workspace(TrainingSource(), Path("shipped"), Path("state"), "weights", {"made": "up"})
-    jobs = [job.name for job in jobs_of(workspace, Study(), TASKS)]
+    workspace = Workspace(Study(), TrainingSource(), Path("shipped"), Path("state"), "weights", {"made": "up"})
+    jobs = [job.name for job in jobs_of(workspace, TASKS)]
     assert len(set(jobs)) == len(jobs)
-    for job in jobs_of(workspace, Study(), TASKS):
+    for job in jobs_of(workspace, TASKS):
         assert all(jobs.index(name) < jobs.index(job.name) for name in job.after)
     primary = [job for job in jobs if re.fullmatch(r"drawn-\w+-\d-8000-complementary-test-all", job)]
     pair = [(form, seed) for seed in range(5) for form in (IP_ADAPTER, SIMPLE)]
@@ -156,8 +156,8 @@ def test_the_primary_comparison_is_made_first() -> None:
 
 def test_only_what_is_missing_runs(tmp_path: Path) -> None:
     """And the training of an adapter that is drawn with, which writes nothing if the adapter is there."""
-    workspace = Workspace(TrainingSource(), tmp_path, tmp_path, "weights", {"made": "up"})
-    jobs = jobs_of(workspace, SMOKE, TASKS)
+    workspace = Workspace(SMOKE, TrainingSource(), tmp_path, tmp_path, "weights", {"made": "up"})
+    jobs = jobs_of(workspace, TASKS)
     assert missing(workspace, jobs) == jobs
     for job in jobs:
         Memo(workspace.work).write(job.name, Unit(None, {}))
@@ -216,7 +216,8 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
 
 def test_a_missing_checkpoint_is_retrained_from_the_start(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The training is a stub: every step adds 1 to a bias, and the state stores the number of steps."""
-    workspace, study = Workspace(TrainingSource(), tmp_path / "shipped", tmp_path, "weights", {"made": "up"}), replace(SMOKE, steps=32)
+    study = replace(SMOKE, steps=32)
+    workspace = Workspace(study, TrainingSource(), tmp_path / "shipped", tmp_path, "weights", {"made": "up"})
     plan = study.plan("shared", 0, 1e-3)
 
     def fit(setting: Setting, start: Any, plan: Plan, folder: Path, fuse: Any, until: int) -> Any:
@@ -226,17 +227,17 @@ def test_a_missing_checkpoint_is_retrained_from_the_start(setting: Setting, tmp_
         return start, [{"step": until, "held_out": 1.0, "gain_zero": 0.0, "gain_shuffled": 0.0}]
 
     def biases() -> list[float]:
-        return [float(load_file(workspace.adapter(study, plan, step))["image_proj.proj.bias"][0]) for step in study.checkpoints]
+        return [float(load_file(workspace.adapter(plan, step))["image_proj.proj.bias"][0]) for step in study.checkpoints]
 
     monkeypatch.setattr(Workspace, "setting", lambda *_: setting)
     monkeypatch.setattr("train.adapter.fit", fit)
-    train(workspace, study, "shared", plan, study.checkpoints)
+    train(workspace, "shared", plan, study.checkpoints)
     assert biases() == list(study.checkpoints) == [2, 4, 8, 16, 32]
-    workspace.adapter(study, plan, 2).unlink()
-    train(workspace, study, "shared", plan, study.checkpoints)
+    workspace.adapter(plan, 2).unlink()
+    train(workspace, "shared", plan, study.checkpoints)
     assert biases() == list(study.checkpoints)
     monkeypatch.setattr("train.adapter.fit", None)
-    train(workspace, study, "shared", replace(plan, device="cuda"), study.checkpoints)  # nothing is left to do, on any device
+    train(workspace, "shared", replace(plan, device="cuda"), study.checkpoints)  # nothing is left to do, on any device
 
 
 def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

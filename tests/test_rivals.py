@@ -283,12 +283,13 @@ def test_one_more_rate_is_tried_at_an_edge(tmp_path: Path, monkeypatch: pytest.M
     losses, chosen, at_edge = EDGES[case]
     tried = list[float]()
 
-    def train(_: Any, __: Any, name: str, rate: float) -> Unit:
+    def train(_: Any, name: str, rate: float) -> Unit:
         tried.append(rate)
         return Unit({"held_out": next(loss for each, loss in losses.items() if each == pytest.approx(rate))}, {})
 
     monkeypatch.setattr(rival_draws, "train_rival", train)
-    unit = rival_draws.choose(SimpleNamespace(work=tmp_path), RivalStudy(), "unclip")  # type: ignore[arg-type]
+    workspace: Any = SimpleNamespace(work=tmp_path, study=RivalStudy())
+    unit = rival_draws.choose(workspace, "unclip")
     assert unit.value["chosen"] == pytest.approx(chosen) and unit.value["at_edge"] == at_edge
     assert sorted(tried) == pytest.approx(sorted(losses))
 

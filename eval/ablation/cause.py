@@ -31,7 +31,7 @@ from eval.ablation.plots import plot_cause
 from eval.ablation.report import p_value, spread
 from eval.ablation.rows import Results
 from eval.ablation.statistics import Curve, at_level, holm
-from eval.ablation.study import Study, Workspace, made_on
+from eval.ablation.study import Workspace
 from eval.ablation.tier import ShortStudy, Tier, check_options, means_at_one
 from eval.ablation.training import plan_of, trained_adapter
 from eval.ablation.work import Job
@@ -76,40 +76,40 @@ def image_shares(unet: UNet) -> Iterator[dict[int, list[Tensor]]]:
         yield shares
 
 
-def measure_shares(workspace: Workspace, study: Study, form: str, seed: int) -> Unit:
+def measure_shares(workspace: Workspace, form: str, seed: int) -> Unit:
     """Measure 1 - g of each layer and head, `layers heads`, in drawings at lambda 1 of the first task; and mu of a `MixedAdapter`."""
 
     def make() -> Unit:
-        bench = workspace.bench(study)
-        adapter = trained_adapter(workspace, study, form, plan_of(workspace, study, form, seed), study.steps)
+        bench = workspace.bench()
+        adapter = trained_adapter(workspace, form, plan_of(workspace, form, seed), workspace.study.steps)
         mu = adapter.mu if isinstance(adapter, MixedAdapter) else []
         with image_shares(bench.pipeline.unet) as shares:
             bench.draw(bench.prompts.tasks[0], adapter, FORMS[form].fuse, mu or 1.0)
         value: dict[str, Any] = {"form": form, "seed": seed, "mu": [each.flatten().tolist() for each in mu]}
         value["shares"] = [torch.stack(each).mean(dim=0).tolist() for _, each in sorted(shares.items())]
-        return Unit(value, made_on(study.device))
+        return Unit(value, workspace.made)
 
     return Memo(workspace.work)(f"shares-{form}-{seed}", make)
 
 
-def draw_wide(workspace: Workspace, study: Study, form: str, seed: int) -> Unit:
+def draw_wide(workspace: Workspace, form: str, seed: int) -> Unit:
     """Draw the first task at the lambdas of `WIDE`."""
-    what = Draw(form, seed, study.steps, workspace.bench(study).prompts.tasks[0])
-    return Memo(workspace.work)(f"wide-{form}-{seed}", lambda: draw_unit(workspace, study, what, [*WIDE]))
+    what = Draw(form, seed, workspace.study.steps, workspace.bench().prompts.tasks[0])
+    return Memo(workspace.work)(f"wide-{form}-{seed}", lambda: draw_unit(workspace, what, [*WIDE]))
 
 
-def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
+def jobs_of(workspace: Workspace, tasks: Sequence[str]) -> list[Job]:
     """List all jobs: those of every tier, the shares, larger lambdas, and drawings with the other softmax."""
-    jobs = tier.jobs_of(workspace, study, tasks)
+    jobs, study = tier.jobs_of(workspace, tasks), workspace.study
     for form, seed in study.runs(*study.forms):
         run = training_name(form, seed)
-        jobs.append(Job(f"shares-{form}-{seed}", partial(measure_shares, workspace, study, form, seed), (run,)))
+        jobs.append(Job(f"shares-{form}-{seed}", partial(measure_shares, workspace, form, seed), (run,)))
         if form in WIDE_FORMS and seed < WIDE_SEEDS:
-            jobs.append(Job(f"wide-{form}-{seed}", partial(draw_wide, workspace, study, form, seed), (run,)))
+            jobs.append(Job(f"wide-{form}-{seed}", partial(draw_wide, workspace, form, seed), (run,)))
         for what in [Draw(form, seed, study.steps, tasks[0], sampled=b) for a, b in CROSSED if a == form]:
             if seed == 0:
-                jobs.append(Job(what.grid, partial(find_grid, workspace, study, form, what.sampled), (run,)))
-            jobs.append(Job(what.name, partial(draw, workspace, study, what), (run, what.grid)))
+                jobs.append(Job(what.grid, partial(find_grid, workspace, form, what.sampled), (run,)))
+            jobs.append(Job(what.name, partial(draw, workspace, what), (run, what.grid)))
     return jobs
 
 

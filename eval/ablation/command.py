@@ -39,23 +39,23 @@ TOLERANCE = {
 }
 
 
-def execute(workspace: Workspace, study: Study, out: Path, jobs: int | None) -> None:
+def execute(workspace: Workspace, out: Path, jobs: int | None) -> None:
     """Complete results/ablation.json and .safetensors in `out`, and write RESULTS.md and its figures."""
     path = out / "results" / "ablation.json"
     check_output(path)
     check_output(out / "RESULTS.md")
-    complete(workspace.with_fingerprints(study), study, path, jobs)  # loads the scorer and the judge before hours of training
-    rewrite(workspace, out, study.device)
+    complete(workspace.with_fingerprints(), path, jobs)  # loads the scorer and the judge before hours of training
+    rewrite(workspace, out)
 
 
-def rewrite(workspace: Workspace, out: Path, device: str) -> None:
+def rewrite(workspace: Workspace, out: Path) -> None:
     """Write the summary, the figures and RESULTS.md again, from the stored results and the shipped adapters.
 
     Raises FileNotFoundError if there are no stored results.
     """
     path = results_in(out)
     results = describe(path, summarise, {})
-    plots.plot_all(results, workspace, replace(Study.of(results.study), device=device), out / "results")
+    plots.plot_all(results, stored(workspace, results), out / "results")
     with replacing(out / "RESULTS.md") as part:
         part.write_text(report.render(results, equal_rates.beside(path, results)))
 
@@ -68,13 +68,19 @@ def results_in(out: Path) -> Path:
     return path
 
 
-def redraw(workspace: Workspace, out: Path, name: str, device: str) -> pd.DataFrame:
+def stored(workspace: Workspace, results: Results) -> Workspace:
+    """Return the workspace with the study of a results file, on the same device."""
+    return replace(workspace, study=replace(Study.of(results.study), device=workspace.study.device))
+
+
+def redraw(workspace: Workspace, out: Path, name: str) -> pd.DataFrame:
     """Draw and read the cell FORM:SEED:TASK again with the adapter of the stored study; `compare` it with the stored results.
 
     Raises FileNotFoundError if there are no stored results or their adapter is not there, and ValueError if there is no such cell.
     """
     results = Results.of(results_in(out))
-    study, tasks = replace(Study.of(results.study), device=device), results.data["tasks"]
+    workspace, tasks = stored(workspace, results), results.data["tasks"]
+    study = workspace.study
     form, seed, task = (*name.split(":"), "", "")[:3]
     if form not in study.forms or seed not in map(str, study.seeds_of(form)) or task not in tasks:
         raise ValueError(
@@ -84,11 +90,11 @@ def redraw(workspace: Workspace, out: Path, name: str, device: str) -> pd.DataFr
     torch.set_num_threads(1)  # as in the stored run
     workspace = replace(workspace, made_from=results.data["made_from"])
     Memo(workspace.work).restore({name: unit for name, unit in results.units.items() if name.startswith("rate-")})
-    plan, what = plan_of(workspace, study, form, int(seed)), Draw(form, int(seed), study.steps, task)
-    if workspace.card(study, plan, study.steps).get("settings") != settings_of(workspace, plan):
-        adapter = workspace.adapter(study, plan, study.steps)
+    plan, what = plan_of(workspace, form, int(seed)), Draw(form, int(seed), study.steps, task)
+    if workspace.card(plan, study.steps).get("settings") != settings_of(workspace, plan):
+        adapter = workspace.adapter(plan, study.steps)
         raise FileNotFoundError(f"{adapter} is not the adapter of the stored results: restore it from the commit of RESULTS.md")
-    again = draw_unit(workspace, study, what, results.units[what.name].value["lambdas"])
+    again = draw_unit(workspace, what, results.units[what.name].value["lambdas"])
     return compare(results, Results(results.data, results.units | {what.name: again}), what.name)
 
 
@@ -106,7 +112,7 @@ def compare(old: Results, redrawn: Results, unit: str) -> pd.DataFrame:
 
 
 def workspace_of(args: Namespace) -> Workspace:
-    """Choose the files of the study. Raises ValueError if options cannot be combined."""
+    """Choose the study and its files. Raises ValueError if options cannot be combined."""
     options = [name for name in STUDY_OPTIONS if getattr(args, name)]
     if options and args.out == Path("."):
         raise ValueError(f"--{options[0]} changes the study: choose another folder with --out, to keep the default results")
@@ -117,7 +123,7 @@ def workspace_of(args: Namespace) -> Workspace:
     pictures = 4 * SMOKE.batch if args.smoke else TrainingSource.pictures
     source = TrainingSource(args.base or args.weights, args.image_encoder, pictures=pictures, data=args.data)
     adapters, state = args.out / "results" / "ablation", args.state or args.out / "runs" / "ablation"
-    return Workspace(source, adapters, state, args.scorer or str(args.weights))
+    return Workspace(study_of(args), source, adapters, state, args.scorer or str(args.weights))
 
 
 def study_of(args: Namespace) -> Study:
@@ -133,13 +139,12 @@ def run(args: Namespace) -> None:
     """`python -m eval ablation`"""
     workspace = workspace_of(args)
     if args.report:
-        rewrite(workspace, args.out, args.device)
+        rewrite(workspace, args.out)
         return
     if args.cell is None:
-        study = study_of(args)
-        execute(workspace, study, args.out, args.jobs)
+        execute(workspace, args.out, args.jobs)
         return
-    comparison = redraw(workspace, args.out, args.cell, args.device)
+    comparison = redraw(workspace, args.out, args.cell)
     print(comparison.to_string(index=False))
     if not comparison["within"].all():
         sys.exit(f"{args.cell} differs from the stored numbers by more than the tolerance")

@@ -14,7 +14,7 @@ from eval.ablation.grid import bisect_lambdas, spaced_lambdas
 from eval.ablation.memo import Arrays, Memo, Unit
 from eval.ablation.names import Draw, alone_name, grid_name, training_name
 from eval.ablation.rows import SCALES, follows
-from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
+from eval.ablation.study import RATE_SEED, Workspace
 from eval.ablation.training import plan_of, train, trained_adapter, try_rate
 from eval.bench import Bench, through_the_vae
 from model.adapter import IPAdapter
@@ -33,37 +33,38 @@ def concatenate(parts: Sequence[Arrays]) -> Arrays:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def draw(workspace: Workspace, study: Study, what: Draw) -> Unit:
+def draw(workspace: Workspace, what: Draw) -> Unit:
     """Draw with an adapter at each lambda of its form's grid, or at a few of them unless its training is complete."""
 
     def make() -> Unit:
-        grid = find_grid(workspace, study, what.form, what.sampled).value["lambdas"]
-        lambdas = [lam for lam in grid if lam] if what.step == study.steps and what.rate is None else spaced_lambdas(grid, study.few)
-        return draw_unit(workspace, study, what, lambdas)
+        grid = find_grid(workspace, what.form, what.sampled).value["lambdas"]
+        whole = what.step == workspace.study.steps and what.rate is None
+        lambdas = [lam for lam in grid if lam] if whole else spaced_lambdas(grid, workspace.study.few)
+        return draw_unit(workspace, what, lambdas)
 
     return Memo(workspace.work)(what.name, make)
 
 
-def bench_of(workspace: Workspace, study: Study, what: Draw) -> Bench:
+def bench_of(workspace: Workspace, what: Draw) -> Bench:
     """Return the bench that draws with a form; its texts have no padding if the form reads none."""
-    bench = workspace.bench(study, what.split)
+    bench = workspace.bench(what.split)
     if FORMS[what.form].padding:
         return bench
     assert isinstance(bench.pipeline.text, TextEncoder)
     return replace(bench, pipeline=replace(bench.pipeline, text=WithoutPadding.of(bench.pipeline.text)))
 
 
-def draw_unit(workspace: Workspace, study: Study, what: Draw, lambdas: list[float]) -> Unit:
+def draw_unit(workspace: Workspace, what: Draw, lambdas: list[float]) -> Unit:
     """Draw at these lambdas. Nothing is drawn by an adapter whose training diverged."""
     value = {**asdict(what), "lambdas": lambdas}
     if what.rate is None:
-        plan = plan_of(workspace, study, what.form, what.seed)
-    elif try_rate(workspace, study, what.form, what.rate).value is None:
-        return Unit(value, made_on(study.device))
+        plan = plan_of(workspace, what.form, what.seed)
+    elif try_rate(workspace, what.form, what.rate).value is None:
+        return Unit(value, workspace.made)
     else:
-        plan = study.plan(what.form, RATE_SEED, what.rate)
-    adapter, bench = trained_adapter(workspace, study, what.form, plan, what.step), bench_of(workspace, study, what)
-    return Unit(value, made_on(study.device), concatenate([_read(bench, adapter, what, lam) for lam in lambdas]))
+        plan = workspace.study.plan(what.form, RATE_SEED, what.rate)
+    adapter, bench = trained_adapter(workspace, what.form, plan, what.step), bench_of(workspace, what)
+    return Unit(value, workspace.made, concatenate([_read(bench, adapter, what, lam) for lam in lambdas]))
 
 
 def _read(bench: Bench, adapter: IPAdapter, what: Draw, lam: float) -> Arrays:
@@ -73,60 +74,60 @@ def _read(bench: Bench, adapter: IPAdapter, what: Draw, lam: float) -> Arrays:
     return quantise(bench.read(what.task, drawings))
 
 
-def alone(workspace: Workspace, study: Study, task: str, split: str) -> Unit:
+def alone(workspace: Workspace, task: str, split: str) -> Unit:
     """Draw a task at lambda 0: the text alone, which is the same for all forms."""
 
     def make() -> Unit:
-        bench = workspace.bench(study, split)
+        bench = workspace.bench(split)
         arrays = quantise(bench.read(task, bench.draw(task)))
-        return Unit({"task": task, "split": split, "lambdas": [0.0]}, made_on(study.device), arrays)
+        return Unit({"task": task, "split": split, "lambdas": [0.0]}, workspace.made, arrays)
 
     return Memo(workspace.work)(alone_name(task, split), make)
 
 
-def references(workspace: Workspace, study: Study) -> Unit:
+def references(workspace: Workspace) -> Unit:
     """Read the image prompts themselves, and the image prompts through the VAE: the ceilings."""
 
     def make() -> Unit:
-        bench = workspace.bench(study)
+        bench = workspace.bench()
         pixels = bench.prompts.pixels
         parts = [quantise(bench.read("picture", x)) for x in (pixels, through_the_vae(bench.pipeline.vae, pixels))]
-        return Unit({"task": "picture", "split": "test", "references": ["truth", "vae"]}, made_on(study.device), concatenate(parts))
+        return Unit({"task": "picture", "split": "test", "references": ["truth", "vae"]}, workspace.made, concatenate(parts))
 
     return Memo(workspace.work)("references", make)
 
 
-def find_grid(workspace: Workspace, study: Study, form: str, sampled: str = "") -> Unit:
+def find_grid(workspace: Workspace, form: str, sampled: str = "") -> Unit:
     """Find the lambdas of a form by bisection, with seed 0 on the validation prompts of the first task. `sampled`: as in `Draw`."""
 
     def make() -> Unit:
-        bench = workspace.bench(study, "validation")
-        adapter = trained_adapter(workspace, study, form, plan_of(workspace, study, form, 0), study.steps)
-        what = Draw(form, 0, study.steps, bench.prompts.tasks[0], "validation", sampled=sampled)
+        bench, steps = workspace.bench("validation"), workspace.study.steps
+        adapter = trained_adapter(workspace, form, plan_of(workspace, form, 0), steps)
+        what = Draw(form, 0, steps, bench.prompts.tasks[0], "validation", sampled=sampled)
         truth, parts = bench.prompts.to_json().get("truth"), dict[float, Arrays]()
 
         def follow(lam: float) -> float:
             if lam == 0:
                 parts[lam] = quantise(bench.read(what.task, bench.draw(what.task)))
             else:
-                parts[lam] = _read(bench_of(workspace, study, what), adapter, what, lam)
+                parts[lam] = _read(bench_of(workspace, what), adapter, what, lam)
             return float(follows(what.task, parts[lam], truth, parts[0.0]).mean())
 
         grid = bisect_lambdas(follow, FORMS[sampled or form].scale)
         value = {**asdict(what), "lambdas": list(grid), "following": list(grid.values())}
-        return Unit(value, made_on(study.device), concatenate([parts[lam] for lam in grid]))
+        return Unit(value, workspace.made, concatenate([parts[lam] for lam in grid]))
 
     return Memo(workspace.work)(grid_name(form, sampled), make)
 
 
-def train_run(workspace: Workspace, study: Study, form: str, seed: int) -> Unit:
+def train_run(workspace: Workspace, form: str, seed: int) -> Unit:
     """Train a counted adapter; return its size and its held-out losses."""
-    plan = plan_of(workspace, study, form, seed)
-    train(workspace, study, form, plan, study.checkpoints)
+    plan = plan_of(workspace, form, seed)
+    train(workspace, form, plan, workspace.study.checkpoints)
 
     def make() -> Unit:
-        card = workspace.card(study, plan, study.steps)
+        card = workspace.card(plan, workspace.study.steps)
         value = {key: card[key] for key in ("parameters", "losses")} | {"form": form, "seed": seed, "rate": plan.lr}
-        return Unit(value, {key: card[key] for key in made_on(study.device)})
+        return Unit(value, {key: card[key] for key in workspace.made})
 
     return Memo(workspace.work)(training_name(form, seed), make)

@@ -17,13 +17,13 @@ from eval.ablation.forms import FORMS, OWN, SHARED, fraction
 from eval.ablation.points import SHOWN, drawn_at
 from eval.ablation.rows import Results
 from eval.ablation.statistics import at_level
-from eval.ablation.study import Study, Workspace
+from eval.ablation.study import Workspace
 from sampling.sheets.layout import sheet
 
 matplotlib.use("agg")
 
 
-def plot_all(results: Results, workspace: Workspace, study: Study, folder: Path) -> None:
+def plot_all(results: Results, workspace: Workspace, folder: Path) -> None:
     """Write all figures to `folder`."""
     figure, (curves, steps, alone) = plt.subplots(1, 3, figsize=(15, 4.5), width_ratios=(2, 1, 1))
     plot_curves(results, curves)
@@ -36,14 +36,14 @@ def plot_all(results: Results, workspace: Workspace, study: Study, folder: Path)
     with replacing(folder / "ablation.png") as part:
         figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
-    lambdas = {form: matched_lambda(results, form) for form in study.forms}
-    level = f"Each form at the lambda that keeps {study.level:.0%} of the following of the text alone"
-    contact_sheet(workspace, study, lambdas, level, folder / "ablation_matched.png")
-    contact_sheet(workspace, study, dict.fromkeys(study.forms, 1.0), "Lambda 1", folder / "ablation_one.png")
+    lambdas = {form: matched_lambda(results, form) for form in workspace.study.forms}
+    level = f"Each form at the lambda that keeps {workspace.study.level:.0%} of the following of the text alone"
+    contact_sheet(workspace, lambdas, level, folder / "ablation_matched.png")
+    contact_sheet(workspace, dict.fromkeys(workspace.study.forms, 1.0), "Lambda 1", folder / "ablation_one.png")
 
 
 def axis_label(results: Results) -> str:
-    """Name what the form of an adapter is measured by."""
+    """Name what is read at equal following."""
     return "palette information" if results.truth() else "100 CLIP-I"
 
 
@@ -147,9 +147,9 @@ def matched_lambda(results: Results, form: str) -> float:
     return float(at_level(results.study["level"])(following, np.array(results.grid(form))))
 
 
-def contact_sheet(workspace: Workspace, study: Study, lambdas: Mapping[str, float], title: str, path: Path) -> None:
+def contact_sheet(workspace: Workspace, lambdas: Mapping[str, float], title: str, path: Path) -> None:
     """Draw the first prompts of the first task with seed 0 of each form at its lambda, as in Figure 10."""
-    bench = workspace.bench(study).first(SHOWN)
+    bench = workspace.bench().first(SHOWN)
     task, columns = bench.prompts.tasks[0], [bench.prompts.images]
     for form, lam in lambdas.items():
         columns.append(drawn_at(bench, workspace.adapters / f"{form}-0.safetensors", form, lam))

@@ -39,7 +39,7 @@ def grids() -> dict[str, list[float]]:
 def shipped_bench() -> Bench:
     """Build the bench of the shipped study, with its first test prompts."""
     study = replace(Study.of(read_json(RESULTS)["study"]), device="cpu")
-    return Workspace(TrainingSource(), ADAPTERS, Path(), str(WEIGHTS)).bench(study).first(SHOWN)
+    return Workspace(study, TrainingSource(), ADAPTERS, Path(), str(WEIGHTS)).bench().first(SHOWN)
 
 
 def point(form: str, lam: float) -> list[tuple[Image.Image, str]]:

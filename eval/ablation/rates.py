@@ -22,7 +22,7 @@ from eval.ablation.names import Draw
 from eval.ablation.report import spread, square
 from eval.ablation.rows import Results
 from eval.ablation.statistics import at_index, at_level
-from eval.ablation.study import Study, Workspace
+from eval.ablation.study import Workspace
 from eval.ablation.summary import curve_at_one, trainings
 from eval.ablation.tier import ShortStudy, Tier, check_options, earlier, means_at_one
 from eval.ablation.tier import jobs_of as jobs_at_the_end
@@ -43,12 +43,12 @@ class RateStudy(ShortStudy):
         return self.steps // 4, self.steps // 2, self.steps
 
 
-def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
+def jobs_of(workspace: Workspace, tasks: Sequence[str]) -> list[Job]:
     """List all jobs: those of a tier that compares forms, the drawings of earlier checkpoints, and those of the image prompt alone."""
-    jobs = jobs_at_the_end(workspace, study, tasks)
+    jobs, study = jobs_at_the_end(workspace, tasks), workspace.study
     for form, seed in study.runs(*study.forms):
         more = [Draw(form, seed, step, tasks[0]) for step in study.checkpoints[:-1]] + [Draw(form, seed, study.steps, "picture")]
-        jobs += [Job(what.name, partial(draw, workspace, study, what), (what.run, what.grid)) for what in more]
+        jobs += [Job(what.name, partial(draw, workspace, what), (what.run, what.grid)) for what in more]
     return jobs
 
 

@@ -19,7 +19,7 @@ from eval.ablation.names import alone_name
 from eval.ablation.reference import REFERENCE, ReferenceOnly
 from eval.ablation.rival import Rival, RivalPipeline, parameters_of, width
 from eval.ablation.rivals import LARGE, TRAINED
-from eval.ablation.study import Study, Workspace, made_on, source_hash
+from eval.ablation.study import Study, Workspace, source_hash
 from eval.ablation.tier import ShortStudy
 from eval.ablation.training import best_rate
 from eval.ablation.work import Job
@@ -75,13 +75,18 @@ def file_of(workspace: Workspace, name: str, rate: float) -> Path:
     return workspace.work / f"{name}-{rate:g}.safetensors"
 
 
-def untrained(workspace: Workspace, study: Study, name: str) -> Rival:
+def rival_study(workspace: Workspace) -> RivalStudy:
+    assert isinstance(workspace.study, RivalStudy)
+    return workspace.study
+
+
+def untrained(workspace: Workspace, name: str) -> Rival:
     """Build a rival. The weights depend only on its name."""
-    pipeline = workspace.bench(study).pipeline
+    pipeline = workspace.bench().pipeline
     if name == REFERENCE:
         return ReferenceOnly(pipeline.unet, pipeline.schedule)
     with seeded(0):
-        return TRAINED[name](pipeline.unet, width(pipeline)).to(study.device)
+        return TRAINED[name](pipeline.unet, width(pipeline)).to(workspace.study.device)
 
 
 def loss_of(rival: Rival, setting: Setting, batch: Batch, g: torch.Generator, training: bool = True) -> Tensor:
@@ -108,12 +113,12 @@ def pairs_of(workspace: Workspace, setting: Setting, rival: Rival) -> tuple[Pair
     return rival.see(both[0], sets[0].scenes, held_out=False), rival.see(both[1], sets[1].scenes, held_out=True)
 
 
-def train_rival(workspace: Workspace, study: Study, name: str, rate: float) -> Unit:
+def train_rival(workspace: Workspace, name: str, rate: float) -> Unit:
     """Train a rival at a learning rate and write it; return its size and its held-out loss, None if the training diverged."""
 
     def make() -> Unit:
-        setting, plan = workspace.setting(study), plan_of(study, name, rate)
-        rival = untrained(workspace, study, name)
+        setting, plan = workspace.setting(), plan_of(workspace.study, name, rate)
+        rival = untrained(workspace, name)
         pairs, held_out = pairs_of(workspace, setting, rival)
         value = {"rival": name, "parameters": parameters_of(rival), "rate": rate}
 
@@ -130,14 +135,14 @@ def train_rival(workspace: Workspace, study: Study, name: str, rate: float) -> U
                 ]
             return {"held_out": float(torch.cat(parts).mean())}
 
-        assert isinstance(study, RivalStudy)
-        data, made_from = pairs.batches(plan.batch, plan.seed), {**setting.made_from, "rival": name, "code": study.code}
+        data = pairs.batches(plan.batch, plan.seed)
+        made_from = {**setting.made_from, "rival": name, "code": rival_study(workspace).code}
         try:
             kept, log = run(plan, rival, data, loss, validate, workspace.work, 0, made_from=made_from)
         except FloatingPointError:
-            return Unit(value | {"held_out": None}, made_on(study.device))
+            return Unit(value | {"held_out": None}, workspace.made)
         write_tensors(file_of(workspace, name, rate), kept.state_dict(), None)
-        return Unit(value | {"held_out": log[-1]["held_out"]}, made_on(study.device))
+        return Unit(value | {"held_out": log[-1]["held_out"]}, workspace.made)
 
     return Memo(workspace.work)(training(name, rate), make)
 
@@ -152,17 +157,17 @@ def best_of(units: Mapping[float, Unit], name: str) -> float:
     return best_rate({rate: unit.value["held_out"] for rate, unit in units.items()}, name)
 
 
-def choose(workspace: Workspace, study: RivalStudy, name: str) -> Unit:
+def choose(workspace: Workspace, name: str) -> Unit:
     """Choose the learning rate of a rival by its held-out loss; ship the weights unless they are large.
 
     If the best rate is at an edge of the range, one more is trained beyond it, a third or three times as large.
     """
 
     def make() -> Unit:
-        units = {rate: train_rival(workspace, study, name, rate) for rate in study.rates_of(name)}
+        units = {rate: train_rival(workspace, name, rate) for rate in rival_study(workspace).rates_of(name)}
         if (rate := best_of(units, name)) in (low := min(units), max(units)):
             more = rate / 3 if rate == low else rate * 3
-            units[more] = train_rival(workspace, study, name, more)
+            units[more] = train_rival(workspace, name, more)
             rate = best_of(units, name)
         if name not in LARGE:
             shipped = workspace.adapters / f"{name}.safetensors"
@@ -174,46 +179,46 @@ def choose(workspace: Workspace, study: RivalStudy, name: str) -> Unit:
     return Memo(workspace.work)(f"chosen-{name}", make)
 
 
-def trained(workspace: Workspace, study: RivalStudy, name: str) -> Rival:
+def trained(workspace: Workspace, name: str) -> Rival:
     """Load a rival at its chosen learning rate.
 
     Raises FileNotFoundError if its file is not there: a large rival that was trained elsewhere, because those are not shipped.
     """
-    rival = untrained(workspace, study, name)
+    rival = untrained(workspace, name)
     if name in TRAINED:
-        rate = choose(workspace, study, name).value["chosen"]
+        rate = choose(workspace, name).value["chosen"]
         file = file_of(workspace, name, rate) if name in LARGE else workspace.adapters / f"{name}.safetensors"
         if not file.exists():
             raise FileNotFoundError(f"{file} is not there: train and draw the rivals anew, with another folder for --out")
         rival.load_state_dict(load_file(file))
-    return rival.to(study.device).requires_grad_(False)
+    return rival.to(workspace.study.device).requires_grad_(False)
 
 
-def draw_rival(workspace: Workspace, study: RivalStudy, name: str, task: str) -> Unit:
+def draw_rival(workspace: Workspace, name: str, task: str) -> Unit:
     """Draw a task with a rival: the picture alone with `NOISES` noises, other tasks with one."""
 
     def make() -> Unit:
-        bench, rival = workspace.bench(study), trained(workspace, study, name)
+        bench, rival = workspace.bench(), trained(workspace, name)
         noises = NOISES if task == "picture" else 1
         image, texts = rival.look(bench.pipeline, bench.prompts.images), bench.prompts.texts(task)
         pipeline = RivalPipeline.of(bench.pipeline, rival)
         drawings = draw_prompts(pipeline, texts * noises, torch.cat([image] * noises), 1.0, bench.guidance, bench.steps, f"{name}, {task}")
         parts = [quantise(bench.read(task, part)) for part in drawings.chunk(noises)]
         value = {"rival": name, "task": task, "split": "test", "references": [f"noise {i}" for i in range(noises)]}
-        return Unit(value, made_on(study.device), concatenate(parts))
+        return Unit(value, workspace.made, concatenate(parts))
 
     return Memo(workspace.work)(f"drawn-{name}-{task}", make)
 
 
-def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
+def jobs_of(workspace: Workspace, tasks: Sequence[str]) -> list[Job]:
     """List all jobs. Each rival draws the picture alone and the complementary prompts."""
-    jobs = [Job("references", partial(references, workspace, study))]
-    jobs += [Job(alone_name(task), partial(alone, workspace, study, task, "test")) for task in DRAWN]
-    assert isinstance(study, RivalStudy)
+    jobs = [Job("references", partial(references, workspace))]
+    jobs += [Job(alone_name(task), partial(alone, workspace, task, "test")) for task in DRAWN]
+    study = rival_study(workspace)
     for name in study.forms:
-        trainings = {training(name, rate): partial(train_rival, workspace, study, name, rate) for rate in study.rates_of(name)}
+        trainings = {training(name, rate): partial(train_rival, workspace, name, rate) for rate in study.rates_of(name)}
         jobs += [Job(job, call) for job, call in trainings.items()]
         after = (f"chosen-{name}",) if trainings else ()
-        jobs += [Job(job, partial(choose, workspace, study, name), tuple(trainings)) for job in after]
-        jobs += [Job(f"drawn-{name}-{task}", partial(draw_rival, workspace, study, name, task), after) for task in DRAWN]
+        jobs += [Job(job, partial(choose, workspace, name), tuple(trainings)) for job in after]
+        jobs += [Job(f"drawn-{name}-{task}", partial(draw_rival, workspace, name, task), after) for task in DRAWN]
     return jobs

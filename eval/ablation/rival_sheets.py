@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints.controls import load_control
 from eval.ablation.reference import REFERENCE
 from eval.ablation.rival import Rival, RivalPipeline
-from eval.ablation.rival_draws import RivalStudy, trained
+from eval.ablation.rival_draws import trained
 from eval.ablation.rivals import WHOLE
 from eval.ablation.study import SPLITS, Workspace
 from eval.bench import Bench, draw_prompts
@@ -61,14 +61,14 @@ class Painter:
         return Painter(replace(self.bench, pipeline=replace(pipeline, controls=(model,))), rivals)
 
 
-def write(workspace: Workspace, study: RivalStudy, folder: Path) -> None:
+def write(workspace: Workspace, folder: Path) -> None:
     """Write figure_3.png (the image alone), figure_9.png (with a text) and, if the base has a ControlNet, figure_6.png (with outlines).
 
     If a rival was trained elsewhere, say so and write none.
     """
-    bench = workspace.bench(study).first(SHOWN)
+    bench = workspace.bench().first(SHOWN)
     try:
-        painter = Painter(bench, {name: trained(workspace, study, name) for name in study.forms})
+        painter = Painter(bench, {name: trained(workspace, name) for name in workspace.study.forms})
     except FileNotFoundError as error:
         print(f"The sheets are not drawn: {error}")
         return

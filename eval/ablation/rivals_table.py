@@ -98,7 +98,5 @@ def run(args: Namespace) -> None:
     }
     tier = Tier("rivals", RivalStudy(), jobs_of, summarise, more)
     results = tier.run(args, args.weights)
-    workspace, study = tier.place(args, args.weights)
-    assert isinstance(study, RivalStudy)
-    rival_sheets.write(workspace, study, args.out / "results" / "figures")
+    rival_sheets.write(tier.place(args, args.weights), args.out / "results" / "figures")
     print(markdown(table(results)))

@@ -105,13 +105,14 @@ SIZES = ("seeds", "other_seeds", "forms", "device", "level", "resamples")  # set
 
 @dataclass(frozen=True)
 class Workspace:
-    """The inputs of a study and the locations of its files.
+    """A study, its inputs and the locations of its files.
 
     `source`: base model and pictures. `adapters`: folder of the finished adapters. `state`: folder of all other files, with one
     subfolder per value of `made_from`. `scorer`: the name of a CLIP (`clip_score.find`). `made_from`: see `with_fingerprints`. `command`:
     the command that the cards of the adapters name.
     """
 
+    study: Study
     source: TrainingSource
     adapters: Path
     state: Path
@@ -124,35 +125,40 @@ class Workspace:
         """The folder for unfinished and intermediate work."""
         return self.state / hashlib.sha256(json.dumps(self.made_from).encode()).hexdigest()[:8]
 
-    def adapter(self, study: Study, plan: Plan, step: int) -> Path:
+    @property
+    def made(self) -> dict[str, str]:
+        """The commit of the code and the name of the processor or GPU, for what is computed now."""
+        return made_on(self.study.device)
+
+    def adapter(self, plan: Plan, step: int) -> Path:
         """Return the file of an adapter after some steps of its training."""
-        if step == study.steps and plan.seed < RATE_SEED:
+        if step == self.study.steps and plan.seed < RATE_SEED:
             return self.adapters / f"{plan.name}.safetensors"
         return self.work / f"{plan.name}-{step}.safetensors"
 
-    def card(self, study: Study, plan: Plan, step: int) -> dict[str, Any]:
+    def card(self, plan: Plan, step: int) -> dict[str, Any]:
         """Return the card of an adapter after some steps of its training, or {} if the adapter does not exist."""
-        path = self.adapter(study, plan, step)
+        path = self.adapter(plan, step)
         return read_json(path.with_suffix(".json")) if path.exists() else {}
 
-    def bench(self, study: Study, split: str = "test") -> Bench:
+    def bench(self, split: str = "test") -> Bench:
         """Build the bench that draws and scores a set of prompts. For a user's pictures, the prompts are the held-out pictures."""
-        return _bench_once(self.source, self.scorer, study, split, self.state)
+        return _bench_once(self.source, self.scorer, self.study, split, self.state)
 
-    def with_fingerprints(self, study: Study) -> Workspace:
+    def with_fingerprints(self) -> Workspace:
         """Return a copy with `made_from` set: fingerprints of the weights, the data, the scorer and the source files, and the settings."""
-        bench = self.bench(study)
+        bench = self.bench()
         parts = {name: getattr(bench.pipeline, name) for name in ("unet", "vae", "text", "image")} | {"judge": bench.judge}
         own = self.source.data
         data = self.source.pictures if own is None else captioned_files(own, self.state / "cache").made_from()
         weights = {name: fingerprint(part) for name, part in parts.items() if part is not None}
-        settings = {key: value for key, value in asdict(study).items() if key not in SIZES}
+        settings = {key: value for key, value in asdict(self.study).items() if key not in SIZES}
         made_from = {**weights, "data": data, "scorer": bench.scorer.name, "source": source_hash(), "settings": settings}
         return replace(self, made_from=json.loads(json.dumps(made_from)))
 
-    def setting(self, study: Study) -> Setting:
+    def setting(self) -> Setting:
         """Prepare the base model and pictures that all forms are trained on."""
-        return _prepare_once(self.source, self.state, study.device)
+        return _prepare_once(self.source, self.state, self.study.device)
 
 
 def source_hash(paths: Iterable[Path] | None = None) -> str:

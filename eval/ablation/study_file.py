@@ -12,13 +12,13 @@ import torch
 from checkpoints.files import write_json, write_tensors
 from eval.ablation.memo import Memo, pack
 from eval.ablation.rows import SCHEMA, Results
-from eval.ablation.study import Study, Workspace
+from eval.ablation.study import Workspace
 from eval.ablation.work import Jobs, evaluate, jobs_of
 
 GPU_JOBS = 6  # processes that share a GPU
 
 
-def complete(workspace: Workspace, study: Study, path: Path, jobs: int | None, list_jobs: Jobs = jobs_of) -> None:
+def complete(workspace: Workspace, path: Path, jobs: int | None, list_jobs: Jobs = jobs_of) -> None:
     """Compute what is missing, in `jobs` processes, and write `path` (JSON) without a summary, and the arrays beside it.
 
     If `path` holds the results of the same study by other source files, nothing is computed. Raises FileExistsError if it holds those
@@ -36,10 +36,10 @@ def complete(workspace: Workspace, study: Study, path: Path, jobs: int | None, l
                 "or choose another folder with --out"
             )
         Memo(workspace.work).restore(before.units)
-    if study.device == "cpu":
+    if workspace.study.device == "cpu":
         torch.set_num_threads(1)
-    processes = jobs or ((os.cpu_count() or 1) if study.device == "cpu" else GPU_JOBS)
-    data, units = evaluate(workspace, study, processes, list_jobs)
+    processes = jobs or ((os.cpu_count() or 1) if workspace.study.device == "cpu" else GPU_JOBS)
+    data, units = evaluate(workspace, processes, list_jobs)
     rows, arrays = pack(units)
     write_tensors(path.with_suffix(".safetensors"), arrays, None)
     write_json(path, {"schema": {}, **data, "summary": {}, "units": rows})

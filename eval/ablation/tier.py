@@ -80,13 +80,13 @@ class Tier:
         """The name of its files."""
         return self.command.replace("-", "_")
 
-    def place(self, args: Namespace, base: Path) -> tuple[Workspace, ShortStudy]:
-        """Return the study, and the locations of its files, on the base model in the folder `base`."""
+    def place(self, args: Namespace, base: Path) -> Workspace:
+        """Return the study and the locations of its files, on the base model in the folder `base`."""
         study = replace(self.study.smoke() if args.smoke else self.study, device=args.device)
         source = TrainingSource(base, pictures=4 * study.batch if args.smoke else TrainingSource.pictures)
         state = args.state or args.out / "runs" / self.name
         adapters, command = args.out / "results" / self.name, f"python -m eval {self.command}"
-        return Workspace(source, adapters, state, str(args.weights), command=command).with_fingerprints(study), study
+        return Workspace(study, source, adapters, state, str(args.weights), command=command).with_fingerprints()
 
     def results(self, args: Namespace) -> Path:
         """Return the file of the results."""
@@ -97,8 +97,7 @@ class Tier:
         """Train and draw what is missing, and write results/NAME.json and .safetensors. Results by other source files are only reported."""
         path = self.results(args)
         check_output(path)
-        workspace, study = self.place(args, base)
-        complete(workspace, study, path, args.jobs, self.jobs)
+        complete(self.place(args, base), path, args.jobs, self.jobs)
         return self.report(path)
 
     def report(self, path: Path) -> Results:
@@ -106,17 +105,17 @@ class Tier:
         return describe(path, self.summarise, self.units)
 
 
-def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
+def jobs_of(workspace: Workspace, tasks: Sequence[str]) -> list[Job]:
     """List the jobs of a tier that compares forms: all adapters, and their drawings of the first task."""
-    first = tasks[0]
-    jobs = [Job("references", partial(references, workspace, study))]
-    jobs += [Job(alone_name(task), partial(alone, workspace, study, task, "test")) for task in (first, "picture")]
+    study, first = workspace.study, tasks[0]
+    jobs = [Job("references", partial(references, workspace))]
+    jobs += [Job(alone_name(task), partial(alone, workspace, task, "test")) for task in (first, "picture")]
     for form, seed in study.runs(*study.forms):
-        jobs.append(Job(training_name(form, seed), partial(train_run, workspace, study, form, seed)))
+        jobs.append(Job(training_name(form, seed), partial(train_run, workspace, form, seed)))
         what = Draw(form, seed, study.steps, first)
         if seed == 0:
-            jobs.append(Job(what.grid, partial(find_grid, workspace, study, form), (what.run,)))
-        jobs.append(Job(what.name, partial(draw, workspace, study, what), (what.run, what.grid)))
+            jobs.append(Job(what.grid, partial(find_grid, workspace, form), (what.run,)))
+        jobs.append(Job(what.name, partial(draw, workspace, what), (what.run, what.grid)))
     return jobs
 
 

@@ -16,7 +16,7 @@ from eval.ablation.forms import FORMS, Form
 from eval.ablation.fuses import MixedAdapter, WithoutPadding, mixed
 from eval.ablation.memo import Memo, Unit
 from eval.ablation.names import rate_name
-from eval.ablation.study import RATE_SEED, Study, Workspace, made_on
+from eval.ablation.study import RATE_SEED, Workspace
 from model.adapter import IPAdapter
 from model.text_encoder import TextEncoder
 from model.unet import UNet
@@ -42,9 +42,9 @@ def untrained_adapter(setting: Setting, form: Form, seed: int) -> IPAdapter:
     return MixedAdapter(unet, adapter.image_projection).to(next(unet.parameters()).device) if form.fuse is mixed else adapter
 
 
-def setting_of(workspace: Workspace, study: Study, form: Form) -> Setting:
+def setting_of(workspace: Workspace, form: Form) -> Setting:
     """Return what a form is trained on; its texts have no padding if the form reads none."""
-    setting = workspace.setting(study)
+    setting = workspace.setting()
     if form.padding:
         return setting
     assert isinstance(setting.pipeline.text, TextEncoder)
@@ -79,15 +79,15 @@ def load(path: Path, unet: UNet) -> IPAdapter:
     return with_mix
 
 
-def train(workspace: Workspace, study: Study, form: str, plan: Plan, steps: Sequence[int]) -> None:
+def train(workspace: Workspace, form: str, plan: Plan, steps: Sequence[int]) -> None:
     """Train one adapter. Write it after each number of steps, unless that file exists with the same settings."""
     settings, state = settings_of(workspace, plan), workspace.work / f"{plan.name}.pt"
-    missing = [step for step in steps if workspace.card(study, plan, step).get("settings") != settings]
+    missing = [step for step in steps if workspace.card(plan, step).get("settings") != settings]
     if not missing:
         return
     if (content := checkpoint.load(state)) and content["step"] > missing[0]:
         state.unlink()  # the state is past the missing step, so train from the start
-    setting, fuse = setting_of(workspace, study, FORMS[form]), FORMS[form].fuse
+    setting, fuse = setting_of(workspace, FORMS[form]), FORMS[form].fuse
     for step in steps:
         start = untrained_adapter(setting, FORMS[form], plan.seed)
         adapter, log = training.fit(setting, start, plan, workspace.work, fuse, until=step)
@@ -95,7 +95,7 @@ def train(workspace: Workspace, study: Study, form: str, plan: Plan, steps: Sequ
             losses = [{key: row[key] for key in LOSSES} for row in log if "held_out" in row]
             size = sum(p.numel() for p in adapter.parameters())
             card = {"command": workspace.command, "settings": settings, "parameters": size, "losses": losses}
-            save(adapter, setting.pipeline.unet, workspace.adapter(study, plan, step), card | made_on(study.device))
+            save(adapter, setting.pipeline.unet, workspace.adapter(plan, step), card | workspace.made)
 
 
 def settings_of(workspace: Workspace, plan: Plan) -> dict[str, Any]:
@@ -104,25 +104,25 @@ def settings_of(workspace: Workspace, plan: Plan) -> dict[str, Any]:
     return {"made_from": workspace.made_from, **plain}
 
 
-def trained_adapter(workspace: Workspace, study: Study, form: str, plan: Plan, step: int) -> IPAdapter:
+def trained_adapter(workspace: Workspace, form: str, plan: Plan, step: int) -> IPAdapter:
     """Load an adapter as it was after some steps of its training; train it first if it is not there."""
-    checkpoints = study.checkpoints if plan.seed != RATE_SEED else (study.rate_steps,)
-    if workspace.card(study, plan, step).get("settings") != settings_of(workspace, plan):
-        train(workspace, study, form, plan, checkpoints)
-    unet = workspace.bench(study).pipeline.unet
-    return load(workspace.adapter(study, plan, step), unet).to(study.device)
+    checkpoints = workspace.study.checkpoints if plan.seed != RATE_SEED else (workspace.study.rate_steps,)
+    if workspace.card(plan, step).get("settings") != settings_of(workspace, plan):
+        train(workspace, form, plan, checkpoints)
+    unet = workspace.bench().pipeline.unet
+    return load(workspace.adapter(plan, step), unet).to(workspace.study.device)
 
 
-def try_rate(workspace: Workspace, study: Study, form: str, rate: float) -> Unit:
+def try_rate(workspace: Workspace, form: str, rate: float) -> Unit:
     """Return the held-out loss after a short training at this rate; None if the loss was not finite."""
 
     def make() -> Unit:
-        plan = study.plan(form, RATE_SEED, rate)
+        plan = workspace.study.plan(form, RATE_SEED, rate)
         try:
-            train(workspace, study, form, plan, (study.rate_steps,))
+            train(workspace, form, plan, (workspace.study.rate_steps,))
         except FloatingPointError:
-            return Unit(None, made_on(study.device))
-        return Unit(workspace.card(study, plan, study.rate_steps)["losses"][-1]["held_out"], made_on(study.device))
+            return Unit(None, workspace.made)
+        return Unit(workspace.card(plan, workspace.study.rate_steps)["losses"][-1]["held_out"], workspace.made)
 
     return Memo(workspace.work)(rate_name(form, rate), make)
 
@@ -135,13 +135,13 @@ def best_rate(losses: Mapping[float, float | None], form: str) -> float:
     return min(finite, key=finite.__getitem__)
 
 
-def chosen_rate(workspace: Workspace, study: Study, form: str) -> float:
+def chosen_rate(workspace: Workspace, form: str) -> float:
     """Return the learning rate of a form. If there is no choice, nothing is trained for it."""
-    if len(study.rates) == 1:
-        return study.rates[0]
-    return best_rate({rate: try_rate(workspace, study, form, rate).value for rate in study.rates}, form)
+    if len(workspace.study.rates) == 1:
+        return workspace.study.rates[0]
+    return best_rate({rate: try_rate(workspace, form, rate).value for rate in workspace.study.rates}, form)
 
 
-def plan_of(workspace: Workspace, study: Study, form: str, seed: int) -> Plan:
+def plan_of(workspace: Workspace, form: str, seed: int) -> Plan:
     """Return the plan of a counted adapter, at the learning rate of its form."""
-    return study.plan(form, seed, chosen_rate(workspace, study, form))
+    return workspace.study.plan(form, seed, chosen_rate(workspace, form))

@@ -24,7 +24,7 @@ from eval.ablation.draws import alone, draw, find_grid, references, train_run
 from eval.ablation.forms import IP_ADAPTER, SIMPLE
 from eval.ablation.memo import Memo, Unit
 from eval.ablation.names import Draw, alone_name, grid_name, rate_name, training_name
-from eval.ablation.study import RATE_SEED, Study, Workspace
+from eval.ablation.study import RATE_SEED, Workspace
 from eval.ablation.training import try_rate
 
 TRAININGS = "train-", "rate-"  # how the names of jobs that train begin
@@ -39,25 +39,27 @@ class Job:
     after: tuple[str, ...] = ()
 
 
-def jobs_of(workspace: Workspace, study: Study, tasks: Sequence[str]) -> list[Job]:
+def jobs_of(workspace: Workspace, tasks: Sequence[str]) -> list[Job]:
     """List all jobs, the most valuable first. `tasks`: the first one is the primary one."""
 
+    study = workspace.study
+
     def drawing(what: Draw) -> Job:
-        return Job(what.name, partial(draw, workspace, study, what), (what.run, what.grid))
+        return Job(what.name, partial(draw, workspace, what), (what.run, what.grid))
 
     def without_adapter(task: str, split: str) -> Job:
-        return Job(alone_name(task, split), partial(alone, workspace, study, task, split))
+        return Job(alone_name(task, split), partial(alone, workspace, task, split))
 
     pair = [form for form in (IP_ADAPTER, SIMPLE) if form in study.forms]
     others, first, last = [form for form in study.forms if form not in pair], tasks[0], study.steps
-    jobs = [Job("references", partial(references, workspace, study)), *(without_adapter(task, "test") for task in tasks)]
+    jobs = [Job("references", partial(references, workspace)), *(without_adapter(task, "test") for task in tasks)]
     for forms in (pair, others):
-        rates = {form: {rate_name(form, rate): partial(try_rate, workspace, study, form, rate) for rate in study.rates} for form in forms}
+        rates = {form: {rate_name(form, rate): partial(try_rate, workspace, form, rate) for rate in study.rates} for form in forms}
         jobs += [Job(name, call) for each in rates.values() for name, call in each.items()]
         for form, seed in study.runs(*forms):
-            jobs.append(Job(training_name(form, seed), partial(train_run, workspace, study, form, seed), tuple(rates[form])))
+            jobs.append(Job(training_name(form, seed), partial(train_run, workspace, form, seed), tuple(rates[form])))
             if seed == 0:
-                jobs.append(Job(grid_name(form), partial(find_grid, workspace, study, form), (training_name(form, 0),)))
+                jobs.append(Job(grid_name(form), partial(find_grid, workspace, form), (training_name(form, 0),)))
             jobs.append(drawing(Draw(form, seed, last, first)))
         if forms is pair and workspace.source.data is None:
             jobs += [without_adapter(first, "confirm"), *(drawing(Draw(*run, last, first, "confirm")) for run in study.runs(*pair))]
@@ -117,21 +119,21 @@ def run(jobs: Sequence[Job], workers: int) -> None:
             raise
 
 
-Jobs = Callable[[Workspace, Study, Sequence[str]], list[Job]]
+Jobs = Callable[[Workspace, Sequence[str]], list[Job]]
 
 
-def evaluate(workspace: Workspace, study: Study, jobs: int, list_jobs: Jobs) -> tuple[dict[str, Any], dict[str, Unit]]:
+def evaluate(workspace: Workspace, jobs: int, list_jobs: Jobs) -> tuple[dict[str, Any], dict[str, Unit]]:
     """Compute what is missing; return the content of the results file except the summary, and all units."""
-    splits = {split: workspace.bench(study, split).prompts for split in ("validation", "test", "confirm")}
-    all_jobs, memo = list_jobs(workspace, study, splits["test"].tasks), Memo(workspace.work)
+    splits = {split: workspace.bench(split).prompts for split in ("validation", "test", "confirm")}
+    all_jobs, memo = list_jobs(workspace, splits["test"].tasks), Memo(workspace.work)
     if todo := missing(workspace, all_jobs):
         if workspace.source.data is None:
-            print(f"{len(todo)} units of work are missing; all take about {study.hours():.1f} hours of one core of a CPU")
+            print(f"{len(todo)} units of work are missing; all take about {workspace.study.hours():.1f} hours of one core of a CPU")
         if any(job.name.startswith(TRAININGS) and not memo.path(job.name).exists() for job in todo):
-            workspace.setting(study)  # encode the pictures once, before parallel processes need them
+            workspace.setting()  # encode the pictures once, before parallel processes need them
         run(todo, jobs)
     units = {job.name: memo.read(job.name) for job in all_jobs}
     if workspace.source.data is not None:
         splits = {"test": splits["test"]}
-    data = {"made_from": workspace.made_from, "study": asdict(study), "tasks": list(splits["test"].tasks)}
+    data = {"made_from": workspace.made_from, "study": asdict(workspace.study), "tasks": list(splits["test"].tasks)}
     return data | {"prompts": {split: prompts.to_json() for split, prompts in splits.items()}}, units
