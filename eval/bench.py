@@ -100,11 +100,12 @@ def draw_prompts(
     fuse: Fuse = decoupled,
     hints: Tensor | None = None,
     control_scale: float = 1.0,
+    image_guidance: float | None = None,
 ) -> Tensor:
     """Draw one picture per prompt, `n 3 h w`, with seeds 0 .. n-1, in bfloat16 if the device supports it. The result is on the CPU.
 
     `embedding`: the encoded image prompts, `n 1 m e`, or None. `scale`: lambda. `name`: the label of the progress bar. `hints`: what
-    each of the pipeline's controls reads, `n c h w` in [0, 1], weighted by `control_scale`.
+    each of the pipeline's controls reads, `n c h w` in [0, 1], weighted by `control_scale`. `image_guidance`: as in `sample`.
     """
     parts, device = [], str(pipeline.device)
     for rows in tqdm(torch.arange(len(prompts)).split(batch_size(device, pipeline.native_size[0])), desc=name, unit="batch"):
@@ -112,7 +113,15 @@ def draw_prompts(
         part_hints = [] if hints is None else [Hint(hints[rows], control_scale)] * len(pipeline.controls)
         with precision(device):
             x = pipeline.sample(
-                texts, rows.tolist(), part_embedding, scale=scale, guidance=guidance, steps=steps, fuse=fuse, hints=part_hints
+                texts,
+                rows.tolist(),
+                part_embedding,
+                scale=scale,
+                guidance=guidance,
+                steps=steps,
+                fuse=fuse,
+                image_guidance=image_guidance,
+                hints=part_hints,
             )
         parts.append(x.float().cpu())
     return torch.cat(parts)

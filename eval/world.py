@@ -8,16 +8,18 @@ The prompts cover all concepts. Each prompt is drawn once, with seeds 0 .. n-1; 
 - `colour`: "a teal fox on a pink background", with the coarse name of the image prompt's first colour;
 - `image`: the image prompt alone (empty text, lambda 1);
 - `complementary`: the image prompt with a text that names another background, size and place (eval/scenes.py);
+- `apart`: the same at lambda 1, with more guidance by the text than by the image prompt;
 - `conflict`: the image prompt with a text that names another concept and background, a stress test.
 
-The last two use the lambda, equal in all layers, that is best on validation prompts. For comparison, `grey` and `another` are the
+`complementary` and `conflict` use the lambda, equal in all layers, that is best on validation prompts, and `apart` the weight of the text
+that is best there. For comparison, `grey` and `another` are the
 palette errors of a uniform grey and of another image prompt's palette.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from eval.prompts import Prompts
 from eval.scenes import ScenePrompts
 from eval.scores import GREY, Scores, Target, mean, score, values_of
 from eval.tables import summary
+from eval.world_rules import RULES, best_apart
 from eval.world_table import table
 from sampling.device import check_device
 from sampling.loading import load
@@ -44,7 +47,7 @@ from train.world import BACKGROUND_NAMES, CONCEPT_NAMES, caption
 
 VALIDATION = 128  # lambda is chosen on at most this many prompts
 LAMBDAS = {"complementary": (0.4, 0.6, 0.8, 1.0), "conflict": (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)}
-FOLLOW = 0.9  # required share of drawings with the concept of the conflicting text, and with its background
+TEXT_GUIDANCE = 6.0, 7.0, 8.0, 9.0, 10.0  # of `apart`
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,18 @@ class Measure:
     steps: int
     guidance: float
 
-    def draw(self, task: Task, lam: float, name: str) -> Scores:
+    def draw(self, task: Task, lam: float, name: str, text_guidance: float | None = None) -> Scores:
         """Draw a task as `drawings` does, and score the drawings."""
-        scores = score(self.judge, self.drawings(task, lam, name), task.target)
+        scores = score(self.judge, self.drawings(task, lam, name, text_guidance), task.target)
         print(name, summary(values_of(scores)), flush=True)
         return scores
 
-    def drawings(self, task: Task, lam: float, name: str) -> Tensor:
-        """Draw a task at lambda, in all layers. `name`: the label of the progress bar."""
+    def drawings(self, task: Task, lam: float, name: str, text_guidance: float | None = None) -> Tensor:
+        """Draw a task at lambda, in all layers. `name`: the label of the progress bar. With `text_guidance`, `guidance` is the weight of
+        the image prompt alone."""
         embedding = None if task.images is None else embed(self.pipeline, task.images)
-        return draw_prompts(self.pipeline, list(task.texts), embedding, lam, self.guidance, self.steps, name)
+        texts, both = list(task.texts), (self.guidance, None) if text_guidance is None else (text_guidance, self.guidance)
+        return draw_prompts(self.pipeline, texts, embedding, lam, both[0], self.steps, name, image_guidance=both[1])
 
 
 def conflict_target(prompts: Prompts) -> Target:
@@ -99,6 +104,7 @@ def tasks_of(n: int, seed: int) -> dict[str, Task]:
         "colour": Task(texts_with_colour(prompts), conflict_target(prompts)),
         "image": Task([""] * n, own(prompts), prompts.images),
         "complementary": Task(scenes.texts(), scenes.target, scenes.images),
+        "apart": Task(scenes.texts(), scenes.target, scenes.images),
         "conflict": Task(prompts.conflicts, conflict_target(prompts), prompts.images),
     }
 
@@ -112,33 +118,19 @@ def texts_with_colour(prompts: Prompts) -> list[str]:
     return [caption(CONCEPT_NAMES[c], name, BACKGROUND_NAMES[b]) for c, name, b in triples]
 
 
-def best_scene(rows: Sequence[Row]) -> Row:
-    """Return the row with the largest share of drawings whose concept, background, size and place are all right."""
-    return max(rows, key=lambda row: float(row["all"][0]))
-
-
-def best_conflict(rows: Sequence[Row]) -> Row:
-    """Return the row with the lowest palette error among those where concept and background each reach the share `FOLLOW`.
-
-    If there is none, return the row where the smaller of the two shares is largest.
-    """
-
-    def follows(row: Row) -> float:
-        return min(float(row["concept"][0]), float(row["background"][0]))
-
-    keep = [row for row in rows if follows(row) >= FOLLOW]
-    return min(keep, key=lambda row: float(row["palette_error"][0])) if keep else max(rows, key=follows)
-
-
-CHOOSE: dict[str, Callable[[Sequence[Row]], Row]] = {"complementary": best_scene, "conflict": best_conflict}
-
-
 def choose_lambdas(measure: Measure, n: int) -> tuple[dict[str, float], dict[str, list[Row]]]:
     """Choose lambda for each task in `LAMBDAS` on n validation prompts. Return (chosen lambdas, scores at all lambdas)."""
     tasks, sweep = tasks_of(n, seed=1), dict[str, list[Row]]()
     for key, scales in LAMBDAS.items():
         sweep[key] = [{"lambda": lam, **measure.draw(tasks[key], lam, f"{key}, lambda {lam:g}")} for lam in scales]
-    return {key: float(CHOOSE[key](rows)["lambda"]) for key, rows in sweep.items()}, sweep
+    return {key: float(RULES[key](rows)["lambda"]) for key, rows in sweep.items()}, sweep
+
+
+def choose_text_guidance(measure: Measure, n: int) -> tuple[float, list[Row]]:
+    """Choose the weight of the text for `apart` on n validation prompts. Return it, and the scores at all weights."""
+    task = tasks_of(n, seed=1)["apart"]
+    rows = [{"guidance": w, **measure.draw(task, 1.0, f"apart, text guidance {w:g}", w)} for w in TEXT_GUIDANCE]
+    return float(best_apart(rows)["guidance"]), rows
 
 
 def floors(palette: Tensor) -> dict[str, Scores]:
@@ -155,6 +147,7 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
     test, vae = Prompts.of_the_world(n, seed=2), measure.pipeline.vae
     target, through = own(test), through_the_vae(vae, test.pixels)
     lambdas, sweep = choose_lambdas(measure, min(VALIDATION, n))
+    text_guidance, sweep["apart"] = choose_text_guidance(measure, min(VALIDATION, n))
     scores = {
         "true": score(measure.judge, test.pixels, target),
         "reconstructed": score(measure.judge, through, target),
@@ -163,12 +156,13 @@ def evaluate(weights: Path, out: Path, n: int, steps: int, guidance: float, devi
         **header("world", weights, n, steps, guidance, device),
         "vae_psnr": psnr(vae, test.pixels.to(device_of(vae))),
         "lambda": lambdas,
+        "text_guidance": text_guidance,
         "sweep": sweep,
         "scores": scores,
     }
     for key, task in tasks_of(n, seed=2).items():
         lam = 0.0 if task.images is None else lambdas.get(key, 1.0)
-        scores[key] = measure.draw(task, lam, key)
+        scores[key] = measure.draw(task, lam, key, text_guidance if key == "apart" else None)
         write_json(out, results)
     scores |= floors(target.palette)
     write_json(out, results)

@@ -28,6 +28,7 @@ NAMES = {
     "colour": "text with concept, background and the right colour name",
     "image": "image prompt alone",
     "complementary": "image prompt, and a text with background, size and place",
+    "apart": "the same, with more guidance by the text",
     "conflict": "image prompt, and a text with another concept and background",
     "grey": "a uniform grey",
     "another": "another image prompt's palette",
@@ -37,13 +38,14 @@ COMPARED = "concept", "background", "all", "palette_error"  # what two judges ar
 
 def lambdas(results: dict[str, Any]) -> dict[str, float]:
     """Return lambda of the lines that have one."""
-    return {"image": 1.0, **results["lambda"]}
+    return {"image": 1.0, "apart": 1.0, **results["lambda"]}
 
 
 def table(results: dict[str, Any]) -> str:
     """Make the table: one line per entry of `results["scores"]`, as value ± half of the 95 % interval."""
     given = lambdas(results)
     names = {key: f"{name}, λ = {given[key]:g}" if key in given else name for key, name in NAMES.items()}
+    names["apart"] += f", guidance {results['text_guidance']:g} and {results['settings']['guidance']:g}"
     lines = [{"": name} | line(results["scores"][key]) for key, name in names.items()]
     return markdown(pd.DataFrame(lines, columns=["", *SHARES.values(), *ERRORS.values()]))
 
@@ -51,7 +53,7 @@ def table(results: dict[str, Any]) -> str:
 def two_judges(results: dict[str, Any], other: dict[str, Any]) -> str:
     """Tabulate the scores by two judges, one after the other in each cell, and the lambdas that they choose."""
     lines, both = [], (results, other)
-    for key in [key for key in NAMES if "concept" in results["scores"][key]]:
+    for key in [key for key in NAMES if "concept" in results["scores"][key] and key in other["scores"]]:
         cells = {"": NAMES[key], "λ": ", ".join(f"{lambdas(each)[key]:g}" for each in both if key in lambdas(each))}
         for measure in COMPARED:
             scale, unit = (100, " %") if measure in SHARES else (1, "")

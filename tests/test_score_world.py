@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eval import world
+from eval import world, world_rules
 from eval.__main__ import main
 from eval.bench import Bench, draw_prompts, embed
 from eval.clip_score import Scorer
@@ -30,22 +30,28 @@ def row(lam: float, concept: float, background: float, error: float, right: floa
 
 def test_the_lambda_is_the_best_of_those_that_follow_a_conflicting_text() -> None:
     rows = [row(0.2, 1, 1, 50), row(0.3, 0.9, 0.95, 40), row(0.4, 0.95, 0.89, 30), row(0.6, 0.85, 1, 20)]
-    assert world.best_conflict(rows)["lambda"] == 0.3
-    assert world.best_conflict(rows[2:])["lambda"] == 0.4, "if none follows often enough: the best lesser share"
+    assert world_rules.best_conflict(rows)["lambda"] == 0.3
+    assert world_rules.best_conflict(rows[2:])["lambda"] == 0.4, "if none follows often enough: the best lesser share"
 
 
 def test_the_lambda_of_scenes_is_the_one_that_is_right_most_often() -> None:
     assert (
-        world.best_scene([row(0.4, 1, 1, 10, 0.5), row(0.8, 0, 0, 90, 0.7), row(1.0, 1, 1, 10, 0.6)])["lambda"] == 0.8
+        world_rules.best_scene([row(0.4, 1, 1, 10, 0.5), row(0.8, 0, 0, 90, 0.7), row(1.0, 1, 1, 10, 0.6)])["lambda"] == 0.8
     )
+
+
+def test_the_guidance_is_the_one_that_is_right_most_often_in_the_right_colours() -> None:
+    rows = [row(0, 1, 1, 14, 0.8), row(1, 1, 1, 14.9, 0.85), row(2, 1, 1, 15.1, 0.9)]
+    assert world_rules.best_apart(rows)["lambda"] == 1
+    assert world_rules.best_apart([row(3, 1, 1, 17, 0.9), row(4, 1, 1, 16, 0.8)])["lambda"] == 4, "if none has the right colours"
 
 
 def test_lambdas_are_chosen_on_other_prompts_and_by_their_own_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, tuple[str, ...], float]] = []
 
-    def scores(_: object, task: world.Task, lam: float, name: str) -> Scores:
+    def scores(_: object, task: world.Task, lam: float, name: str, text_guidance: float = 0.0) -> Scores:
         seen.append((name.split(",")[0], tuple(task.texts), lam))
-        made = row(lam, 1.0, 1.0 if lam < 0.5 else 0.5, 50 - lam, lam)
+        made = row(lam, 1.0, 1.0 if lam < 0.5 else 0.5, 2 * text_guidance if text_guidance else 50 - lam, lam + text_guidance)
         return {key: value for key, value in made.items() if key != "lambda"}
 
     monkeypatch.setattr(world.Measure, "draw", scores)
@@ -56,6 +62,8 @@ def test_lambdas_are_chosen_on_other_prompts_and_by_their_own_rules(monkeypatch:
     assert {key: [each["lambda"] for each in rows] for key, rows in sweep.items()} == {
         key: list(lams) for key, lams in world.LAMBDAS.items()
     }
+    weight, rows = world.choose_text_guidance(world.Measure(nothing, nothing, 2, 4.0), 3)
+    assert weight == 7.0 and [each["guidance"] for each in rows] == list(world.TEXT_GUIDANCE)
     test = world.tasks_of(3, seed=2)
     assert not {texts for _, texts, _ in seen} & {tuple(task.texts) for task in test.values()}
 
@@ -101,12 +109,13 @@ def test_the_world_command(
 ) -> None:
     monkeypatch.setattr(world, "VALIDATION", 2)
     monkeypatch.setattr(world, "LAMBDAS", {"complementary": (0.6,), "conflict": (0.3,)})
+    monkeypatch.setattr(world, "TEXT_GUIDANCE", (8.0,))
     out = tmp_path / "world.json"
     command = ["eval", "--weights", str(ROOT / "weights"), "world", "--n", "4", "--steps", "1", "--out", str(out)]
     monkeypatch.setattr("sys.argv", command)
     main()
     results = json.loads(out.read_text())
-    assert results["lambda"] == {"complementary": 0.6, "conflict": 0.3}
+    assert results["lambda"] == {"complementary": 0.6, "conflict": 0.3} and results["text_guidance"] == 8.0
     scores = results["scores"]
     assert all(low - 1e-9 <= value <= high + 1e-9 for each in scores.values() for value, low, high in each.values())
     assert (
@@ -114,6 +123,7 @@ def test_the_world_command(
     )
     assert {"size", "place", "all"} <= set(scores["complementary"]) & set(scores["scene"]) & set(scores["image"])
     assert "size" not in scores["conflict"] and "placement_error" in scores["image"]
+    assert scores["apart"] != scores["complementary"]
     printed = capsys.readouterr().out
     assert table(results) in printed and len(table(results).splitlines()) == 2 + len(scores)
 
