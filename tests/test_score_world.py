@@ -70,8 +70,8 @@ def test_lambdas_are_chosen_on_other_prompts_and_by_their_own_rules(monkeypatch:
 
 def test_tasks_with_pictures_are_those_with_a_lambda() -> None:
     tasks = world.tasks_of(4, seed=2)
-    assert list(tasks) == ["text", "scene", "colour", "image", "complementary", "conflict"]
-    assert [key for key, task in tasks.items() if task.images] == ["image", "complementary", "conflict"]
+    assert list(tasks) == ["text", "scene", "colour", "image", "complementary", "apart", "conflict"]
+    assert [key for key, task in tasks.items() if task.images] == ["image", "complementary", "apart", "conflict"]
     assert tasks["scene"].target is tasks["complementary"].target and tasks["image"].target.references
 
 

@@ -1,4 +1,8 @@
-"""Draw the contact sheet of `make demo`: image prompts alone, with a text that names a scene, and at increasing lambda."""
+"""Draw the contact sheet of `make demo`: image prompts alone, with a text that names a scene, and at increasing lambda.
+
+Scenes have more guidance by the text than by the image prompt, so that the text's background, size and place win. Where the text names
+another subject, both have the same.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,13 @@ from sampling.pipeline import Pipeline
 from sampling.sheets.layout import sheet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ROWS, GUIDANCE, STEPS = 4, 4.0, 20
+ROWS, GUIDANCE, TEXT_GUIDANCE, STEPS = 4, 4.0, 8.0, 20
 SCENES = {  # heading -> text: none names the subject
     '"on pink"': "on a pink background",
     '"small, top left"': "small on a white background, top left",
     '"bottom, yellow"': "on a yellow background, bottom",
 }
-LAMBDAS = (0.0, 0.4, 1.0, 1.5)
+LAMBDAS = (0.0, 0.6, 1.0, 1.5)
 CONFLICT, CONFLICT_LAMBDAS = "a cupcake on a yellow background", (0.3, 0.6)
 COLUMNS = (
     ["image prompt"],
@@ -42,24 +46,28 @@ def cells() -> list[tuple[str, int, float]]:
 
 def draw_row(pipeline: Pipeline, prompt: Image.Image, seed: int, bar: tqdm[None]) -> list[Image.Image]:
     """Draw one row: the image prompt, followed by its drawings."""
-    texts, seeds, scales = zip(*cells(), strict=True)
-    pictures = pipeline.sample(
-        texts,
-        [seed + more for more in seeds],
-        pipeline.embed(prompt),
-        scale=torch.tensor(scales).view(-1, 1, 1, 1),
-        guidance=GUIDANCE,
-        steps=STEPS,
-        watch=lambda _: bar.update() and None,
-    )
-    return [prompt, *to_images(pictures)]
+    drawings, conflicts = [prompt], len(CONFLICT_LAMBDAS)
+    for part, guidance in ((cells()[:-conflicts], TEXT_GUIDANCE), (cells()[-conflicts:], GUIDANCE)):
+        texts, seeds, scales = zip(*part, strict=True)
+        pictures = pipeline.sample(
+            texts,
+            [seed + more for more in seeds],
+            pipeline.embed(prompt),
+            scale=torch.tensor(scales).view(-1, 1, 1, 1),
+            guidance=guidance,
+            image_guidance=GUIDANCE,
+            steps=STEPS,
+            watch=lambda _: bar.update() and None,
+        )
+        drawings += to_images(pictures)
+    return drawings
 
 
 def write(seed: int, out: Path) -> str:
     """Draw the sheet; return a summary of what was written. The seed determines the image prompts and the noise."""
     check_png(out)
     pictures, pipeline = random.Random(seed).sample(sorted(EXAMPLES.glob("*.png")), ROWS), load()
-    with tqdm(total=STEPS * ROWS, desc="drawing", unit="step", disable=None) as bar:
+    with tqdm(total=2 * STEPS * ROWS, desc="drawing", unit="step", disable=None) as bar:
         rows = [draw_row(pipeline, open_image(picture), seed, bar) for picture in pictures]
     save_image(sheet(COLUMNS, rows, [""] * ROWS), out, {"command": f"python -m sampling.sheets demo --seed {seed}"})
     return f"{out}: {ROWS} image prompts"
