@@ -17,7 +17,6 @@ from base_files import (
     TEXT,
     UNET,
     VAE_CONFIG,
-    Pair,
     Peers,
     Tensors,
     change,
@@ -30,7 +29,7 @@ from base_files import (
     write_tokenizer,
 )
 from diffusers import UNet2DConditionModel
-from peers import SMALL_UNETS, max_error, randn, text_pair, vision_pair
+from peers import SMALL_UNETS, Pair, max_error, randn, text_pair, vision_pair
 from safetensors.torch import load_file, save_file
 
 from checkpoints import configs
