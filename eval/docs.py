@@ -11,7 +11,7 @@ from pathlib import Path
 
 from checkpoints.files import read_json, replacing
 from eval import by_eye, calibration, fine, frechet, structure, style, world_table
-from eval.ablation import cause, equal_rates, report, second_base
+from eval.ablation import cause, equal_rates, rates, report, rivals_table, second_base, variants
 from eval.ablation.rows import Results
 from eval.peers import benchmark, gpu, marks, parity, scaling
 from eval.tables import markdown
@@ -22,11 +22,16 @@ PLACE = re.compile(r"(<!-- insert: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def inserts(root: Path) -> dict[str, str]:
     """Return the generated texts by name, computed from the files in `root`/results and the marks in `root`/tests."""
     results = {path.stem: read_json(path) for path in sorted((root / "results").glob("*.json"))}
-    files = [root / "results" / f"{name}.json" for name in ("ablation", "cause", "second_base")]
-    tier_a, tier_b, tier_e = map(Results.of, files)
+    files = [root / "results" / f"{name}.json" for name in ("ablation", "cause", "rivals", "variants", "second_base", "rates")]
+    tier_a, tier_b, tier_c, tier_d, tier_e, tier_f = map(Results.of, files)
     return {
         **{name: markdown(table(tier_b)) for name, table in cause.TABLES.items()},
+        "rivals": markdown(rivals_table.table(tier_c)),
+        "variants": markdown(variants.table(tier_d, tier_b)),
         "second_base": markdown(second_base.table(second_base.both_bases(tier_e, tier_b))),
+        "rates": markdown(rates.table(tier_f, tier_a, tier_b)),
+        "rates_differences": markdown(rates.difference_table(tier_f, tier_a)),
+        "one_rate": markdown(rates.one_rate(tier_f, tier_a)),
         "ablation": report.lead(tier_a, equal_rates.beside(files[0], tier_a)),
         "world": world_table.table(results["world"]),
         "by_eye": by_eye.table(results["by_eye"]),
@@ -41,6 +46,7 @@ def inserts(root: Path) -> dict[str, str]:
         "parity_tests": marks.table(root),
         "scaling": scaling.table(results["scaling"]),
         "gpu": gpu.table(results["gpu"]),
+        "gpu_h200": gpu.table(results["gpu_h200"]),
         "benchmark": benchmark.table(results["benchmark"]),
         "machine": f"Measured on {results['benchmark']['machine']}.",
     }
