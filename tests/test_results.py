@@ -16,7 +16,7 @@ from checkpoints.clip import load_image_encoder
 from checkpoints.files import sha256
 from checkpoints.stable_diffusion import load_unet
 from eval import docs
-from eval.ablation import equal_rates, points, report
+from eval.ablation import cause, equal_rates, points, rates, report, rivals_table, second_base, variants
 from eval.ablation.rows import Results
 from eval.ablation.summary import summarise
 from train.fingerprint import fingerprint
@@ -110,7 +110,18 @@ def test_the_page_of_the_ablation_says_what_its_results_say(study: Results) -> N
     assert report.render(study, equal_rates.beside(ROOT / "results" / "ablation.json", study)) == PAGE
 
 
-def test_the_summary_of_the_ablation_is_that_of_its_drawings(study: Results) -> None:
+TIERS = {
+    "ablation": summarise,
+    "cause": cause.summarise,
+    "rivals": rivals_table.summarise,
+    "variants": variants.summarise,
+    "second_base": second_base.summarise,
+    "rates": rates.summarise,
+}
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_the_summary_of_a_tier_is_that_of_its_drawings(tier: str) -> None:
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, dict):
             return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
@@ -118,31 +129,41 @@ def test_the_summary_of_the_ablation_is_that_of_its_drawings(study: Results) -> 
             return len(a) == len(b) and all(map(same, a, b))
         return bool(a == (pytest.approx(b, rel=1e-6, abs=1e-9) if isinstance(b, float) else b))
 
-    assert same(json.loads(json.dumps(summarise(study))), study.data["summary"])
+    results = Results.of(ROOT / "results" / f"{tier}.json")
+    assert same(json.loads(json.dumps(TIERS[tier](results))), results.data["summary"])
 
 
-def test_the_ablation_was_made_on_the_shipped_base(study: Results) -> None:
+@pytest.mark.parametrize("tier", [tier for tier in TIERS if tier != "second_base"])
+def test_a_tier_was_made_on_the_shipped_base(tier: str) -> None:
     """The fingerprints are those that the card of the shipped adapter names."""
-    base, made_from = read_card(ROOT / "weights" / "ip_adapter.safetensors")["made_from"], study.data["made_from"]
+    made_from = json.loads((ROOT / "results" / f"{tier}.json").read_text())["made_from"]
+    base = read_card(ROOT / "weights" / "ip_adapter.safetensors")["made_from"]
     names = {"unet": "base", "vae": "vae", "text": "text encoder", "image": "image encoder"}
     assert {name: made_from[name] for name in names} == {name: base[other] for name, other in names.items()}
     assert made_from["judge"] == fingerprint(load_judge(ROOT / "weights" / "judge.safetensors"))
 
 
-def test_the_adapters_of_the_ablation_ship(study: Results) -> None:
-    folder = ROOT / "results" / "ablation"
-    runs = {name.removeprefix("train-"): unit for name, unit in study.units.items() if name.startswith("train-")}
-    assert {path.stem for path in folder.glob("*.safetensors")} == set(runs)
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 15e6
-    for name, unit in runs.items():
-        made = read_card(folder / f"{name}.safetensors")
+@pytest.mark.parametrize("tier", ["ablation", "cause", "variants", "rates"])
+def test_the_shipped_adapters_of_a_tier_are_those_of_its_rows(tier: str) -> None:
+    study, files = Results.of(ROOT / "results" / f"{tier}.json"), [*(ROOT / "results" / tier).glob("*.safetensors")]
+    if tier == "ablation":
+        assert {f"train-{path.stem}" for path in files} == {name for name in study.units if name.startswith("train-")}
+    for path in files:
+        made, unit = read_card(path), study.units[f"train-{path.stem}"]
         assert (made["settings"]["steps"], made["settings"]["lr"]) == (study.study["steps"], unit.value["rate"])
         assert made["settings"]["made_from"] == study.data["made_from"] and made["losses"] == unit.value["losses"]
 
 
-@pytest.mark.parametrize("form", ["ip_adapter", "simple", "shared", "concatenated"])
-def test_the_endpoint_of_the_ablation_is_that_of_its_drawings(study: Results, form: str) -> None:
+def test_the_shipped_adapters_of_all_tiers_are_small() -> None:
+    assert sum(path.stat().st_size for path in (ROOT / "results").glob("*/*-[0-9].safetensors")) < 15e6
+
+
+@pytest.mark.parametrize(
+    ("tier", "form"), [*(("ablation", form) for form in ("ip_adapter", "simple", "shared", "concatenated")), ("rates", "simple")]
+)
+def test_the_endpoint_after_all_steps_is_that_of_its_drawings(tier: str, form: str) -> None:
     """Computed again from the palettes that the judge read, drawing by drawing, with torch's distances and numpy's interpolation."""
+    study = Results.of(ROOT / "results" / f"{tier}.json")
     palettes = torch.tensor(study.data["prompts"]["test"]["truth"]["palette"], dtype=torch.float64).view(-1, 2, 3)
     collected, alone = [], study.measures("alone-complementary-test")
     for name in (name for name in study.units if re.fullmatch(rf"drawn-{form}-\d-8000-complementary-test-all", name)):
@@ -156,7 +177,8 @@ def test_the_endpoint_of_the_ablation_is_that_of_its_drawings(study: Results, fo
         last = max(i for i, share in enumerate(following) if share >= 0.8 * following[0])
         below, above = last + 1, last
         collected.append(np.interp(0.8 * following[0], [following[below], following[above]], [values[below], values[above]]))
-    assert collected == pytest.approx(study.data["summary"]["endpoint"][form]["information"], abs=0.01)
+    ends = study.data["summary"]["endpoint"]
+    assert collected == pytest.approx(ends[form if tier == "ablation" else "8000"]["information"], abs=0.01)
 
 
 @pytest.mark.parametrize(("form", "lam"), [("ip_adapter", 1.0), ("simple", 1 / 64)])
@@ -173,8 +195,11 @@ def test_the_shipped_adapters_draw_what_the_ablation_read(study: Results, form: 
     assert delta_e(read.palette, stored["palette"].view(-1, 2, 3) / 10).mean() < 5
 
 
-def test_every_training_of_the_ablation_used_one_kind_of_gpu_and_one_commit(study: Results) -> None:
-    assert len({(unit.made["commit"], unit.made["processor"]) for unit in study.units.values()}) == 1
+@pytest.mark.parametrize("tier", ["ablation", "rivals", "variants", "second_base", "rates"])
+def test_every_row_of_a_tier_comes_from_one_processor_and_one_commit(tier: str) -> None:
+    """Those of tier B that were added later come from another (docs/cause.md)."""
+    units = Results.of(ROOT / "results" / f"{tier}.json").units.values()
+    assert len({(unit.made["commit"], unit.made["processor"]) for unit in units}) == 1
 
 
 def test_the_second_clip_is_another_than_the_adapters() -> None:
