@@ -11,7 +11,7 @@ from pathlib import Path
 
 from checkpoints.files import read_json, replacing
 from eval import by_eye, calibration, fine, frechet, structure, style, world_table
-from eval.ablation import cause, equal_rates, rates, report, rivals_table, second_base, variants
+from eval.ablation import cause, rates, report, rivals_table, second_base, variants
 from eval.ablation.rows import Results
 from eval.peers import benchmark, gpu, marks, parity, scaling
 from eval.tables import markdown
@@ -32,7 +32,7 @@ def inserts(root: Path) -> dict[str, str]:
         "rates": markdown(rates.table(tier_f, tier_a, tier_b)),
         "rates_differences": markdown(rates.difference_table(tier_f, tier_a)),
         "one_rate": markdown(rates.one_rate(tier_f, tier_a)),
-        "ablation": report.lead(tier_a, equal_rates.beside(files[0], tier_a)),
+        "ablation": report.lead(tier_a, tier_f),
         "world": world_table.table(results["world"]),
         "by_eye": by_eye.table(results["by_eye"]),
         "judges": world_table.two_judges(results["world"], results["world_judge"]),

@@ -217,13 +217,12 @@ def test_the_page_leads_with_the_smaller_difference(tmp_path: Path) -> None:
     assert heads["between"].startswith(f"{wins}, and with one learning rate for both")
     assert heads["even"].startswith("The study does not decide")
     assert heads["worse"].startswith(report.headline(results)) and "With one learning rate for both, it is" in heads["worse"]
-    file = tmp_path / "ablation.json"
-    assert equal_rates.beside(file, results) is None
+    assert results.beside(tmp_path, "rates") is None
     (tmp_path / "rates.json").write_text((ROOT / "results" / "cause.json").read_text())
     shutil.copy(ROOT / "results" / "cause.safetensors", tmp_path / "rates.safetensors")
     shipped = Results.of(ROOT / "results" / "ablation.json")
-    assert equal_rates.beside(file, results) is None, "it is on other prompts"
-    assert equal_rates.beside(file, shipped) is not None
+    assert results.beside(tmp_path, "rates") is None, "it is on other prompts"
+    assert shipped.beside(tmp_path, "rates") is not None
 
 
 def told(results: Results, summary: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from checkpoints.files import check_output, replacing
-from eval.ablation import equal_rates, plots, report
+from eval.ablation import plots, report
 from eval.ablation.draws import draw_unit
 from eval.ablation.memo import Memo
 from eval.ablation.names import Draw
@@ -57,7 +57,7 @@ def rewrite(workspace: Workspace, out: Path) -> None:
     results = describe(path, summarise, {})
     plots.plot_all(results, stored(workspace, results), out / "results")
     with replacing(out / "RESULTS.md") as part:
-        part.write_text(report.render(results, equal_rates.beside(path, results)))
+        part.write_text(report.render(results, results.beside(path.parent, "rates")))
 
 
 def results_in(out: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from eval.ablation.endpoint import PARTS, count_ends
 from eval.ablation.forms import IP_ADAPTER, SIMPLE
@@ -24,13 +23,6 @@ class Lead:
 
     def __str__(self) -> str:
         return with_interval(asdict(self.difference)) + (f" ({self.note})" if self.note else "")
-
-
-def beside(path: Path, first: Results) -> Results | None:
-    """Return the results of tier F in the folder of `path`, the file of tier A's, `first`; None if there are none on the same prompts."""
-    file = path.with_name("rates.json")
-    results = Results.of(file) if file.exists() else None
-    return results if results and results.data["prompts"] == first.data["prompts"] else None
 
 
 def curves(results: Results, form: str, seeds: int) -> dict[int, Curve]:

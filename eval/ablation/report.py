@@ -49,8 +49,8 @@ def headline(results: Results, rates: Results | None = None) -> str:
     if SIMPLE not in summary["difference"]:
         return "The study does not hold both forms of the primary comparison."
     first, name = summary["difference"][SIMPLE], "palette information" if results.truth() else "similarity to the image prompt"
-    both = [first, summary.get("confirmed", {}).get(SIMPLE, first)]
-    again = f" (on the confirmation prompts {with_interval(both[1])})" if "confirmed" in summary else ""
+    told = [first, summary.get("confirmed", {}).get(SIMPLE, first)]
+    again = f" (on the confirmation prompts {with_interval(told[1])})" if "confirmed" in summary else ""
     of = f"; the ceiling is {summary['ceilings']['vae']:.1f}" if results.truth() else ""
     where, minus, more = "where both follow the text equally often", "IP-Adapter minus the simple adapter is", ""
     text = f"{where}, {minus} {with_interval(first)} in {name}{again}{of}"
@@ -59,10 +59,10 @@ def headline(results: Results, rates: Results | None = None) -> str:
         if equal["mean"] < first["mean"]:
             chosen = f"with the rate that the held-out loss chose for the simple adapter, {with_interval(first)}{again}"
             text, more = f"{where}, and with one learning rate for both, {minus} {with_interval(equal)} in {name}; {chosen}{of}", ""
-            both.append(equal)
-    if any(each["high"] < 0 for each in both):
+            told.append(equal)
+    if any(each["high"] < 0 for each in told):
         return f"The simple adapter beats decoupled attention here: {text}.{more}"
-    if all(each["low"] > 0 for each in both):
+    if all(each["low"] > 0 for each in told):
         return f"Decoupled attention beats the simple adapter here: {text}.{more}"
     if first["low"] <= 0 and any(each["low"] > 0 for each in summary["steps"]["difference"][:-1]):
         return f"The simple adapter catches up: IP-Adapter is ahead earlier in training, but in the end, {text}.{more}"

@@ -77,6 +77,12 @@ class Results:
         data = read_json(path)
         return cls(data, unpack(data["units"], load_file(path.with_suffix(".safetensors"))))
 
+    def beside(self, folder: Path, name: str) -> Results | None:
+        """Return the results of another tier in a folder; None if there are none on the same prompts."""
+        path = folder / f"{name}.json"
+        results = Results.of(path) if path.exists() else None
+        return results if results and results.data["prompts"] == self.data["prompts"] else None
+
     @property
     def study(self) -> dict[str, Any]:
         return dict(self.data["study"])

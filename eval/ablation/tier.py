@@ -58,8 +58,8 @@ def check_options(args: Namespace) -> None:
 def earlier(results: Results, out: Path, command: str) -> Results | None:
     """Read the results of `python -m eval COMMAND` in the folder `out`, or the shipped ones. If none are on the same prompts, say so and
     return None."""
-    for path in (out / "results" / f"{command}.json", ROOT / "results" / f"{command}.json"):
-        if path.exists() and (first := Results.of(path)).data["prompts"] == results.data["prompts"]:
+    for folder in (out / "results", ROOT / "results"):
+        if (first := results.beside(folder, command)) is not None:
             return first
     print(f"There are no results of `python -m eval {command}` on the same prompts, so its forms are not shown: run it first")
     return None
