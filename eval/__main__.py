@@ -28,6 +28,7 @@ MODULES = {
     "variants": "eval.ablation.variants",
     "rates": "eval.ablation.rates",
     "second-base": "eval.ablation.second_base",
+    "half-base": "eval.ablation.second_base",
     "parity": "eval.peers.parity",
     "benchmark": "eval.peers.benchmark",
     "scaling": "eval.peers.scaling",

@@ -124,11 +124,14 @@ def add_tiers(commands: Commands) -> None:
     cause = command(commands, "cause", "Find out why a joint softmax costs what it costs: tier B of the ablation")
     description = "Compare IP-Adapter and the simple adapter on a base and a CLIP from another seed: tier E of the ablation"
     second = command(commands, "second-base", description)
-    second.add_argument("--base", type=Path, help="folder of the second base (default: runs/second_base/weights in --out; trained first)")
+    half = command(commands, "half-base", "Compare IP-Adapter and the simple adapter on a base of half the width: tier E of the ablation")
+    others = (second, "second_base"), (half, "half_base")
+    for p, name in others:
+        p.add_argument("--base", type=Path, help=f"folder of this base (default: runs/{name}/weights in --out; trained first)")
     rivals = command(commands, "rivals", "Compare IP-Adapter with other ways to show a picture to the base: tier C of the ablation")
     variants = command(commands, "variants", "Vary the number of tokens, initial values, padding and odds: tier D of the ablation")
     rates = command(commands, "rates", "Train the simple adapter to the end at IP-Adapter's learning rate: tier F of the ablation")
-    for p, name in ((cause, "cause"), (rivals, "rivals"), (variants, "variants"), (second, "second_base"), (rates, "rates")):
+    for p, name in ((cause, "cause"), (rivals, "rivals"), (variants, "variants"), *others, (rates, "rates")):
         p.add_argument("--out", type=Path, default=Path("."), help="folder for results/ (default: the current one)")
         p.add_argument("--state", type=Path, help=f"folder for checkpoints and caches (default: runs/{name} in --out)")
         p.add_argument("--jobs", type=count, help="number of processes, each with one thread (default: one per core; on a GPU, 6 share it)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
@@ -136,44 +137,52 @@ NAMES = [
 ]
 
 
-def test_another_base_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", second_base.BASES)
+def test_another_base_end_to_end(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The table has both forms, beside those of tier B if its results are there."""
+    path = tmp_path / "results" / f"{name.replace('-', '_')}.json"
     weights = write_world(tmp_path / "weights")
     size = ["--out", str(tmp_path), "--smoke", "--jobs", "1"]
-    commands.run(commands.parser().parse_args(["--weights", str(weights), "second-base", "--base", str(weights), *size]))
+    commands.run(commands.parser().parse_args(["--weights", str(weights), name, "--base", str(weights), *size]))
     lines = capsys.readouterr().out.splitlines()
     rows = lines[lines.index(next(line for line in lines if line.startswith("| base"))) :]
     assert [row.split(" | ")[1] for row in rows[2:]] == ["IP-Adapter", "simple", *NAMES]
-    results = Results.of(tmp_path / "results" / "second_base.json")
+    results = Results.of(path)
     assert set(results.data["summary"]) == {"alone", "ceiling", "endpoint", "one", "difference", "only"}
     assert len(second_base.table(second_base.both_bases(results, results))) == 2 * (2 + len(NAMES))
-    written, said = (tmp_path / "results" / "second_base.json").read_text(), rows
-    monkeypatch.setattr(second_base, "train_base", lambda *_: pytest.fail("a base was trained"))
-    commands.run(commands.parser().parse_args(["second-base", "--out", str(tmp_path)]))
-    assert (tmp_path / "results" / "second_base.json").read_text() == written
+    written, said = path.read_text(), rows
+    monkeypatch.setattr(second_base.OtherBase, "train", lambda *_: pytest.fail("a base was trained"))
+    commands.run(commands.parser().parse_args([name, "--out", str(tmp_path)]))
+    assert path.read_text() == written
     assert capsys.readouterr().out.splitlines()[-len(said) :] == said, "without the second base, the results are reported again"
 
 
-def test_the_second_base_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", second_base.BASES)
+def test_another_base_is_trained_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command lines are those of `python -m train`; what is there is not trained again; a failure is said."""
-    base, said = tmp_path / "base", list[list[str]]()
+    other, base, said = second_base.BASES[name], tmp_path / "base", list[argparse.Namespace]()
 
     def train(command: list[str]) -> subprocess.CompletedProcess[str]:
         options = training_options.parser("").parse_args(command[3:])
         assert command[1:3] == ["-m", "train"] and (options.seed, options.weights, options.device) == (2, base, "cuda")
-        said.append(command)
-        (base / f"{second_base.STAGES[options.stage]}.safetensors").write_bytes(b"")
+        said.append(options)
+        (base / f"{second_base.FILES[options.stage]}.safetensors").write_bytes(b"")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr("subprocess.run", train)
     for _ in range(2):
-        second_base.train_base(base, ROOT / "weights", tmp_path / "state", "cuda")
-    assert [command[3] for command in said] == ["clip", "unet"]
-    assert (base / "vae.safetensors").read_bytes() == (ROOT / "weights" / "vae.safetensors").read_bytes()
+        other.train(base, ROOT / "weights", tmp_path / "state", "cuda")
+    stages = {"second-base": [("clip", None), ("unet", None)], "half-base": [("unet", [32, 64, 96])]}
+    assert [(options.stage, options.channels) for options in said] == stages[name]
+    trained = {"image_encoder", "unet"} & {second_base.FILES[options.stage] for options in said}
+    for part in {"vae", "judge", "image_encoder"} - trained:
+        assert (base / f"{part}.safetensors").read_bytes() == (ROOT / "weights" / f"{part}.safetensors").read_bytes()
     (base / "unet.safetensors").unlink()
     monkeypatch.setattr("subprocess.run", lambda command: subprocess.CompletedProcess(command, 1))
     with pytest.raises(ValueError, match="was not trained"):
-        second_base.train_base(base, ROOT / "weights", tmp_path / "state", "cuda")
+        other.train(base, ROOT / "weights", tmp_path / "state", "cuda")
 
 
 def test_even_odds_count_tokens() -> None:
@@ -197,12 +206,12 @@ def test_padding_is_left_out(lam: float | Tensor) -> None:
         torch.testing.assert_close(out[row : row + 1], concatenated(q[row : row + 1], short, [picture]))
 
 
-@pytest.mark.parametrize("tier", ["cause", "rivals", "variants", "second-base", "rates"])
+@pytest.mark.parametrize("tier", ["cause", "rivals", "variants", "second-base", "half-base", "rates"])
 def test_a_tiny_run_does_not_replace_the_results(tier: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another folder with --out"):
         commands.run(commands.parser().parse_args([tier, "--smoke"]))
-    if tier == "second-base":
-        with pytest.raises(ValueError, match="--smoke does not train a second base"):
+    if tier in second_base.BASES:
+        with pytest.raises(ValueError, match="--smoke does not train a base"):
             commands.run(commands.parser().parse_args([tier, "--smoke", "--out", str(tmp_path)]))
 
 

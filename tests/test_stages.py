@@ -13,8 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints.cards import read_card
+from checkpoints.stable_diffusion import load_unet
 from model.features import FINE
 from train import adapter, clip, control, judge, plus, preview, probe, scorer, setting, step, structure, t2i, unet, vae
+from train.__main__ import main
 from train.data import tensors
 from train.setting import TrainingSource
 
@@ -85,6 +87,20 @@ def test_every_stage_trains_and_its_steps_wait_for_nothing(tmp_path: Path, monke
     assert seen == {"vae": 1, "clip": 3, "unet": 4, "adapter": 6, "plus": 6, "judge": 6, "scorer": 3, "control": 5, "t2i": 5}
     for file in weights.glob("*.safetensors"):
         assert all(plan["steps"] == 2 and plan["batch"] == 8 for plan in read_card(file)["settings"])
+
+
+def test_a_base_of_another_width(tmp_path: Path) -> None:
+    """It is written with its channels, and can be loaded; widths that the UNet cannot have are refused before anything is read."""
+    source = Path(__file__).parent.parent / "weights"
+    for part in ("vae", "text_encoder"):
+        for end in ("safetensors", "json"):
+            (tmp_path / f"{part}.{end}").symlink_to(source / f"{part}.{end}")
+    settings = ["--weights", str(tmp_path), "--state", str(tmp_path / "state"), "--steps", "1", "--batch", "2", "--pictures", "8"]
+    main(["unet", *settings, "--channels", "8", "16", "24"])
+    assert load_unet(tmp_path / "unet.safetensors").config.channels == (8, 16, 24)
+    with pytest.raises(ValueError, match="--channels needs 3 multiples of 8"):
+        main(["unet", "--weights", str(tmp_path / "none"), "--state", str(tmp_path / "state"), "--channels", "8", "16", "20"])
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_watch_sees_what_would_wait() -> None:

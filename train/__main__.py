@@ -142,7 +142,8 @@ def train_stages(args: argparse.Namespace, command: str, team: Team) -> None:
             if source:
                 print(stage.train(state, weights, plans, source, command))
             else:
-                stage.train(state, weights, plans, command=command, pictures=args.pictures or stage.PICTURES)
+                own = {"channels": args.channels} if name == "unet" and args.channels else {}
+                stage.train(state, weights, plans, command=command, pictures=args.pictures or stage.PICTURES, **own)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

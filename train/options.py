@@ -62,8 +62,8 @@ def power_of_two(text: str) -> int:
     return number
 
 
-def add_settings(p: argparse.ArgumentParser) -> None:
-    """Add the options that all stages share."""
+def add_settings(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that all stages share. Return the group of the settings."""
     add_state(p).add_argument("--weights", type=Path, help="folder for the trained weights (default: weights)")
     group = p.add_argument_group("settings", "These override the settings of the stage.")
     group.add_argument("--steps", type=at_least(1), help="number of optimizer steps in each phase")
@@ -92,6 +92,7 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     about = "autocast to float16, keep the frozen base in it, and scale the loss, for GPUs without bfloat16"
     precision.add_argument("--fp16", action="store_true", help=about)
     precision.add_argument("--fp32", action="store_true", help="no autocast")
+    return group
 
 
 def add_state(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -181,7 +182,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     stages = p.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, trains in {**STAGES, "all": "all stages, in this order"}.items():
         stage = stages.add_parser(name, help=trains, description=f"Train {trains}.")
-        add_settings(stage)
+        settings = add_settings(stage)
+        stage.set_defaults(channels=None)
+        if name == "unet":
+            settings.add_argument("--channels", type=at_least(1), nargs=3, help="channels of the UNet's levels (default: 64 128 192)")
         if name in ADAPTERS:
             add_source(stage)
         else:

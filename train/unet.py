@@ -6,7 +6,8 @@ replaced by the empty one, for classifier-free guidance. The EMA of the weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,12 @@ def initialise(unet: UNet) -> None:
             nn.init.zeros_(getattr(module, last).bias)
 
 
-def fresh(seed: int) -> UNet:
-    """Build an untrained UNet; its weights depend only on the seed."""
+def fresh(seed: int, channels: Sequence[int] = MINI.channels) -> UNet:
+    """Build an untrained UNet; its weights depend only on the seed. Raises ValueError if it cannot have these channels."""
+    if len(channels) != len(MINI.channels) or any(c % MINI.groups for c in channels):
+        raise ValueError(f"--channels needs {len(MINI.channels)} multiples of {MINI.groups}, one for each level of the UNet")
     with seeded(seed):
-        unet = UNet(MINI)
+        unet = UNet(replace(MINI, channels=tuple(channels)))
     initialise(unet)
     return unet
 
@@ -84,17 +87,18 @@ def train(
     phases: tuple[Plan, ...] = PHASES,
     command: str = "python -m train unet",
     pictures: int = PICTURES,
+    channels: Sequence[int] = MINI.channels,
 ) -> None:
-    """Train with the VAE and the text encoder in the folder `weights`; write unet.safetensors there."""
-    out = weights / "unet.safetensors"
+    """Train with the VAE and the text encoder in the folder `weights`; write unet.safetensors there. `channels`: of each level."""
+    out, device = weights / "unet.safetensors", phases[0].device
+    unet = fresh(phases[0].seed, channels)
     check_output(out)
-    device = phases[0].device
     vae = load_vae(weights / "vae.safetensors").to(device)
     text = load_text_encoder(weights / "text_encoder.safetensors").to(device)
     training, validation = WorldPictures("train", pictures), WorldPictures("val", min(HELD_OUT, pictures))
     made_from = {**training.made_from(), "vae": fingerprint(vae), "text encoder": fingerprint(text)}
     pairs, held_out = (each.pairs(vae, text, None, folder / "cache") for each in (training, validation))
-    unet, schedule = fresh(phases[0].seed).to(device), Schedule(prediction=MINI.prediction)
+    unet, schedule = unet.to(device), Schedule(prediction=MINI.prediction)
 
     def loss(batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
         return {"loss": text_loss(unet, schedule, batch, g)}

@@ -1,6 +1,7 @@
-"""Tier E of the ablation: does its result hold on a base and a CLIP that were trained from another seed?  `python -m eval second-base`
+"""Tier E of the ablation: does its result hold on another base?
 
-docs/ablation-protocol.md, "Tier E", says what is compared. The first base's numbers are those of the same forms in tier B.
+`python -m eval second-base` compares on a base and a CLIP that were trained from another seed, `python -m eval half-base` on a base of
+half the width. docs/ablation-protocol.md, "Tier E", says what is compared. The first base's numbers are those of the same forms in tier B.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from eval.ablation.rows import Results
 from eval.ablation.statistics import at_level
 from eval.ablation.tier import ShortStudy, Tier, check_options, earlier, jobs_of, means_at_one
 from eval.tables import markdown, seeds_interval, with_interval
+from model.unet import MINI
 
 SEED = 2  # the CLIP and the base of the mini world are trained with seeds 0 and 1
-STAGES = {"clip": "image_encoder", "unet": "unet"}  # stage -> the file that it writes last
+FILES = {"clip": "image_encoder", "unet": "unet"}  # stage -> the file that it writes last
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,48 @@ class SecondStudy(ShortStudy):
     forms: tuple[str, ...] = (IP_ADAPTER, SIMPLE)
 
 
-def commands(base: Path, state: Path, device: str) -> dict[Path, list[str]]:
-    """Return the command lines that train the CLIP and the base in the folder `base`, by the file that each writes last."""
-    on = [] if device == "cpu" else ["--device", device, "--scale", "4"]
-    given = ["--seed", str(SEED), "--weights", str(base), "--state", str(state), *on]
-    return {base / f"{name}.safetensors": ["train", stage, *given] for stage, name in STAGES.items()}
+@dataclass(frozen=True)
+class OtherBase:
+    """A base of tier E. `command`: of `python -m eval`. `kept`: the parts that are those of the first base. `stages`: what is trained, each
+    with options of its own."""
+
+    command: str
+    name: str
+    kept: tuple[str, ...]
+    stages: dict[str, list[str]]
+
+    def folder(self, out: Path) -> Path:
+        """Return the folder of its weights."""
+        return out / "runs" / self.command.replace("-", "_") / "weights"
+
+    def commands(self, base: Path, state: Path, device: str) -> dict[Path, list[str]]:
+        """Return the command lines that train what is its own in the folder `base`, by the file that each writes last."""
+        on = [] if device == "cpu" else ["--device", device, "--scale", "4"]
+        given = ["--seed", str(SEED), "--weights", str(base), "--state", str(state), *on]
+        return {base / f"{FILES[stage]}.safetensors": ["train", stage, *given, *own] for stage, own in self.stages.items()}
+
+    def train(self, base: Path, weights: Path, state: Path, device: str) -> None:
+        """Train what is missing in the folder `base`. What is kept is copied from the folder `weights`.
+
+        Raises ValueError if a training fails.
+        """
+        for file in (weights / f"{name}.{end}" for name in self.kept for end in ("safetensors", "json")):
+            if not (base / file.name).exists():
+                with replacing(base / file.name) as part:
+                    shutil.copyfile(file, part)
+        for file, command in self.commands(base, state, device).items():
+            if not file.exists() and subprocess.run([sys.executable, "-m", *command]).returncode:
+                raise ValueError(f"{file} was not trained; its training says why, above. The same command continues")
 
 
-def train_base(base: Path, weights: Path, state: Path, device: str) -> None:
-    """Train what is missing of the CLIP and the base in the folder `base`. The VAE and the judge are those in the folder `weights`.
-
-    Raises ValueError if a training fails.
-    """
-    for file in (weights / f"{name}.{end}" for name in ("vae", "judge") for end in ("safetensors", "json")):
-        if not (base / file.name).exists():
-            with replacing(base / file.name) as part:
-                shutil.copyfile(file, part)
-    for file, command in commands(base, state, device).items():
-        if not file.exists() and subprocess.run([sys.executable, "-m", *command]).returncode:
-            raise ValueError(f"{file} was not trained; its training says why, above. The same command continues")
+SECOND = OtherBase("second-base", "the second", ("vae", "judge"), {"clip": [], "unet": []})
+HALF = OtherBase(
+    "half-base",
+    "half as wide",
+    ("vae", "judge", "text_encoder", "image_encoder"),
+    {"unet": ["--channels", *(str(c // 2) for c in MINI.channels)]},
+)
+BASES = {base.command: base for base in (SECOND, HALF)}
 
 
 def summarise(results: Results) -> dict[str, Any]:
@@ -99,23 +124,24 @@ def differences(summary: dict[str, Any]) -> dict[str, str]:
     return {name: numbers for name, numbers in found.items() if numbers}
 
 
-def both_bases(results: Results, first: Results | None) -> dict[str, dict[str, Any]]:
-    """Return the summaries of both bases; `first`: the results of tier B, if they are there."""
-    return ({"the first": summarise(first)} if first else {}) | {"the second": results.data["summary"]}
+def both_bases(results: Results, first: Results | None, other: OtherBase = SECOND) -> dict[str, dict[str, Any]]:
+    """Return the summaries of both bases by name; `first`: the results of tier B, if they are there."""
+    return ({"the first": summarise(first)} if first else {}) | {other.name: results.data["summary"]}
 
 
 def run(args: Namespace) -> None:
-    """`python -m eval second-base`"""
+    """`python -m eval second-base`, `python -m eval half-base`"""
     check_options(args)
-    base = args.base or args.out / "runs" / "second_base" / "weights"
+    other = BASES[args.command]
+    base = args.base or other.folder(args.out)
     if args.smoke and args.base is None:
-        raise ValueError("--smoke does not train a second base: name a folder of weights with --base, such as weights")
-    tier = Tier("second-base", SecondStudy(), jobs_of, summarise)
+        raise ValueError("--smoke does not train a base: name a folder of weights with --base, such as weights")
+    tier = Tier(other.command, SecondStudy(), jobs_of, summarise)
     if args.base is None and tier.results(args).exists() and not base.exists():
-        print(f"The second base of {tier.results(args)} is not in {base}: only the report is written. --out FOLDER trains anew")
+        print(f"The base of {tier.results(args)} is not in {base}: only the report is written. --out FOLDER trains anew")
         results = tier.report(tier.results(args))
     else:
         if args.base is None:
-            train_base(base, args.weights, base.parent, args.device)
+            other.train(base, args.weights, base.parent, args.device)
         results = tier.run(args, base)
-    print(markdown(table(both_bases(results, earlier(results, args.out, "cause")))))
+    print(markdown(table(both_bases(results, earlier(results, args.out, "cause"), other))))
