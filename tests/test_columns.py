@@ -30,6 +30,11 @@ def test_columns_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [*step.COLUMNS] * 3 and values == {"seconds": TIMES}
 
 
+def test_a_measurement_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"eval.peers.step could not measure plain: .*sd15.safetensors"):
+        columns.measured("eval.peers.step", tmp_path, "plain", "float32")
+
+
 def test_ratios_are_taken_by_round() -> None:
     """The ratio of the medians would be 1.1 and 0.8."""
     plain, fast, kept = columns.lines("step", {"seconds": TIMES}, step.RATIOS)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 
 Values = dict[str, dict[str, list[float]]]  # {quantity: {column: the values of all rounds}}
 Ratios = Mapping[str, tuple[str, str]]  # {name: (column, column to divide by)}
@@ -27,17 +28,18 @@ QUANTITIES = {  # what a row adds to the name, and the unit
 def take_turns(module: str, folder: Path, names: Sequence[str], rounds: int, *options: str) -> Values:
     """Measure all columns of a module `rounds` times, each time in a new process."""
     values: Values = {}
-    for _ in range(rounds):
-        for name in names:
-            for quantity, value in measured(module, folder, name, *options).items():
-                values.setdefault(quantity, {}).setdefault(name, []).append(value)
+    for name in tqdm([*names] * rounds, desc=" ".join([module.rpartition(".")[2], *options]), unit="measurement"):
+        for quantity, value in measured(module, folder, name, *options).items():
+            values.setdefault(quantity, {}).setdefault(name, []).append(value)
     return values
 
 
 def measured(module: str, folder: Path, name: str, *options: str) -> dict[str, float]:
-    """Measure one column in a process of its own."""
-    command = [sys.executable, "-m", module, str(folder), name, *options]
-    return dict(json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
+    """Measure one column in a process of its own. Raises ValueError if it fails."""
+    done = subprocess.run([sys.executable, "-m", module, str(folder), name, *options], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{module} could not measure {name}: {(done.stderr.strip() or f'status {done.returncode}').splitlines()[-1]}")
+    return dict(json.loads(done.stdout))
 
 
 def lines(name: str, values: Values, ratios: Ratios) -> list[list[str]]:
