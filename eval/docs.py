@@ -27,6 +27,8 @@ def inserts(root: Path) -> dict[str, str]:
     return {
         **{name: markdown(table(tier_b)) for name, table in cause.TABLES.items()},
         "rivals": markdown(rivals_table.table(tier_c)),
+        "rival_scenes": markdown(rivals_table.scene_table(tier_c)),
+        "rival_losses": markdown(rivals_table.loss_table(tier_c)),
         "variants": markdown(variants.table(tier_d, tier_b)),
         "second_base": markdown(second_base.table(second_base.both_bases(tier_e, tier_b))),
         "rates": markdown(rates.table(tier_f, tier_a, tier_b)),

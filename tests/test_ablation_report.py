@@ -212,9 +212,11 @@ def test_the_page_leads_with_the_smaller_difference(tmp_path: Path) -> None:
         heads[name], page = report.headline(results, rates), report.render(results, rates)
         assert f"| the simple adapter at the learning rate 0.5 | test | {equal} |  |" in page
         assert equal in heads[name] and with_interval(first) in heads[name] and heads[name] in page
-        assert "to the end at another rate, 0.5, the one of IP-Adapter: its seeds have 7.2 there" in page
+        assert "to the end at another rate, 0.5, the one of IP-Adapter: its seeds have 7.2 there; it was not drawn" in page
     wins = "Decoupled attention beats the simple adapter here: where both follow the text equally often"
-    assert heads["between"].startswith(f"{wins}, and with one learning rate for both")
+    equal = with_interval(asdict(equal_rates.primary(made_up({**KNOWN, SIMPLE: [6, 18, 40]}), results)))
+    rest = f"with one learning rate for both, and {with_interval(first)} with the rates that the held-out loss chose"
+    assert heads["between"].startswith(f"{wins}, IP-Adapter minus the simple adapter is {equal} in palette information {rest}")
     assert heads["even"].startswith("The study does not decide")
     assert heads["worse"].startswith(report.headline(results)) and "With one learning rate for both, it is" in heads["worse"]
     assert results.beside(tmp_path, "rates") is None
@@ -279,10 +281,10 @@ def test_what_each_change_gives_alone_is_said() -> None:
     rest = {"test": d, "read": {"test": {IP_ADAPTER: {"end": 2, "start": 0}}}}
     robustness = {"only": {"right size and place": rest}, "shares": shares}
     results.data["summary"] = {"endpoint": four, "difference": differences, "robustness": robustness}
-    said = "Either change alone recovers most of this lead: a separate softmax 70% to 80%, own projections 60% to 90%, depending on the "
+    said = "Either change alone recovers most of the lead: a separate softmax 70% to 80%, own projections 60% to 90%, depending on the "
     said += "level. These overlap, so they do not add up. "
     said += "Much of the lead is about the background: if only size and place count as following, it is +1.0 [-1.0, +3.0]; "
-    said += "IP-Adapter is then read at its largest lambda, still above the level. "
+    said += "IP-Adapter is then above the level at its largest lambda. "
     said += "IP-Adapter and `concatenated` (own projections, joint softmax) "
     assert each_change(results) == [f"{said}do not differ significantly: +1.0 [-1.0, +3.0]."]
 

@@ -233,7 +233,7 @@ def test_the_variants_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines[next(i for i, line in enumerate(lines) if line.startswith("| form")) + 2 :]]
     sizes = {row[0].removeprefix("| "): int(row[1].replace(",", "")) for row in rows}
-    controls = [f"{FORMS[form].name}; seed 0, trained with these" for form in variants.CONTROLS]
+    controls = [f"{FORMS[form].name}; seed 0, trained again" for form in variants.CONTROLS]
     assert sorted(sizes) == sorted([*(FORMS[form].name for form in VARIANTS), *controls])
     sizes = {form: sizes[FORMS[form].name] for form in VARIANTS}
     assert sizes["tokens_1"] < sizes["zero_values"] < sizes["tokens_16"] < sizes["tokens_64"]
@@ -244,6 +244,6 @@ def test_the_variants_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(variants, "VARIANTS", {"tokens_16": "tokens_1"})
     monkeypatch.setattr(variants, "CONTROLS", ("tokens_1",))
     table = variants.table(Results.of(path), Results.of(path))  # as if tier B had the first of two forms
-    assert [*table["form"]] == ["IP-Adapter, 1 token", "IP-Adapter, 1 token; seed 0, trained with these", "IP-Adapter, 16 tokens"]
-    empty, _, difference = table["minus the form it varies [95 %]"]
+    assert [*table["form"]] == ["IP-Adapter, 1 token", "IP-Adapter, 1 token; seed 0, trained again", "IP-Adapter, 16 tokens"]
+    empty, _, difference = table["difference [95 %]"]
     assert empty == "" and "[" in difference

@@ -23,6 +23,7 @@ from tiny_world import write_world
 from torch import Tensor
 
 from checkpoints import cards
+from checkpoints.files import write_json
 from eval import __main__ as commands
 from eval.ablation import rival_draws
 from eval.ablation.memo import Unit
@@ -292,6 +293,7 @@ def test_one_more_rate_is_tried_at_an_edge(tmp_path: Path, monkeypatch: pytest.M
     unit = rival_draws.choose(workspace, "unclip")
     assert unit.value["chosen"] == pytest.approx(chosen) and unit.value["at_edge"] == at_edge
     assert sorted(tried) == pytest.approx(sorted(losses))
+    assert unit.value["losses"] == {f"{rate:.3g}": loss for rate, loss in losses.items()}
 
 
 def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,7 +308,11 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return lines[next(i for i, line in enumerate(lines) if line.startswith("|  | trained")) :]
 
     rows, results = call(), Results.of(path)
-    assert [row.split(" | ")[0].removeprefix("| ") for row in rows[2:]] == [*NAMES.values()]
+    names = [name for name in NAMES if name != "truth"], [name for name in NAMES if name in TRAINED]
+    heads = [i for i, row in enumerate(rows) if row.startswith("|  | ")]
+    shown = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    assert shown[2 : heads[1] - 1] == [*NAMES.values()] and shown[heads[1] + 2 : heads[2] - 1] == [NAMES[name] for name in names[0]]
+    assert shown[heads[2] + 2 :] == [NAMES[name] for name in names[1]] and "0.001: " in rows[heads[2] + 2]
     assert all(f"{a:.3f}, {b:.3f}" in "\n".join(rows) for a, b in PAPER.values())
     assert set(results.data["summary"]) == {"none", *TRAINED, REFERENCE, "truth"}
     assert results.units["drawn-unclip-picture"].rows == 16 and results.units["drawn-unclip-complementary"].rows == 4
@@ -315,3 +321,7 @@ def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     shutil.rmtree(tmp_path / "runs")
     monkeypatch.setattr("eval.ablation.rival_draws.run", None)
     assert call() == rows
+    results.data["made_from"]["settings"]["code"] = "other"
+    write_json(path, results.data)
+    shutil.rmtree(tmp_path / "runs")
+    assert call() == rows, "results by other code are reported"

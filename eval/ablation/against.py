@@ -15,8 +15,11 @@ from eval.tables import with_interval
 SETS = {"test": "test prompts", "confirm": "confirmation prompts"}
 
 
-def each_change(results: Results) -> list[str]:
-    """Say in sentences what the lead is about, how much of it each change gives alone, and which forms IP-Adapter is not shown to beat."""
+def each_change(results: Results, chosen: bool = False) -> list[str]:
+    """Say in sentences what the lead is about, how much of it each change gives alone, and which forms IP-Adapter is not shown to beat.
+
+    `chosen`: say that this is at the chosen learning rates.
+    """
     summary, told = results.data["summary"], []
     robustness, first = summary["robustness"], summary["difference"].get(SIMPLE, {"low": 0})
     if robustness and first["low"] > 0:
@@ -24,11 +27,12 @@ def each_change(results: Results) -> list[str]:
             softmax, own = ([share[form] for share in robustness["shares"].values()] for form in ("shared", "concatenated"))
             how = "recovers most" if min(*softmax, *own) > 0.5 else "recovers a part"
             shares = f"a separate softmax {_range(softmax)}, own projections {_range(own)}, depending on the level"
-            told.append(f"Either change alone {how} of this lead: {shares}. These overlap, so they do not add up.")
+            either = "At the chosen rates, either" if chosen else "Either"
+            told.append(f"{either} change alone {how} of the lead: {shares}. These overlap, so they do not add up.")
         if (rest := robustness["only"][PARTS[1]])["test"]["mean"] < first["mean"] / 2:
             sets = f"{with_interval(rest['test'])}" + (f" (confirmation {with_interval(rest['confirm'])})" if "confirm" in rest else "")
             unmatched = all(ends[IP_ADAPTER]["end"] == results.study["seeds"] for ends in rest["read"].values())
-            note = "; IP-Adapter is then read at its largest lambda, still above the level" if unmatched else ""
+            note = "; IP-Adapter is then above the level at its largest lambda" if unmatched else ""
             told.append(f"Much of the lead is about the background: if only size and place count as following, it is {sets}{note}.")
     for form, difference in summary["difference"].items():
         if form != SIMPLE and difference["low"] <= 0 <= difference["high"]:
@@ -130,7 +134,7 @@ def _edges(results: Results, again: Results | None) -> list[str]:
     rate = f"{again.data['summary']['rate']:g}"
     return [
         f"{told} Only the simple adapter was also trained to the end at another rate, {rate}, the one of IP-Adapter: its seeds have {ends} "
-        "there ([docs/learning-rate.md](docs/learning-rate.md))."
+        "there; it was not drawn on the confirmation prompts ([docs/learning-rate.md](docs/learning-rate.md))."
     ]
 
 

@@ -57,8 +57,8 @@ def headline(results: Results, rates: Results | None = None) -> str:
     if equal := asdict(equal_rates.primary(rates, results)) if rates else None:
         more = f" With one learning rate for both, it is {with_interval(equal)}."
         if equal["mean"] < first["mean"]:
-            chosen = f"with the rate that the held-out loss chose for the simple adapter, {with_interval(first)}{again}"
-            text, more = f"{where}, and with one learning rate for both, {minus} {with_interval(equal)} in {name}; {chosen}{of}", ""
+            one, chosen = "with one learning rate for both", f"{with_interval(first)} with the rates that the held-out loss chose{again}"
+            text, more = f"{where}, {minus} {with_interval(equal)} in {name} {one}, and {chosen}{of}", ""
             told.append(equal)
     if any(each["high"] < 0 for each in told):
         return f"The simple adapter beats decoupled attention here: {text}.{more}"
@@ -84,8 +84,9 @@ def square(ends: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def lead(results: Results, rates: Results | None = None) -> str:
-    """State the result (`headline`), what each of the two changes does alone, and the 2 x 2 table."""
-    return "\n\n".join([headline(results, rates), *each_change(results), markdown(square(results.data["summary"]["endpoint"]))])
+    """State the result (`headline`), and at the chosen rates, what each of the two changes does alone, and the 2 x 2 table."""
+    table = markdown(square(results.data["summary"]["endpoint"]))
+    return "\n\n".join([headline(results, rates), *each_change(results, chosen=rates is not None), table])
 
 
 def difference_table(results: Results, rates: Results | None) -> pd.DataFrame:
@@ -162,18 +163,29 @@ def following_alone(results: Results) -> str:
     return ", ".join(f"{each['following'].mean():.0%} of the {name}" for name, each in measures.items())
 
 
-def records(results: Results) -> str:
-    """Say which commits and processors the rows come from, and which seeds were trained on several kinds of processor."""
-    commits = sorted({unit.made["commit"] for unit in results.units.values()})
-    processors = sorted({unit.made["processor"] for unit in results.units.values()})
+def records(results: Results, rates: Results | None = None) -> str:
+    """Say which commits and processors the rows come from, and which seeds were trained on several kinds of processor.
+
+    `rates`: the results of tier F.
+    """
+    commits, processors = _made(results)
     kinds: dict[int, set[str]] = {}
     for name, unit in results.units.items():
         if name.startswith("train-"):
             kinds.setdefault(unit.value["seed"], set()).add(unit.made["processor"])
     seeds = [str(seed) for seed, each in kinds.items() if len(each) > 1]
-    sentence = f"All rows come from commit {commits[0]}" if len(commits) == 1 else f"**The rows come from commits {', '.join(commits)}**"
+    rows = "All rows but that of tier F" if rates else "All rows"
+    sentence = f"{rows} come from commit {commits[0]}" if len(commits) == 1 else f"**The rows come from commits {', '.join(commits)}**"
     sentence += f", and were computed on {'; '.join(processors)}."
+    if rates:
+        sentence += " That one comes from commit {}, and was computed on {}.".format(*map("; ".join, _made(rates)))
     return sentence + (f" **The forms of seed {', '.join(seeds)} were trained on different processors.**" if seeds else "")
+
+
+def _made(results: Results) -> tuple[list[str], list[str]]:
+    """Return the commits and the processors of all rows."""
+    made = [unit.made for unit in results.units.values()]
+    return sorted({each["commit"] for each in made}), sorted({each["processor"] for each in made})
 
 
 def render(results: Results, rates: Results | None = None) -> str:
@@ -207,6 +219,6 @@ def render(results: Results, rates: Results | None = None) -> str:
         counts=seed_counts(results),
         follows=following_alone(results),
         scorer=results.data["made_from"]["scorer"],
-        records=records(results),
+        records=records(results, rates),
         tables={name: markdown(table) if len(table) else "" for name, table in tables.items()},
     )

@@ -35,7 +35,8 @@ from train.setting import SAYS, Setting
 
 NOISES = 4  # drawings of each image prompt alone
 CODE = [Path(__file__).parent / f"{name}.py" for name in ("rival", "rivals", "reference", "shuffle", "rival_draws")]
-DRAWN = "picture", "complementary"  # the tasks
+SCENES = "complementary"
+DRAWN = "picture", SCENES  # the tasks
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,9 @@ def choose(workspace: Workspace, name: str) -> Unit:
             with replacing(shipped) as part:
                 shutil.copyfile(file_of(workspace, name, rate), part)
             write_json(shipped.with_suffix(".json"), {"command": workspace.command, **units[rate].value, **units[rate].made})
-        return Unit({"rival": name, "chosen": rate, "at_edge": rate in (min(units), max(units))}, units[rate].made)
+        losses = {f"{each:.3g}": units[each].value["held_out"] for each in sorted(units)}
+        value = {"rival": name, "chosen": rate, "at_edge": rate in (min(units), max(units)), "losses": losses}
+        return Unit(value, units[rate].made)
 
     return Memo(workspace.work)(f"chosen-{name}", make)
 
@@ -182,13 +185,15 @@ def choose(workspace: Workspace, name: str) -> Unit:
 def trained(workspace: Workspace, name: str) -> Rival:
     """Load a rival at its chosen learning rate.
 
-    Raises FileNotFoundError if its file is not there: a large rival that was trained elsewhere, because those are not shipped.
+    Raises FileNotFoundError if it is not there: because it was trained elsewhere and is not shipped, or by other source files.
     """
     rival = untrained(workspace, name)
     if name in TRAINED:
-        rate = choose(workspace, name).value["chosen"]
-        file = file_of(workspace, name, rate) if name in LARGE else workspace.adapters / f"{name}.safetensors"
-        if not file.exists():
+        memo, file = Memo(workspace.work), workspace.adapters / f"{name}.safetensors"
+        chosen = memo.path(f"chosen-{name}")
+        if name in LARGE and chosen.exists():
+            file = file_of(workspace, name, memo.read(f"chosen-{name}").value["chosen"])
+        if not (chosen.exists() and file.exists()):
             raise FileNotFoundError(f"{file} is not there: train and draw the rivals anew, with another folder for --out")
         rival.load_state_dict(load_file(file))
     return rival.to(workspace.study.device).requires_grad_(False)

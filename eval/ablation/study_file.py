@@ -27,13 +27,13 @@ def complete(workspace: Workspace, path: Path, jobs: int | None, list_jobs: Jobs
     if path.exists():
         before = Results.of(path)
         other = changed_names(before.data["made_from"], workspace.made_from)
-        if other == ["source files"]:
+        if other == {"source files"}:
             print(f"{path} was made by other source files: only its report is written. --out FOLDER trains anew")
             return
         if other:
             raise FileExistsError(
-                f"{path} holds a study that was made from other {', '.join(other)}: continue it at a commit where they are the same, "
-                "or choose another folder with --out"
+                f"{path} holds a study that was made from other {', '.join(sorted(other))}: continue it at a commit where they are the "
+                "same, or choose another folder with --out"
             )
         Memo(workspace.work).restore(before.units)
     if workspace.study.device == "cpu":
@@ -53,8 +53,8 @@ def describe(path: Path, summarise: Callable[[Results], dict[str, Any]], units: 
     return Results.of(path)
 
 
-def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """List the names whose values differ. `settings` are compared one by one."""
+def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Return the names whose values differ. `settings` are compared one by one."""
     flat = [{name: value for name, value in each.items() if name != "settings"} | each.get("settings", {}) for each in (before, now)]
-    names = {"source": "source files"}
-    return [names.get(name, name) for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
+    names = {"source": "source files", "code": "source files"}  # `code`: of the forms of a tier
+    return {names.get(name, name) for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)}

@@ -22,7 +22,7 @@ from eval.ablation.summary import curve_at_one, trainings
 from eval.ablation.tier import CODE, ShortStudy, Tier, check_options, earlier, jobs_of, means_at_one
 from eval.tables import markdown, with_interval
 
-HEADS = "minus the form it varies [95 %]", "λ = 1: minus it [95 %]"
+HEADS = "difference [95 %]", "λ = 1: difference [95 %]"
 CONTROLS = tuple(dict.fromkeys(VARIANTS.values()))  # trained again with seed 0, because tier B ran on another processor
 
 
@@ -56,7 +56,7 @@ def table(results: Results, first: Results | None) -> pd.DataFrame:
         if first is not None:
             lines.append(_line(FORMS[origin].name, of_form(first, origin)))
         for form in [form for form in results.study["forms"] if VARIANTS.get(form, form) == origin]:
-            name = f"{FORMS[form].name}; seed 0, trained with these" if form in CONTROLS else FORMS[form].name
+            name = f"{FORMS[form].name}; seed 0, trained again" if form in CONTROLS else FORMS[form].name
             line = _line(name, results.data["summary"][form])
             lines.append(line if first is None else line | differences(results, form, first, origin))
     return pd.DataFrame(lines)
