@@ -78,12 +78,13 @@ class Desk:
         return bool(read_json_if_there(self.model.checkpoint / "text_encoder.json").get("config", {}).get("vocabulary"))
 
     def request(self, form: dict[str, Any]) -> Request:
-        """Make a Request of the form. A picture to change is fitted to the size of the base model."""
+        """Make a Request of the form. A picture to change is fitted to the size of the base model. An `image_guidance` of 0 is none."""
         values: dict[str, Any] = {name: form[name] for name in SAME}
         if form["image"]:
             same = [path for path in EXAMPLES if sha256(path) == sha256(Path(form["image"]))]
             layers = None if form["layers"] == "all" else form["layers"]
             values["image_prompts"] = ImagePrompt((same[0] if same else form["image"],), form["scale"], layers)
+            values["image_guidance"] = form["image_guidance"] or None
         if form.get("hint"):
             values["hints"] = HintFile(form["hint"])
         if form["edit"] and (background := form["edit"]["background"]):
@@ -120,6 +121,7 @@ class Desk:
         if request.init_image:
             paint = [str(request.mask)] if request.mask else []
             values["edit"] = {"background": str(request.init_image), "layers": paint, "composite": None}
+        values["image_guidance"] = request.image_guidance or 0
         self._warn(request, model, self.request(values))
         return values | {"num": 1, "strength": request.strength or STRENGTH}
 

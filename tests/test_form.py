@@ -37,7 +37,7 @@ def desk(weights: Path, tmp_path: Path) -> Desk:
 
 def form(**changes: Any) -> dict[str, Any]:
     values = {"prompt": "a fox", "negative_prompt": "", "guidance": 3, "steps": 3, "seed": 5, "sampler": "ddim", "num": 1}
-    return values | {"image": None, "scale": 0.6, "layers": "all", "edit": None, "strength": 0.8} | changes
+    return values | {"image": None, "image_guidance": 0, "scale": 0.6, "layers": "all", "edit": None, "strength": 0.8} | changes
 
 
 def test_what_was_drawn_comes_back(weights: Path, desk: Desk, image: Path, photo: tuple[Path, Path], tmp_path: Path) -> None:
@@ -92,6 +92,19 @@ def test_a_form_draws_what_its_request_draws_and_comes_back(desk: Desk, image: P
     assert by_content(desk.request(form(**back))) == by_content(request)
 
 
+def test_the_picture_may_have_a_guidance_of_its_own(desk: Desk, image: Path, tmp_path: Path) -> None:
+    """It comes back from the PNG. At 0, or without a picture, there is none."""
+    given = form(image=str(image), guidance=8, image_guidance=4)
+    files, request = desk.draw(tmp_path, given, watch)
+    assert request == Request("a fox", ImagePrompt(image, 0.6), guidance=8, image_guidance=4, steps=3, seed=5)  # type: ignore[arg-type]
+    assert difference(pixels_of(files[0]), np.asarray(desk.pipeline.draw(replace(request, image_guidance=None))).astype(int)) > 1
+    assert desk.form(str(files[0]))["image_guidance"] == 4
+    (tmp_path / "plain").mkdir()
+    plain, request = desk.draw(tmp_path / "plain", given | {"image_guidance": 0}, watch)
+    assert request.image_guidance is None and desk.form(str(plain[0]))["image_guidance"] == 0
+    assert desk.request(form(image_guidance=4)) == desk.request(form())
+
+
 def test_a_picture_that_asks_for_more_than_the_form_has_says_so(desk: Desk, image: Path, tmp_path: Path) -> None:
     """The command line draws with eta, a range of steps and a picture elsewhere; the form takes the rest, and a copy of the picture."""
     there = tmp_path / "elsewhere"
@@ -142,6 +155,7 @@ def test_a_shipped_example_keeps_its_name(desk: Desk, tmp_path: Path) -> None:
 def test_what_is_wrong_is_told_in_the_words_of_the_library(desk: Desk, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     wrong = [form(image=str(tmp_path / "bad.png")), form(seed=None), form(steps=0), form(prompt=None), form(guidance=1e9)]
+    wrong.append(form(image=str(EXAMPLES[0]), image_guidance=1e9))
     for given in wrong:
         notes: list[str] = []
         with collect_notes(notes):
@@ -206,7 +220,8 @@ def test_the_command_line_is_the_inverse_of_its_parser(request_: Request, model:
 
 def test_a_strip_draws_each_lambda(desk: Desk, image: Path) -> None:
     """With every setting of the request that the page has."""
-    request = Request("a fox", ImagePrompt(image), "an owl", guidance=3, steps=3, seed=5, sampler="dpm++")  # type: ignore[arg-type]
+    apart = {"guidance": 3, "image_guidance": 6}
+    request = Request("a fox", ImagePrompt(image), "an owl", **apart, steps=3, seed=5, sampler="dpm++")  # type: ignore[arg-type]
     for fuse in (decoupled, concatenated):
         rows = [np.asarray(picture).astype(int) for picture in strip(desk.pipeline, request, fuse, lambdas=(0.0, 0.5))]
         for scale, row in zip((0.0, 0.5), rows, strict=True):

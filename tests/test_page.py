@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,27 @@ def test_a_picture_is_painted_and_changed(page: Any, tmp_path: Path) -> None:
     draw(page)
     page.wait_for_timeout(1000)
     assert command_of(page).prompt == request.prompt
+
+
+def test_the_picture_has_a_guidance_of_its_own(page: Any, tmp_path: Path) -> None:
+    """It reaches the drawing and the command, and comes back from the PNG. Without a picture, it is left out."""
+    set_steps(page, 2)
+    for name, value in (("Guidance", 8), ("Guidance by the picture (0: the same)", 3.5)):
+        page.get_by_label(f"number input for {name}", exact=True).fill(str(value))
+    page.keyboard.press("Tab")
+    shown = draw(page)
+    press(page, "Keep it")
+    request = command_of(page)
+    assert (request.guidance, request.image_guidance) == (8, 3.5)
+    assert np.abs(fetched(page, shown) - np.asarray(load().draw(request)).astype(int)).max() <= 1
+    own = page.get_by_label("number input for Guidance by the picture")
+    own.fill("0")
+    restore(page, shown, tmp_path)
+    assert own.input_value() == "3.5"
+    page.get_by_role("button", name="Remove Image").first.click()
+    draw(page)
+    page.wait_for_function("!document.querySelector('#command textarea').value.includes('--image')")
+    assert command_of(page) == replace(request, image_prompts=(), image_guidance=None)
 
 
 def test_stop(page: Any) -> None:

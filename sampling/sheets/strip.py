@@ -51,6 +51,7 @@ def sample(
         request.negative_prompt,
         scale=[scale] * len(each) or 1.0,
         guidance=request.guidance,
+        image_guidance=request.image_guidance,
         steps=request.steps,
         fuse=fuse,
         watch=watch,
