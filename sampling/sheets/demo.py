@@ -46,13 +46,13 @@ def cells() -> list[tuple[str, int, float]]:
 
 def draw_row(pipeline: Pipeline, prompt: Image.Image, seed: int, bar: tqdm[None]) -> list[Image.Image]:
     """Draw one row: the image prompt, followed by its drawings."""
-    drawings, conflicts = [prompt], len(CONFLICT_LAMBDAS)
+    drawings, embedding, conflicts = [prompt], pipeline.embed(prompt), len(CONFLICT_LAMBDAS)
     for part, guidance in ((cells()[:-conflicts], TEXT_GUIDANCE), (cells()[-conflicts:], GUIDANCE)):
         texts, seeds, scales = zip(*part, strict=True)
         pictures = pipeline.sample(
             texts,
             [seed + more for more in seeds],
-            pipeline.embed(prompt),
+            embedding,
             scale=torch.tensor(scales).view(-1, 1, 1, 1),
             guidance=guidance,
             image_guidance=GUIDANCE,
