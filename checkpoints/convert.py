@@ -56,9 +56,7 @@ def convert(
     Raises ValueError for invalid input, and OSError if the target cannot be written. In both cases, existing files are unchanged.
     """
     kind = kind_of(source)
-    _check(kind, source, target, ema, diffusers)
-    if prediction and (kind not in ("base", "unet") or (kind == "unet" and diffusers)):
-        raise ValueError(f"{source} converts to files that do not say what a UNet predicts: leave out --prediction")
+    _check(kind, source, target, ema, diffusers, prediction)
     if kind == "adapter":
         _convert_adapter(source, target, dtype)
     elif kind == "base":
@@ -76,7 +74,7 @@ def convert(
         save(part, target, {"converted_from": source.name}, dtype)
 
 
-def _check(kind: str, source: Path, target: Path, ema: bool, diffusers: bool) -> None:
+def _check(kind: str, source: Path, target: Path, ema: bool, diffusers: bool, prediction: Prediction | None) -> None:
     """Raise ValueError if the options or the kind of target do not fit the kind of source."""
     one_file = kind != "base" and not diffusers
     ends = (".safetensors", ".bin") if kind == "adapter" else (".safetensors",)
@@ -88,6 +86,8 @@ def _check(kind: str, source: Path, target: Path, ema: bool, diffusers: bool) ->
         raise ValueError(f"{source} converts to one file: name TARGET{' or TARGET'.join(ends)}, not {target}")
     if ema and (kind != "base" or source.is_dir()):
         raise ValueError(f"{source} is not a base model in a single file, so it has no EMA copy: leave out --ema")
+    if prediction and kind != "base" and (kind != "unet" or diffusers):
+        raise ValueError(f"{source} converts to files that do not say what a UNet predicts: leave out --prediction")
     if target.exists() and one_file == target.is_dir():
         there, expected = ("folder", "file") if one_file else ("file", "folder")
         raise ValueError(f"{target} is a {there}: name a {expected} to write")
