@@ -98,13 +98,14 @@ def own(prompts: Prompts) -> Target:
 def tasks_of(n: int, seed: int) -> dict[str, Task]:
     """Build all tasks, with n prompts each."""
     prompts, scenes = Prompts.of_the_world(n, seed), ScenePrompts.of_the_world(n, seed)
+    both = Task(scenes.texts(), scenes.target, scenes.images)
     return {
         "text": Task(prompts.conflicts, conflict_target(prompts)),
         "scene": Task(scenes.texts(subject=True), scenes.target),
         "colour": Task(texts_with_colour(prompts), conflict_target(prompts)),
         "image": Task([""] * n, own(prompts), prompts.images),
-        "complementary": Task(scenes.texts(), scenes.target, scenes.images),
-        "apart": Task(scenes.texts(), scenes.target, scenes.images),
+        "complementary": both,
+        "apart": both,
         "conflict": Task(prompts.conflicts, conflict_target(prompts), prompts.images),
     }
 

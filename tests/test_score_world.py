@@ -73,6 +73,7 @@ def test_tasks_with_pictures_are_those_with_a_lambda() -> None:
     assert list(tasks) == ["text", "scene", "colour", "image", "complementary", "apart", "conflict"]
     assert [key for key, task in tasks.items() if task.images] == ["image", "complementary", "apart", "conflict"]
     assert tasks["scene"].target is tasks["complementary"].target and tasks["image"].target.references
+    assert tasks["apart"] is tasks["complementary"]
 
 
 def test_floors_equal_their_definitions() -> None:
