@@ -241,7 +241,7 @@ def test_no_number_depends_on_what_was_cached(
         if stage == "adapter":
             adapter.train(tmp_path / "state", out, (plan,), TrainingSource(base, data=tmp_path / "data", side=16))
             return load_file(out / "ip_adapter.safetensors")
-        unet_stage.train(tmp_path / "state", out, (plan,), pictures=4)
+        unet_stage.train(tmp_path / "state", out, (plan,), pictures=4, channels=UNET.channels)
         return load_file(out / "unet.safetensors")
 
     first = train()
