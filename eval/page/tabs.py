@@ -56,7 +56,7 @@ def form_of(desk: Desk) -> dict[str, Any]:
     form["scale"] = gr.Slider(0, 1.5, 1.0, step=0.05, label="λ, the weight of the picture")
     with gr.Accordion("Settings", open=False):
         form["guidance"] = gr.Slider(1, 15, 4 if desk.mini else Request.guidance, step=0.5, label="Guidance")
-        about = "With a number, the guidance above is by the text alone. If this one is smaller, drawings follow their text more."
+        about = "If it is not 0, the guidance above is by the text alone. A smaller number here makes drawings follow the text more."
         form["image_guidance"] = gr.Slider(0, 15, 0, step=0.5, label="Guidance by the picture (0: the same)", info=about)
         form["steps"] = gr.Slider(1, 100, 20 if desk.mini else Request.steps, step=1, label="Steps")
         form["seed"] = gr.Number(0, precision=0, label="Seed")
