@@ -14,7 +14,7 @@ from own_pictures import base, command, write_pictures
 from PIL import Image
 
 from sampling.loading import load
-from train import adapter
+from train import adapter, buckets
 from train.__main__ import main
 from train.album import ListAlbum
 from train.buckets import BucketBatches, BucketPairs, BucketPictures, nearest, shapes
@@ -103,6 +103,31 @@ def test_an_epoch_shows_every_picture(pairs: BucketPairs) -> None:
     every = sorted(float(pool.at(torch.tensor([i])).mean.sum()) for pool in pairs.pools for i in range(len(pool)))
     one, two = epoch(0), epoch(len(pairs))
     assert sorted(one) == sorted(two) == every and one != two and one == epoch(0)
+
+
+def rows_of(pairs: BucketPairs, batch: Batch) -> tuple[int, frozenset[int]]:
+    """The pool that a batch comes from, and its pictures there."""
+    pool = next(i for i, pool in enumerate(pairs.pools) if pool.mean.shape[2:] == batch.mean.shape[2:])
+    known = pairs.pools[pool].mean.all().float()
+    return pool, frozenset(int((known == one).flatten(1).all(dim=1).nonzero()) for one in batch.mean)
+
+
+def test_the_seed_shuffles_shapes_and_pictures(pairs: BucketPairs) -> None:
+    """One seed gives the same batches again. Another orders the shapes in another way, and puts other pictures of each shape together.
+
+    Two pools with as many pictures are not shuffled alike.
+    """
+
+    def epoch(seed: int) -> list[tuple[int, frozenset[int]]]:
+        buckets._order.cache_clear()  # as in another process
+        return [rows_of(pairs, pairs.batches(2, seed).batch(step)) for step in range(sum(len(pool) // 2 for pool in pairs.pools))]
+
+    one, again, other = map(epoch, (3, 3, 4))
+    assert one == again and [pool for pool, _ in one] != [pool for pool, _ in other]
+    for i in range(len(pairs.pools)):
+        assert {rows for pool, rows in one if pool == i} != {rows for pool, rows in other if pool == i}
+    first, second = (i for i, pool in enumerate(pairs.pools) if len(pool) == 9)
+    assert {rows for pool, rows in one if pool == first} != {rows for pool, rows in one if pool == second}
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 50])

@@ -426,6 +426,11 @@ def test_an_epoch_shows_every_picture_once(pairs: Pairs) -> None:
     assert data.rows(4).tolist() == seen[4]
 
 
+def test_the_seed_shuffles_the_pictures(pairs: Pairs) -> None:
+    one, again, other = (torch.cat([pairs.batches(2, seed).batch(step).mean for step in range(3)]) for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
 def test_latents_are_samples_of_the_posterior(pairs: Pairs) -> None:
     rows = torch.tensor([4, 1])
     drawn = torch.stack([pairs.at(rows).latents(torch.Generator().manual_seed(i)) for i in range(400)])
