@@ -38,9 +38,10 @@ from train.data import ShuffledBatches
 from train.errors import GateError
 from train.gains import check_gates, held_out_losses, losses_of
 from train.loss import diffusion_loss, drops, min_snr, noise_for, sample_inputs
-from train.pairs import Pairs
+from train.pairs import Batch, Pairs
 from train.plan import Plan
 from train.plus import initialise_from
+from train.randomness import generator
 from train.setting import Setting, TrainingSource
 from train.world import Says
 
@@ -290,6 +291,25 @@ def test_held_out_losses_are_what_they_say(pairs: Pairs) -> None:
     right = means["right"]
     want = {"held_out": right, "gain_zero": means["null"] - right, "gain_shuffled": means["wrong"] - right}
     assert first == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("fuse", [decoupled, concatenated])
+def test_a_form_is_trained_and_validated_with_its_own_attention(pairs: Pairs, tmp_path: Path, fuse: Any) -> None:
+    """The log of a step, by hand: the loss of its batch before it, and that of the held-out pictures after it."""
+    unet, adapter = trained_parts()
+    first, plan = copy.deepcopy(adapter), Plan("form", steps=1, batch=6, lr=1e-2, warmup=1)
+    setting = Setting(SimpleNamespace(unet=unet, schedule=Schedule()), pairs, pairs)  # type: ignore[arg-type]
+    kept, log = adapter_stage.fit(setting, adapter, plan, tmp_path, fuse)
+
+    @torch.no_grad()
+    def loss(adapter: IPAdapter, batch: Batch, seed: int, dropping: bool) -> float:
+        x = sample_inputs(batch, generator(seed, 0), dropping)
+        context = adapter(Context(x.text, fuse=fuse), x.image)
+        return float(diffusion_loss(unet, Schedule(), x.x0, context, x.t, x.eps).mean())
+
+    assert log[0]["loss"] == pytest.approx(loss(first, pairs.batches(6, 0).batch(0), 0, True), rel=1e-5)
+    assert log[0]["held_out"] == pytest.approx(loss(kept, pairs.at(torch.arange(6)), 1, False), rel=1e-5)
 
 
 def test_a_training_drops_texts_and_pictures(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
