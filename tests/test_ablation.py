@@ -24,7 +24,7 @@ from torch import Tensor
 from checkpoints.files import write_json
 from eval import __main__ as commands
 from eval import clip_score
-from eval.ablation import report
+from eval.ablation import draws, report
 from eval.ablation.command import TOLERANCE
 from eval.ablation.forms import FORMS, IP_ADAPTER, SIMPLE, TIER_A
 from eval.ablation.memo import Memo, Unit, pack, unpack
@@ -33,11 +33,13 @@ from eval.ablation.rows import SCALES, Results
 from eval.ablation.study import RATE_SEED, SMOKE, SPLITS, Study, Workspace, source_hash
 from eval.ablation.training import best_rate, train, untrained_adapter
 from eval.ablation.work import Job, jobs_of, missing, run
+from eval.bench import Bench
 from eval.prompts import TASKS, Prompts
 from eval.tables import markdown
 from model.attention import concatenated, decoupled
 from model.features import Features
 from sampling.loading import load
+from sampling.pipeline import Pipeline
 from train import checkpoint
 from train.album import CaptionedPicture
 from train.pairs import Pairs
@@ -238,6 +240,44 @@ def test_a_missing_checkpoint_is_retrained_from_the_start(setting: Setting, tmp_
     assert biases() == list(study.checkpoints)
     monkeypatch.setattr("train.adapter.fit", None)
     train(workspace, "shared", replace(plan, device="cuda"), study.checkpoints)  # nothing is left to do, on any device
+
+
+def test_every_form_is_trained_with_its_own_attention(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that read the padding of the text; the others take other texts first. The training is a stub."""
+    workspace, seen = Workspace(SMOKE, TrainingSource(), tmp_path / "shipped", tmp_path, "weights", {"made": "up"}), dict[str, Any]()
+
+    def fit(setting: Setting, start: Any, plan: Plan, folder: Path, fuse: Any, until: int) -> Any:
+        seen[plan.name] = fuse
+        return start, []
+
+    monkeypatch.setattr(Workspace, "setting", lambda *_: setting)
+    monkeypatch.setattr("train.adapter.fit", fit)
+    plans = {name: SMOKE.plan(name, 0, 1e-3) for name, form in FORMS.items() if form.padding}
+    for name, plan in plans.items():
+        train(workspace, name, plan, (1,))
+    assert seen == {plan.name: FORMS[name].fuse for name, plan in plans.items()} and len(set(seen.values())) == 6
+
+
+@pytest.mark.parametrize(("form", "sampled"), [("concatenated", ""), ("ip_adapter", "concatenated"), ("concatenated", "ip_adapter")])
+def test_a_form_draws_with_its_own_attention_or_as_another(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, sampled: str
+) -> None:
+    """At each lambda; nothing is trained or drawn here."""
+    workspace, seen = Workspace(SMOKE, TrainingSource(), tmp_path, tmp_path, "weights", {}), list[tuple[Any, float]]()
+    bench = Bench(setting.pipeline, Prompts.of_the_world(2, seed=0), None, None)  # type: ignore[arg-type]
+
+    def sample(_: Pipeline, texts: list[str], *__: Any, fuse: Any, scale: float, **options: Any) -> Tensor:
+        seen.append((fuse, scale))
+        return torch.zeros(len(texts), 3, 8, 8)
+
+    monkeypatch.setattr(Workspace, "bench", lambda *_: bench)
+    monkeypatch.setattr(draws, "plan_of", lambda *_: None)
+    monkeypatch.setattr(draws, "trained_adapter", lambda *_: untrained_adapter(setting, FORMS[form], 0))
+    monkeypatch.setattr(Pipeline, "sample", sample)
+    monkeypatch.setattr(Bench, "read", lambda *_: {"palette": torch.zeros(2, 2, 3)})
+    draws.draw_unit(workspace, Draw(form, 0, 16, "complementary", sampled=sampled), [0.5, 1.25])
+    fuse = {"ip_adapter": decoupled, "concatenated": concatenated}[sampled or form]
+    assert seen == [(fuse, 0.5), (fuse, 1.25)]
 
 
 def test_a_tiny_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
