@@ -65,6 +65,16 @@ def test_broken_indices_are_refused(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("end", [".safetensors", ".bin"])
+def test_shards_with_the_same_tensor_are_refused(tmp_path: Path, end: str) -> None:
+    """Although the index names one of them: they may come from two models."""
+    index = write_shards(tmp_path, end=end)
+    part = {name: TENSORS[name] for name in ("layer.1.weight", "layer.3.weight")} | {"layer.4.weight": torch.zeros(2, 3)}
+    (save_file if end == ".safetensors" else torch.save)(part, tmp_path / f"model-00002-of-00002{end}")  # type: ignore[operator]
+    with pytest.raises(ValueError, match=rf"model\{end}\.index\.json has two shards with the same tensor: download them again"):
+        File(index)
+
+
+@pytest.mark.parametrize("end", [".safetensors", ".bin"])
 def test_a_prefix_of_data_parallel_training_is_left_out(tmp_path: Path, end: str) -> None:
     path = tmp_path / f"a{end}"
     (save_file if end == ".safetensors" else torch.save)({f"module.{k}": t for k, t in TENSORS.items()}, path)  # type: ignore[operator]
