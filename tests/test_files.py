@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checkpoints import cards
 from checkpoints.files import (
     check_output,
+    files_of,
     is_finite,
     printable,
     read_json,
@@ -28,6 +29,7 @@ from checkpoints.files import (
     write_json,
     write_tensors,
 )
+from checkpoints.folders import weights_in
 
 ROOT = Path(__file__).parent.parent
 Write = Callable[[Path], None]
@@ -214,6 +216,20 @@ def test_what_a_killed_writer_left_is_written_over(tmp_path: Path) -> None:
     left.rename(part)
     write_json(path, {"by": "the next"})
     assert names(tmp_path) == ["a.json"] and json.loads(path.read_text()) == {"by": "the next"}
+
+
+def test_what_is_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
+    """What writers and a browser have begun is neither hashed nor read, even if it is whole: alone, and beside a finished file."""
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(KeyError), replacing(path) as part, replacing_in(tmp_path) as parts:
+        for begun in (part, parts / path.name, tmp_path / f"{path.name}.part"):
+            save_file({"a": torch.zeros(2)}, begun)
+        assert files_of(tmp_path) == []
+        with pytest.raises(FileNotFoundError, match="holds no weights"):
+            weights_in(tmp_path)
+        save_file({"a": torch.ones(2)}, path)
+        assert files_of(tmp_path) == [path] and weights_in(tmp_path).path == path
+        raise KeyError  # no writer finishes
 
 
 def test_files_of_the_user_that_are_called_part_stay(tmp_path: Path) -> None:

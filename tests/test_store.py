@@ -14,6 +14,7 @@ from own_pictures import ENVIRONMENT
 from teams import together
 from torch import Tensor
 
+from checkpoints.files import replacing
 from train import store
 from train.data import Data, OnTheFly
 from train.fingerprint import content_key
@@ -80,6 +81,13 @@ def test_a_damaged_pack_is_named_and_computed_again(
     assert f"{path.name} is damaged" in capsys.readouterr().err
     data, seen = numbered()
     assert count(data, seen, SIX, tmp_path) == whole and seen == []
+
+
+def test_a_pack_that_another_process_writes_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyError), replacing(tmp_path / "pack-0.safetensors") as part:
+        part.write_bytes(b"half")
+        assert Store(tmp_path).packs == [] and part.read_bytes() == b"half" and capsys.readouterr().err == ""
+        raise KeyError  # it is not finished
 
 
 def test_batches_of_several_rows(tmp_path: Path) -> None:
